@@ -1,0 +1,1 @@
+"""Baselines written from their papers, independent of the family."""

@@ -1,0 +1,555 @@
+"""Every setting of hmpo: frozen, keyword-only dataclasses, documented under each field.
+
+Standard library only, so that reading a configuration costs no torch. `from_dict` is strict:
+an unknown key, a wrong type or a value out of range gives one line that names the field.
+A default lives here and nowhere else; derived values are properties.
+"""
+
+import dataclasses
+import difflib
+import math
+import re
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+from hmpo.errors import ConfigError
+
+T = TypeVar("T")
+
+RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+WINDOWS_RESERVED = frozenset(
+    ["con", "prn", "aux", "nul", *(f"{d}{n}" for d in ("com", "lpt") for n in range(1, 10))]
+)
+
+
+def require(condition: bool, name: str, received: object, expected: str) -> None:
+    """Raise `ConfigError` in the house's one form unless `condition` holds."""
+    if not condition:
+        raise ConfigError(f"{name}: got {received!r}, expected {expected}")
+
+
+def _positive(name: str, value: float) -> None:
+    require(math.isfinite(value) and value > 0, name, value, "a finite number > 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    """One member of the power-mean family (see `hmpo.members` for the named ones)."""
+
+    name: str = "hmpo"
+    """Label used in logs and reports; it changes nothing."""
+    p: float = -1.0
+    """Exponent of the power mean over a response's token ratios: 1 arithmetic, 0 geometric,
+    -1 harmonic. Any finite number."""
+    p_positive: float | None = None
+    """Exponent for responses with advantage >= 0; None means `p`."""
+    p_negative: float | None = None
+    """Exponent for responses with advantage < 0; None means `p`."""
+    clip_level: Literal["token", "sequence", "none"] = "token"
+    """Where the clip sits: on token ratios before the mean, on the mean, or nowhere."""
+    clip_space: Literal["log", "ratio"] = "log"
+    """Unit of the two bounds: nats around 0 (log) or distance from 1 (ratio)."""
+    clip_low: float = 0.4
+    """Lower half-width: log ratios below -clip_low (log), ratios below 1 - clip_low (ratio)."""
+    clip_high: float = 0.4
+    """Upper half-width: log ratios above clip_high (log), ratios above 1 + clip_high (ratio)."""
+    reduction: Literal["sequence_mean", "token_mean", "constant"] = "sequence_mean"
+    """Weight of a response: 1/N, its share of all tokens, or L / (N * max_length)."""
+    max_length: int | None = None
+    """Token constant of `reduction="constant"` (Dr.GRPO)."""
+    kl_coef: float = 0.0
+    """Weight of the KL term to the reference policy; 0 needs no reference."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    """Per-token estimator of that KL (J. Schulman's names)."""
+
+    def __post_init__(self) -> None:
+        for name in ("p", "p_positive", "p_negative"):
+            value = getattr(self, name)
+            require(value is None or math.isfinite(value), name, value, "a finite number")
+        _positive("clip_low", self.clip_low)
+        _positive("clip_high", self.clip_high)
+        if self.clip_space == "ratio":
+            require(self.clip_low < 1, "clip_low", self.clip_low, "a number < 1 in ratio space")
+        if self.reduction == "constant":
+            require(
+                self.max_length is not None and self.max_length > 0,
+                "max_length",
+                self.max_length,
+                'a positive integer with reduction = "constant"',
+            )
+        require(math.isfinite(self.kl_coef) and self.kl_coef >= 0, "kl_coef", self.kl_coef, ">= 0")
+
+    @property
+    def log_bounds(self) -> tuple[float, float]:
+        """Lower and upper bound of the log ratio, in nats."""
+        if self.clip_level == "none":
+            return -math.inf, math.inf
+        if self.clip_space == "log":
+            return -self.clip_low, self.clip_high
+        return math.log1p(-self.clip_low), math.log1p(self.clip_high)
+
+    def exponent_for(self, *, positive: bool) -> float:
+        """Exponent in force for one advantage sign."""
+        chosen = self.p_positive if positive else self.p_negative
+        return self.p if chosen is None else chosen
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerConfig:
+    """What every trainer shares: sampling, updates per rollout, numerics, safety."""
+
+    group_size: int = 4
+    """Responses sampled per prompt; advantages are relative to this group. At least 2."""
+    max_length: int = 512
+    """Longest response, in tokens."""
+    eos_token: int | tuple[int, ...] = 2
+    """Token id (or ids) that ends a response; it is counted as the response's last token."""
+    pad_token: int = 0
+    """Token id that fills the padding; never attended to, never scored."""
+    temperature: float = 1.0
+    """Sampling temperature; log-probs are those of the tempered distribution."""
+    top_k: int = 0
+    """Keep the k most probable tokens while sampling; 0 keeps all."""
+    top_p: float = 1.0
+    """Keep the smallest set of tokens with this probability mass; 1 keeps all."""
+    minibatches: int = 4
+    """Optimizer updates per pass over one rollout. With 1 (and epochs = 1) every importance
+    ratio is 1 and the exponent p has no effect."""
+    epochs: int = 1
+    """Passes over one rollout."""
+    micro_batch_size: int | None = None
+    """Responses per forward pass; gradients accumulate to exactly the whole minibatch.
+    None takes the minibatch at once."""
+    advantage_scale: Literal["std", "none"] = "std"
+    """Divide centred rewards by the group's standard deviation, or not (Dr.GRPO)."""
+    std_ddof: Literal[0, 1] = 1
+    """0 population, 1 unbiased standard deviation."""
+    max_grad_norm: float | None = 1.0
+    """Clip the gradient's global L2 norm to this; None does not clip."""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Shape of the learning rate after warm-up; linear and cosine end at 0."""
+    warmup_updates: int = 0
+    """Updates of linear warm-up from 0."""
+    total_updates: int | None = None
+    """Length of the schedule in updates; needed by linear and cosine."""
+    autocast: Literal["none", "bfloat16"] = "none"
+    """Precision of the policy's forward pass; log-softmax is always float32 or better."""
+    qk_clip: bool = True
+    """Wrap the optimizer in MuonClip's QK-clip."""
+    max_qk_score: float = 100.0
+    """QK-clip's threshold on a head's largest attention logit."""
+    mask_truncated: bool = False
+    """Leave responses that hit `max_length` without an end token out of the loss."""
+    on_nonfinite: Literal["skip", "stop"] = "skip"
+    """A non-finite loss or gradient: skip the update and count it, or stop the run."""
+    max_nonfinite: int = 10
+    """Consecutive skipped updates after which the run stops anyway."""
+    on_reward_error: Literal["raise", "skip"] = "raise"
+    """A reward that raises, times out or is not finite: stop, or drop that sample, counted."""
+    reward_timeout: float | None = None
+    """Seconds a reward function may take for one rollout; it then runs in a process of its
+    own that can be killed. None sets no limit."""
+    logprob_chunk: int = 512
+    """Token rows per block of the vocabulary projection."""
+    seed: int = 0
+    """Seed of sampling and of the minibatch order."""
+
+    def __post_init__(self) -> None:
+        require(self.group_size >= 2, "group_size", self.group_size, "an integer >= 2")
+        for name in ("max_length", "minibatches", "epochs", "max_nonfinite", "logprob_chunk"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "an integer >= 1")
+        require(self.pad_token >= 0, "pad_token", self.pad_token, "a token id >= 0")
+        require(
+            len(self.stop_tokens) > 0 and min(self.stop_tokens) >= 0,
+            "eos_token",
+            self.eos_token,
+            "one or more token ids >= 0",
+        )
+        _positive("temperature", self.temperature)
+        require(self.top_k >= 0, "top_k", self.top_k, "an integer >= 0")
+        require(0 < self.top_p <= 1, "top_p", self.top_p, "a number in (0, 1]")
+        for name in ("micro_batch_size", "total_updates"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, name, value, "an integer >= 1")
+        for name in ("max_grad_norm", "reward_timeout"):
+            if getattr(self, name) is not None:
+                _positive(name, getattr(self, name))
+        _positive("max_qk_score", self.max_qk_score)
+        require(self.warmup_updates >= 0, "warmup_updates", self.warmup_updates, ">= 0")
+        if self.lr_schedule != "constant":
+            require(
+                self.total_updates is not None,
+                "total_updates",
+                None,
+                f"an integer with lr_schedule = {self.lr_schedule!r}",
+            )
+
+    @property
+    def stop_tokens(self) -> tuple[int, ...]:
+        """`eos_token` as a tuple."""
+        return (self.eos_token,) if isinstance(self.eos_token, int) else self.eos_token
+
+    @property
+    def updates_per_rollout(self) -> int:
+        """Optimizer updates that one rollout serves."""
+        return self.minibatches * self.epochs
+
+    def lr_factor(self, update: int) -> float:
+        """Factor on the base learning rate for the 0-based `update`."""
+        if update < self.warmup_updates:
+            return (update + 1) / (self.warmup_updates + 1)
+        if self.lr_schedule == "constant" or self.total_updates is None:
+            return 1.0
+        span = max(1, self.total_updates - self.warmup_updates)
+        left = min(1.0, max(0.0, 1.0 - (update - self.warmup_updates) / span))
+        return left if self.lr_schedule == "linear" else 0.5 * (1 - math.cos(math.pi * left))
+
+
+MEANS = {"arithmetic": 1.0, "geometric": 0.0, "harmonic": -1.0}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PowerMeanConfig(TrainerConfig):
+    """Settings of `PowerMeanTrainer`: name a mean, or give a whole `ObjectiveConfig`."""
+
+    mean_type: Literal["arithmetic", "geometric", "harmonic", "power"] = "harmonic"
+    """Mean of the token ratios; "power" takes `power_p`."""
+    power_p: float | None = None
+    """Exponent of `mean_type = "power"`; None means -0.5."""
+    epsilon: float | None = None
+    """Both clip half-widths, in the unit of the objective's `clip_space`; None keeps them."""
+    objective: ObjectiveConfig | None = None
+    """The whole objective; excludes the three short forms above."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.objective is not None:
+            short = self.power_p is not None or self.epsilon is not None
+            require(
+                not short,
+                "objective",
+                "an ObjectiveConfig together with power_p or epsilon",
+                "one or the other",
+            )
+        if self.power_p is not None:
+            require(
+                self.mean_type == "power",
+                "power_p",
+                self.power_p,
+                f'None with mean_type = {self.mean_type!r} (set mean_type = "power")',
+            )
+        self.resolved_objective  # noqa: B018  (validates the short forms now, not at first use)
+
+    @property
+    def resolved_objective(self) -> ObjectiveConfig:
+        """The objective that the trainer uses."""
+        if self.objective is not None:
+            return self.objective
+        if self.mean_type == "power":
+            p = -0.5 if self.power_p is None else self.power_p
+        else:
+            p = MEANS[self.mean_type]
+        config = ObjectiveConfig(name=self.mean_type, p=p)
+        if self.epsilon is None:
+            return config
+        return dataclasses.replace(config, clip_low=self.epsilon, clip_high=self.epsilon)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HMPOConfig(PowerMeanConfig):
+    """`PowerMeanConfig` with the harmonic mean: p = -1, token clip 0.4 / 0.4 in log space."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        p = self.resolved_objective.p
+        require(p == -1.0, "p", p, "-1 in HMPOConfig (use PowerMeanConfig for other means)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GSPOConfig(TrainerConfig):
+    """Settings of the `GSPOTrainer` baseline (Zheng et al. 2025, arXiv 2507.18071)."""
+
+    epsilon_low: float = 3e-4
+    """Sequence ratios below 1 - epsilon_low are clipped."""
+    epsilon_high: float = 4e-4
+    """Sequence ratios above 1 + epsilon_high are clipped."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _positive("epsilon_low", self.epsilon_low)
+        _positive("epsilon_high", self.epsilon_high)
+        require(self.epsilon_low < 1, "epsilon_low", self.epsilon_low, "a number < 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyConfig:
+    """The language model that is trained."""
+
+    path: str = "tiny-sort"
+    """A local Hugging Face folder, `tiny-sort` (bundled), or `smollm2` (see
+    `hmpo fetch-model smollm2`)."""
+    lora_rank: int = 0
+    """Rank of LoRA adapters; 0 trains all weights. Needs `pip install 'hmpo[lora]'`."""
+    lora_alpha: float = 16.0
+    """LoRA's scale is lora_alpha / lora_rank."""
+    lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    """Module names that get an adapter."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.path), "path", self.path, "a folder or a bundled name")
+        require(self.lora_rank >= 0, "lora_rank", self.lora_rank, "an integer >= 0")
+        _positive("lora_alpha", self.lora_alpha)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskConfig:
+    """Where prompts come from and how an answer is checked."""
+
+    name: str = "sort"
+    """sort, reverse, countdown, largest, key, jsonl, or `reasoning-gym:NAME`."""
+    level: int | None = None
+    """Difficulty level of a built-in task; None takes its default."""
+    shots: int = 0
+    """Solved examples put before each prompt."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Further options of the task, such as `path` of `jsonl` or a generator's sizes."""
+    stop: tuple[str, ...] = ()
+    """Strings that end a response; empty takes the task's own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardConfig:
+    """Reward functions with TRL's signature; empty uses the task's own check."""
+
+    functions: tuple[str, ...] = ()
+    """`module:function` or `path/to/file.py:function`, each called on the whole rollout."""
+    weights: tuple[float, ...] = ()
+    """One weight for each function; empty weighs all by 1."""
+
+    def __post_init__(self) -> None:
+        require(
+            len(self.weights) in (0, len(self.functions)),
+            "weights",
+            self.weights,
+            f"{len(self.functions)} numbers, one for each function",
+        )
+        for weight in self.weights:
+            require(math.isfinite(weight), "weights", weight, "finite numbers")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """The optimizer around which QK-clip is wrapped."""
+
+    name: Literal["adamw", "muon"] = "adamw"
+    """AdamW for all weights, or Muon for hidden matrices and AdamW for the rest."""
+    lr: float = 1e-4
+    """Base learning rate."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's decay rates."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of matrices; vectors are never decayed."""
+    muon_lr: float | None = None
+    """Learning rate of Muon's matrices; None means `lr`."""
+
+    def __post_init__(self) -> None:
+        _positive("lr", self.lr)
+        require(len(self.betas) == 2, "betas", self.betas, "two numbers")
+        for beta in self.betas:
+            require(0 <= beta < 1, "betas", self.betas, "two numbers in [0, 1)")
+        require(self.weight_decay >= 0, "weight_decay", self.weight_decay, ">= 0")
+        if self.muon_lr is not None:
+            _positive("muon_lr", self.muon_lr)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """Measurement on held-out prompts, before, during and after the run."""
+
+    every: int = 0
+    """Updates between evaluations; 0 evaluates only before and after."""
+    prompts: int = 64
+    """Held-out prompts of an evaluation during the run."""
+    final_prompts: int = 256
+    """Held-out prompts of the evaluations before and after the run."""
+    pass_at: int = 0
+    """k of pass@k, from k samples a prompt, before and after; 0 leaves it out."""
+    batch_size: int = 128
+    """Responses sampled at once."""
+
+    def __post_init__(self) -> None:
+        require(self.every >= 0, "every", self.every, "an integer >= 0")
+        require(self.prompts >= 1, "prompts", self.prompts, "an integer >= 1")
+        require(self.final_prompts >= 1, "final_prompts", self.final_prompts, ">= 1")
+        require(self.pass_at >= 0, "pass_at", self.pass_at, "an integer >= 0")
+        require(self.batch_size >= 1, "batch_size", self.batch_size, "an integer >= 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When the whole state of a run is saved."""
+
+    every: int = 0
+    """Updates between checkpoints; 0 saves only at the end and when the run is stopped."""
+    keep: int = 2
+    """Newest checkpoints kept."""
+
+    def __post_init__(self) -> None:
+        require(self.every >= 0, "every", self.every, "an integer >= 0")
+        require(self.keep >= 1, "keep", self.keep, "an integer >= 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A whole run: policy, task, objective, updates, evaluation, files."""
+
+    name: str = "run"
+    """Name of the run's folder: letters, digits, '.', '_' and '-'."""
+    out: str = "runs"
+    """Folder that holds run folders."""
+    seed: int = 0
+    """Seed of data, sampling, minibatches and evaluation."""
+    updates: int = 40
+    """Optimizer updates of the run."""
+    prompts_per_rollout: int = 16
+    """Prompts of one rollout; each gets `trainer.group_size` responses."""
+    algorithm: Literal["power_mean", "gspo"] = "power_mean"
+    """The family's trainer, or the independent GSPO baseline."""
+    threads: int = 0
+    """CPU threads; 0 leaves torch's choice."""
+    device: str = "auto"
+    """auto (CUDA where there is one, else CPU), cpu, cuda, or cuda:N."""
+    samples: int = 4
+    """Completions of each rollout written to completions.jsonl."""
+    sinks: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = ()
+    """Further places for the telemetry; telemetry.jsonl is always written."""
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
+    rewards: RewardConfig = field(default_factory=RewardConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    def __post_init__(self) -> None:
+        check_run_name(self.name)
+        require(self.updates >= 1, "updates", self.updates, "an integer >= 1")
+        require(
+            self.prompts_per_rollout >= 1, "prompts_per_rollout", self.prompts_per_rollout, ">= 1"
+        )
+        require(self.threads >= 0, "threads", self.threads, "an integer >= 0")
+        require(self.samples >= 0, "samples", self.samples, "an integer >= 0")
+        responses = self.prompts_per_rollout * self.trainer.group_size
+        require(
+            responses >= self.trainer.minibatches,
+            "trainer.minibatches",
+            self.trainer.minibatches,
+            f"at most the {responses} responses of a rollout",
+        )
+
+
+def check_run_name(name: str) -> None:
+    """Refuse a run name that is not a plain, portable file name."""
+    portable = RUN_NAME.fullmatch(name) and name.split(".")[0].lower() not in WINDOWS_RESERVED
+    require(
+        bool(portable) and not name.endswith("."),
+        "name",
+        name,
+        "1 to 100 letters, digits, '.', '_' or '-', starting with a letter or digit",
+    )
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A dataclass as plain JSON-ready values (tuples become lists)."""
+
+    def plain(value: Any) -> Any:
+        if dataclasses.is_dataclass(value):
+            return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        if isinstance(value, Mapping):
+            return {key: plain(item) for key, item in value.items()}
+        if isinstance(value, tuple | list):
+            return [plain(item) for item in value]
+        return value
+
+    return plain(config)
+
+
+def from_dict(cls: type[T], data: Any, path: str = "") -> T:
+    """Build a configuration dataclass from nested plain values, strictly.
+
+    Args:
+        cls: a dataclass of this module.
+        data: nested mappings, as from TOML or JSON.
+        path: dotted name of `data`, used in messages.
+
+    Raises:
+        ConfigError: one line `objective.cliplow: unknown; did you mean clip_low?`.
+    """
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"{path or 'config'}: got {data!r}, expected a table")
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    hints = typing.get_type_hints(cls)
+    values: dict[str, Any] = {}
+    for key, value in data.items():
+        name = f"{path}.{key}" if path else str(key)
+        if key not in fields:
+            close = difflib.get_close_matches(str(key), fields, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"one of {', '.join(fields)}"
+            raise ConfigError(f"{name}: unknown; {hint}")
+        values[key] = _convert(hints[key], value, name)
+    try:
+        return cls(**values)
+    except ConfigError as error:
+        raise ConfigError(f"{path}.{error}" if path else str(error)) from None
+
+
+def _convert(kind: Any, value: Any, name: str) -> Any:
+    """`value` as the annotated type `kind`, or a one-line ConfigError."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        return from_dict(typing.cast(type, kind), value, name)
+    if origin is Literal:
+        same = [a for a in args if type(a) is type(value) and a == value]
+        require(bool(same), name, value, "one of " + ", ".join(repr(a) for a in args))
+        return same[0]
+    if origin in (typing.Union, types.UnionType):
+        for option in args:
+            try:
+                return _convert(option, value, name)
+            except ConfigError:
+                continue
+        raise ConfigError(f"{name}: got {value!r}, expected {_describe(kind)}")
+    if origin is tuple and isinstance(value, list | tuple):
+        if len(args) == 2 and args[1] is Ellipsis:
+            return tuple(_convert(args[0], item, f"{name}[{i}]") for i, item in enumerate(value))
+        require(len(value) == len(args), name, value, _describe(kind))
+        return tuple(_convert(a, v, f"{name}[{i}]") for i, (a, v) in enumerate(zip(args, value)))
+    if origin is dict and isinstance(value, Mapping):
+        return dict(value)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if kind is int and isinstance(value, bool):
+        raise ConfigError(f"{name}: got {value!r}, expected an integer")
+    if isinstance(kind, type) and origin is None and isinstance(value, kind):
+        if isinstance(value, float):
+            require(math.isfinite(value), name, value, "a finite number")
+        return value
+    raise ConfigError(f"{name}: got {value!r}, expected {_describe(kind)}")
+
+
+def _describe(kind: Any) -> str:
+    """A type annotation in words."""
+    words = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
+    words[type(None)] = "nothing"
+    args = typing.get_args(kind)
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        return " or ".join(_describe(a) for a in args if a is not type(None))
+    if typing.get_origin(kind) is tuple:
+        return f"a list of {len(args)} values" if Ellipsis not in args else "a list"
+    if typing.get_origin(kind) is Literal:
+        return "one of " + ", ".join(repr(a) for a in args)
+    return words.get(kind, "a table")

@@ -1,0 +1,53 @@
+"""Errors a user can meet: each one says what was received, what was expected, and the remedy.
+
+Every class is also a standard-library error, so callers may catch either. The command line
+turns any `HmpoError` into one line on standard error and exit code 2.
+"""
+
+
+class HmpoError(Exception):
+    """Base of every error that hmpo raises on purpose."""
+
+
+class ConfigError(HmpoError, ValueError):
+    """A setting is unknown, has the wrong type, or contradicts another."""
+
+
+class ShapeError(HmpoError, ValueError):
+    """A tensor has the wrong shape, dtype or an empty mask."""
+
+
+class ModelError(HmpoError, ValueError):
+    """A policy could not be loaded or does not do what a policy must do."""
+
+
+class TaskError(HmpoError, ValueError):
+    """A task is unknown, misconfigured, or cannot supply the prompts asked for."""
+
+
+class RewardError(HmpoError, ValueError):
+    """A reward function raised, timed out, or returned something unusable."""
+
+
+class NonFiniteError(HmpoError, FloatingPointError):
+    """NaN or infinity reached a place where it would corrupt the run."""
+
+
+class CheckpointError(HmpoError, ValueError):
+    """A checkpoint is missing, damaged, or belongs to another run."""
+
+
+class RunFolderError(HmpoError, OSError):
+    """A run folder exists already, is locked, or cannot be written."""
+
+
+class StorageError(HmpoError, OSError):
+    """The disk is full or a path cannot be written."""
+
+
+class TelemetryError(HmpoError, ValueError):
+    """A telemetry record or log does not follow its schema."""
+
+
+class MissingDependencyError(HmpoError, ImportError):
+    """An optional package is needed; the message gives the pip command."""

@@ -1,0 +1,1 @@
+"""Muon, the attention-logit tracker, QK-clip, and MuonClip."""

@@ -1,0 +1,1 @@
+"""Verifiable tasks: built-in ones, reasoning-gym, and prompts from a JSONL file."""

@@ -1,0 +1,1 @@
+"""The one table of metrics, its records, and where they are written."""

@@ -1,0 +1,111 @@
+"""The records that travel between the rooms, and the axis legend.
+
+Axes: B prompts, G responses per prompt (group), N = B * G responses, P prompt tokens
+(left-padded), T response tokens (right-padded), S = P + T, V vocabulary, H hidden width.
+Rows of one group are adjacent: rows i * G to i * G + G - 1 answer prompt i.
+Log-probs and log ratios are natural logarithms.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollout:
+    """Sampled responses with the log-probs of the policy that sampled them.
+
+    Example: two prompts, three responses each, prompts of up to 5 tokens, at most 8 new tokens:
+    `prompt_ids` (6, 5), `response_ids` (6, 8), `finished` (6,).
+    """
+
+    prompt_ids: Int[Tensor, "N P"]
+    """Prompt tokens, left-padded, repeated for each response."""
+    prompt_mask: Bool[Tensor, "N P"]
+    """True on prompt tokens."""
+    response_ids: Int[Tensor, "N T"]
+    """Response tokens, right-padded; an end token is part of the response."""
+    response_mask: Bool[Tensor, "N T"]
+    """True on response tokens."""
+    old_logprobs: Float[Tensor, "N T"]
+    """Log-probs under the behaviour policy at the sampling temperature, before any top-k or
+    top-p; 0 on padding. Importance ratios are formed against these."""
+    sampling_logprobs: Float[Tensor, "N T"]
+    """Log-probs of the distribution actually sampled from; differs from `old_logprobs` only
+    under top-k or top-p."""
+    finished: Bool[Tensor, " N"]
+    """True where the response ended by itself, False where it was cut at the limit."""
+    group_size: int
+    """G."""
+
+    @property
+    def lengths(self) -> Int[Tensor, " N"]:
+        """Response tokens of each row."""
+        return self.response_mask.sum(1)
+
+    def select(self, rows: Int[Tensor, " M"]) -> "Rollout":
+        """The given rows, as a rollout of groups of the same nominal size."""
+        return _select(self, rows)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """A rollout with everything the updates need.
+
+    Example: `advantages` (6,) for the rollout above; rows of a group whose rewards are all
+    equal hold exactly 0.
+    """
+
+    rollout: Rollout
+    rewards: Float[Tensor, " N"]
+    """Total reward; NaN where it was dropped (and `advantages` is 0, `valid` False)."""
+    advantages: Float[Tensor, " N"]
+    """Group-relative advantages."""
+    valid: Bool[Tensor, " N"]
+    """False for rows left out of the loss: dropped reward, masked truncation."""
+    ref_logprobs: Float[Tensor, "N T"] | None = None
+    """Log-probs of the frozen reference, where a KL term is used."""
+
+    def select(self, rows: Int[Tensor, " M"]) -> "Batch":
+        """The given rows."""
+        return _select(self, rows)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveOutput:
+    """Loss to differentiate, and metrics by telemetry name (detached scalars).
+
+    Example: `ObjectiveOutput(loss=tensor(-0.03), metrics={"clip/frac": tensor(0.12)})`.
+    """
+
+    loss: Float[Tensor, ""]
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Denominators:
+    """Global counts, so that micro-batch losses add up to exactly the full-batch loss.
+
+    Example: a minibatch of 8 responses with 70 tokens split in two: both halves are given
+    `Denominators(sequences=8, tokens=70)`.
+    """
+
+    sequences: int
+    """Responses that count in the loss."""
+    tokens: int
+    """Their response tokens."""
+
+
+def _select(record, rows: Tensor):
+    """A record of row-aligned tensors, restricted to `rows`."""
+    changes = {}
+    for item in dataclasses.fields(record):
+        value = getattr(record, item.name)
+        if isinstance(value, torch.Tensor):
+            changes[item.name] = value[rows]
+        elif isinstance(value, Rollout):
+            changes[item.name] = value.select(rows)
+    return dataclasses.replace(record, **changes)
