@@ -1,0 +1,301 @@
+"""Power means of a response's token ratios, in log space, and what follows from them.
+
+With d_t the log ratio of token t, L tokens and K(p) = log mean_t exp(p d_t):
+
+    log M_p         = K(p) / p              (p = 0: mean d, the geometric mean)
+    d log M_p / d d = softmax(p d)          (the token weights w)
+    d log M_p / d p = KL(w || uniform)/p^2  (p = 0: Var(d) / 2)
+
+References: power means, Hardy, Littlewood and Polya, Inequalities, chapter 2; the iteration of
+arithmetic and harmonic means is Heron's method for the square root of A H. Everything is
+evaluated around the centre or the dominating token, never as (logsumexp - log L) / p, whose
+rounding error exceeds GSPO's clip band in float32. Half precision is computed in float32,
+float64 stays float64. Padding may hold anything: it is replaced before any arithmetic.
+"""
+
+import math
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from hmpo.errors import ConfigError, ShapeError
+
+Exponent = float | int | Float[Tensor, ""] | Float[Tensor, " B"]
+
+EXPM1_LIMIT = 8.0
+"""Largest |p (d - mean d)| for the centred form; beyond it the dominating token is the anchor."""
+SERIES_LIMIT = {torch.float32: 0.2, torch.float64: 0.01}
+"""Largest |p (d - mean d)| for the cumulant series of d log M_p / dp."""
+
+
+def log_power_mean(
+    log_ratio: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], p: Exponent
+) -> Float[Tensor, " B"]:
+    """Log of the power mean of each row's ratios, log M_p = (1/p) log mean_t exp(p d_t).
+
+    Args:
+        log_ratio: d, natural log ratios (nat); any value where `mask` is False.
+        mask: True on the tokens that count.
+        p: exponent, one for all rows or one per row; a tensor receives its gradient.
+
+    Returns:
+        log M_p (nat) in float32, or float64 for float64 input. A row without tokens gives 0
+        and passes no gradient. NaN at a counted token gives NaN.
+
+    Raises:
+        ShapeError: the shapes of `log_ratio`, `mask` and `p` do not fit.
+        ConfigError: `p` is a number but not finite.
+    """
+    d, exponent = _prepare(log_ratio, mask, p)
+    return _LogPowerMean.apply(d, mask, exponent)
+
+
+def power_mean_weights(
+    log_ratio: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], p: Exponent
+) -> Float[Tensor, "B T"]:
+    """Token weights w = d log M_p / d d = softmax_t(p d); each row sums to 1.
+
+    Takes and raises what `log_power_mean` does. Padding, and rows without tokens, hold 0.
+    """
+    d, exponent = _prepare(log_ratio, mask, p)
+    return _weights(d, mask, exponent)
+
+
+def effective_sample_size(
+    log_ratio: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], p: Exponent
+) -> Float[Tensor, " B"]:
+    """Share of a row's tokens that the weights use: 1 / (L sum_t w_t^2) = exp(2K(p) - K(2p)).
+
+    Takes and raises what `log_power_mean` does. In (0, 1]; 1 at p = 0 or for equal ratios, and
+    0 for a row without tokens.
+    """
+    d, exponent = _prepare(log_ratio, mask, p)
+    squares = _weights(d, mask, exponent).square().sum(1)
+    empty = squares == 0
+    size = 1 / (_length(mask, d.dtype) * squares.masked_fill(empty, 1))
+    return size.clamp(max=1).masked_fill(empty, 0)
+
+
+def solve_exponent(
+    log_ratio: Float[Tensor, "B T"],
+    mask: Bool[Tensor, "B T"],
+    target: float | int | Float[Tensor, ""] | Float[Tensor, " B"],
+    *,
+    p_max: float,
+    sign: int = 1,
+) -> Float[Tensor, " B"]:
+    """Exponent of the given sign whose effective sample size is `target` (no gradient).
+
+    2K(p) - K(2p) falls strictly with |p| unless all ratios are equal, so a bracketed Newton
+    iteration finds the root. Where even `p_max` leaves the size above `target`, and where all
+    ratios are equal (every p gives the same mean), the answer is sign * p_max.
+
+    Args:
+        log_ratio: natural log ratios (nat).
+        mask: True on the tokens that count.
+        target: wanted `effective_sample_size`, in (0, 1].
+        p_max: largest |p| allowed, > 0.
+        sign: 1 or -1.
+
+    Raises:
+        ShapeError: shapes do not fit.
+        ConfigError: `target`, `p_max` or `sign` is out of its range.
+    """
+    if sign not in (1, -1):
+        raise ConfigError(f"sign: got {sign!r}, expected 1 or -1")
+    if not (math.isfinite(p_max) and p_max > 0):
+        raise ConfigError(f"p_max: got {p_max!r}, expected a finite number > 0")
+    with torch.no_grad():
+        d, goal = _prepare(log_ratio, mask, target)
+        if not bool(((goal > 0) & (goal <= 1)).all()):
+            raise ConfigError(f"target: got {target!r}, expected numbers in (0, 1]")
+        e = sign * _centred(d, mask, _length(mask, d.dtype))[1]
+        wide = torch.float32 if e.device.type == "mps" else torch.float64
+        root = _ess_root(e.to(wide), mask, goal.to(wide).log(), float(p_max))
+        return (sign * root).to(d.dtype)
+
+
+def ahm_mean(log_ratio: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, " B"]:
+    """Limit of the arithmetic-harmonic iteration in closed form: log sqrt(A H), differentiable.
+
+    Its token weights are (softmax(d) + softmax(-d)) / 2. It equals the geometric mean only for
+    ratios that are symmetric in log space: (1, 1, 8) gives 2.169, not 2.
+    """
+    return 0.5 * (log_power_mean(log_ratio, mask, 1.0) + log_power_mean(log_ratio, mask, -1.0))
+
+
+def ahm_iterate(log_gap: Float[Tensor, "..."], steps: int) -> Float[Tensor, "..."]:
+    """log(A_n / H_n) after `steps` arithmetic-harmonic steps from log(A_0 / H_0) = `log_gap`.
+
+    Closed form 4 artanh(u^(2^n)) with u = tanh(log_gap / 4); the product A H never changes.
+
+    Raises:
+        ConfigError: `steps` is negative.
+    """
+    if steps < 0:
+        raise ConfigError(f"steps: got {steps!r}, expected an integer >= 0")
+    log_z = math.ldexp(1.0, min(steps, 1000)) * _log_tanh_quarter(log_gap)
+    return 2 * (torch.log1p(log_z.exp()) - torch.log(-torch.expm1(log_z)))
+
+
+def ahm_steps(log_gap: Float[Tensor, "..."], tolerance: float) -> Int[Tensor, "..."]:
+    """Arithmetic-harmonic steps until (A_n - H_n) / (A_n + H_n) <= `tolerance`.
+
+    Raises:
+        ConfigError: `tolerance` is not between 0 and 1.
+    """
+    if not 0 < tolerance < 1:
+        raise ConfigError(f"tolerance: got {tolerance!r}, expected a number in (0, 1)")
+    log_z = math.log(tolerance / (1 + math.sqrt((1 - tolerance) * (1 + tolerance))))
+    log_u = _log_tanh_quarter(log_gap)
+    return torch.log2(log_z / log_u).ceil().clamp(min=0).long()
+
+
+class _LogPowerMean(torch.autograd.Function):
+    """Log M_p with both derivatives; keeps the weights and the slope in p, nothing else."""
+
+    @staticmethod
+    def forward(ctx, d: Tensor, mask: Tensor, p: Tensor) -> Tensor:
+        length = _length(mask, d.dtype)
+        anchor, power = _anchored(d, mask, p)
+        total = power.sum(1).masked_fill(~mask.any(1), 1)
+        ctx.save_for_backward(
+            power / total.unsqueeze(1) if ctx.needs_input_grad[0] else None,
+            _slope(d, mask, p) if ctx.needs_input_grad[2] else None,
+        )
+        centre, e = _centred(d, mask, length)
+        limit = p.abs() < math.sqrt(torch.finfo(d.dtype).tiny)
+        divisor = p.masked_fill(limit, 1)
+        near, z = _near(p.unsqueeze(1) * e, EXPM1_LIMIT)
+        cumulant = torch.log1p(torch.expm1(z).sum(1) / length)
+        centred = centre + torch.where(limit, e.sum(1) / length, cumulant / divisor)
+        return torch.where(near, centred, anchor + torch.log(total / length) / divisor)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        weights, slope = ctx.saved_tensors
+        grad_d = None if weights is None else grad.unsqueeze(1) * weights
+        grad_p = None if slope is None else grad * slope
+        return grad_d, None, grad_p
+
+
+def _prepare(log_ratio: Tensor, mask: Tensor, p: float | int | Tensor) -> tuple[Tensor, Tensor]:
+    """Log ratios with padding set to 0, and one exponent per row, in the computing dtype."""
+    if log_ratio.ndim != 2 or log_ratio.shape[1] == 0 or not log_ratio.is_floating_point():
+        raise ShapeError(
+            f"log_ratio: got {log_ratio.dtype} {tuple(log_ratio.shape)}, "
+            "expected float (B, T) with T >= 1"
+        )
+    if mask.shape != log_ratio.shape or mask.dtype != torch.bool:
+        raise ShapeError(
+            f"mask: got {mask.dtype} {tuple(mask.shape)}, "
+            f"expected bool {tuple(log_ratio.shape)} like log_ratio"
+        )
+    dtype = torch.float64 if log_ratio.dtype == torch.float64 else torch.float32
+    rows = log_ratio.shape[0]
+    if not isinstance(p, Tensor):
+        if not math.isfinite(p):
+            raise ConfigError(f"p: got {p!r}, expected a finite number")
+        exponent = torch.full((rows,), float(p), dtype=dtype, device=log_ratio.device)
+    elif p.shape in ((), (rows,)):
+        exponent = p.to(device=log_ratio.device, dtype=dtype).expand(rows)
+    else:
+        raise ShapeError(f"p: got {tuple(p.shape)}, expected () or ({rows},)")
+    zero = torch.zeros((), dtype=dtype, device=log_ratio.device)
+    return torch.where(mask, log_ratio.to(dtype), zero), exponent
+
+
+def _length(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """Tokens per row, at least 1."""
+    return mask.sum(1).clamp(min=1).to(dtype)
+
+
+def _centred(d: Tensor, mask: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean of d, and d minus it with 0 on padding."""
+    centre = d.sum(1) / length
+    return centre, (d - centre.unsqueeze(1)).masked_fill(~mask, 0)
+
+
+def _anchored(d: Tensor, mask: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+    """The token where p d is largest, and exp(p (d - that)) with 0 on padding."""
+    highest = d.masked_fill(~mask, -math.inf).amax(1)
+    lowest = d.masked_fill(~mask, math.inf).amin(1)
+    anchor = torch.where(p >= 0, highest, lowest).masked_fill(~mask.any(1), 0)
+    power = torch.exp(p.unsqueeze(1) * (d - anchor.detach().unsqueeze(1)))
+    return anchor, power.masked_fill(~mask, 0)
+
+
+def _weights(d: Tensor, mask: Tensor, p: Tensor) -> Tensor:
+    """Token weights softmax(p d); a difference to the anchor rounds less than p d."""
+    power = _anchored(d, mask, p)[1]
+    return power / power.sum(1, keepdim=True).masked_fill(~mask.any(1, keepdim=True), 1)
+
+
+def _near(z: Tensor, limit: float) -> tuple[Tensor, Tensor]:
+    """Rows with max |z| <= limit, and z with 0 in the other rows."""
+    near = z.abs().amax(1) <= limit
+    return near, z.masked_fill(~near.unsqueeze(1), 0)
+
+
+def _slope(d: Tensor, mask: Tensor, p: Tensor) -> Tensor:
+    """Slope of log M_p in p: cumulant series near p = 0, else KL(w || uniform) / p^2.
+
+    The series is sum_n (n - 1) kappa_n p^(n - 2) / n!, n = 2 to 6. The divergence is
+    sum w z - log mean exp z with z = p e, by expm1 or from the dominating token.
+    """
+    length = _length(mask, d.dtype)
+    e = _centred(d, mask, length)[1]
+    m2, m3, m4, m5, m6 = ((e**n).sum(1) / length for n in range(2, 7))
+    k4, k5 = m4 - 3 * m2**2, m5 - 10 * m2 * m3
+    k6 = m6 - 15 * m4 * m2 - 10 * m3**2 + 30 * m2**3
+    series = m2 / 2 + p * (m3 / 3 + p * (k4 / 8 + p * (k5 / 30 + p * k6 / 144)))
+
+    near, z = _near(p.unsqueeze(1) * e, EXPM1_LIMIT)
+    u = torch.expm1(z)
+    growth = u.sum(1) / length
+    centred = (z + u * z).sum(1) / length / (1 + growth) - torch.log1p(growth)
+    anchor, power = _anchored(e, mask, p)
+    total = power.sum(1).masked_fill(~mask.any(1), 1)
+    tilted = p * (power * (e - anchor.unsqueeze(1))).sum(1) / total
+    divergence = torch.where(near, centred, tilted - torch.log(total / length))
+
+    tiny = _near(p.unsqueeze(1) * e, SERIES_LIMIT[d.dtype])[0]
+    return torch.where(tiny, series, divergence / p.masked_fill(tiny, 1).square())
+
+
+def _ess_root(e: Tensor, mask: Tensor, log_target: Tensor, p_max: float) -> Tensor:
+    """Root x in [0, p_max] of 2K(x) - K(2x) = log_target for centred log ratios e."""
+    length = _length(mask, e.dtype)
+
+    def cumulant(x: Tensor) -> tuple[Tensor, Tensor]:
+        """K(x) and K'(x)."""
+        anchor, power = _anchored(e, mask, x)
+        total = power.sum(1).masked_fill(~mask.any(1), 1)
+        return x * anchor + torch.log(total / length), (power * e).sum(1) / total
+
+    def excess(x: Tensor) -> tuple[Tensor, Tensor]:
+        """2K(x) - K(2x) - log_target, and its derivative in x."""
+        (k1, s1), (k2, s2) = cumulant(x), cumulant(2 * x)
+        return 2 * k1 - k2 - log_target, 2 * (s1 - s2)
+
+    low, high = torch.zeros_like(log_target), torch.full_like(log_target, p_max)
+    out_of_reach = excess(high)[0] >= 0
+    sigma = (e.square().sum(1) / length).sqrt()
+    x = ((-log_target).sqrt() / sigma.masked_fill(sigma == 0, 1)).clamp(max=p_max)
+    for _ in range(60):
+        gap, rate = excess(x)
+        low, high = torch.where(gap > 0, x, low), torch.where(gap > 0, high, x)
+        newton = x - gap / rate
+        inside = (newton > low) & (newton < high)
+        x = torch.where(inside, newton, 0.5 * (low + high))
+    constant = e.abs().amax(1) == 0
+    x = x.masked_fill(log_target == 0, 0)
+    return x.masked_fill((out_of_reach & (log_target < 0)) | constant, p_max)
+
+
+def _log_tanh_quarter(log_gap: Tensor) -> Tensor:
+    """Log tanh(g / 4), exact for small and large g >= 0."""
+    return torch.log(-torch.expm1(-log_gap / 2)) - torch.log1p(torch.exp(-log_gap / 2))
