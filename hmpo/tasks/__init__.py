@@ -6,7 +6,9 @@ from hmpo.config import TaskConfig
 from hmpo.errors import TaskError
 from hmpo.tasks.alphabet import ALPHABET
 from hmpo.tasks.base import Example, Task
+from hmpo.tasks.countdown import countdown_task
 from hmpo.tasks.digits import reverse_task, sort_task
+from hmpo.tasks.key import key_task
 from hmpo.tasks.largest import largest_task
 from hmpo.tasks.options import nearest
 
@@ -15,7 +17,9 @@ __all__ = ["ALPHABET", "BUILT_IN", "Example", "Task", "make_task"]
 BUILT_IN: dict[str, Callable[[TaskConfig, int], Task]] = {
     "sort": sort_task,
     "reverse": reverse_task,
+    "countdown": countdown_task,
     "largest": largest_task,
+    "key": key_task,
 }
 """Built-in tasks by name."""
 

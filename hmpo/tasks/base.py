@@ -167,7 +167,7 @@ class GeneratedTask:
     def heldout(self, index: int) -> Example:
         """Held-out example number `index` >= 0, the same for every seed.
 
-        Distinct instances for index < `heldout_size`; beyond the last one they repeat.
+        Distinct prompts for index < `heldout_size`; beyond the last one they repeat.
         """
         _check_index(index)
         while len(self._found) <= index and not self._exhausted:
@@ -211,8 +211,8 @@ class GeneratedTask:
         """Add the next unseen held-out instance of the stream, or mark it exhausted."""
         for _ in range(DRAWS):
             instance = self.generate(self._stream)
-            if instance.canonical not in self._seen and is_heldout(self.name, instance.canonical):
-                self._seen.add(instance.canonical)
+            if instance.prompt not in self._seen and is_heldout(self.name, instance.canonical):
+                self._seen.add(instance.prompt)
                 self._found.append(instance)
                 return
         self._exhausted = True

@@ -40,8 +40,9 @@ def grade(task, completion, example):
 def test_held_out_and_training_prompts_are_disjoint_over_thousands_and_several_seeds(name):
     config = TaskConfig(name=name)
     task = make_task(config)
-    heldout = {canonical_pool(task.heldout(i).prompt) for i in range(500)}
-    assert len(heldout) == 500
+    prompts = {task.heldout(i).prompt for i in range(500)}
+    assert len(prompts) == 500
+    heldout = {canonical_pool(prompt) for prompt in prompts}
     for seed in (0, 1):
         task = make_task(config, seed)
         trained = {canonical_pool(task.train(i).prompt) for i in range(2500)}
@@ -143,7 +144,7 @@ def test_solved_examples_come_from_the_training_split_and_never_show_the_questio
 def test_a_split_too_small_for_the_index_repeats_its_held_out_prompts_in_order():
     task = make_task(TaskConfig(name="sort", level=2))
     size = task.heldout_size
-    assert 1 <= size < 55
+    assert 1 <= size < 100
     first = [task.heldout(i).prompt for i in range(size)]
     assert len(set(first)) == size
     assert [task.heldout(size + i).prompt for i in range(size)] == first
