@@ -20,14 +20,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from hmpo.divergence import exp_minus_tangent
 from hmpo.errors import ConfigError, ShapeError
 
 Exponent = float | int | Float[Tensor, ""] | Float[Tensor, " B"]
 
 EXPM1_LIMIT = 8.0
 """Largest |p (d - mean d)| for the centred form; beyond it the dominating token is the anchor."""
-SERIES_LIMIT = {torch.float32: 0.2, torch.float64: 0.01}
-"""Largest |p (d - mean d)| for the cumulant series of d log M_p / dp."""
 
 
 def log_power_mean(
@@ -241,28 +240,27 @@ def _near(z: Tensor, limit: float) -> tuple[Tensor, Tensor]:
 
 
 def _slope(d: Tensor, mask: Tensor, p: Tensor) -> Tensor:
-    """Slope of log M_p in p: cumulant series near p = 0, else KL(w || uniform) / p^2.
+    """Slope of log M_p in p: KL(w || uniform) / p^2, at p = 0 its limit.
 
-    The series is sum_n (n - 1) kappa_n p^(n - 2) / n!, n = 2 to 6. The divergence is
-    sum w z - log mean exp z with z = p e, by expm1 or from the dominating token.
+    With z = p e, q = mean(exp z - 1 - z), v = mean(z expm1 z) and g = mean expm1 z, the
+    divergence is (v - q - ((1 + g) log1p g - g)) / (1 + g): every term is of second order in z,
+    none the small difference of large ones. Where a term dominates, the anchored form is used;
+    below z = sqrt(eps) the first two cumulants.
     """
     length = _length(mask, d.dtype)
     e = _centred(d, mask, length)[1]
-    m2, m3, m4, m5, m6 = ((e**n).sum(1) / length for n in range(2, 7))
-    k4, k5 = m4 - 3 * m2**2, m5 - 10 * m2 * m3
-    k6 = m6 - 15 * m4 * m2 - 10 * m3**2 + 30 * m2**3
-    series = m2 / 2 + p * (m3 / 3 + p * (k4 / 8 + p * (k5 / 30 + p * k6 / 144)))
+    z = p.unsqueeze(1) * e
+    tiny = _near(z, math.sqrt(torch.finfo(d.dtype).eps))[0]
+    near, z = _near(z, EXPM1_LIMIT)
+    series = (e**2).sum(1) / length / 2 + p * (e**3).sum(1) / length / 3
 
-    near, z = _near(p.unsqueeze(1) * e, EXPM1_LIMIT)
     u = torch.expm1(z)
-    growth = u.sum(1) / length
-    centred = (z + u * z).sum(1) / length / (1 + growth) - torch.log1p(growth)
+    q, v, g = ((x.sum(1) / length) for x in (exp_minus_tangent(z), z * u, u))
+    centred = (v - q - ((1 + g) * torch.log1p(g) - g)) / (1 + g)
     anchor, power = _anchored(e, mask, p)
     total = power.sum(1).masked_fill(~mask.any(1), 1)
     tilted = p * (power * (e - anchor.unsqueeze(1))).sum(1) / total
     divergence = torch.where(near, centred, tilted - torch.log(total / length))
-
-    tiny = _near(p.unsqueeze(1) * e, SERIES_LIMIT[d.dtype])[0]
     return torch.where(tiny, series, divergence / p.masked_fill(tiny, 1).square())
 
 

@@ -9,7 +9,7 @@ omega_i is 1/N (sequence_mean), L_i / sum L (token_mean) or L_i / (N max_length)
 sum L may be given as global `Denominators`, so that micro-batches add up to the whole.
 
 As A_i is constant in a response, min(x A, clip(x) A) = A min(x, hi) for A >= 0 and A max(x, lo)
-for A < 0, for tokens (PPO, arXiv 1707.06347, equation 7; GMPO, arXiv 2507.20673, equation 4) as
+for A < 0, for tokens (PPO, arXiv 1707.06347, equation 7; GMPO, arXiv 2507.20673) as
 for sequences (GSPO, arXiv 2507.18071, equation 5). A clipped token keeps its weight in the mean
 and gets no gradient; exactly on a bound the gradient flows, as it does through PPO's minimum.
 
@@ -26,7 +26,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from hmpo.config import ObjectiveConfig
-from hmpo.divergence import exp_minus_tangent, token_kl
+from hmpo.divergence import exp_minus_tangent, k3, token_kl
 from hmpo.errors import ConfigError, ShapeError
 from hmpo.means import effective_sample_size, log_power_mean
 from hmpo.types import Denominators, ObjectiveOutput
@@ -85,19 +85,14 @@ def power_mean_loss(
     """The loss of `power_mean_objective` alone; same arguments and errors."""
     _check(logprobs, old_logprobs, mask, advantages, ref_logprobs, exponent)
     log_ratio = _log_ratio(logprobs, old_logprobs, mask)
-    advantages = _counted(advantages, mask.any(1)).to(log_ratio.dtype)
+    advantages = _row_advantages(advantages, mask, log_ratio.dtype)
     omega = _row_weights(mask, config, denominators, log_ratio.dtype)
     p = _exponent(advantages, config, exponent)
 
-    surrogate = (omega * advantages * _clipped_mean(log_ratio, mask, advantages, p, config)).sum()
-    if config.kl_coef == 0:
-        return -surrogate
-    if ref_logprobs is None:
-        raise ConfigError(
-            f"ref_logprobs: got None, expected (N, T) log-probs with kl_coef = {config.kl_coef}"
-        )
-    kl = (omega * _row_kl(logprobs, ref_logprobs, mask, config.kl_estimator)).sum()
-    return -surrogate + config.kl_coef * kl
+    loss = -(omega * advantages * _clipped_mean(log_ratio, mask, advantages, p, config)).sum()
+    if config.kl_coef > 0:
+        loss = loss + config.kl_coef * (omega * _row_kl(logprobs, ref_logprobs, mask, config)).sum()
+    return loss
 
 
 def count_denominators(mask: Bool[Tensor, "N T"]) -> Denominators:
@@ -118,6 +113,7 @@ def objective_metrics(
 ) -> dict[str, Tensor]:
     """Detached scalars by telemetry name, over the rows with at least one token.
 
+    `pg_loss` is -J of these rows by their own denominators, `kl_loss` what the KL term adds.
     Token moments weigh all tokens equally, sequence moments all rows; variances are population
     variances. `clip/frac` counts the units (tokens or sequences, as the clip) whose clipped
     branch is active: above the upper bound with A > 0, below the lower one with A < 0;
@@ -129,28 +125,30 @@ def objective_metrics(
     """
     _check(logprobs, old_logprobs, mask, advantages, ref_logprobs, exponent)
     log_ratio = _log_ratio(logprobs, old_logprobs, mask)
-    advantages = _counted(advantages, mask.any(1)).to(log_ratio.dtype)
+    advantages = _row_advantages(advantages, mask, log_ratio.dtype)
     p = _exponent(advantages, config, exponent)
     metrics = _count_metrics(mask, config, log_ratio)
     rows = mask.any(1)
     if not bool(rows.any()):
         return metrics
+    omega = _row_weights(mask, config, None, log_ratio.dtype)
+    means = _clipped_mean(log_ratio, mask, advantages, p, config)
+    metrics |= {
+        "pg_loss": -(omega * advantages * means).sum(),
+        "kl_loss": log_ratio.new_tensor(0.0),
+        "kl/k1": -log_ratio[mask].mean(),
+        "kl/k3": exp_minus_tangent(log_ratio[mask]).mean(),
+    }
+    if config.kl_coef > 0:
+        kl = _row_kl(logprobs, ref_logprobs, mask, config)
+        metrics["kl_loss"] = config.kl_coef * (omega * kl).sum()
+    if ref_logprobs is not None:
+        metrics["kl/ref"] = k3(logprobs[mask] - ref_logprobs[mask]).mean()
     p = torch.as_tensor(p, dtype=log_ratio.dtype, device=log_ratio.device).expand(rows.shape)[rows]
     log_ratio, mask, advantages = log_ratio[rows], mask[rows], advantages[rows]
-    metrics |= _exponent_metrics(p, advantages)
+    metrics |= _row_metrics(p, advantages)
     metrics |= _ratio_metrics(log_ratio, mask, p)
     metrics |= _clip_metrics(log_ratio, mask, advantages, p, config)
-    d = log_ratio[mask]
-    metrics |= {
-        "kl/k1": -d.mean(),
-        "kl/k3": exp_minus_tangent(d).mean(),
-        "adv/mean": advantages.mean(),
-        "adv/var": advantages.var(correction=0),
-        "adv/abs_mean": advantages.abs().mean(),
-    }
-    if ref_logprobs is not None:
-        reference = _counted(ref_logprobs[rows], mask)[mask]
-        metrics["kl/ref"] = token_kl(_counted(logprobs[rows], mask)[mask], reference, "k3").mean()
     return metrics
 
 
@@ -166,21 +164,25 @@ def _count_metrics(mask: Tensor, config: ObjectiveConfig, log_ratio: Tensor) -> 
     }
 
 
-def _exponent_metrics(p: Tensor, advantages: Tensor) -> dict[str, Tensor]:
-    """Exponents in force: over all rows, and over those of each sign (all, if there are none)."""
+def _row_metrics(p: Tensor, advantages: Tensor) -> dict[str, Tensor]:
+    """Advantages, and exponents over all rows and those of each sign (all, if there are none)."""
     positive = advantages >= 0
     return {
         "ratio/p": p.mean(),
         "ratio/p_std": p.std(correction=0),
         "ratio/p_pos": p[positive].mean() if bool(positive.any()) else p.mean(),
         "ratio/p_neg": p[~positive].mean() if bool((~positive).any()) else p.mean(),
+        "adv/mean": advantages.mean(),
+        "adv/var": advantages.var(correction=0),
+        "adv/abs_mean": advantages.abs().mean(),
     }
 
 
 def _ratio_metrics(log_ratio: Tensor, mask: Tensor, p: Tensor) -> dict[str, Tensor]:
     """Means of the unclipped ratios, their spread, and effective sample sizes."""
     log_a, log_g, log_h = (log_power_mean(log_ratio, mask, q) for q in (1.0, 0.0, -1.0))
-    gap, skew = log_a - log_h, 0.5 * (log_a + log_h) - log_g
+    gap = (log_a - log_h).clamp(min=0)  # never negative; rounding of equal ratios may be
+    skew = 0.5 * (log_a + log_h) - log_g
     log_m = log_power_mean(log_ratio, mask, p)
     m, d = _exp(log_m), log_ratio[mask]
     whole = log_ratio.sum(1).clamp(-EXP_LIMIT, EXP_LIMIT).exp()
@@ -268,10 +270,21 @@ def _log_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
     return torch.where(d.isfinite(), d, torch.full_like(d, math.nan))
 
 
-def _row_kl(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, estimator: str) -> Tensor:
+def _row_advantages(advantages: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """Advantages as constants, 0 for a row without tokens."""
+    return _counted(advantages.detach(), mask.any(1)).to(dtype)
+
+
+def _row_kl(
+    logprobs: Tensor, ref_logprobs: Tensor | None, mask: Tensor, config: ObjectiveConfig
+) -> Tensor:
     """Token mean of KL(pi || ref) for each row (nat); 0 for a row without tokens."""
+    if ref_logprobs is None:
+        raise ConfigError(
+            f"ref_logprobs: got None, expected (N, T) log-probs with kl_coef = {config.kl_coef}"
+        )
     ref_logprobs = _counted(ref_logprobs.detach(), mask)
-    per_token = token_kl(_counted(logprobs, mask), ref_logprobs, estimator)
+    per_token = token_kl(_counted(logprobs, mask), ref_logprobs, config.kl_estimator)
     return per_token.sum(1) / mask.sum(1).clamp(min=1)
 
 
@@ -302,7 +315,9 @@ def _exponent(
     positive, negative = config.exponent_for(positive=True), config.exponent_for(positive=False)
     if positive == negative:
         return positive
-    return torch.where(advantages >= 0, positive, negative).to(advantages.dtype)
+    return torch.where(
+        advantages >= 0, advantages.new_tensor(positive), advantages.new_tensor(negative)
+    )
 
 
 def _check(
