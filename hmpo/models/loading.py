@@ -1,0 +1,190 @@
+"""From a `PolicyConfig` to a model and its tokenizer: local files and safetensors only."""
+
+import dataclasses
+import json
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from hmpo.config import PolicyConfig
+from hmpo.errors import MissingDependencyError, ModelError
+from hmpo.models.paths import is_adapter, resolve_policy_path
+from hmpo.models.quiet import no_progress_bars
+from hmpo.models.saving import first_line
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedPolicy:
+    """A policy ready to be trained.
+
+    Example: `LoadedPolicy(model=..., tokenizer=..., source="tiny-sort")`.
+    """
+
+    model: nn.Module
+    """Causal language model in float32 and training mode, with SDPA attention; wrapped by
+    peft when LoRA was asked for, all weights but the adapters then frozen."""
+    tokenizer: PreTrainedTokenizerBase
+    """Its tokenizer, padding on the left."""
+    source: str
+    """`PolicyConfig.path` as it was given."""
+
+
+def load_policy(config: PolicyConfig, *, device: str = "cpu") -> LoadedPolicy:
+    """Load the policy that `config` names; nothing is downloaded, no remote code is run.
+
+    Args:
+        config: where the policy is, and whether it gets LoRA adapters.
+        device: cpu, cuda or cuda:N.
+
+    Raises:
+        ModelError: one line; the folder or its files are not usable, or there is no such device.
+        MissingDependencyError: LoRA without peft.
+    """
+    folder = resolve_policy_path(config.path)
+    place = _device(device)
+    if is_adapter(folder):
+        return _load_adapter(config, folder, place)
+    tokenizer = _load_tokenizer(folder, config.path)
+    model = _load_model(folder, config.path)
+    _check_together(model, tokenizer, config.path)
+    if config.lora_rank > 0:
+        model = _with_lora(model, config)
+    model.to(place).train()
+    return LoadedPolicy(model=model, tokenizer=tokenizer, source=config.path)
+
+
+def _device(device: str) -> torch.device:
+    """The torch device, or a ModelError when this machine lacks it."""
+    try:
+        place = torch.device(device)
+    except RuntimeError:
+        raise ModelError(f"device: got {device!r}, expected cpu, cuda or cuda:N") from None
+    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+        raise ModelError(f"device: got {device!r}, but there are {torch.cuda.device_count()} GPUs")
+    return place
+
+
+def _load_tokenizer(folder: Path, path: str) -> PreTrainedTokenizerBase:
+    """The folder's tokenizer, padding on the left."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False, padding_side="left"
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(f"policy {path!r}: no usable tokenizer ({first_line(error)})") from error
+    if not tokenizer("0", add_special_tokens=False).input_ids:
+        # Seen when a tokenizer's files are read by the class of another architecture.
+        raise ModelError(
+            f"policy {path!r}: its tokenizer ({type(tokenizer).__name__}) turns text into no "
+            "tokens; set tokenizer_class in tokenizer_config.json"
+        )
+    return tokenizer
+
+
+def _load_model(folder: Path, path: str) -> nn.Module:
+    """The folder's causal language model; absent or misshapen weights are an error."""
+    try:
+        with no_progress_bars():
+            model, report = AutoModelForCausalLM.from_pretrained(
+                folder,
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                dtype=torch.float32,
+                attn_implementation="sdpa",
+                output_loading_info=True,
+            )
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        raise ModelError(f"policy {path!r}: cannot be loaded ({first_line(error)})") from error
+    for kind in ("missing_keys", "mismatched_keys"):
+        if report[kind]:
+            name = str(sorted(report[kind], key=str)[0])
+            raise ModelError(
+                f"policy {path!r}: {len(report[kind])} weights with {kind.replace('_', ' ')}, "
+                f"such as {name}; config.json and model.safetensors do not belong together"
+            )
+    if report["unexpected_keys"]:
+        logger.warning("policy %r: unused weights %s", path, sorted(report["unexpected_keys"]))
+    return model
+
+
+def _check_together(model: nn.Module, tokenizer: PreTrainedTokenizerBase, path: str) -> None:
+    """Every token id of the tokenizer must have a row in the embedding."""
+    rows = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > rows:
+        raise ModelError(
+            f"policy {path!r}: tokenizer with {len(tokenizer)} tokens, embedding of {rows} rows"
+        )
+
+
+def _with_lora(model: nn.Module, config: PolicyConfig) -> nn.Module:
+    """`model` wrapped by peft: trainable adapters on the targets, everything else frozen."""
+    peft = _import_peft()
+    settings = peft.LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        target_modules=list(config.lora_targets),
+        task_type="CAUSAL_LM",
+    )
+    try:
+        with _no_peft_deprecation():
+            wrapped = peft.get_peft_model(model, settings)
+    except ValueError as error:
+        raise ModelError(f"lora_targets: {first_line(error)}") from error
+    # What a saved adapter says it sits on: the name the user gave, not this machine's path.
+    wrapped.peft_config["default"].base_model_name_or_path = config.path
+    return wrapped
+
+
+def _load_adapter(config: PolicyConfig, folder: Path, place: torch.device) -> LoadedPolicy:
+    """A folder of LoRA adapters, on the base policy that it names."""
+    peft = _import_peft()
+    if config.lora_rank > 0:
+        raise ModelError(
+            f"policy {config.path!r}: has LoRA adapters of its own; set lora_rank to 0"
+        )
+    try:
+        settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"policy {config.path!r}: adapter_config.json ({error})") from None
+    name = settings.get("base_model_name_or_path")
+    if not name or is_adapter(resolve_policy_path(name)):
+        raise ModelError(
+            f"policy {config.path!r}: adapter_config.json gives {name!r} as "
+            "base_model_name_or_path, expected a whole policy"
+        )
+    base = load_policy(dataclasses.replace(config, path=name), device=str(place))
+    try:
+        with _no_peft_deprecation():
+            model = peft.PeftModel.from_pretrained(base.model, folder, is_trainable=True)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ModelError(f"policy {config.path!r}: adapters ({first_line(error)})") from error
+    model.to(place).train()
+    return LoadedPolicy(model=model, tokenizer=base.tokenizer, source=config.path)
+
+
+@contextmanager
+def _no_peft_deprecation() -> Iterator[None]:
+    """Hide one warning: peft 0.21 asks transformers for an attribute by its old name."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+        yield
+
+
+def _import_peft():
+    """peft, or how to get it."""
+    try:
+        import peft
+    except ImportError:
+        raise MissingDependencyError("LoRA needs peft: pip install 'hmpo[lora]'") from None
+    return peft

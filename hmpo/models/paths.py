@@ -1,0 +1,84 @@
+"""Where a policy's folder is: bundled, in the cache, or the user's own. No torch in here."""
+
+import json
+import os
+import re
+from pathlib import Path
+
+from hmpo.errors import ModelError
+
+TINY_SORT = Path(__file__).parent / "tiny_sort"
+SMOLLM2_FOLDER = "smollm2-135m-instruct"
+FETCH_COMMAND = "hmpo fetch-model smollm2"
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+def cache_folder() -> Path:
+    """Folder of fetched models: the environment variable HMPO_CACHE, or ~/.cache/hmpo."""
+    chosen = os.environ.get("HMPO_CACHE")
+    return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "hmpo"
+
+
+def resolve_policy_path(path: str) -> Path:
+    """Folder of the policy that `PolicyConfig.path` names.
+
+    Args:
+        path: `tiny-sort` (bundled), `smollm2` (fetched beforehand), or a local folder in
+            Hugging Face's layout. The two names win over folders of the same name; write
+            `./smollm2` for such a folder.
+
+    Raises:
+        ModelError: one line that says what is missing and the remedy.
+    """
+    if path == "tiny-sort":
+        return TINY_SORT
+    if path == "smollm2":
+        folder = cache_folder() / SMOLLM2_FOLDER
+        if not (folder / "config.json").is_file():
+            raise ModelError(f"policy 'smollm2': not in {folder.parent}; run `{FETCH_COMMAND}`")
+        return folder
+    folder = Path(path).expanduser()
+    if not folder.exists():
+        if _HUB_NAME.fullmatch(path):
+            raise ModelError(
+                f"policy {path!r}: no such folder, and only local folders are loaded; download "
+                f"it first, e.g. `hf download {path} --local-dir {folder.name}`, then name that"
+            )
+        raise ModelError(
+            f"policy {path!r}: no such folder; expected a local folder, 'tiny-sort' or 'smollm2'"
+        )
+    if not folder.is_dir():
+        raise ModelError(f"policy {path!r}: is a file, expected a folder with config.json")
+    _check_contents(folder, path)
+    return folder
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether the folder holds LoRA adapters on top of another policy."""
+    return (folder / "adapter_config.json").is_file()
+
+
+def _check_contents(folder: Path, path: str) -> None:
+    """Refuse a folder without a configuration or without safetensors weights."""
+    if is_adapter(folder):
+        if not (folder / "adapter_model.safetensors").is_file():
+            raise ModelError(f"policy {path!r}: has no adapter_model.safetensors")
+        return
+    config = folder / "config.json"
+    if not config.is_file():
+        raise ModelError(f"policy {path!r}: has no config.json; expected a Hugging Face folder")
+    try:
+        settings = json.loads(config.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"policy {path!r}: config.json is not JSON ({error})") from None
+    if not isinstance(settings, dict) or "model_type" not in settings:
+        raise ModelError(f"policy {path!r}: config.json names no model_type")
+    if not any((folder / f"model.safetensors{end}").is_file() for end in ("", ".index.json")):
+        others = sorted(
+            p.name for pattern in ("*.bin", "*.pt", "*.gguf") for p in folder.glob(pattern)
+        )
+        found = (
+            f" (found {others[0]}: convert it, pickled weights are not loaded)" if others else ""
+        )
+        raise ModelError(f"policy {path!r}: has no model.safetensors{found}")

@@ -1,0 +1,105 @@
+"""Writing a policy's folder so that a crash leaves the old one or the new one, never half."""
+
+import logging
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from safetensors import SafetensorError
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hmpo.errors import ModelError, StorageError
+from hmpo.models.paths import is_adapter
+from hmpo.models.quiet import no_progress_bars
+
+logger = logging.getLogger(__name__)
+
+
+def save_policy(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> Path:
+    """Write the policy as a Hugging Face folder with safetensors weights.
+
+    The folder is written aside and renamed into place; a policy that was there is replaced,
+    anything else is left alone. A model with LoRA adapters is saved as adapters only, by
+    peft's `save_pretrained`, with the name of the policy below them; `load_policy` reads both.
+
+    Args:
+        model: a transformers model, or one wrapped by peft.
+        tokenizer: saved beside it.
+        folder: where; parents are made.
+
+    Returns:
+        `folder`.
+
+    Raises:
+        ModelError: the model has no `save_pretrained`, or `folder` holds something else.
+        StorageError: the disk is full or the path cannot be written.
+    """
+    save = getattr(model, "save_pretrained", None)
+    if save is None:
+        raise ModelError(
+            f"policy of type {type(model).__name__}: has no save_pretrained; expected a "
+            "transformers or peft model"
+        )
+    if not isinstance(model, PreTrainedModel):
+        logger.info("saving the LoRA adapters only; they need their base policy to load")
+
+    def write(aside: Path) -> None:
+        with no_progress_bars():
+            save(aside)
+        tokenizer.save_pretrained(aside)
+
+    return replace_folder(Path(folder), write)
+
+
+def replace_folder(folder: Path, write: Callable[[Path], None]) -> Path:
+    """Let `write` fill a new folder beside `folder`, then rename it into place.
+
+    Raises:
+        ModelError: `folder` exists and is not a policy.
+        StorageError: nothing could be written; what was there is still there.
+    """
+    if folder.exists() and not _replaceable(folder):
+        raise ModelError(f"{folder}: exists and is not a policy's folder; choose another one")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as work:
+            aside, old = Path(work) / "new", Path(work) / "old"
+            aside.mkdir()
+            write(aside)
+            _flush(aside)
+            if folder.exists():
+                folder.replace(old)
+            try:
+                aside.replace(folder)
+            except OSError:
+                if old.exists():
+                    old.replace(folder)
+                raise
+    except (OSError, SafetensorError) as error:
+        raise StorageError(f"{folder}: cannot be written ({first_line(error)})") from error
+    return folder
+
+
+def _replaceable(folder: Path) -> bool:
+    """An empty folder or an older policy."""
+    if not folder.is_dir():
+        return False
+    return (folder / "config.json").is_file() or is_adapter(folder) or not any(folder.iterdir())
+
+
+def _flush(folder: Path) -> None:
+    """Force the files to the disk, as readable as their folder, before it is renamed."""
+    mode = folder.stat().st_mode & 0o666
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)  # weights come as 0600, from a temporary file
+            with path.open("rb+") as file:
+                os.fsync(file.fileno())
+
+
+def first_line(error: BaseException) -> str:
+    """An exception's first line, for one-line messages."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
