@@ -1,1 +1,28 @@
-"""Muon, the attention-logit tracker, QK-clip, and MuonClip."""
+"""Muon, and QK-clip for any optimizer. Why it is hard: README.md beside this file."""
+
+from hmpo.optim.logit_tracker import LogitTracker, MaxLogits
+from hmpo.optim.muon import Muon
+from hmpo.optim.muon_clip import (
+    MuonClip,
+    MuonClipConfig,
+    detach_qk_clip,
+    qk_clip_stats,
+    with_qk_clip,
+)
+from hmpo.optim.param_groups import MuonWithAdamW, split_param_groups
+from hmpo.optim.qk_clip import ClipStats, QKClip
+
+__all__ = [
+    "ClipStats",
+    "LogitTracker",
+    "MaxLogits",
+    "Muon",
+    "MuonClip",
+    "MuonClipConfig",
+    "MuonWithAdamW",
+    "QKClip",
+    "detach_qk_clip",
+    "qk_clip_stats",
+    "split_param_groups",
+    "with_qk_clip",
+]

@@ -1,0 +1,146 @@
+"""The largest attention logit of each query head: a cheap upper bound, and the exact value.
+
+A logit is `scale * q . k` as softmax sees it before any additive bias or soft cap: after rotary
+embedding, for visible (query, key) pairs of real tokens only. Pure functions of tensors; no
+gradients, no host synchronisation, memory bounded by `BLOCK_ELEMENTS` scores.
+
+Padding is read off the attention mask itself: in a causal language model a token always sees
+itself, so a query row whose diagonal entry is masked is padding, left or right.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+BLOCK_ELEMENTS = 1 << 22
+"""Scores held at once by `exact_max` (16 MiB of float32)."""
+MASKED_BELOW = -1e4
+"""An additive mask entry at or below this hides its pair; above it, the pair counts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionCall:
+    """One call of an attention function, detached.
+
+    Example: 8 query heads over 2 key heads, 2 prompts of 16 tokens, head width 64:
+    `query` (2, 8, 16, 64), `key` (2, 2, 16, 64), `mask` (2, 1, 16, 16) bool.
+    """
+
+    query: Float[Tensor, "B H Q D"]
+    """Queries after rotary embedding."""
+    key: Float[Tensor, "B G K D"]
+    """Keys after rotary embedding, not repeated: query head h reads key head h // (H // G)."""
+    mask: Tensor | None
+    """(B or 1, H or 1, Q, K): bool with True visible, or an additive float mask, or None."""
+    causal: bool
+    """Without a mask: does query i see keys 0..i only? Ignored when there is a mask."""
+    scale: float
+    """Positive factor on q . k."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the queries and keys."""
+        return self.query.nbytes + self.key.nbytes
+
+
+def _seen(mask: Tensor) -> Tensor:
+    return mask if mask.dtype == torch.bool else mask > MASKED_BELOW
+
+
+def real_rows(call: AttentionCall) -> Bool[Tensor, "b h Q"] | None:
+    """Query rows that are no padding, or None if the call says nothing about padding."""
+    queries, keys = call.query.shape[2], call.key.shape[2]
+    if call.mask is None or keys < queries:
+        return None
+    diagonal = call.mask[..., :keys].diagonal(offset=keys - queries, dim1=-2, dim2=-1)
+    return _seen(diagonal)
+
+
+def _seen_keys(call: AttentionCall) -> Tensor:
+    """Keys (b, h, K) that some row sees."""
+    mask = call.mask[..., : call.key.shape[2]]
+    return mask.any(-2) if mask.dtype == torch.bool else mask.amax(-2) > MASKED_BELOW
+
+
+def logit_bound(call: AttentionCall) -> Float[Tensor, " H"]:
+    """Upper bound of each head's largest logit by Cauchy-Schwarz: scale * max|q| * max|k|.
+
+    Rounded upwards, so that it is never below the exact value of the same tensors (entries
+    between 1e-19 and 1e19, or zero). -inf for a head without any visible pair.
+    """
+    heads, width = call.query.shape[1], call.query.shape[3]
+    dtype = torch.promote_types(call.query.dtype, torch.float32)
+    query = torch.linalg.vector_norm(call.query, dim=-1, dtype=dtype)
+    key = torch.linalg.vector_norm(call.key, dim=-1, dtype=dtype)
+    key = key.repeat_interleave(heads // key.shape[1], dim=1)
+    rows = real_rows(call)
+    if rows is not None:
+        query = query.masked_fill(~rows, -torch.inf)
+    if call.mask is not None:
+        key = key.masked_fill(~_seen_keys(call), -torch.inf)
+    query, key = query.amax(-1), key.amax(-1)
+    rounding = 1.0 + (width + 8) * torch.finfo(torch.float32).eps
+    empty = (query == -torch.inf) | (key == -torch.inf)
+    bound = (query * key * (call.scale * rounding)).masked_fill(empty, -torch.inf)
+    return bound.amax(0).float()
+
+
+def exact_max(call: AttentionCall, heads: Int[Tensor, " N"] | None = None) -> Float[Tensor, " _"]:
+    """Each head's largest logit, in float32 or better, block by block.
+
+    Args:
+        call: the attention call.
+        heads: query heads to look at; None means all.
+
+    Returns:
+        float32 (N,), or (H,) without `heads`; -inf for a head without any visible pair.
+    """
+    query, key, mask = call.query, call.key, call.mask
+    rows = real_rows(call)
+    if heads is not None:
+        key = key[:, heads // (query.shape[1] // key.shape[1])]
+        query = query[:, heads]
+        if mask is not None and mask.shape[1] > 1:
+            mask, rows = mask[:, heads], None if rows is None else rows[:, heads]
+    visible = None if mask is None else _Visible(mask, rows)
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    (batch, total, length, _), (_, groups, keys, width) = query.shape, key.shape
+    best = torch.full((total,), -torch.inf, dtype=dtype, device=query.device)
+    batch_step = max(1, min(batch, BLOCK_ELEMENTS // max(1, total * keys * 64)))
+    row_step = max(1, min(length, BLOCK_ELEMENTS // max(1, batch_step * total * keys)))
+    with torch.autocast(query.device.type, enabled=False):
+        for b in range(0, batch, batch_step):
+            keys_t = key[b : b + batch_step].to(dtype).transpose(-1, -2)
+            for start in range(0, length, row_step):
+                stop = min(length, start + row_step)
+                last = min(keys, stop) if mask is None and call.causal else keys
+                block = query[b : b + batch_step, :, start:stop].to(dtype)
+                size = block.shape[0]
+                block = block.reshape(size, groups, -1, width)
+                scores = (block @ keys_t[..., :last]).view(size, total, stop - start, last)
+                if visible is not None:
+                    scores.masked_fill_(~visible.block(b, size, start, stop, last), -torch.inf)
+                elif call.causal:
+                    scores.masked_fill_(_future(start, stop, last, query.device), -torch.inf)
+                best = torch.maximum(best, scores.amax((0, 2, 3)))
+    return (best * call.scale).float()
+
+
+def _future(start: int, stop: int, last: int, device: torch.device) -> Bool[Tensor, "q k"]:
+    rows = torch.arange(start, stop, device=device)
+    return torch.arange(last, device=device)[None, :] > rows[:, None]
+
+
+@dataclass(frozen=True)
+class _Visible:
+    """Blocks of the visible pairs, made on demand from a mask that may broadcast."""
+
+    mask: Tensor
+    rows: Tensor | None
+
+    def block(self, b: int, size: int, start: int, stop: int, last: int) -> Tensor:
+        one = slice(None) if self.mask.shape[0] == 1 else slice(b, b + size)
+        seen = _seen(self.mask[one, :, start:stop, :last])
+        return seen if self.rows is None else seen & self.rows[one, :, start:stop, None]

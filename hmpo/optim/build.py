@@ -1,0 +1,35 @@
+"""The optimizer that a run's configuration names."""
+
+import torch
+from torch import nn
+
+from hmpo.config import OptimizerConfig
+from hmpo.errors import ModelError
+from hmpo.optim.param_groups import MuonWithAdamW, split_param_groups
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """AdamW, or Muon for hidden matrices and AdamW for the rest, over trainable parameters.
+
+    Vectors (norms, biases) are never decayed. QK-clip is not part of it: the trainers wrap it.
+
+    Raises:
+        ModelError: the model has no trainable parameter.
+    """
+    if config.name == "muon":
+        groups = split_param_groups(
+            model,
+            lr=config.lr if config.muon_lr is None else config.muon_lr,
+            weight_decay=config.weight_decay,
+            adamw_lr=config.lr,
+        )
+        return MuonWithAdamW(groups, lr=config.lr, betas=config.betas)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    if not trainable:
+        raise ModelError("policy: got no trainable parameter, expected at least one")
+    groups = [
+        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    filled = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(filled, lr=config.lr, betas=config.betas)
