@@ -4,13 +4,13 @@ from collections.abc import Callable
 
 from hmpo.config import TaskConfig
 from hmpo.errors import TaskError
+from hmpo.rewards.loading import nearest
 from hmpo.tasks.alphabet import ALPHABET
 from hmpo.tasks.base import Example, Task
 from hmpo.tasks.countdown import countdown_task
 from hmpo.tasks.digits import reverse_task, sort_task
 from hmpo.tasks.key import key_task
 from hmpo.tasks.largest import largest_task
-from hmpo.tasks.options import nearest
 
 __all__ = ["ALPHABET", "BUILT_IN", "Example", "Task", "make_task"]
 

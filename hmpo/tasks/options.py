@@ -1,18 +1,11 @@
 """Strict reading of a task's options."""
 
-import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from hmpo.config import TaskConfig
 from hmpo.errors import TaskError
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """A hint for an unknown name: the nearest known one, or all of them."""
-    known = list(known)
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {close[0]}?" if close else f"one of {', '.join(known) or 'none'}"
+from hmpo.rewards.loading import nearest
 
 
 def read_options(config: TaskConfig, defaults: Mapping[str, Any]) -> dict[str, Any]:

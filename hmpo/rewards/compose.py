@@ -1,0 +1,340 @@
+"""Several weighted reward functions over one rollout, and what happens to faulty returns."""
+
+import inspect
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from hmpo.errors import RewardError
+from hmpo.rewards.values import (
+    LIMIT,
+    Fault,
+    Outcome,
+    RewardFn,
+    UsageError,
+    call_reward,
+    one_line,
+)
+from hmpo.rewards.worker import Worker
+
+NAMED = ("prompts", "completions", "completion_ids")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardEvent:
+    """Something that took samples out of a rollout.
+
+    Example: `RewardEvent(name="reward_nonfinite", function="length", step=3, sample=5,
+    detail="got nan, expected a finite number; ...")`.
+    """
+
+    name: str
+    """reward_none (no function applies), reward_nonfinite, reward_out_of_range, reward_type,
+    reward_length, reward_exception, reward_timeout, or reward_crash."""
+    function: str
+    """Name of the function; all names, joined by commas, for reward_none."""
+    step: int
+    sample: int | None
+    """Index in the rollout; None where the whole rollout is dropped."""
+    detail: str
+    """What was received, what was expected, the remedy."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardResult:
+    """Rewards of a rollout of N samples.
+
+    Example: two samples, the second dropped: `total` [0.5, nan], `by_function`
+    {"length": [0.5, nan]}, `dropped` 1.
+    """
+
+    total: list[float]
+    """Weighted sum over the functions that apply; nan exactly where the sample was dropped."""
+    by_function: dict[str, list[float]]
+    """Unweighted; nan where the function gave None or the sample was dropped."""
+    dropped: int
+    """Number of nan in `total`."""
+    events: tuple[RewardEvent, ...] = ()
+
+
+class Rewards:
+    """Calls reward functions, checks every return, sums them up.
+
+    Args:
+        functions: one function, several, or a mapping from name to function.
+        weights: one finite number for each function; empty weighs all by 1.
+        on_error: "raise" stops at the first fault with one line; "skip" drops the sample (the
+            whole rollout where the return as a whole is unusable) and reports events.
+        timeout: seconds for one function and one rollout; the functions then run in a child
+            process that is killed and replaced when it takes longer (see `worker`). None runs
+            them here, without a limit.
+
+    Use as a context manager, or call `close`, to end the child process early; it ends with this
+    object in any case.
+    """
+
+    def __init__(
+        self,
+        functions: Mapping[str, RewardFn] | Sequence[RewardFn] | RewardFn,
+        weights: Sequence[float] = (),
+        *,
+        on_error: Literal["raise", "skip"] = "raise",
+        timeout: float | None = None,
+    ) -> None:
+        self.functions = _by_name(functions)
+        self.weights = _check_weights(weights, len(self.functions))
+        if on_error not in ("raise", "skip"):
+            raise RewardError(f"on_error: got {on_error!r}, expected 'raise' or 'skip'")
+        if timeout is not None and not (math.isfinite(timeout) and timeout > 0):
+            raise RewardError(f"timeout: got {timeout!r}, expected seconds > 0, or None")
+        self.on_error = on_error
+        self.timeout = timeout
+        self._parameters = {name: _Parameters(name, f) for name, f in self.functions.items()}
+        self._worker = Worker(self.functions) if timeout is not None else None
+
+    def __call__(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        completion_ids: Sequence[Any],
+        columns: Mapping[str, Sequence[Any]],
+        *,
+        step: int = 0,
+    ) -> RewardResult:
+        """Rewards of one rollout of N samples.
+
+        Args:
+            prompts: N texts, or lists of token ids where there is no tokenizer.
+            completions: N texts, or lists of token ids.
+            completion_ids: N lists of token ids, without padding.
+            columns: further values by name, N each, passed to the functions that take them.
+            step: number of the rollout, for messages and events.
+
+        Raises:
+            RewardError: a function gave something unusable and `on_error` is "raise", or the
+                arguments do not fit together.
+        """
+        count = len(prompts)
+        given = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids}
+        _check_given(given, columns, count)
+        outcomes: dict[str, Outcome] = {}
+        events: list[RewardEvent] = []
+        for name, weight in zip(self.functions, self.weights):
+            outcome = self._call(name, {**given, **columns}, count, step)
+            faults = [*outcome.faults, *_out_of_range(outcome.values, weight)]
+            if faults and self.on_error == "raise":
+                raise RewardError(_line(name, step, faults, prompts)) from outcome.cause
+            events += [
+                RewardEvent(
+                    name=fault.kind,
+                    function=name,
+                    step=step,
+                    sample=fault.sample,
+                    detail=fault.detail,
+                )
+                for fault in faults
+            ]
+            outcomes[name] = outcome
+        return self._sum_up(outcomes, events, count, step)
+
+    def close(self) -> None:
+        """End the child process, if there is one; a later call starts a new one."""
+        if self._worker is not None:
+            self._worker.close()
+
+    def __enter__(self) -> "Rewards":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _call(self, name: str, given: dict[str, Any], count: int, step: int) -> Outcome:
+        """Outcome of one function on copies of the arguments it takes."""
+        if count == 0:
+            return Outcome(values=[], faults=[])
+        arguments = self._parameters[name].choose(given)
+        try:
+            if self._worker is None:
+                return call_reward(self.functions[name], arguments, count)
+            return self._worker.call(name, arguments, count, self.timeout)
+        except UsageError as error:
+            raise RewardError(f"reward {name!r} at step {step}: {error}") from None
+
+    def _sum_up(
+        self, outcomes: dict[str, Outcome], events: list[RewardEvent], count: int, step: int
+    ) -> RewardResult:
+        """Weighted sums; a sample with a fault in any function, or without value, is dropped."""
+        bad = {event.sample for event in events}
+        total: list[float] = []
+        for sample in range(count):
+            pairs = [
+                (outcome.values[sample], weight)
+                for outcome, weight in zip(outcomes.values(), self.weights)
+                if outcome.values[sample] is not None
+            ]
+            if sample in bad or None in bad:
+                total.append(math.nan)
+            elif pairs:
+                total.append(math.fsum(value * weight for value, weight in pairs))
+            else:
+                total.append(math.nan)
+                events.append(
+                    RewardEvent(
+                        name="reward_none",
+                        function=", ".join(outcomes),
+                        step=step,
+                        sample=sample,
+                        detail="no function applies: all gave None; the sample is dropped",
+                    )
+                )
+        by_function = {
+            name: [
+                math.nan if value is None or math.isnan(whole) else value
+                for value, whole in zip(outcome.values, total)
+            ]
+            for name, outcome in outcomes.items()
+        }
+        return RewardResult(
+            total=total,
+            by_function=by_function,
+            dropped=sum(map(math.isnan, total)),
+            events=tuple(events),
+        )
+
+
+def check_reward_fn(
+    fn: RewardFn,
+    *,
+    prompts: Sequence[Any] = ("2 + 2 =", "2 + 3 ="),
+    completions: Sequence[Any] = ("4", ""),
+    columns: Mapping[str, Sequence[Any]] | None = None,
+) -> None:
+    """Try a reward function of your own: its signature, its return, and its manners.
+
+    Args:
+        fn: the function.
+        prompts: two or more prompts to try it on.
+        completions: one for each prompt.
+        columns: the columns the function needs, such as {"answer": ["4", "5"]}.
+
+    Raises:
+        RewardError: one line that says what a run would have stumbled over.
+    """
+    ids = [[index + 1] for index in range(len(prompts))]
+    given = {"prompts": list(prompts), "completions": list(completions), "completion_ids": ids}
+    given |= {name: list(values) for name, values in (columns or {}).items()}
+    name, function = next(iter(_by_name(fn).items()))
+    parameters = _Parameters(name, function)
+    chosen = parameters.choose(given)
+    taken = repr(chosen)
+    outcome = call_reward(function, chosen, len(prompts))
+    if outcome.faults:
+        line = _line(name, 0, outcome.faults, prompts)
+        hint = "" if columns else "; if it needs columns, give check_reward_fn(columns=...)"
+        raise RewardError(line + hint) from outcome.cause
+    if repr(chosen) != taken:
+        raise RewardError(
+            f"reward {name!r} changes its arguments, expected it to leave them alone; copy first"
+        )
+
+
+class _Parameters:
+    """The keyword parameters of a reward function."""
+
+    def __init__(self, name: str, function: RewardFn) -> None:
+        self.name = name
+        self.required: list[str] = []
+        self.accepted: set[str] | None = None
+        try:
+            parameters = inspect.signature(function).parameters.values()
+        except ValueError:  # some callables written in C have none
+            return
+        if any(p.kind is p.POSITIONAL_ONLY and p.default is p.empty for p in parameters):
+            raise RewardError(
+                f"reward {name!r}: has positional-only parameters, expected to be called by "
+                f"keyword as f({', '.join(NAMED)}, **columns)"
+            )
+        named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+        self.required = [p.name for p in named if p.default is p.empty]
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            self.accepted = {p.name for p in named}
+
+    def choose(self, given: Mapping[str, Sequence[Any]]) -> dict[str, list]:
+        """Fresh copies of the arguments that the function takes."""
+        for parameter in self.required:
+            if parameter not in given:
+                raise RewardError(
+                    f"reward {self.name!r}: its parameter {parameter!r} is none of "
+                    f"{', '.join(given)}; write f({', '.join(NAMED)}, **columns)"
+                )
+        return {
+            name: [list(item) if isinstance(item, list) else item for item in values]
+            for name, values in given.items()
+            if self.accepted is None or name in self.accepted
+        }
+
+
+def _by_name(functions: Any) -> dict[str, RewardFn]:
+    """The functions by name, in order."""
+    if isinstance(functions, Mapping):
+        pairs = [(str(name), function) for name, function in functions.items()]
+    else:
+        listed = list(functions) if isinstance(functions, Sequence) else [functions]
+        pairs = [(getattr(f, "__name__", type(f).__name__), f) for f in listed]
+    if not pairs:
+        raise RewardError("reward functions: got none, expected at least one")
+    for name, function in pairs:
+        if not callable(function):
+            raise RewardError(
+                f"reward {name!r}: got {one_line(repr(function), 60)}, expected a function"
+            )
+    names = [name for name, _ in pairs]
+    for name in names:
+        if names.count(name) > 1:
+            raise RewardError(f"reward {name!r}: given twice; pass a mapping from name to function")
+    return dict(pairs)
+
+
+def _check_weights(weights: Sequence[float], count: int) -> tuple[float, ...]:
+    """The weights, or ones."""
+    if len(weights) not in (0, count):
+        raise RewardError(f"weights: got {len(weights)} numbers, expected {count}, one a function")
+    for weight in weights:
+        if not math.isfinite(weight):
+            raise RewardError(f"weights: got {weight!r}, expected finite numbers")
+    return tuple(float(weight) for weight in weights) or (1.0,) * count
+
+
+def _check_given(given: Mapping[str, Any], columns: Mapping[str, Any], count: int) -> None:
+    """The caller's own arguments must fit together."""
+    for name in columns:
+        if name in NAMED:
+            raise RewardError(f"column {name!r}: the name is taken; rename the column")
+    for name, values in {**given, **columns}.items():
+        if len(values) != count:
+            raise RewardError(f"{name}: got {len(values)} values, expected {count}, one a prompt")
+
+
+def _out_of_range(values: list[float | None], weight: float) -> list[Fault]:
+    """Values that only their weight carries out of range."""
+    return [
+        Fault(
+            kind="reward_out_of_range",
+            sample=sample,
+            detail=f"got {value:g} with weight {weight:g}, expected at most {LIMIT:g} in "
+            "magnitude; lower the weight",
+        )
+        for sample, value in enumerate(values)
+        if value is not None and abs(value * weight) > LIMIT
+    ]
+
+
+def _line(name: str, step: int, faults: list[Fault], prompts: Sequence[Any]) -> str:
+    """The first fault as one line; further ones are counted."""
+    fault, more = faults[0], len(faults) - 1
+    where = f"reward {name!r} at step {step}"
+    if fault.sample is not None:
+        where += f", sample {fault.sample} (prompt {one_line(repr(prompts[fault.sample]), 60)})"
+    also = f" (and {more} more)" if more else ""
+    return f"{where}: {fault.detail}; or drop and count with on_reward_error = 'skip'{also}"

@@ -1,0 +1,179 @@
+"""One call of one reward function, and what its return value is worth.
+
+`call_reward` never raises for a fault of the function: faults are data, because they may have
+to cross a process border and because the caller decides between raising and dropping.
+"""
+
+import asyncio
+import inspect
+import math
+import numbers
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from hmpo.errors import RewardError
+
+RewardFn = Callable[..., Any]
+"""`(prompts, completions, completion_ids, **columns) -> list[float | None]`, sync or async."""
+
+LIMIT = 1e9
+"""Largest magnitude of a reward: the squares of larger ones overflow float32 statistics."""
+
+
+class UsageError(RewardError):
+    """A fault of the caller, never of the function: raised whatever the policy on faults."""
+
+
+MODEST = f"expected at most {LIMIT:g} in magnitude; rescale the reward"
+ADVICE = "return None where the function does not apply"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fault:
+    """What was wrong with one sample, or (sample None) with the whole return.
+
+    Example: `Fault(kind="reward_nonfinite", sample=3, detail="got nan, expected ...")`.
+    """
+
+    kind: str
+    sample: int | None
+    detail: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """Values of N samples (None: not applicable, nan: faulty) and the faults.
+
+    Example: `Outcome(values=[1.0, None], faults=[])`.
+    """
+
+    values: list[float | None]
+    faults: list[Fault]
+    cause: BaseException | None = None
+    """The exception behind a fault, where it happened in this process."""
+
+
+@runtime_checkable
+class _Array(Protocol):
+    """NumPy arrays and scalars and torch tensors, without importing either."""
+
+    @property
+    def ndim(self) -> int: ...
+
+    def tolist(self) -> Any: ...
+
+
+def failed(kind: str, detail: str, count: int, cause: BaseException | None = None) -> Outcome:
+    """The outcome of a call that gave nothing usable for any of its `count` samples."""
+    fault = Fault(kind=kind, sample=None, detail=detail)
+    return Outcome(values=[math.nan] * count, faults=[fault], cause=cause)
+
+
+def one_line(text: object, limit: int = 200) -> str:
+    """The text on one line, cut to `limit` characters."""
+    line = " ".join(str(text).split())
+    return line if len(line) <= limit else line[: limit - 3] + "..."
+
+
+def call_reward(function: RewardFn, arguments: Mapping[str, Any], count: int) -> Outcome:
+    """Call the function by keyword (awaiting what it returns, if need be) and read its return.
+
+    Raises:
+        UsageError: an async function was called while an event loop runs in this thread.
+    """
+    try:
+        raw = function(**arguments)
+        if inspect.isawaitable(raw):
+            raw = _await(raw)
+        return read_values(raw, count)
+    except UsageError:
+        raise
+    except (Exception, SystemExit, asyncio.CancelledError) as error:
+        return failed("reward_exception", _describe(error), count, error)
+
+
+def _await(awaitable: Any) -> Any:
+    """Run an awaitable to its end, in an event loop of its own."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        pass
+    else:
+        if inspect.iscoroutine(awaitable):
+            awaitable.close()
+        raise UsageError(
+            "async reward function called while an event loop runs in this thread; call it from "
+            "synchronous code, or set a timeout so that it runs in a process of its own"
+        )
+
+    async def result() -> Any:
+        return await awaitable
+
+    return asyncio.run(result())
+
+
+def _describe(error: BaseException) -> str:
+    """An exception in one line, with the place it came from."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    place = "" if frame.filename == __file__ else f" ({Path(frame.filename).name}:{frame.lineno})"
+    text = f": {one_line(error)}" if str(error) else ""
+    return f"raised {type(error).__name__}{text}{place}, expected a list of numbers; fix it"
+
+
+def read_values(raw: Any, count: int) -> Outcome:
+    """Read the return of a reward function that was given `count` samples.
+
+    Lists, tuples and 1-d arrays or tensors of numbers, bools and None are fine; everything else
+    is a fault.
+    """
+    expected = f"expected a list of {count} numbers"
+    if raw is None:
+        return failed("reward_type", f"got None, {expected}; is a return missing?", count)
+    if isinstance(raw, _Array):
+        if raw.ndim != 1:
+            detail = f"got an array of {raw.ndim} dimensions, {expected}; one for each completion"
+            return failed("reward_type", detail, count)
+        raw = raw.tolist()
+    if not isinstance(raw, list | tuple):
+        detail = f"got {_kind(raw)}, {expected}; one for each completion, in order"
+        return failed("reward_type", detail, count)
+    if len(raw) != count:
+        detail = f"got {len(raw)} rewards, {expected}; one for each completion"
+        return failed("reward_length", detail, count)
+    values: list[float | None] = []
+    faults: list[Fault] = []
+    for sample, item in enumerate(raw):
+        value, kind, detail = _read_one(item)
+        values.append(value)
+        if kind:
+            faults.append(Fault(kind=kind, sample=sample, detail=detail))
+    return Outcome(values=values, faults=faults)
+
+
+def _read_one(item: Any) -> tuple[float | None, str, str]:
+    """Value of one entry (nan where faulty), and its fault's kind and detail."""
+    if item is None:
+        return None, "", ""
+    if isinstance(item, _Array) and item.ndim == 0:
+        item = item.tolist()
+    if not isinstance(item, numbers.Real):
+        return math.nan, "reward_type", f"got {_kind(item)}, expected a number; {ADVICE}"
+    try:
+        value = float(item)
+    except OverflowError:
+        return math.nan, "reward_out_of_range", f"got an integer beyond every float, {MODEST}"
+    if not math.isfinite(value):
+        return math.nan, "reward_nonfinite", f"got {value}, expected a finite number; {ADVICE}"
+    if abs(value) > LIMIT:
+        return math.nan, "reward_out_of_range", f"got {value:g}, {MODEST}"
+    return value, "", ""
+
+
+def _kind(value: Any) -> str:
+    """Type and value of something unusable, in a few words."""
+    name = type(value).__name__
+    article = "an" if name[0] in "aeiou" else "a"
+    return f"{article} {name} ({one_line(repr(value), 40)})"

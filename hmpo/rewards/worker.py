@@ -1,0 +1,241 @@
+"""A child process for reward functions, so that a time limit can be enforced.
+
+Alarms and threads cannot stop a function that hangs in C code or ignores signals; SIGKILL can.
+The child is a fork (any callable works, closures too), lives for many calls and is replaced
+after a kill. Requests and replies are JSON, each behind its length in 8 bytes: no pickle.
+It has a process group of its own, which is killed as a whole; on Linux the kernel also kills
+it when the parent dies. Locks and thread pools of the parent do not survive a fork, so the
+child runs torch, if it is loaded at all, on one thread.
+"""
+
+import ctypes
+import gc
+import json
+import os
+import signal
+import socket
+import struct
+import sys
+import time
+import warnings
+import weakref
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
+
+from hmpo.rewards.values import Fault, Outcome, RewardFn, UsageError, call_reward, failed, one_line
+
+HEADER = struct.Struct("!Q")
+PR_SET_PDEATHSIG = 1
+GONE = (EOFError, ConnectionError)
+
+
+class Worker:
+    """Runs reward functions by name in a child process that can be killed."""
+
+    def __init__(self, functions: Mapping[str, RewardFn]) -> None:
+        if sys.platform == "win32":
+            raise UsageError(
+                "reward timeout: needs os.fork, which Windows lacks; set it to None there"
+            )
+        self._functions = dict(functions)
+        self._child: _Child | None = None
+
+    @property
+    def pid(self) -> int | None:
+        """Process id of the child, None while there is none."""
+        return self._child.pid if self._child else None
+
+    def call(self, name: str, arguments: Mapping[str, Any], count: int, seconds: float) -> Outcome:
+        """Outcome of function `name`; a time-out or a crash is a fault like any other.
+
+        Args:
+            name: key of the function.
+            arguments: its keyword arguments, JSON-able.
+            count: number of samples.
+            seconds: limit on the wall time, from the moment the child runs.
+
+        Raises:
+            UsageError: an argument is not JSON-able.
+        """
+        message = _encode({"name": name, "count": count, "arguments": dict(arguments)})
+        if self._child is None or not self._child.is_idle():
+            self.close()
+            self._child = _Child(self._functions)
+        deadline = time.monotonic() + seconds
+        try:
+            self._child.send(message, deadline)
+            reply = json.loads(self._child.receive(deadline))
+        except TimeoutError:
+            self.close()
+            detail = f"no answer in {seconds:g} s, killed; raise reward_timeout or fix the function"
+            return failed("reward_timeout", detail, count)
+        except GONE:
+            status = self.close()
+            detail = f"its process ended ({_ending(status)}), expected a list of {count} numbers"
+            return failed("reward_crash", f"{detail}; fix the function", count)
+        except BaseException:
+            self.close()  # an interrupted exchange cannot be taken up again
+            raise
+        if "usage" in reply:
+            raise UsageError(reply["usage"])
+        return Outcome(values=reply["values"], faults=[Fault(**item) for item in reply["faults"]])
+
+    def close(self) -> int:
+        """Kill the child, its process group included; returns its wait status (0: none)."""
+        child, self._child = self._child, None
+        return child.kill() if child else 0
+
+
+class _Child:
+    """One forked process and the socket to it."""
+
+    def __init__(self, functions: Mapping[str, RewardFn]) -> None:
+        self.socket, other = socket.socketpair()
+        prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:
+                stream.flush()  # else the child would print the rest a second time
+        parent = os.getpid()
+        with warnings.catch_warnings():
+            # Python >= 3.12 warns of forks beside threads; the module docstring says why it holds
+            warnings.simplefilter("ignore", DeprecationWarning)
+            self.pid = os.fork()
+        if self.pid == 0:
+            try:
+                self.socket.close()
+                _serve(other, functions, parent, prctl)
+            finally:
+                os._exit(1)
+        other.close()
+        with suppress(OSError):  # the child does the same; whoever comes first
+            os.setpgid(self.pid, self.pid)
+        self._kill = weakref.finalize(self, _kill, self.pid, parent, self.socket)
+
+    def is_idle(self) -> bool:
+        """True if the child is alive and has nothing unread to say."""
+        self.socket.setblocking(False)
+        try:
+            self.socket.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return True
+        except ConnectionError:
+            return False
+        return False
+
+    def send(self, data: bytes, deadline: float) -> None:
+        """Send all of `data` before the deadline (a time.monotonic() value)."""
+        self.socket.settimeout(_left(deadline))
+        self.socket.sendall(data)
+
+    def receive(self, deadline: float) -> bytes:
+        """The next message; TimeoutError past the deadline."""
+        return _read_message(self.socket, deadline)
+
+    def kill(self) -> int:
+        """Kill the process group and reap the child; returns its wait status."""
+        return self._kill() or 0
+
+
+def _kill(pid: int, owner: int, connection: socket.socket) -> int:
+    """Kill process group `pid` and reap its leader, in the process that started it only."""
+    connection.close()
+    if os.getpid() != owner:
+        return 0
+    for kill in (os.killpg, os.kill):  # the group may not exist yet
+        with suppress(ProcessLookupError, PermissionError):
+            kill(pid, signal.SIGKILL)
+    try:
+        return os.waitpid(pid, 0)[1]
+    except ChildProcessError:  # reaped by someone else
+        return 0
+
+
+def _left(deadline: float) -> float:
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise TimeoutError
+    return left
+
+
+def _read_message(connection: socket.socket, deadline: float | None = None) -> bytes:
+    """One message: its length in 8 bytes, then so many bytes; EOFError at the end."""
+    (length,) = HEADER.unpack(_read_exactly(connection, HEADER.size, deadline))
+    return _read_exactly(connection, length, deadline)
+
+
+def _read_exactly(connection: socket.socket, length: int, deadline: float | None) -> bytes:
+    data = bytearray()
+    while len(data) < length:
+        if deadline is not None:
+            connection.settimeout(_left(deadline))
+        chunk = connection.recv(min(length - len(data), 1 << 20))
+        if not chunk:
+            raise EOFError
+        data += chunk
+    return bytes(data)
+
+
+def _ending(status: int) -> str:
+    """How a process ended, from its wait status."""
+    if os.WIFSIGNALED(status):
+        number = os.WTERMSIG(status)
+        names = {item.value: item.name for item in signal.Signals}
+        return names.get(number, f"signal {number}")
+    return f"exit status {os.WEXITSTATUS(status)}"
+
+
+def _serve(
+    connection: socket.socket, functions: Mapping[str, RewardFn], parent: int, prctl
+) -> None:
+    """The child's life: answer requests until the parent closes the connection."""
+    with suppress(OSError):
+        os.setpgid(0, 0)
+    if prctl is not None:
+        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it died before the call above
+            return
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    gc.freeze()  # what the parent left behind is not the child's to finalize
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(1)
+    connection.settimeout(None)
+    while True:
+        try:
+            request = json.loads(_read_message(connection))
+        except GONE:
+            os._exit(0)
+        reply = _answer(functions[request["name"]], request["arguments"], request["count"])
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:
+                stream.flush()
+        connection.sendall(_encode(reply))
+
+
+def _answer(function: RewardFn, arguments: dict[str, Any], count: int) -> dict[str, Any]:
+    """The outcome of one call, as JSON-ready values."""
+    try:
+        outcome = call_reward(function, arguments, count)
+    except UsageError as error:
+        return {"usage": str(error)}
+    return {"values": outcome.values, "faults": [vars(fault) for fault in outcome.faults]}
+
+
+def _encode(message: dict[str, Any]) -> bytes:
+    """A message as JSON behind its length."""
+    try:
+        data = json.dumps(message).encode()
+    except (TypeError, ValueError) as error:
+        for name, values in message["arguments"].items():
+            try:
+                json.dumps(values)
+            except (TypeError, ValueError):
+                raise UsageError(
+                    f"{name!r} cannot be passed to the process of a time-limited reward "
+                    f"({one_line(error)}), expected JSON-able values; convert it, or unset timeout"
+                ) from None
+        raise
+    return HEADER.pack(len(data)) + data
