@@ -1,0 +1,250 @@
+import math
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from hmpo.errors import ConfigError, ModelError, ShapeError
+from hmpo.optim import Muon, MuonWithAdamW, split_param_groups
+from hmpo.optim import muon as muon_module
+from hmpo.optim.muon import NS_COEFFICIENTS, newton_schulz, ns_triples
+from tests.optim.tiny import batch, loss_of, make
+from tests.oracles import muon as oracle
+
+SHAPES = [(6, 4), (4, 6), (5, 5), (6, 4), (1, 3)]
+
+
+def matrices(shapes=SHAPES, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    made = [torch.randn(s, generator=generator, dtype=torch.float64).to(dtype) for s in shapes]
+    return [nn.Parameter(m) for m in made]
+
+
+def give_gradients(params, step):
+    generator = torch.Generator().manual_seed(100 + step)
+    for p in params:
+        p.grad = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype)
+
+
+@pytest.mark.parametrize("name", NS_COEFFICIENTS)
+def test_newton_schulz_equals_the_loop(name):
+    triples = ns_triples(name, 5)
+    for matrix in matrices():
+        found = newton_schulz(matrix.detach(), triples, dtype=torch.float64)
+        expected = oracle.newton_schulz(matrix.detach(), triples)
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
+# Range of the scalar map over singular values in [1e-2, 1], computed apart from this code.
+@pytest.mark.parametrize(
+    ("name", "low", "high"),
+    [("jordan", 0.682, 1.134), ("you", 0.978, 1.032), ("polar_express", 0.870, 1.124)],
+)
+def test_singular_values_are_lifted_to_one(name, low, high):
+    sigma = torch.logspace(-2, 0, 4000, dtype=torch.float64)
+    x = sigma.clone()
+    for a, b, c in ns_triples(name, 5):
+        x = a * x + b * x**3 + c * x**5
+    assert float(x.min()) == pytest.approx(low, abs=1e-3)
+    assert float(x.max()) == pytest.approx(high, abs=1e-3)
+
+
+@pytest.mark.parametrize(("name", "cosine"), [("jordan", 0.98), ("you", 0.99)])
+def test_newton_schulz_is_near_the_polar_factor(name, cosine):
+    matrix = torch.randn(96, 64)
+    u, _, v = torch.linalg.svd(matrix, full_matrices=False)
+    found = newton_schulz(matrix, ns_triples(name, 5))
+    assert float(torch.cosine_similarity(found.flatten(), (u @ v).flatten(), dim=0)) > cosine
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_step_equals_the_loop(nesterov):
+    params = matrices(dtype=torch.float64)
+    options = {"lr": 0.02, "weight_decay": 0.3, "momentum": 0.9}
+    optimizer = Muon(params, nesterov=nesterov, ns_dtype=torch.float64, **options)
+    expected = [(p.detach().clone(), torch.zeros_like(p)) for p in params]
+    triples = ns_triples("jordan", 5)
+    for step in range(3):
+        give_gradients(params, step)
+        expected = [
+            oracle.muon_step(
+                w, p.grad, m, nesterov=nesterov, triples=triples, update_rms=0.2, **options
+            )
+            for p, (w, m) in zip(params, expected, strict=True)
+        ]
+        optimizer.step()
+    for p, (weight, buffer) in zip(params, expected, strict=True):
+        torch.testing.assert_close(p.detach(), weight, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(optimizer.state[p]["momentum_buffer"], buffer)
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_parity_with_torch_muon(nesterov):
+    # One matrix of each shape: no batching, so every bit must agree.
+    shapes = [(6, 4), (4, 6), (5, 5), (16, 8)]
+    ours, theirs = matrices(shapes), matrices(shapes)
+    options = {"lr": 0.02, "weight_decay": 0.1, "momentum": 0.95, "nesterov": nesterov}
+    mine = Muon(ours, ns_dtype=torch.bfloat16, **options)
+    reference = torch.optim.Muon(theirs, adjust_lr_fn="match_rms_adamw", **options)
+    for step in range(4):
+        give_gradients(ours, step)
+        give_gradients(theirs, step)
+        mine.step()
+        reference.step()
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_batched_equals_one_by_one(monkeypatch):
+    batched, single = matrices([(12, 8)] * 5), matrices([(12, 8)] * 5)
+    give_gradients(batched, 0)
+    give_gradients(single, 0)
+    Muon(batched).step()
+    monkeypatch.setattr(muon_module, "BATCH_ELEMENTS", 1)
+    Muon(single).step()
+    for a, b in zip(batched, single, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_update_rms_matches_adamw_scale():
+    (weight,) = matrices([(96, 64)])
+    old = weight.detach().clone()
+    weight.grad = torch.randn(96, 64)
+    Muon([weight], lr=1.0, weight_decay=0.0, ns_coefficients="you").step()
+    rms = float((weight.detach() - old).square().mean().sqrt())
+    assert rms == pytest.approx(0.2, rel=0.03)
+
+
+def test_no_gradient_no_change_and_zero_gradient_is_finite():
+    (a, b) = matrices([(3, 2), (3, 2)])
+    old = a.detach().clone()
+    b.grad = torch.zeros_like(b)
+    before = b.detach().clone()
+    Muon([a, b], weight_decay=0.0).step()
+    assert torch.equal(a, old) and torch.equal(b, before)
+
+
+def test_closure_and_scheduler():
+    (weight,) = matrices([(3, 2)])
+    optimizer = Muon([weight], lr=0.1)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.5, total_iters=1)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = weight.square().sum()
+        loss.backward()
+        return loss
+
+    first = optimizer.step(closure)
+    schedule.step()
+    assert float(optimizer.step(closure)) < float(first)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.05)
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 3, 4), ()])
+def test_only_matrices(shape):
+    with pytest.raises(ShapeError, match=r"split_param_groups"):
+        Muon([nn.Parameter(torch.zeros(shape))])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"lr": -1.0},
+        {"lr": math.nan},
+        {"momentum": 1.0},
+        {"weight_decay": -0.1},
+        {"ns_steps": 0},
+        {"ns_coefficients": "jordon"},
+        {"ns_coefficients": ((1.0, 2.0),)},
+        {"ns_coefficients": ()},
+        {"ns_dtype": torch.int32},
+    ],
+)
+def test_settings_are_checked(options):
+    with pytest.raises(ConfigError):
+        Muon(matrices(), **options)
+
+
+def test_refused_group_is_not_kept():
+    optimizer = Muon(matrices())
+    with pytest.raises(ShapeError):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(3))]})
+    assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_split_puts_every_parameter_in_one_group(kind, tied):
+    model = make(kind, tie_word_embeddings=tied)
+    model.model.layers[0].mlp.up_proj.weight.requires_grad_(False)
+    groups = split_param_groups(model, lr=0.1, weight_decay=0.2, adamw_lr=0.3)
+    owner = {id(p): group for group in groups for p in group["params"]}
+    assert len(owner) == sum(len(group["params"]) for group in groups)
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            assert id(p) not in owner
+            continue
+        hidden = p.ndim == 2 and "layers" in name
+        group = owner[id(p)]
+        assert group["algorithm"] == ("muon" if hidden else "adamw")
+        assert group["lr"] == (0.1 if hidden else 0.3)
+        assert group["weight_decay"] == (0.2 if p.ndim == 2 else 0.0)
+
+
+def test_split_of_a_frozen_model_is_refused():
+    model = make().requires_grad_(False)
+    with pytest.raises(ModelError, match="requires_grad"):
+        split_param_groups(model)
+
+
+def test_muon_with_adamw_equals_the_two():
+    one, two = make("qwen2"), make("qwen2")
+    both = MuonWithAdamW(split_param_groups(one, lr=0.01), betas=(0.9, 0.95))
+    matrix, other, vector = split_param_groups(two, lr=0.01)
+    muon = Muon(matrix["params"], lr=0.01)
+    adamw = torch.optim.AdamW([other, vector], lr=0.01, betas=(0.9, 0.95))
+    ids, _ = batch()
+    for _ in range(3):
+        for model, optimizers in ((one, [both]), (two, [muon, adamw])):
+            loss_of(model, ids).backward()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+    for a, b in zip(one.parameters(), two.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_muon_with_adamw_resumes_exactly():
+    ids, _ = batch()
+
+    def train(model, optimizer, steps):
+        for _ in range(steps):
+            optimizer.zero_grad()
+            loss_of(model, ids).backward()
+            optimizer.step()
+
+    straight = make()
+    train(straight, MuonWithAdamW(split_param_groups(straight)), 4)
+    model = make()
+    optimizer = MuonWithAdamW(split_param_groups(model))
+    train(model, optimizer, 2)
+    resumed = make(seed=9)
+    resumed.load_state_dict(model.state_dict())
+    second = MuonWithAdamW(split_param_groups(resumed))
+    second.load_state_dict(pickle.loads(pickle.dumps(optimizer.state_dict())))
+    train(resumed, second, 2)
+    for a, b in zip(straight.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_muon_with_adamw_pickles():
+    optimizer = MuonWithAdamW(split_param_groups(make()), betas=(0.8, 0.9))
+    copy = pickle.loads(pickle.dumps(optimizer))
+    copy.add_param_group({"params": [nn.Parameter(torch.zeros(2))], "algorithm": "adamw"})
+    assert copy.param_groups[-1]["betas"] == (0.8, 0.9)
+
+
+def test_unknown_algorithm_is_refused():
+    with pytest.raises(ConfigError, match="algorithm"):
+        MuonWithAdamW([{"params": matrices(), "algorithm": "sgd"}])
