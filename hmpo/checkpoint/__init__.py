@@ -1,0 +1,33 @@
+"""Checkpoints that are whole or absent, verified before use, without pickle; the run lock.
+
+A checkpoint is a folder `step-00000012/`: `state.json` (the tree), one safetensors file per
+top-level part that holds tensors (`model.safetensors` carries the plain names of
+`state["model"]`), `MANIFEST.json` (size and SHA-256 of each file, the machine) and
+`MANIFEST.sha256` (the hash of the manifest; `sha256sum -c MANIFEST.sha256` checks it).
+
+It is written aside, fsync'd and renamed, so a kill at any instant leaves the former ones as
+they were. There is no pointer to the latest: the latest is the newest that verifies. Hashes in
+the same folder protect against rot and cut-off writes, not against someone who rewrites them.
+One process writes into a folder at a time (`RunLock`).
+"""
+
+from hmpo.checkpoint.files import check_free_space, write_atomic
+from hmpo.checkpoint.lock import RunLock
+from hmpo.checkpoint.store import (
+    Checkpoint,
+    estimate_bytes,
+    list_checkpoints,
+    load_checkpoint,
+    save_checkpoint,
+)
+
+__all__ = [
+    "Checkpoint",
+    "RunLock",
+    "check_free_space",
+    "estimate_bytes",
+    "list_checkpoints",
+    "load_checkpoint",
+    "save_checkpoint",
+    "write_atomic",
+]

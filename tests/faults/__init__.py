@@ -1,0 +1,1 @@
+"""Fault injection: failing storage, random SIGKILL, damaged and tampered files."""
