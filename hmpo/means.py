@@ -27,6 +27,10 @@ Exponent = float | int | Float[Tensor, ""] | Float[Tensor, " B"]
 
 EXPM1_LIMIT = 8.0
 """Largest |p (d - mean d)| for the centred form; beyond it the dominating token is the anchor."""
+ROOT_STEPS = 60
+"""Most Newton or bisection steps of `solve_exponent`; about six are needed."""
+ROOT_TOLERANCE = 1e-10
+"""Relative step at which `solve_exponent` stops."""
 
 
 def log_power_mean(
@@ -223,8 +227,8 @@ def _anchored(d: Tensor, mask: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
     highest = d.masked_fill(~mask, -math.inf).amax(1)
     lowest = d.masked_fill(~mask, math.inf).amin(1)
     anchor = torch.where(p >= 0, highest, lowest).masked_fill(~mask.any(1), 0)
-    power = torch.exp(p.unsqueeze(1) * (d - anchor.detach().unsqueeze(1)))
-    return anchor, power.masked_fill(~mask, 0)
+    z = p.unsqueeze(1) * (d - anchor.detach().unsqueeze(1))
+    return anchor, torch.exp(z.masked_fill(~mask, -math.inf))
 
 
 def _weights(d: Tensor, mask: Tensor, p: Tensor) -> Tensor:
@@ -280,20 +284,25 @@ def _ess_root(e: Tensor, mask: Tensor, log_target: Tensor, p_max: float) -> Tens
         return 2 * k1 - k2 - log_target, 2 * (s1 - s2)
 
     low, high = torch.zeros_like(log_target), torch.full_like(log_target, p_max)
-    out_of_reach = excess(high)[0] >= 0
+    constant = e.masked_fill(~mask, -math.inf).amax(1) <= e.masked_fill(~mask, math.inf).amin(1)
+    at_zero = (log_target == 0) & ~constant
+    at_end = constant | (excess(high)[0] >= 0) & ~at_zero
     sigma = (e.square().sum(1) / length).sqrt()
     x = ((-log_target).sqrt() / sigma.masked_fill(sigma == 0, 1)).clamp(max=p_max)
-    for _ in range(60):
+    for _ in range(ROOT_STEPS):
         gap, rate = excess(x)
         low, high = torch.where(gap > 0, x, low), torch.where(gap > 0, high, x)
         newton = x - gap / rate
         inside = (newton > low) & (newton < high)
-        x = torch.where(inside, newton, 0.5 * (low + high))
-    constant = e.abs().amax(1) == 0
-    x = x.masked_fill(log_target == 0, 0)
-    return x.masked_fill((out_of_reach & (log_target < 0)) | constant, p_max)
+        last, x = x, torch.where(inside, newton, 0.5 * (low + high))
+        if bool((((x - last).abs() <= ROOT_TOLERANCE * x) | at_zero | at_end).all()):
+            break
+    return x.masked_fill(at_zero, 0).masked_fill(at_end, p_max)
 
 
 def _log_tanh_quarter(log_gap: Tensor) -> Tensor:
-    """Log tanh(g / 4), exact for small and large g >= 0."""
-    return torch.log(-torch.expm1(-log_gap / 2)) - torch.log1p(torch.exp(-log_gap / 2))
+    """Log tanh(g / 4) = log((1 - q) / (1 + q)) with q = exp(-g / 2), for any g >= 0."""
+    half = log_gap / 2
+    small = torch.log(-torch.expm1(-half))
+    large = torch.log1p(-torch.exp(-half))
+    return torch.where(half < 1, small, large) - torch.log1p(torch.exp(-half))

@@ -187,6 +187,18 @@ def test_padding_reaches_neither_value_nor_gradient(garbage):
             assert a.isfinite().all()
 
 
+@pytest.mark.parametrize("p", [-50.0, 50.0])
+def test_weights_of_far_tokens_pass_no_nan_from_padding(p):
+    d = torch.tensor([[80.0, 79.0, math.nan], [-80.0, -79.0, math.nan]], requires_grad=True)
+    mask = torch.tensor([[True, True, False]] * 2)
+    exponent = torch.tensor(p, requires_grad=True)
+    (
+        power_mean_weights(d, mask, exponent)[:, 0] + effective_sample_size(d, mask, exponent)
+    ).sum().backward()
+    assert d.grad.isfinite().all()
+    assert exponent.grad.isfinite()
+
+
 def test_row_without_tokens_gives_zero_and_no_gradient():
     d = torch.full((2, 3), math.nan, requires_grad=True)
     p = torch.tensor(-1.0, requires_grad=True)
@@ -268,6 +280,8 @@ def test_effective_sample_size_and_its_inverse():
 def test_solve_exponent_corner_cases():
     d, mask = ragged([[0.3, -0.2, 0.5], [0.2, 0.2], [0.7], []])
     assert solve_exponent(d, mask, 1.0, p_max=3.0).tolist() == [0.0, 3.0, 3.0, 3.0]
+    thirds = torch.full((1, 3), 0.1, dtype=torch.float64)
+    assert solve_exponent(thirds, thirds > 0, 1.0, p_max=3.0).tolist() == [3.0]
     unreachable = solve_exponent(d, mask, 0.01, p_max=3.0, sign=-1)
     assert unreachable.tolist() == [-3.0, -3.0, -3.0, -3.0]
     shifted = solve_exponent(d + 5.0, mask, 0.95, p_max=30.0)
@@ -301,6 +315,10 @@ def test_ahm_iteration_in_closed_form_equals_the_loop():
     for tolerance in (1e-3, 1e-6, 1e-10):
         loop = [oracle.ahm_loop_steps(g, tolerance) for g in gaps]
         assert ahm_steps(tensor, tolerance).tolist() == loop
+    wide = torch.tensor([40.0, 60.0, 100.0, 160.0])
+    loop = [oracle.ahm_loop_steps(g, 1e-3) for g in wide.tolist()]
+    assert ahm_steps(wide, 1e-3).tolist() == loop
+    assert ahm_iterate(wide, 0).tolist() == pytest.approx(wide.tolist(), rel=1e-5)
     assert ahm_iterate(tensor, 5000).tolist() == [0.0] * len(gaps)
     with pytest.raises(ConfigError, match="steps"):
         ahm_iterate(tensor, -1)
