@@ -137,7 +137,7 @@ def test_closure_and_scheduler():
 
     first = optimizer.step(closure)
     schedule.step()
-    assert float(optimizer.step(closure)) < float(first)
+    assert optimizer.step(closure).item() < first.item()
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.05)
 
 
