@@ -28,7 +28,7 @@ Exponent = float | int | Float[Tensor, ""] | Float[Tensor, " B"]
 EXPM1_LIMIT = 8.0
 """Largest |p (d - mean d)| for the centred form; beyond it the dominating token is the anchor."""
 ROOT_STEPS = 60
-"""Most Newton or bisection steps of `solve_exponent`; about six are needed."""
+"""Most Newton or bisection steps of `solve_exponent`; about five are needed."""
 ROOT_TOLERANCE = 1e-10
 """Relative step at which `solve_exponent` stops."""
 
@@ -93,7 +93,8 @@ def solve_exponent(
 
     2K(p) - K(2p) falls strictly with |p| unless all ratios are equal, so a bracketed Newton
     iteration finds the root. Where even `p_max` leaves the size above `target`, and where all
-    ratios are equal (every p gives the same mean), the answer is sign * p_max.
+    ratios are equal (every p gives the same mean), the answer is sign * p_max. A row with a
+    non-finite counted token gives NaN.
 
     Args:
         log_ratio: natural log ratios (nat).
@@ -293,11 +294,12 @@ def _ess_root(e: Tensor, mask: Tensor, log_target: Tensor, p_max: float) -> Tens
         gap, rate = excess(x)
         low, high = torch.where(gap > 0, x, low), torch.where(gap > 0, high, x)
         newton = x - gap / rate
-        inside = (newton > low) & (newton < high)
+        inside = (newton >= low) & (newton <= high)
         last, x = x, torch.where(inside, newton, 0.5 * (low + high))
         if bool((((x - last).abs() <= ROOT_TOLERANCE * x) | at_zero | at_end).all()):
             break
-    return x.masked_fill(at_zero, 0).masked_fill(at_end, p_max)
+    x = x.masked_fill(at_zero, 0).masked_fill(at_end, p_max)
+    return x.masked_fill(~sigma.isfinite(), math.nan)
 
 
 def _log_tanh_quarter(log_gap: Tensor) -> Tensor:

@@ -215,6 +215,7 @@ def test_nan_at_a_counted_token_is_not_hidden():
     d, mask = row([0.1, math.nan, 0.2])
     for p in EXPONENTS:
         assert log_power_mean(d, mask, p).isnan().all()
+    assert solve_exponent(d, mask, 0.5, p_max=3.0).isnan().all()
 
 
 def test_extreme_log_ratios_stay_finite():
