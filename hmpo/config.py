@@ -1,23 +1,18 @@
 """Every setting of hmpo: frozen, keyword-only dataclasses, documented under each field.
 
-Standard library only, so that reading a configuration costs no torch. `from_dict` is strict:
-an unknown key, a wrong type or a value out of range gives one line that names the field.
-A default lives here and nowhere else; derived values are properties.
+Standard library only, so that reading a configuration costs no torch. A value out of range
+gives one line that names the field. A default lives here and nowhere else; derived values are
+properties. `hmpo.settings` reads and writes these from TOML and JSON.
 """
 
 import dataclasses
-import difflib
 import math
 import re
-import types
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from hmpo.errors import ConfigError
-
-T = TypeVar("T")
 
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 WINDOWS_RESERVED = frozenset(
@@ -134,7 +129,7 @@ class TrainerConfig:
     warmup_updates: int = 0
     """Updates of linear warm-up from 0."""
     total_updates: int | None = None
-    """Length of the schedule in updates; needed by linear and cosine."""
+    """Length of the schedule in updates; needed by linear and cosine (a run fills it in)."""
     autocast: Literal["none", "bfloat16"] = "none"
     """Precision of the policy's forward pass; log-softmax is always float32 or better."""
     qk_clip: bool = True
@@ -179,13 +174,6 @@ class TrainerConfig:
                 _positive(name, getattr(self, name))
         _positive("max_qk_score", self.max_qk_score)
         require(self.warmup_updates >= 0, "warmup_updates", self.warmup_updates, ">= 0")
-        if self.lr_schedule != "constant":
-            require(
-                self.total_updates is not None,
-                "total_updates",
-                None,
-                f"an integer with lr_schedule = {self.lr_schedule!r}",
-            )
 
     @property
     def stop_tokens(self) -> tuple[int, ...]:
@@ -198,7 +186,17 @@ class TrainerConfig:
         return self.minibatches * self.epochs
 
     def lr_factor(self, update: int) -> float:
-        """Factor on the base learning rate for the 0-based `update`."""
+        """Factor on the base learning rate for the 0-based `update`.
+
+        Raises:
+            ConfigError: a schedule that ends without `total_updates`.
+        """
+        require(
+            self.lr_schedule == "constant" or self.total_updates is not None,
+            "total_updates",
+            None,
+            f"an integer with lr_schedule = {self.lr_schedule!r}",
+        )
         if update < self.warmup_updates:
             return (update + 1) / (self.warmup_updates + 1)
         if self.lr_schedule == "constant" or self.total_updates is None:
@@ -418,6 +416,9 @@ class RunConfig:
     """Prompts of one rollout; each gets `trainer.group_size` responses."""
     algorithm: Literal["power_mean", "gspo"] = "power_mean"
     """The family's trainer, or the independent GSPO baseline."""
+    reference: Literal["none", "start"] = "none"
+    """Frozen reference policy: none, or a copy of the starting weights, kept in memory. Needed
+    by `objective.kl_coef`, and measured as `kl/ref` either way."""
     threads: int = 0
     """CPU threads; 0 leaves torch's choice."""
     device: str = "auto"
@@ -443,6 +444,12 @@ class RunConfig:
         )
         require(self.threads >= 0, "threads", self.threads, "an integer >= 0")
         require(self.samples >= 0, "samples", self.samples, "an integer >= 0")
+        require(
+            self.objective.kl_coef == 0 or self.reference != "none",
+            "reference",
+            self.reference,
+            f'"start" with objective.kl_coef = {self.objective.kl_coef}',
+        )
         responses = self.prompts_per_rollout * self.trainer.group_size
         require(
             responses >= self.trainer.minibatches,
@@ -476,80 +483,3 @@ def to_dict(config: Any) -> dict[str, Any]:
         return value
 
     return plain(config)
-
-
-def from_dict(cls: type[T], data: Any, path: str = "") -> T:
-    """Build a configuration dataclass from nested plain values, strictly.
-
-    Args:
-        cls: a dataclass of this module.
-        data: nested mappings, as from TOML or JSON.
-        path: dotted name of `data`, used in messages.
-
-    Raises:
-        ConfigError: one line `objective.cliplow: unknown; did you mean clip_low?`.
-    """
-    if not isinstance(data, Mapping):
-        raise ConfigError(f"{path or 'config'}: got {data!r}, expected a table")
-    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    hints = typing.get_type_hints(cls)
-    values: dict[str, Any] = {}
-    for key, value in data.items():
-        name = f"{path}.{key}" if path else str(key)
-        if key not in fields:
-            close = difflib.get_close_matches(str(key), fields, n=1)
-            hint = f"did you mean {close[0]}?" if close else f"one of {', '.join(fields)}"
-            raise ConfigError(f"{name}: unknown; {hint}")
-        values[key] = _convert(hints[key], value, name)
-    try:
-        return cls(**values)
-    except ConfigError as error:
-        raise ConfigError(f"{path}.{error}" if path else str(error)) from None
-
-
-def _convert(kind: Any, value: Any, name: str) -> Any:
-    """`value` as the annotated type `kind`, or a one-line ConfigError."""
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if dataclasses.is_dataclass(kind):
-        return from_dict(typing.cast(type, kind), value, name)
-    if origin is Literal:
-        same = [a for a in args if type(a) is type(value) and a == value]
-        require(bool(same), name, value, "one of " + ", ".join(repr(a) for a in args))
-        return same[0]
-    if origin in (typing.Union, types.UnionType):
-        for option in args:
-            try:
-                return _convert(option, value, name)
-            except ConfigError:
-                continue
-        raise ConfigError(f"{name}: got {value!r}, expected {_describe(kind)}")
-    if origin is tuple and isinstance(value, list | tuple):
-        if len(args) == 2 and args[1] is Ellipsis:
-            return tuple(_convert(args[0], item, f"{name}[{i}]") for i, item in enumerate(value))
-        require(len(value) == len(args), name, value, _describe(kind))
-        return tuple(_convert(a, v, f"{name}[{i}]") for i, (a, v) in enumerate(zip(args, value)))
-    if origin is dict and isinstance(value, Mapping):
-        return dict(value)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if kind is int and isinstance(value, bool):
-        raise ConfigError(f"{name}: got {value!r}, expected an integer")
-    if isinstance(kind, type) and origin is None and isinstance(value, kind):
-        if isinstance(value, float):
-            require(math.isfinite(value), name, value, "a finite number")
-        return value
-    raise ConfigError(f"{name}: got {value!r}, expected {_describe(kind)}")
-
-
-def _describe(kind: Any) -> str:
-    """A type annotation in words."""
-    words = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
-    words[type(None)] = "nothing"
-    args = typing.get_args(kind)
-    if typing.get_origin(kind) in (typing.Union, types.UnionType):
-        return " or ".join(_describe(a) for a in args if a is not type(None))
-    if typing.get_origin(kind) is tuple:
-        return f"a list of {len(args)} values" if Ellipsis not in args else "a list"
-    if typing.get_origin(kind) is Literal:
-        return "one of " + ", ".join(repr(a) for a in args)
-    return words.get(kind, "a table")

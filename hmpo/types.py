@@ -7,11 +7,16 @@ Log-probs and log ratios are natural logarithms.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+Metrics = dict[str, float | int]
+"""Values by telemetry name; counts are integers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +51,16 @@ class Rollout:
         """Response tokens of each row."""
         return self.response_mask.sum(1)
 
+    @property
+    def input_ids(self) -> Int[Tensor, "N S"]:
+        """Prompts followed by responses."""
+        return torch.cat([self.prompt_ids, self.response_ids], dim=1)
+
+    @property
+    def attention_mask(self) -> Bool[Tensor, "N S"]:
+        """True on prompt and response tokens."""
+        return torch.cat([self.prompt_mask, self.response_mask], dim=1)
+
     def select(self, rows: Int[Tensor, " M"]) -> "Rollout":
         """The given rows, as a rollout of groups of the same nominal size."""
         return _select(self, rows)
@@ -72,6 +87,50 @@ class Batch:
     def select(self, rows: Int[Tensor, " M"]) -> "Batch":
         """The given rows."""
         return _select(self, rows)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The batch as plain values and tensors, for a checkpoint."""
+        state = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        rollout = {f.name: getattr(self.rollout, f.name) for f in dataclasses.fields(Rollout)}
+        return state | {"rollout": rollout}
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any], device: torch.device) -> "Batch":
+        """The batch that `state_dict` described, on `device`."""
+
+        def moved(values: Mapping[str, Any]) -> dict[str, Any]:
+            return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in values.items()}
+
+        return cls(**moved(state) | {"rollout": Rollout(**moved(state["rollout"]))})
+
+    def trimmed(self) -> "Batch":
+        """The same rows without columns that are padding in all of them."""
+        rollout = self.rollout
+        left = int(rollout.prompt_mask.any(0).long().argmax())
+        length = max(1, int(rollout.lengths.max()))
+        parts = {
+            name: getattr(rollout, name)[:, :length]
+            for name in ("response_ids", "response_mask", "old_logprobs", "sampling_logprobs")
+        }
+        parts |= {n: getattr(rollout, n)[:, left:] for n in ("prompt_ids", "prompt_mask")}
+        ref = None if self.ref_logprobs is None else self.ref_logprobs[:, :length]
+        rollout = dataclasses.replace(rollout, **parts)
+        return dataclasses.replace(self, rollout=rollout, ref_logprobs=ref)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """Something that is counted and told, never silently repaired.
+
+    Example: `Event(name="nonfinite", step=12, data={"site": "gradient", "where": "lm_head"})`.
+    """
+
+    name: str
+    """What happened, as in telemetry's `event` records."""
+    step: int
+    """Optimizer updates done before it."""
+    data: dict[str, Any] = field(default_factory=dict)
+    """Plain values that say where."""
 
 
 @dataclass(frozen=True, kw_only=True)

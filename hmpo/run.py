@@ -1,0 +1,451 @@
+"""A whole run: configuration to policy, task, trainer, evaluation, checkpoints, telemetry.
+
+Files are the truth: a run folder holds `config.json`, `telemetry.jsonl`, `timing.jsonl`,
+`completions.jsonl`, `checkpoints/` and, at the end, `policy/` in Hugging Face format. Everything
+but the clock in `timing.jsonl` is a function of the configuration alone, so a run that was
+killed and resumed leaves the same bytes as one that was not.
+"""
+
+import contextlib
+import copy
+import json
+import logging
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+
+from hmpo import __version__
+from hmpo.baselines.gspo import GSPOTrainer
+from hmpo.checkpoint import (
+    RunLock,
+    check_free_space,
+    estimate_bytes,
+    load_checkpoint,
+    save_checkpoint,
+    write_atomic,
+)
+from hmpo.config import GSPOConfig, RunConfig, to_dict
+from hmpo.environment import describe_environment
+from hmpo.errors import CheckpointError, ConfigError, RunFolderError
+from hmpo.evaluation import Evaluation, Evaluator, gather_columns
+from hmpo.models import LoadedPolicy, load_policy, save_policy, stop_token_ids
+from hmpo.optim import build_optimizer
+from hmpo.rewards import Rewards, load_reward
+from hmpo.settings import config_hash, trainer_config
+from hmpo.tasks import Task, make_task
+from hmpo.telemetry.records import (
+    end_record,
+    eval_record,
+    event_record,
+    run_record,
+    segment_record,
+    step_record,
+    time_record,
+)
+from hmpo.telemetry.secrets import mask_secrets
+from hmpo.telemetry.sinks import JsonlSink, make_sinks
+from hmpo.trainer import PowerMeanTrainer
+from hmpo.types import Event
+
+logger = logging.getLogger(__name__)
+
+Trainer = PowerMeanTrainer | GSPOTrainer
+
+
+class Observer:
+    """Watches a run; every method does nothing until a child overrides it."""
+
+    def on_start(self, config: RunConfig, folder: Path, step: int) -> None:
+        """The run is set up and goes on from `step`."""
+
+    def on_rollout(self, step: int, samples: list[dict[str, Any]]) -> None:
+        """A rollout was scored: prompt, completion, reward, finished of each response."""
+
+    def on_update(self, record: dict[str, Any], timing: dict[str, float]) -> None:
+        """One optimizer update is done; metrics by telemetry name."""
+
+    def on_evaluation(self, step: int, name: str, evaluation: Evaluation) -> None:
+        """Held-out prompts were measured; `name` is before, during or after."""
+
+    def on_event(self, event: Event) -> None:
+        """Something was counted: a skipped update, a reward fault, a fallback."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunResult:
+    """What a run came to.
+
+    Example: `RunResult(folder=Path("runs/demo"), status="completed", step=60, ...)`.
+    """
+
+    folder: Path
+    status: str
+    """completed, or interrupted (by a signal; resume goes on)."""
+    step: int
+    """Updates done."""
+    before: Evaluation
+    after: Evaluation | None
+    signal: int | None = None
+    """The signal that interrupted the run."""
+
+
+def train(
+    config: RunConfig,
+    *,
+    resume: bool = False,
+    observer: Observer | None = None,
+    exist_ok: bool = False,
+) -> RunResult:
+    """Train from a configuration; everything is written below `config.out/config.name`.
+
+    Seeds the global random state of Python, NumPy and torch.
+
+    Args:
+        config: the run.
+        resume: go on from the newest valid checkpoint of that folder.
+        observer: told of each step.
+        exist_ok: with `resume`, start afresh where the folder holds no run yet.
+
+    Raises:
+        HmpoError: one line with the remedy; nothing of an earlier run is lost.
+    """
+    folder = Path(config.out) / config.name
+    started = (folder / "config.json").exists()
+    if started and not resume:
+        raise RunFolderError(
+            f"{folder}: holds a run already; resume it with `hmpo train --resume {folder}`, or "
+            "choose another name"
+        )
+    if resume and not started and not exist_ok:
+        raise RunFolderError(f"{folder}: holds no run (no config.json); start it without --resume")
+    run = _Run(config, folder, observer or Observer())
+    with contextlib.ExitStack() as stack:
+        run.open(stack)
+        return run.go()
+
+
+class _Run:
+    """One process's share of a run."""
+
+    def __init__(self, config: RunConfig, folder: Path, observer: Observer) -> None:
+        self.config, self.folder, self.observer = config, folder, observer
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        device = config.device
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        random.seed(config.seed)
+        np.random.seed(config.seed % 2**32)
+        torch.manual_seed(config.seed)
+        self.task: Task = make_task(config.task, config.seed)
+        self.rewards = make_rewards(config, self.task)
+        self.loaded: LoadedPolicy = load_policy(config.policy, device=device)
+        self.trainer = self._make_trainer()
+        self.evaluator = Evaluator(
+            policy=self.loaded.model,
+            tokenizer=self.loaded.tokenizer,
+            task=self.task,
+            rewards=self.rewards,
+            config=self.trainer.config,
+            batch_size=config.eval.batch_size,
+            seed=config.seed,
+        )
+        self.before: dict[str, Any] | None = None
+        self.baseline: Evaluation | None = None
+        self.stop_signal: int | None = None
+
+    def _make_trainer(self) -> Trainer:
+        config, loaded = self.config, self.loaded
+        reference = None
+        if config.reference == "start":
+            reference = copy.deepcopy(loaded.model).requires_grad_(False).eval()
+        settings = trainer_config(
+            config,
+            eos_token=stop_token_ids(loaded.tokenizer, self.task.stop),
+            pad_token=loaded.tokenizer.pad_token_id,
+            seed=config.seed,
+        )
+        kind = GSPOTrainer if isinstance(settings, GSPOConfig) else PowerMeanTrainer
+        return kind(
+            loaded.model,
+            reference,
+            build_optimizer(loaded.model, config.optimizer),
+            settings,  # type: ignore[arg-type]
+            self.rewards,
+            tokenizer=loaded.tokenizer,
+            stop=self.task.stop,
+        )
+
+    # ---------------------------------------------------------------------------- setting up
+
+    def open(self, stack: contextlib.ExitStack) -> None:
+        """Take the folder, load the newest valid checkpoint, open the logs."""
+        config, folder = self.config, self.folder
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunFolderError(f"{folder}: cannot be made ({error.strerror})") from None
+        stack.callback(self.rewards.close)
+        stack.enter_context(RunLock(folder))
+        self.checkpoints = folder / "checkpoints"
+        self.hash = config_hash(config)
+        found = load_checkpoint(self.checkpoints, config_hash=self.hash)
+        needed = estimate_bytes(self.trainer.state_dict()) * (config.checkpoint.keep + 2)
+        check_free_space(folder, needed)
+        masked = mask_secrets(to_dict(config))
+        write_atomic(folder / "config.json", json.dumps(masked, indent=2) + "\n")
+        write_atomic(
+            folder / "environment.json", json.dumps(describe_environment(), indent=2) + "\n"
+        )
+        offsets = {"telemetry": 0, "completions": 0}
+        if found is not None:
+            self._restore(found.state)
+            offsets = found.state["run"]["offsets"]
+            for name, why in found.skipped:
+                self._tell("checkpoint_skipped", {"checkpoint": name, "why": why})
+        self.telemetry = JsonlSink(folder / "telemetry.jsonl", resume_at=offsets["telemetry"])
+        stack.callback(self.telemetry.close)
+        self.completions = JsonlSink(folder / "completions.jsonl", resume_at=offsets["completions"])
+        stack.callback(self.completions.close)
+        self.extra = make_sinks(config.sinks, folder, to_dict(config))
+        stack.callback(self.extra.close)
+        header = run_record(
+            name=config.name,
+            config=to_dict(config),
+            algo=config.algorithm,
+            seed=config.seed,
+            code_version=__version__,
+            group_size=config.trainer.group_size,
+            base={
+                "lr": config.optimizer.lr,
+                "eps": config.objective.clip_high,
+                "batch": config.prompts_per_rollout * config.trainer.group_size,
+                "p": config.objective.p,
+            },
+        )
+        self.run_id = header["run_id"]
+        if found is None:
+            self.telemetry.write(header)
+        self._open_timing(stack, None if found is None else found.step)
+        stack.enter_context(self._signals())
+
+    def _open_timing(self, stack: contextlib.ExitStack, resumed: int | None) -> None:
+        path = self.folder / "timing.jsonl"
+        size = path.stat().st_size if path.exists() else 0
+        segment = 0
+        if size:
+            segment = path.read_bytes().count(b'"type":"segment"')
+        self.timing = JsonlSink(path, resume_at=size)
+        stack.callback(self.timing.close)
+        self.timing.write(
+            segment_record(
+                self.run_id,
+                segment,
+                started_s=time.time(),
+                pid=os.getpid(),
+                resumed_from_step=resumed,
+            )
+        )
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        self.trainer.load_state_dict(state)
+        self.before = state["run"]["before"]
+        rng = state["run"]["rng"]
+        random.setstate(rng["python"])
+        np.random.set_state(
+            (rng["numpy"][0], rng["numpy"][1].numpy().astype("uint32"), *rng["numpy"][2:])
+        )
+        torch.set_rng_state(rng["torch"])
+        if rng["cuda"] is not None and torch.cuda.is_available():
+            torch.cuda.set_rng_state_all(rng["cuda"])
+
+    def _save(self) -> None:
+        began = time.perf_counter()
+        numpy_state = np.random.get_state()
+        state = self.trainer.state_dict()
+        state["run"] = {
+            "before": self.before,
+            "offsets": {
+                "telemetry": self.telemetry.offset(),
+                "completions": self.completions.offset(),
+            },
+            "rng": {
+                "python": random.getstate(),
+                "numpy": (
+                    numpy_state[0],
+                    torch.from_numpy(numpy_state[1].astype("int64")),
+                    *numpy_state[2:],
+                ),
+                "torch": torch.get_rng_state(),
+                "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None,
+            },
+        }
+        keep = self.config.checkpoint.keep
+        save_checkpoint(
+            self.checkpoints, self.trainer.step, state, keep=keep, config_hash=self.hash
+        )
+        spent = {"time/save_s": time.perf_counter() - began}
+        self.timing.write(time_record(self.run_id, self.trainer.step, spent))
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """SIGTERM and Ctrl-C ask for a checkpoint and an end; a second one ends at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def ask(number: int, frame: FrameType | None) -> None:
+            if self.stop_signal is not None:
+                raise KeyboardInterrupt
+            self.stop_signal = number
+
+        previous = {
+            number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)
+        }
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    # ------------------------------------------------------------------------------- running
+
+    def go(self) -> RunResult:
+        """The run, from wherever it is to its end or to a signal."""
+        config, trainer = self.config, self.trainer
+        self.observer.on_start(config, self.folder, trainer.step)
+        if self.before is None:
+            self._evaluate("before", final=True)
+        while trainer.step < config.updates and self.stop_signal is None:
+            timing: dict[str, float] = {}
+            began = time.perf_counter()
+            if not trainer.pending_updates:
+                self._begin_rollout()
+                timing["time/rollout_s"] = time.perf_counter() - began
+                self._report_events()
+            update_began = time.perf_counter()
+            record = trainer.next_update()
+            timing["time/train_s"] = time.perf_counter() - update_began
+            timing["time/step_s"] = time.perf_counter() - began
+            timing["tokens_per_s"] = record["n_tokens"] / timing["time/step_s"]
+            self._report_update(record, timing)
+            self._report_events()
+            done, last = trainer.step, trainer.step >= config.updates
+            if config.eval.every and done % config.eval.every == 0 and not last:
+                self._evaluate("during", final=False)
+            if config.checkpoint.every and done % config.checkpoint.every == 0 and not last:
+                self._save()
+        return self._end()
+
+    def _begin_rollout(self) -> None:
+        config, trainer = self.config, self.trainer
+        first = trainer.rollouts * config.prompts_per_rollout
+        examples = [self.task.train(first + i) for i in range(config.prompts_per_rollout)]
+        columns = gather_columns(examples)
+        trainer.begin_rollout([example.prompt for example in examples], columns)
+        count = len(trainer.samples)
+        shown = min(config.samples, count)
+        for k in range(shown):
+            sample = trainer.samples[k * count // shown]
+            record = {"step": trainer.step, "rollout": trainer.rollouts - 1, **sample}
+            self.completions.write(mask_secrets(record))
+        self.observer.on_rollout(trainer.step, trainer.samples)
+
+    def _report_update(self, record: dict[str, Any], timing: dict[str, float]) -> None:
+        written = step_record(self.run_id, record)
+        self.telemetry.write(written)
+        self.extra.write(written)
+        self.timing.write(time_record(self.run_id, record["step"], timing))
+        self.observer.on_update(record, timing)
+
+    def _report_events(self) -> None:
+        for event in self.trainer.drain_events():
+            record = event_record(self.run_id, event.step, event.name, event.data)
+            self.telemetry.write(record)
+            self.observer.on_event(event)
+
+    def _tell(self, name: str, data: dict[str, Any]) -> None:
+        """An event of this process alone (it would not occur in an undisturbed run)."""
+        logger.warning("%s: %s", name, data)
+        self.observer.on_event(Event(name=name, step=self.trainer.step, data=data))
+
+    def _evaluate(self, name: str, *, final: bool) -> Evaluation:
+        config = self.config.eval
+        began = time.perf_counter()
+        evaluation = self.evaluator.evaluate(
+            config.final_prompts if final else config.prompts,
+            pass_at=config.pass_at if final else 0,
+        )
+        metrics = {"eval/name": name, **evaluation.record()}
+        record = eval_record(self.run_id, self.trainer.step, metrics)
+        self.telemetry.write(record)
+        self.extra.write(record)
+        spent = {"time/eval_s": time.perf_counter() - began}
+        self.timing.write(time_record(self.run_id, self.trainer.step, spent))
+        if name == "before":
+            self.before = metrics
+        self.observer.on_evaluation(self.trainer.step, name, evaluation)
+        return evaluation
+
+    def _end(self) -> RunResult:
+        before = Evaluation.from_record(self.before or {})
+        if self.trainer.step < self.config.updates:
+            self._save()
+            self.telemetry.write(end_record(self.run_id, self.trainer.step, "interrupted"))
+            return RunResult(
+                folder=self.folder,
+                status="interrupted",
+                step=self.trainer.step,
+                before=before,
+                after=None,
+                signal=self.stop_signal,
+            )
+        self._save()
+        after = self._evaluate("after", final=True)
+        save_policy(self.loaded.model, self.loaded.tokenizer, self.folder / "policy")
+        self.telemetry.write(end_record(self.run_id, self.trainer.step, "completed"))
+        return RunResult(
+            folder=self.folder,
+            status="completed",
+            step=self.trainer.step,
+            before=before,
+            after=after,
+        )
+
+
+def make_rewards(config: RunConfig, task: Task) -> Rewards:
+    """The configured reward functions, or the task's own check."""
+    functions = {spec: load_reward(spec) for spec in config.rewards.functions}
+    named = {spec.rpartition(":")[2]: fn for spec, fn in functions.items()}
+    if len(named) < len(functions):
+        raise ConfigError("rewards.functions: two functions share a name; rename one")
+    return Rewards(
+        named or {config.task.name.rpartition(":")[2]: task.reward},
+        config.rewards.weights,
+        on_error=config.trainer.on_reward_error,
+        timeout=config.trainer.reward_timeout,
+    )
+
+
+def load_trained(folder: Path, config: RunConfig, device: str = "cpu") -> LoadedPolicy:
+    """The policy of a run: its `policy/` folder, or else its newest valid checkpoint.
+
+    Raises:
+        CheckpointError: the run has neither.
+    """
+    loaded = load_policy(config.policy, device=device)
+    found = load_checkpoint(folder / "checkpoints")
+    if found is None:
+        raise CheckpointError(f"{folder}: has no checkpoint yet; let the run save one first")
+    loaded.model.load_state_dict(found.state["model"], strict=False)
+    return loaded

@@ -1,0 +1,197 @@
+"""Configurations from TOML, JSON and the command line, strictly.
+
+An unknown key, a wrong type or a value out of range gives one line that names the field:
+`objective.cliplow: unknown; did you mean clip_low?`. Standard library only.
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import math
+import tomllib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from hmpo import members
+from hmpo.config import GSPOConfig, PowerMeanConfig, RunConfig, require, to_dict
+from hmpo.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def load_run_config(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
+    """Read a run's configuration from a TOML (or resolved JSON) file.
+
+    Args:
+        path: the file.
+        overrides: `dotted.key=value` each; the value is TOML, or else taken as a string.
+
+    Raises:
+        ConfigError: one line with the file and the field.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); give a TOML file") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: not UTF-8 text; give a TOML file") from None
+    try:
+        data = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
+        raise ConfigError(f"{path}: {str(error).splitlines()[0]}") from None
+    try:
+        return run_config(data, overrides)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def run_config(data: Mapping[str, Any], overrides: Iterable[str] = ()) -> RunConfig:
+    """A `RunConfig` from nested plain values, with `objective.member` resolved to its preset."""
+    data = {key: dict(v) if isinstance(v, Mapping) else v for key, v in data.items()}
+    for item in overrides:
+        _override(data, item)
+    objective = data.get("objective")
+    if isinstance(objective, dict) and "member" in objective:
+        data["objective"] = _member(objective)
+    return from_dict(RunConfig, data)
+
+
+def _override(data: dict[str, Any], item: str) -> None:
+    """Set one `dotted.key=value` in nested tables."""
+    key, sign, text = item.partition("=")
+    require(bool(sign) and bool(key.strip()), "--set", item, "dotted.key=value")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *tables, last = key.strip().split(".")
+    for table in tables:
+        inner = data.setdefault(table, {})
+        require(isinstance(inner, dict), f"--set {key}", item, f"a key of the table {table}")
+        data = inner
+    data[last] = value
+
+
+def _member(objective: Mapping[str, Any]) -> dict[str, Any]:
+    """An `[objective]` table whose `member` names its starting point."""
+    name = objective["member"]
+    if name not in members.BY_NAME:
+        close = difflib.get_close_matches(str(name), members.BY_NAME, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"one of {', '.join(members.BY_NAME)}"
+        raise ConfigError(f"objective.member: got {name!r}; {hint}")
+    rest = {key: value for key, value in objective.items() if key != "member"}
+    return to_dict(members.BY_NAME[name]()) | rest
+
+
+def trainer_config(config: RunConfig, **changes: Any) -> PowerMeanConfig | GSPOConfig:
+    """The trainer's own configuration of a run, with `changes` (such as token ids) put in."""
+    shared = {
+        f.name: getattr(config.trainer, f.name) for f in dataclasses.fields(config.trainer)
+    } | changes
+    if shared["total_updates"] is None and config.trainer.lr_schedule != "constant":
+        shared["total_updates"] = config.updates
+    if config.algorithm == "gspo":
+        bounds = config.objective
+        require(
+            bounds.clip_level == "sequence" and bounds.clip_space == "ratio",
+            "objective",
+            bounds.name,
+            'member = "gspo" with algorithm = "gspo"',
+        )
+        return GSPOConfig(epsilon_low=bounds.clip_low, epsilon_high=bounds.clip_high, **shared)
+    return PowerMeanConfig(objective=config.objective, **shared)
+
+
+def config_hash(config: RunConfig) -> str:
+    """SHA-256 of what decides a run's numbers: all but its name, place, sinks and sizes of logs.
+
+    The number of updates is left out as well unless the learning-rate schedule depends on it,
+    so that a finished run can be continued for longer.
+    """
+    data = to_dict(config)
+    ends = config.trainer.lr_schedule != "constant" and config.trainer.total_updates is None
+    kept = {"updates"} if ends else set()
+    for name in {"name", "out", "sinks", "samples", "checkpoint", "updates"} - kept:
+        data.pop(name)
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+
+def from_dict(cls: type[T], data: Any, path: str = "") -> T:
+    """A configuration dataclass from nested plain values, strictly.
+
+    Args:
+        cls: a dataclass of `hmpo.config`.
+        data: nested mappings, as from TOML or JSON.
+        path: dotted name of `data`, used in messages.
+
+    Raises:
+        ConfigError: one line `objective.cliplow: unknown; did you mean clip_low?`.
+    """
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"{path or 'config'}: got {data!r}, expected a table")
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    hints = typing.get_type_hints(cls)
+    values: dict[str, Any] = {}
+    for key, value in data.items():
+        name = f"{path}.{key}" if path else str(key)
+        if key not in fields:
+            close = difflib.get_close_matches(str(key), fields, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"one of {', '.join(fields)}"
+            raise ConfigError(f"{name}: unknown; {hint}")
+        values[key] = _convert(hints[key], value, name)
+    try:
+        return cls(**values)
+    except ConfigError as error:
+        raise ConfigError(f"{path}.{error}" if path else str(error)) from None
+
+
+def _convert(kind: Any, value: Any, name: str) -> Any:
+    """`value` as the annotated type `kind`, or a one-line ConfigError."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        return from_dict(typing.cast(type, kind), value, name)
+    if origin is Literal:
+        same = [a for a in args if type(a) is type(value) and a == value]
+        require(bool(same), name, value, "one of " + ", ".join(repr(a) for a in args))
+        return same[0]
+    if origin in (typing.Union, types.UnionType):
+        for option in args:
+            try:
+                return _convert(option, value, name)
+            except ConfigError:
+                continue
+        raise ConfigError(f"{name}: got {value!r}, expected {_describe(kind)}")
+    if origin is tuple and isinstance(value, list | tuple):
+        if len(args) == 2 and args[1] is Ellipsis:
+            return tuple(_convert(args[0], item, f"{name}[{i}]") for i, item in enumerate(value))
+        require(len(value) == len(args), name, value, _describe(kind))
+        return tuple(_convert(a, v, f"{name}[{i}]") for i, (a, v) in enumerate(zip(args, value)))
+    if origin is dict and isinstance(value, Mapping):
+        return dict(value)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if kind is int and isinstance(value, bool):
+        raise ConfigError(f"{name}: got {value!r}, expected an integer")
+    if isinstance(kind, type) and origin is None and isinstance(value, kind):
+        if isinstance(value, float):
+            require(math.isfinite(value), name, value, "a finite number")
+        return value
+    raise ConfigError(f"{name}: got {value!r}, expected {_describe(kind)}")
+
+
+def _describe(kind: Any) -> str:
+    """A type annotation in words."""
+    words = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
+    words[type(None)] = "nothing"
+    args = typing.get_args(kind)
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        return " or ".join(_describe(a) for a in args if a is not type(None))
+    if typing.get_origin(kind) is tuple:
+        return f"a list of {len(args)} values" if Ellipsis not in args else "a list"
+    if typing.get_origin(kind) is Literal:
+        return "one of " + ", ".join(repr(a) for a in args)
+    return words.get(kind, "a table")

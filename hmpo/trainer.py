@@ -1,0 +1,396 @@
+"""The trainer of the whole family: one rollout, then every optimizer update it serves.
+
+`update_step` is the algorithm in flow order. `begin_rollout` and `next_update` are its two
+halves, so that a run can save its state between any two updates, also inside a rollout.
+"""
+
+import logging
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hmpo.advantages import group_advantages, zero_variance_groups
+from hmpo.collect import Collector, Prompts, autocast
+from hmpo.config import HMPOConfig, PowerMeanConfig
+from hmpo.errors import ConfigError, NonFiniteError
+from hmpo.logprobs import token_logprobs_and_entropy
+from hmpo.objective import count_denominators, objective_metrics, power_mean_loss
+from hmpo.optim import MuonClip, MuonClipConfig, qk_clip_stats, with_qk_clip
+from hmpo.rewards import Rewards
+from hmpo.sampling import minibatch_rows
+from hmpo.types import Batch, Event, Metrics
+
+logger = logging.getLogger(__name__)
+
+
+class PowerMeanTrainer:
+    """Post-trains a policy with any member of the power-mean family.
+
+    Args:
+        policy_model: a Hugging Face causal LM, or a causal `nn.Module` from token ids (N, S) to
+            logits (N, S, V).
+        ref_model: frozen reference for a KL term and the metric `kl/ref`, or None.
+        optimizer: any torch optimizer over the policy's parameters; wrapped in QK-clip unless
+            `config.qk_clip` is off.
+        config: settings; `HMPOConfig()` for the harmonic mean.
+        reward_fn: TRL's signature `(prompts, completions, completion_ids, **columns) -> list`,
+            or a `Rewards` of several.
+        tokenizer: for prompts given as text; without it prompts are token ids and the reward
+            function sees token ids.
+        stop: strings that end a response (their tokens belong in `config.eos_token`); a
+            completion's text ends before the first of them.
+
+    Example:
+        trainer = HMPOTrainer(policy, None, optimizer, HMPOConfig(), reward_fn)
+        metrics = trainer.update_step([[5, 3, 9], [7, 7, 1]])
+        metrics["reward/mean"]
+    """
+
+    def __init__(
+        self,
+        policy_model: nn.Module,
+        ref_model: nn.Module | None,
+        optimizer: torch.optim.Optimizer,
+        config: PowerMeanConfig,
+        reward_fn: Callable[..., Any] | Rewards,
+        *,
+        tokenizer: Any = None,
+        stop: Sequence[str] = (),
+    ) -> None:
+        self.policy, self.ref, self.config = policy_model, ref_model, config
+        self.objective = config.resolved_objective
+        self.device = next(policy_model.parameters()).device
+        rewards = (
+            reward_fn
+            if isinstance(reward_fn, Rewards)
+            else Rewards(reward_fn, on_error=config.on_reward_error, timeout=config.reward_timeout)
+        )
+        self.collector = Collector(
+            policy=policy_model,
+            ref=ref_model,
+            config=config,
+            rewards=rewards,
+            tokenizer=tokenizer,
+            stop=tuple(stop),
+        )
+        if self.objective.kl_coef > 0 and ref_model is None:
+            raise ConfigError(
+                f"kl_coef: got {self.objective.kl_coef} without a ref_model, expected a frozen "
+                "reference model, or kl_coef = 0"
+            )
+        if config.updates_per_rollout == 1:
+            warnings.warn(
+                "one update per rollout (minibatches = epochs = 1): every importance ratio is 1, "
+                "so the exponent p and the clip have no effect; raise minibatches or epochs",
+                stacklevel=2,
+            )
+        if config.qk_clip and not isinstance(optimizer, MuonClip):
+            clip = MuonClipConfig(max_qk_score=config.max_qk_score)
+            optimizer = with_qk_clip(optimizer, policy_model, clip)
+        config.lr_factor(0)  # an incomplete schedule is refused now, not at the first update
+        self.optimizer = optimizer
+        for group in optimizer.param_groups:
+            group.setdefault("initial_lr", group["lr"])
+        self.step = 0
+        self.rollouts = 0
+        self.skipped_in_a_row = 0
+        self.totals = {"nonfinite_total": 0, "optim/skipped_total": 0, "num_tokens": 0}
+        self.batch: Batch | None = None
+        self.cursor = 0
+        self.rollout_metrics: Metrics = {}
+        self.samples: list[dict[str, Any]] = []
+        self.events: list[Event] = []
+
+    def update_step(self, prompts: Prompts, **columns: Sequence[Any]) -> Metrics:
+        """One rollout and all its optimizer updates.
+
+        Args:
+            prompts: text (with a tokenizer), lists of token ids, or ids (B, P).
+            columns: per-prompt values handed to the reward function.
+
+        Returns:
+            Metrics by telemetry name: those of the last update, with `loss` and `grad_norm`
+            averaged and `update_skipped` summed over the rollout's updates.
+        """
+        self.begin_rollout(prompts, columns)
+        records = []
+        while self.pending_updates:
+            records.append(self.next_update())
+        merged = dict(records[-1])
+        for name in ("loss", "pg_loss", "grad_norm"):
+            merged[name] = math.fsum(record[name] for record in records) / len(records)
+        merged["update_skipped"] = sum(record["update_skipped"] for record in records)
+        return merged
+
+    @property
+    def pending_updates(self) -> int:
+        """Updates that the rollout in use still serves."""
+        return 0 if self.batch is None else self.config.updates_per_rollout - self.cursor
+
+    def begin_rollout(self, prompts: Prompts, columns: Mapping[str, Sequence[Any]]) -> None:
+        """Sample responses, score them, and form advantages."""
+        collected = self.collector.collect(prompts, columns, index=self.rollouts, step=self.step)
+        advantages = group_advantages(
+            collected.rewards,
+            self.config.group_size,
+            scale=self.config.advantage_scale,
+            std_ddof=self.config.std_ddof,
+            valid=collected.valid,
+        )
+        self.batch = Batch(
+            rollout=collected.rollout,
+            rewards=collected.rewards,
+            advantages=advantages,
+            valid=collected.valid,
+            ref_logprobs=collected.ref_logprobs,
+        )
+        self.cursor = 0
+        self.rollouts += 1
+        dead = zero_variance_groups(
+            collected.rewards, self.config.group_size, valid=collected.rewards.isfinite()
+        )
+        self.rollout_metrics = collected.metrics | {"adv/zero_frac": float(dead.double().mean())}
+        self.samples = collected.samples
+        self.events += collected.events
+        self.totals["num_tokens"] += int(self.batch.rollout.attention_mask.sum())
+
+    def next_update(self) -> Metrics:
+        """One optimizer update on the next minibatch of the rollout in use.
+
+        Returns:
+            Metrics by telemetry name.
+
+        Raises:
+            NonFiniteError: under `on_nonfinite="stop"`, or after `max_nonfinite` skips in a row.
+        """
+        assert self.batch is not None and self.pending_updates, "begin_rollout comes first"
+        config = self.config
+        epoch, part = divmod(self.cursor, config.minibatches)
+        rows = minibatch_rows(
+            len(self.batch.rewards),
+            config.minibatches,
+            seed=config.seed,
+            rollout=self.rollouts - 1,
+            epoch=epoch,
+        )[part].to(self.device)
+        batch = self.batch.select(rows).trimmed()
+        self._set_lr()
+        loss, logprobs, entropy = self._accumulate(batch)
+        fault = self._fault(batch, loss, logprobs)
+        norm = self._clip_gradient()
+        if fault is None:
+            fault = self._gradient_fault(norm)
+        if fault is None:
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        record = {
+            "step": self.step,
+            "rollout": self.rollouts - 1,
+            "epoch_in_rollout": epoch,
+            "minibatch": part,
+            "staleness": self.cursor,
+            "loss": float(loss),
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "grad_norm": float(norm),
+            "grad_norm_clipped": min(float(norm), config.max_grad_norm or math.inf),
+            "update_skipped": int(fault is not None),
+            "nonfinite": int(fault is not None),
+            **self._objective_record(batch, loss, logprobs, entropy),
+            **self.rollout_metrics,
+            **self._clip_record(applied=fault is None),
+        }
+        self.cursor += 1
+        self._after(fault)
+        self.step += 1
+        if not self.pending_updates:
+            self.batch = None
+        return record | self.totals
+
+    def drain_events(self) -> list[Event]:
+        """Events since the last call, oldest first."""
+        events, self.events = self.events, []
+        return events
+
+    # ------------------------------------------------------------------- the parts of an update
+
+    def _set_lr(self) -> None:
+        factor = self.config.lr_factor(self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * factor
+
+    def _accumulate(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Back-propagate a minibatch in micro-batches that add up to exactly its gradient.
+
+        Returns:
+            (loss (), log-probs (M, T), entropy (M, T)), all detached.
+        """
+        size = self.config.micro_batch_size or len(batch.rewards)
+        mask = batch.rollout.response_mask & batch.valid[:, None]
+        denominators = count_denominators(mask)
+        losses, logprobs, entropies = [], [], []
+        for start in range(0, len(batch.rewards), size):
+            part = slice(start, start + size)
+            rollout = batch.rollout
+            with autocast(self.device, self.config):
+                new, entropy = token_logprobs_and_entropy(
+                    self.policy,
+                    rollout.input_ids[part],
+                    rollout.attention_mask[part],
+                    rollout.response_ids.shape[1],
+                    temperature=self.config.temperature,
+                    chunk=self.config.logprob_chunk,
+                )
+            loss = power_mean_loss(
+                new,
+                rollout.old_logprobs[part],
+                mask[part],
+                batch.advantages[part],
+                self.objective,
+                ref_logprobs=None if batch.ref_logprobs is None else batch.ref_logprobs[part],
+                denominators=denominators,
+            )
+            if loss.requires_grad:
+                loss.backward()
+            losses.append(loss.detach())
+            logprobs.append(new.detach())
+            entropies.append(entropy.detach())
+        return torch.stack(losses).sum(), torch.cat(logprobs), torch.cat(entropies)
+
+    def _clip_gradient(self) -> Tensor:
+        """Global L2 norm of the gradient, before clipping it to `max_grad_norm`."""
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        bound = self.config.max_grad_norm or math.inf
+        return nn.utils.clip_grad_norm_(parameters, bound)
+
+    def _fault(self, batch: Batch, loss: Tensor, logprobs: Tensor) -> dict[str, Any] | None:
+        """Where a forward pass stopped being finite, or None."""
+        mask = batch.rollout.response_mask
+        for site, values in (("logprob", logprobs), ("old_logprob", batch.rollout.old_logprobs)):
+            bad = (mask & ~values.isfinite()).nonzero()
+            if len(bad):
+                return {"site": site, "sequence": int(bad[0, 0]), "token": int(bad[0, 1])}
+        if not batch.advantages.isfinite().all():
+            bad = (~batch.advantages.isfinite()).nonzero()
+            return {"site": "advantage", "sequence": int(bad[0, 0])}
+        return None if loss.isfinite() else {"site": "loss"}
+
+    def _gradient_fault(self, norm: Tensor) -> dict[str, Any] | None:
+        """The first parameter whose gradient or optimizer state is not finite, or None."""
+        if not norm.isfinite():
+            for name, parameter in self.policy.named_parameters():
+                if parameter.grad is not None and not parameter.grad.isfinite().all():
+                    return {"site": "gradient", "where": name}
+            return {"site": "gradient", "where": "norm"}
+        names = {parameter: name for name, parameter in self.policy.named_parameters()}
+        for parameter, state in self.optimizer.state.items():
+            for key, value in state.items():
+                floating = isinstance(value, Tensor) and value.is_floating_point()
+                # A sum is finite iff every term is (short of overflow, which is a fault too).
+                if floating and not value.sum().isfinite():
+                    where = f"{names.get(parameter, 'unnamed')}.{key}"
+                    return {"site": "optimizer_state", "where": where}
+        return None
+
+    def _after(self, fault: dict[str, Any] | None) -> None:
+        """Count a skipped update, and stop where the configuration says so."""
+        if fault is None:
+            self.skipped_in_a_row = 0
+            return
+        self.skipped_in_a_row += 1
+        self.totals["nonfinite_total"] += 1
+        self.totals["optim/skipped_total"] += 1
+        where = ", ".join(f"{key} {value}" for key, value in fault.items())
+        self.events.append(Event(name="nonfinite", step=self.step, data=fault))
+        logger.warning("update %d skipped: not finite at %s", self.step, where)
+        stop = self.config.on_nonfinite == "stop"
+        if stop or self.skipped_in_a_row >= self.config.max_nonfinite:
+            raise NonFiniteError(
+                f"update {self.step}: not finite at {where}; {self.skipped_in_a_row} update(s) "
+                "skipped in a row; lower the learning rate or resume from the last checkpoint"
+            )
+
+    def _objective_record(
+        self, batch: Batch, loss: Tensor, logprobs: Tensor, entropy: Tensor
+    ) -> Metrics:
+        """The objective's metrics over a whole minibatch, exact whatever the micro-batches."""
+        rollout = batch.rollout
+        mask = rollout.response_mask & batch.valid[:, None]
+        metrics = objective_metrics(
+            logprobs,
+            rollout.old_logprobs,
+            mask,
+            batch.advantages,
+            self.objective,
+            ref_logprobs=batch.ref_logprobs,
+        )
+        record = {name: float(value) for name, value in metrics.items()}
+        tokens = max(1, int(mask.sum()))
+        record["entropy"] = float((entropy * mask).sum(dtype=torch.float64) / tokens)
+        record["kl_loss"] = self.objective.kl_coef * record.get("kl/ref", 0.0)
+        record["pg_loss"] = float(loss) - record["kl_loss"]
+        return record
+
+    def _clip_record(self, *, applied: bool) -> Metrics:
+        """QK-clip's numbers of this update."""
+        stats = qk_clip_stats(self.optimizer) if applied else None
+        if stats is None or stats.heads == 0:
+            return {}
+        return {
+            "qk/max_logit": stats.max_logit,
+            "qk/clipped_heads": stats.clipped_heads,
+            "qk/clip_rate": stats.clip_rate,
+            "qk/min_scale": stats.min_scale,
+        }
+
+    # ------------------------------------------------------------------------------- the state
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a bit-identical continuation needs, as plain values and tensors."""
+        trainable = {n for n, p in self.policy.named_parameters() if p.requires_grad}
+        frozen = {n for n, _ in self.policy.named_parameters()} - trainable
+        model = {k: v for k, v in self.policy.state_dict().items() if k not in frozen}
+        return {
+            "model": model,
+            "optimizer": self.optimizer.state_dict(),
+            "trainer": {
+                "step": self.step,
+                "rollouts": self.rollouts,
+                "cursor": self.cursor,
+                "skipped_in_a_row": self.skipped_in_a_row,
+                "totals": dict(self.totals),
+                "rollout_metrics": dict(self.rollout_metrics),
+                "batch": None if self.batch is None else self.batch.state_dict(),
+            },
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue exactly where `state_dict` was taken."""
+        self.policy.load_state_dict(state["model"], strict=False)
+        self.optimizer.load_state_dict(state["optimizer"])
+        mine = state["trainer"]
+        self.step, self.rollouts = mine["step"], mine["rollouts"]
+        self.cursor, self.skipped_in_a_row = mine["cursor"], mine["skipped_in_a_row"]
+        self.totals = dict(mine["totals"])
+        self.rollout_metrics = dict(mine["rollout_metrics"])
+        self.batch = (
+            None if mine["batch"] is None else Batch.from_state_dict(mine["batch"], self.device)
+        )
+
+
+class HMPOTrainer(PowerMeanTrainer):
+    """`PowerMeanTrainer` with the harmonic mean: the same trainer, another configuration."""
+
+    def __init__(
+        self,
+        policy_model: nn.Module,
+        ref_model: nn.Module | None,
+        optimizer: torch.optim.Optimizer,
+        config: HMPOConfig,
+        reward_fn: Callable[..., Any] | Rewards,
+        **keywords: Any,
+    ) -> None:
+        super().__init__(policy_model, ref_model, optimizer, config, reward_fn, **keywords)
