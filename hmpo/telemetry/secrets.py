@@ -1,0 +1,89 @@
+"""Masking of credentials before anything reaches a file, a tracker or a report.
+
+A text is masked whole when its key names a secret, and in part where it contains something that
+has the form of a known credential. Numbers are never masked. This is a safety net: it knows the
+common forms only, so keep secrets out of configurations all the same.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+MASK = "***"
+
+_SECRET_KEY = re.compile(r"(?i)key|token|secret|passw|auth|cookie")
+_SAFE_KEY = re.compile(
+    r"(?i)(.*\.)?tokens(_per_s)?|(.*[._-])?(tokeni[sz]\w*|keywords?|authors?|"
+    r"(eos|bos|pad|unk|sep|cls|mask|stop|end|start|special|begin|image|new|max|min|num|n|total|"
+    r"prompt|response|completion|input|output|generated|per)_tokens?(_ids?|_per_s)?)"
+)
+_CREDENTIALS = re.compile(
+    r"\bhf_[A-Za-z0-9]{10,}"
+    r"|\bsk-[A-Za-z0-9_-]{16,}"
+    r"|\bgh[pousr]_[A-Za-z0-9]{16,}"
+    r"|\bgithub_pat_[A-Za-z0-9_]{16,}"
+    r"|\b(?:AKIA|ASIA)[A-Z0-9]{16}\b"
+    r"|\beyJ[A-Za-z0-9_-]{5,}\.[A-Za-z0-9_-]{5,}\.[A-Za-z0-9_-]*"
+)
+_WANDB = re.compile(r"(?is)(wandb.{0,80}?)\b[0-9a-f]{40}\b")
+_BEARER = re.compile(r"(?i)\b(bearer|basic)(\s+)[\w.~+/-]{16,}=*")
+_URL_PASSWORD = re.compile(r"(\b[a-z][a-z0-9+.-]*://[^\s/:@]*:)[^\s/@]+(?=@)")
+_ASSIGNMENT = re.compile(r"([\w.-]+)(\s*=\s*|:\s+)(\"[^\"]*\"|'[^']*'|[^\s,;&]+)")
+
+
+def is_secret_key(key: str) -> bool:
+    """Whether a value under this key is a secret; `eos_token` and its kin are not."""
+    return bool(_SECRET_KEY.search(key)) and not _SAFE_KEY.fullmatch(key)
+
+
+def mask_credentials(text: str) -> str:
+    """The text with everything that has the form of a known credential replaced by `***`."""
+    text = _CREDENTIALS.sub(MASK, text)
+    text = _WANDB.sub(lambda found: found[1] + MASK, text)
+    text = _BEARER.sub(lambda found: found[1] + found[2] + MASK, text)
+    return _URL_PASSWORD.sub(lambda found: found[1] + MASK, text)
+
+
+def mask_text(text: str) -> str:
+    """`mask_credentials`, and the value of every `secret_name=value` in a command or message."""
+
+    def assignment(found: re.Match[str]) -> str:
+        number = found[3].replace(".", "", 1).isdigit()
+        return found[1] + found[2] + MASK if is_secret_key(found[1]) and not number else found[0]
+
+    return _ASSIGNMENT.sub(assignment, mask_credentials(text))
+
+
+def mask_secrets(value: Any) -> Any:
+    """A copy of nested mappings, lists and texts with every secret replaced by `***`.
+
+    Example: `mask_secrets({"api_key": "abc", "eos_token": "</s>", "top_k": 5})` gives
+    `{"api_key": "***", "eos_token": "</s>", "top_k": 5}`.
+    """
+    if isinstance(value, str):
+        return mask_text(value)
+    if isinstance(value, Mapping):
+        return {
+            mask_text(key) if isinstance(key, str) else key: _hide(item)
+            if isinstance(key, str) and is_secret_key(key)
+            else mask_secrets(item)
+            for key, item in value.items()
+        }
+    if isinstance(value, list | tuple):
+        items = [mask_secrets(item) for item in value]
+        for i, flag in enumerate(value[:-1]):  # ["--api-key", "abc"], as in a command line
+            if isinstance(flag, str) and re.fullmatch(r"--?[\w-]+", flag) and is_secret_key(flag):
+                items[i + 1] = _hide(items[i + 1])
+        return type(value)(items) if type(value) in (list, tuple) else items
+    return value
+
+
+def _hide(value: Any) -> Any:
+    """The value with every non-empty text in it replaced."""
+    if isinstance(value, str):
+        return MASK if value else value
+    if isinstance(value, Mapping):
+        return {key: _hide(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_hide(item) for item in value]
+    return value
