@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerBase
 from hmpo.config import TaskConfig
 from hmpo.models.paths import TINY_SORT
 from hmpo.models.pretrain import fit_supervised
-from hmpo.models.quiet import no_progress_bars
+from hmpo.models.quiet import quiet_transformers
 from hmpo.models.saving import replace_folder
 from hmpo.models.tiny import character_tokenizer, tiny_llama
 from hmpo.models.tokens import encode_prompts
@@ -163,7 +163,7 @@ def write(
     """The policy's folder, with `policy.json`: the card and the SHA-256 of every other file."""
 
     def fill(aside: Path) -> None:
-        with no_progress_bars():
+        with quiet_transformers():
             model.save_pretrained(aside)
         tokenizer.save_pretrained(aside)
         settings = json.loads((aside / "tokenizer_config.json").read_text(encoding="utf-8"))

@@ -10,14 +10,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import transformers
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+)
 
 from hmpo.config import PolicyConfig
 from hmpo.errors import MissingDependencyError, ModelError
 from hmpo.models.paths import is_adapter, resolve_policy_path
-from hmpo.models.quiet import no_progress_bars
+from hmpo.models.quiet import quiet_transformers
 from hmpo.models.saving import first_line
 
 logger = logging.getLogger(__name__)
@@ -54,6 +60,7 @@ def load_policy(config: PolicyConfig, *, device: str = "cpu") -> LoadedPolicy:
     place = _device(device)
     if is_adapter(folder):
         return _load_adapter(config, folder, place)
+    _check_architecture(folder, config.path)
     tokenizer = _load_tokenizer(folder, config.path)
     model = _load_model(folder, config.path)
     _check_together(model, tokenizer, config.path)
@@ -74,12 +81,23 @@ def _device(device: str) -> torch.device:
     return place
 
 
+def _check_architecture(folder: Path, path: str) -> None:
+    """Only the architectures that transformers itself implements."""
+    kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
+    if kind not in CONFIG_MAPPING:
+        raise ModelError(
+            f"policy {path!r}: model_type {kind!r} is not one of transformers "
+            f"{transformers.__version__}; code that comes with a model is never run"
+        )
+
+
 def _load_tokenizer(folder: Path, path: str) -> PreTrainedTokenizerBase:
     """The folder's tokenizer, padding on the left."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False, padding_side="left"
-        )
+        with quiet_transformers():
+            tokenizer = AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False, padding_side="left"
+            )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelError(f"policy {path!r}: no usable tokenizer ({first_line(error)})") from error
     if not tokenizer("0", add_special_tokens=False).input_ids:
@@ -94,7 +112,7 @@ def _load_tokenizer(folder: Path, path: str) -> PreTrainedTokenizerBase:
 def _load_model(folder: Path, path: str) -> nn.Module:
     """The folder's causal language model; absent or misshapen weights are an error."""
     try:
-        with no_progress_bars():
+        with quiet_transformers():
             model, report = AutoModelForCausalLM.from_pretrained(
                 folder,
                 local_files_only=True,
@@ -103,12 +121,13 @@ def _load_model(folder: Path, path: str) -> nn.Module:
                 dtype=torch.float32,
                 attn_implementation="sdpa",
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # reported, and refused below
             )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"policy {path!r}: cannot be loaded ({first_line(error)})") from error
     for kind in ("missing_keys", "mismatched_keys"):
         if report[kind]:
-            name = str(sorted(report[kind], key=str)[0])
+            name = sorted(key if isinstance(key, str) else key[0] for key in report[kind])[0]
             raise ModelError(
                 f"policy {path!r}: {len(report[kind])} weights with {kind.replace('_', ' ')}, "
                 f"such as {name}; config.json and model.safetensors do not belong together"

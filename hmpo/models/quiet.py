@@ -1,4 +1,4 @@
-"""Keep transformers' progress bars off the screen: the command line owns it."""
+"""Keep transformers off the screen while a policy is read or written: the caller owns it."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,12 +7,18 @@ from transformers.utils import logging as hf_logging
 
 
 @contextmanager
-def no_progress_bars() -> Iterator[None]:
-    """No transformers progress bar inside the block; the user's choice holds again after it."""
-    shown = hf_logging.is_progress_bar_enabled()
+def quiet_transformers() -> Iterator[None]:
+    """No progress bar and no load report of transformers inside the block.
+
+    What such a report says is checked by hmpo and raised or logged. The user's settings hold
+    again after the block.
+    """
+    shown, verbosity = hf_logging.is_progress_bar_enabled(), hf_logging.get_verbosity()
     hf_logging.disable_progress_bar()
+    hf_logging.set_verbosity_error()
     try:
         yield
     finally:
+        hf_logging.set_verbosity(verbosity)
         if shown:
             hf_logging.enable_progress_bar()

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hmpo.errors import ModelError, StorageError
 from hmpo.models.paths import is_adapter
-from hmpo.models.quiet import no_progress_bars
+from hmpo.models.quiet import quiet_transformers
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ def save_policy(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Pa
         options["save_embedding_layers"] = False  # the base's own, which it still has
 
     def write(aside: Path) -> None:
-        with no_progress_bars():
+        with quiet_transformers():
             save(aside, **options)
         (aside / "README.md").unlink(missing_ok=True)  # peft's blank model card
         tokenizer.save_pretrained(aside)

@@ -148,11 +148,11 @@ def _convert(gguf: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    from hmpo.models.quiet import no_progress_bars
+    from hmpo.models.quiet import quiet_transformers
     from hmpo.models.saving import replace_folder
 
     # The GGUF reader draws a bar of its own on standard error.
-    with no_progress_bars(), contextlib.redirect_stderr(io.StringIO()):
+    with quiet_transformers(), contextlib.redirect_stderr(io.StringIO()):
         original = AutoModelForCausalLM.from_pretrained(
             gguf.parent, gguf_file=gguf.name, dtype=torch.float32, local_files_only=True
         )
@@ -167,7 +167,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     model.load_state_dict(original.state_dict())
 
     def write(aside: Path) -> None:
-        with no_progress_bars():
+        with quiet_transformers():
             model.save_pretrained(aside)
         tokenizer.save_pretrained(aside)
         source = {"requirement": REQUIREMENT, "file": GGUF_MEMBER, "sha256": GGUF_SHA256}

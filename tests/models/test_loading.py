@@ -178,9 +178,16 @@ def test_weights_that_do_not_belong_to_the_configuration(small):
     assert f"1 weights with missing keys, such as {name}" in error_line(small)
     wrong = {**weights, name: torch.zeros(3, 3)}
     save_file(wrong, small / "model.safetensors")
-    assert "cannot be loaded" in error_line(small)
+    assert f"1 weights with mismatched keys, such as {name};" in error_line(small)
     (small / "model.safetensors").write_bytes(b"broken")
     assert "cannot be loaded" in error_line(small)
+
+
+def test_weights_that_are_not_used_are_a_warning(small, caplog):
+    weights = load_file(small / "model.safetensors")
+    save_file({**weights, "extra.weight": torch.zeros(1)}, small / "model.safetensors")
+    load_policy(PolicyConfig(path=str(small)))
+    assert "unused weights ['extra.weight']" in caplog.text
 
 
 def test_remote_code_and_unknown_architectures_are_refused(small):
@@ -188,7 +195,9 @@ def test_remote_code_and_unknown_architectures_are_refused(small):
     config |= {"model_type": "mine", "auto_map": {"AutoModelForCausalLM": "evil.Model"}}
     (small / "config.json").write_text(json.dumps(config))
     (small / "evil.py").write_text("raise SystemExit('ran')")
-    assert "cannot be loaded" in error_line(small) or "no usable tokenizer" in error_line(small)
+    line = error_line(small)
+    assert "model_type 'mine' is not one of transformers " in line
+    assert line.endswith("code that comes with a model is never run")
 
 
 def test_tokenizers_that_do_not_fit(small, tmp_path):
