@@ -115,7 +115,7 @@ def eval(
         prompts: held-out prompts.
         pass_at: k of pass@k; 0 leaves it out.
     """
-    from hmpo.report_eval import evaluate_target
+    from hmpo.measure import evaluate_target
 
     return evaluate_target(target, task=task, settings=set, prompts=prompts, pass_at=pass_at)
 

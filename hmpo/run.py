@@ -39,7 +39,7 @@ from hmpo.environment import describe_environment
 from hmpo.errors import CheckpointError, ConfigError, RunFolderError
 from hmpo.evaluation import Evaluation, Evaluator, gather_columns
 from hmpo.models import LoadedPolicy, load_policy, save_policy, stop_token_ids
-from hmpo.optim import build_optimizer
+from hmpo.optim.build import build_optimizer
 from hmpo.rewards import Rewards, load_reward
 from hmpo.settings import config_hash, trainer_config
 from hmpo.tasks import Task, make_task
@@ -217,7 +217,8 @@ class _Run:
         stack.callback(self.telemetry.close)
         self.completions = JsonlSink(folder / "completions.jsonl", resume_at=offsets["completions"])
         stack.callback(self.completions.close)
-        self.extra = make_sinks(config.sinks, folder, to_dict(config))
+        resumed = None if found is None else found.step
+        self.extra = make_sinks(config.sinks, folder, to_dict(config), resumed)
         stack.callback(self.extra.close)
         header = run_record(
             name=config.name,
@@ -236,21 +237,18 @@ class _Run:
         self.run_id = header["run_id"]
         if found is None:
             self.telemetry.write(header)
-        self._open_timing(stack, None if found is None else found.step)
+        self._open_timing(stack, resumed)
         stack.enter_context(self._signals())
 
     def _open_timing(self, stack: contextlib.ExitStack, resumed: int | None) -> None:
         path = self.folder / "timing.jsonl"
-        size = path.stat().st_size if path.exists() else 0
-        segment = 0
-        if size:
-            segment = path.read_bytes().count(b'"type":"segment"')
-        self.timing = JsonlSink(path, resume_at=size)
+        starts = path.read_bytes().count(b'"type":"segment"') if path.exists() else 0
+        self.timing = JsonlSink(path, resume_at="end")
         stack.callback(self.timing.close)
         self.timing.write(
             segment_record(
                 self.run_id,
-                segment,
+                starts,
                 started_s=time.time(),
                 pid=os.getpid(),
                 resumed_from_step=resumed,

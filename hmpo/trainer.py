@@ -20,6 +20,7 @@ from hmpo.errors import ConfigError, NonFiniteError
 from hmpo.logprobs import token_logprobs_and_entropy
 from hmpo.objective import count_denominators, objective_metrics, power_mean_loss
 from hmpo.optim import MuonClip, MuonClipConfig, qk_clip_stats, with_qk_clip
+from hmpo.optim.build import join_clip_state, split_clip_state
 from hmpo.rewards import Rewards
 from hmpo.sampling import minibatch_rows
 from hmpo.types import Batch, Event, Metrics
@@ -199,7 +200,7 @@ class PowerMeanTrainer:
             "grad_norm_clipped": min(float(norm), config.max_grad_norm or math.inf),
             "update_skipped": int(fault is not None),
             "nonfinite": int(fault is not None),
-            **self._objective_record(batch, loss, logprobs, entropy),
+            **self._objective_record(batch, logprobs, entropy),
             **self.rollout_metrics,
             **self._clip_record(applied=fault is None),
         }
@@ -313,9 +314,7 @@ class PowerMeanTrainer:
                 "skipped in a row; lower the learning rate or resume from the last checkpoint"
             )
 
-    def _objective_record(
-        self, batch: Batch, loss: Tensor, logprobs: Tensor, entropy: Tensor
-    ) -> Metrics:
+    def _objective_record(self, batch: Batch, logprobs: Tensor, entropy: Tensor) -> Metrics:
         """The objective's metrics over a whole minibatch, exact whatever the micro-batches."""
         rollout = batch.rollout
         mask = rollout.response_mask & batch.valid[:, None]
@@ -330,8 +329,6 @@ class PowerMeanTrainer:
         record = {name: float(value) for name, value in metrics.items()}
         tokens = max(1, int(mask.sum()))
         record["entropy"] = float((entropy * mask).sum(dtype=torch.float64) / tokens)
-        record["kl_loss"] = self.objective.kl_coef * record.get("kl/ref", 0.0)
-        record["pg_loss"] = float(loss) - record["kl_loss"]
         return record
 
     def _clip_record(self, *, applied: bool) -> Metrics:
@@ -355,7 +352,7 @@ class PowerMeanTrainer:
         model = {k: v for k, v in self.policy.state_dict().items() if k not in frozen}
         return {
             "model": model,
-            "optimizer": self.optimizer.state_dict(),
+            **split_clip_state(self.optimizer),
             "trainer": {
                 "step": self.step,
                 "rollouts": self.rollouts,
@@ -370,7 +367,7 @@ class PowerMeanTrainer:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue exactly where `state_dict` was taken."""
         self.policy.load_state_dict(state["model"], strict=False)
-        self.optimizer.load_state_dict(state["optimizer"])
+        join_clip_state(self.optimizer, state)
         mine = state["trainer"]
         self.step, self.rollouts = mine["step"], mine["rollouts"]
         self.cursor, self.skipped_in_a_row = mine["cursor"], mine["skipped_in_a_row"]

@@ -24,6 +24,7 @@ from hmpo.config import GSPOConfig
 from hmpo.errors import NonFiniteError
 from hmpo.logprobs import token_logprobs_and_entropy
 from hmpo.optim import MuonClip, MuonClipConfig, qk_clip_stats, with_qk_clip
+from hmpo.optim.build import join_clip_state, split_clip_state
 from hmpo.rewards import Rewards
 from hmpo.sampling import minibatch_rows
 from hmpo.types import Batch, Event, Metrics
@@ -250,14 +251,14 @@ class GSPOTrainer:
         mine["batch"] = None if self.batch is None else self.batch.state_dict()
         return {
             "model": self.policy.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            **split_clip_state(self.optimizer),
             "trainer": mine,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue exactly where `state_dict` was taken."""
         self.policy.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        join_clip_state(self.optimizer, state)
         for name, value in state["trainer"].items():
             if name != "batch":
                 setattr(self, name, value)

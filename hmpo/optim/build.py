@@ -1,10 +1,14 @@
-"""The optimizer that a run's configuration names."""
+"""The optimizer that a run's configuration names, and its state as a checkpoint keeps it."""
+
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
 
 from hmpo.config import OptimizerConfig
 from hmpo.errors import ModelError
+from hmpo.optim.muon_clip import STATE_KEY
 from hmpo.optim.param_groups import MuonWithAdamW, split_param_groups
 
 
@@ -33,3 +37,19 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
     ]
     filled = [group for group in groups if group["params"]]
     return torch.optim.AdamW(filled, lr=config.lr, betas=config.betas)
+
+
+def split_clip_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The optimizer's state under "optimizer" and QK-clip's under "qk_clip".
+
+    Apart, so that a checkpoint can insist on finite optimizer state: the clip's running maxima
+    are -inf where nothing has been seen yet.
+    """
+    state = dict(optimizer.state_dict())
+    return {"qk_clip": state.pop(STATE_KEY, None), "optimizer": state}
+
+
+def join_clip_state(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """Load what `split_clip_state` gave."""
+    clip = {} if state["qk_clip"] is None else {STATE_KEY: state["qk_clip"]}
+    optimizer.load_state_dict(dict(state["optimizer"]) | clip)
