@@ -4,11 +4,13 @@ from collections.abc import Callable
 
 from hmpo.config import TaskConfig
 from hmpo.errors import TaskError
-from hmpo.rewards.loading import nearest
+from hmpo.rewards.loading import load_object, nearest
 from hmpo.tasks.alphabet import ALPHABET
 from hmpo.tasks.base import Example, Task
 from hmpo.tasks.countdown import countdown_task
 from hmpo.tasks.digits import reverse_task, sort_task
+from hmpo.tasks.gym import PREFIX, gym_task
+from hmpo.tasks.jsonl import JsonlTask
 from hmpo.tasks.key import key_task
 from hmpo.tasks.largest import largest_task
 
@@ -20,6 +22,7 @@ BUILT_IN: dict[str, Callable[[TaskConfig, int], Task]] = {
     "countdown": countdown_task,
     "largest": largest_task,
     "key": key_task,
+    "jsonl": JsonlTask,
 }
 """Built-in tasks by name."""
 
@@ -40,4 +43,22 @@ def make_task(config: TaskConfig, seed: int = 0) -> Task:
         raise TaskError(f"task.stop: got {config.stop!r}, expected strings that are not empty")
     if config.name in BUILT_IN:
         return BUILT_IN[config.name](config, seed)
-    raise TaskError(f"task.name: got {config.name!r}; {nearest(config.name, BUILT_IN)}")
+    if config.name.startswith(PREFIX):
+        return gym_task(config, seed)
+    if ":" in config.name:
+        return _own_task(config, seed)
+    known = [*BUILT_IN, f"{PREFIX}NAME", "module:name"]
+    raise TaskError(f"task.name: got {config.name!r}; {nearest(config.name, known)}")
+
+
+def _own_task(config: TaskConfig, seed: int) -> Task:
+    """A user's own task: `module:name` names a function of (config, seed) that makes it."""
+    factory = load_object(config.name, "task", TaskError)
+    if not callable(factory):
+        raise TaskError(f"task.name: {config.name} is no function of (config, seed)")
+    task = factory(config, seed)
+    if not isinstance(task, Task):
+        parts = [part for part in Task.__annotations__ if part not in dir(task)]
+        parts += [part for part in ("train", "heldout", "reward") if part not in dir(task)]
+        raise TaskError(f"task.name: {config.name} made no task; it lacks {', '.join(parts)}")
+    return task
