@@ -128,3 +128,15 @@ def test_exact_memory_is_bounded():
     finally:
         torch.Tensor.amax = original
     assert 0 < biggest <= attention_max.BLOCK_ELEMENTS
+
+
+def test_padding_does_not_loosen_the_bound():
+    query, key = torch.ones(1, 1, 4, 2), torch.ones(1, 1, 4, 2)
+    query[:, :, 0], key[:, :, 0] = 100.0, 100.0
+    mask = causal_mask(torch.tensor([[False, True, True, True]]))
+    call = AttentionCall(query=query, key=key, mask=mask, causal=True, scale=1.0)
+    assert float(logit_bound(call)) == pytest.approx(2.0, rel=1e-5)
+    only_rows = AttentionCall(
+        query=query, key=torch.ones_like(key), mask=mask, causal=True, scale=1.0
+    )
+    assert float(logit_bound(only_rows)) == pytest.approx(2.0, rel=1e-5)

@@ -357,3 +357,23 @@ def test_state_round_trip_and_mismatch():
         assert_matches(read(tracker), {n: v.double() for n, v in expected.items()}, rtol=0)
         with pytest.raises(CheckpointError, match="layers"):
             other.load_state_dict(state)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_without_a_mask_sdpa_is_causal_and_eager_is_not(attention):
+    model = make(attention=attention)
+    layer = attentions(model)[0]
+    query, key = torch.randn(2, 4, 6, 8), torch.randn(2, 2, 6, 8)
+    function = {"sdpa": lambda: INTERFACE["sdpa"], "eager": eager_function}[attention]
+    with LogitTracker(model) as tracker:
+        out, _ = function()(layer, query, key, key, None, scaling=0.3)
+        found = read(tracker)["model.layers.0.self_attn"]
+    first_row_sees_one_key = torch.allclose(out[:, 0, 0], key[:, 0, 0])
+    assert first_row_sees_one_key == (attention == "sdpa")
+    keep = torch.ones(2, 6, dtype=torch.bool)
+    oracle = max_logits(query, key, keep, 0.3, causal=attention == "sdpa")
+    torch.testing.assert_close(found.double(), oracle, rtol=1e-5, atol=1e-6)
+
+
+def eager_function():
+    return modeling_llama.eager_attention_forward

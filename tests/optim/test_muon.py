@@ -248,3 +248,10 @@ def test_muon_with_adamw_pickles():
 def test_unknown_algorithm_is_refused():
     with pytest.raises(ConfigError, match="algorithm"):
         MuonWithAdamW([{"params": matrices(), "algorithm": "sgd"}])
+
+
+def test_head_tied_to_the_embedding_is_no_hidden_matrix():
+    model = nn.ModuleDict({"embed": nn.Embedding(7, 4), "to_vocab": nn.Linear(4, 7, bias=False)})
+    model["to_vocab"].weight = model["embed"].weight
+    (group,) = split_param_groups(model)
+    assert group["algorithm"] == "adamw" and len(group["params"]) == 1
