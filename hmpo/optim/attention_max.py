@@ -16,6 +16,8 @@ from torch import Tensor
 
 BLOCK_ELEMENTS = 1 << 22
 """Scores held at once by `exact_max` (16 MiB of float32)."""
+BLOCK_ROWS = 128
+"""Query rows held at once: without a mask, keys after the block are skipped."""
 MASKED_BELOW = -1e4
 """An additive mask entry at or below this hides its pair; above it, the pair counts."""
 
@@ -111,7 +113,7 @@ def exact_max(call: AttentionCall, heads: Int[Tensor, " N"] | None = None) -> Fl
     (batch, total, length, _), (_, groups, keys, width) = query.shape, key.shape
     best = torch.full((total,), -torch.inf, dtype=dtype, device=query.device)
     batch_step = max(1, min(batch, BLOCK_ELEMENTS // max(1, total * keys * 64)))
-    row_step = max(1, min(length, BLOCK_ELEMENTS // max(1, batch_step * total * keys)))
+    row_step = max(1, min(BLOCK_ROWS, length, BLOCK_ELEMENTS // max(1, batch_step * total * keys)))
     with torch.autocast(query.device.type, enabled=False):
         for b in range(0, batch, batch_step):
             keys_t = key[b : b + batch_step].to(dtype).transpose(-1, -2)
