@@ -316,7 +316,7 @@ ATTACKS = {
     "tensor of another name": in_tree(W, '["model.safetensors","v","float32",[4,5]]'),
     "tensor of another dtype": in_tree(W, '["model.safetensors","w","int32",[4,5]]'),
     "tensor of an unknown dtype": in_tree(W, '["model.safetensors","w","object",[4,5]]'),
-    "tensor larger than its file": in_tree(W, '["model.safetensors","w","float32",[4000000,5]]'),
+    "tensor larger than its file": in_tree(W, '["model.safetensors","w","float32",[80000000000000,5]]'),
     "tensor smaller than its file": in_tree(W, '["model.safetensors","w","float32",[4,4]]'),
     "tensor of negative size": in_tree(W, '["model.safetensors","w","float32",[-4,-5]]'),
     "tensor of overflowing size": in_tree(
@@ -343,6 +343,12 @@ def test_a_tampered_checkpoint_is_refused_in_one_line_and_runs_nothing(newest, n
     finally:
         marker.unlink(missing_ok=True)
         Path(f"{newest.parent}-outside").unlink(missing_ok=True)
+
+
+def test_a_named_pipe_is_refused_unread(newest):
+    named_pipe(newest, newest)
+    with pytest.raises(CheckpointError, match=r"state\.json: not a regular file"):
+        load_checkpoint(newest.parent, step=12)
 
 
 def test_the_attack_helper_itself_leaves_a_loadable_checkpoint(newest):
