@@ -22,7 +22,8 @@ from hmpo.screen import Screen, outcome_table
 GOAL = 0.80
 """Sampled success on held-out prompts that the demo is to reach."""
 
-UPDATES = 80
+UPDATES = 130
+"""Optimizer updates: two for each of 65 rollouts."""
 
 
 def demo_config(*, seed: int = 0, updates: int | None = None, out: Path, name: str) -> RunConfig:
@@ -32,16 +33,16 @@ def demo_config(*, seed: int = 0, updates: int | None = None, out: Path, name: s
         out=str(out),
         seed=seed,
         updates=updates or UPDATES,
-        prompts_per_rollout=32,
+        prompts_per_rollout=48,
         reference="start",
         policy=PolicyConfig(path="tiny-sort"),
         task=TaskConfig(name="sort"),
         objective=hmpo_member(),
         trainer=TrainerConfig(
-            group_size=8, max_length=12, minibatches=2, lr_schedule="constant", warmup_updates=2
+            group_size=8, max_length=12, minibatches=2, lr_schedule="linear", warmup_updates=2
         ),
-        optimizer=OptimizerConfig(lr=1e-4),
-        eval=EvalConfig(every=20, prompts=128, final_prompts=512, batch_size=256),
+        optimizer=OptimizerConfig(lr=2e-4),
+        eval=EvalConfig(every=26, prompts=128, final_prompts=512, batch_size=256),
     )
 
 
