@@ -6,6 +6,7 @@ Nothing heavy is imported before a command runs, so `hmpo --help` is quick.
 import dataclasses
 import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import tyro
 
 import hmpo
-from hmpo.errors import ConfigError, HmpoError
+from hmpo.errors import ConfigError, HmpoError, RunFolderError
 
 app = tyro.extras.SubcommandApp()
 
@@ -74,6 +75,10 @@ def train(
     if (config is None) == (resume is None):
         raise ConfigError("train: give a TOML file, or --resume RUN (one of the two)")
     if resume is not None:
+        if resume.name in ("", ".."):
+            resume = resume.resolve()
+        if not (resume / "config.json").exists():
+            raise RunFolderError(f"{resume}: holds no run (no config.json); start it from a file")
         settings = load_run_config(resume / "config.json", set)
         settings = dataclasses.replace(settings, out=str(resume.parent), name=resume.name)
     else:
@@ -182,9 +187,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         text = " ".join(str(error).split())
         print(f"hmpo: {text}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print("hmpo: interrupted", file=sys.stderr)
-        return 130
+        return 128 + (error.args[0] if error.args else signal.SIGINT)
 
 
 if __name__ == "__main__":

@@ -11,17 +11,14 @@ import copy
 import json
 import logging
 import os
-import random
 import signal
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import numpy as np
 import torch
 
 from hmpo import __version__
@@ -36,11 +33,22 @@ from hmpo.checkpoint import (
 )
 from hmpo.config import GSPOConfig, RunConfig, to_dict
 from hmpo.environment import describe_environment
-from hmpo.errors import CheckpointError, ConfigError, RunFolderError
+from hmpo.errors import (
+    CheckpointError,
+    ConfigError,
+    NonFiniteError,
+    RewardError,
+    RunFolderError,
+)
 from hmpo.evaluation import Evaluation, Evaluator, gather_columns
 from hmpo.models import LoadedPolicy, load_policy, save_policy, stop_token_ids
+from hmpo.observer import Observer as Observer
+from hmpo.observer import RunResult as RunResult
 from hmpo.optim.build import build_optimizer
+from hmpo.policy_state import load_trained_state
+from hmpo.randomness import random_state, restore_random_state, seed_everything
 from hmpo.rewards import Rewards, load_reward
+from hmpo.run_folder import as_stored, check_folder, sweep
 from hmpo.settings import config_hash, trainer_config
 from hmpo.tasks import Task, make_task
 from hmpo.telemetry.records import (
@@ -60,43 +68,6 @@ from hmpo.types import Event
 logger = logging.getLogger(__name__)
 
 Trainer = PowerMeanTrainer | GSPOTrainer
-
-
-class Observer:
-    """Watches a run; every method does nothing until a child overrides it."""
-
-    def on_start(self, config: RunConfig, folder: Path, step: int) -> None:
-        """The run is set up and goes on from `step`."""
-
-    def on_rollout(self, step: int, samples: list[dict[str, Any]]) -> None:
-        """A rollout was scored: prompt, completion, reward, finished of each response."""
-
-    def on_update(self, record: dict[str, Any], timing: dict[str, float]) -> None:
-        """One optimizer update is done; metrics by telemetry name."""
-
-    def on_evaluation(self, step: int, name: str, evaluation: Evaluation) -> None:
-        """Held-out prompts were measured; `name` is before, during or after."""
-
-    def on_event(self, event: Event) -> None:
-        """Something was counted: a skipped update, a reward fault, a fallback."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunResult:
-    """What a run came to.
-
-    Example: `RunResult(folder=Path("runs/demo"), status="completed", step=60, ...)`.
-    """
-
-    folder: Path
-    status: str
-    """completed, or interrupted (by a signal; resume goes on)."""
-    step: int
-    """Updates done."""
-    before: Evaluation
-    after: Evaluation | None
-    signal: int | None = None
-    """The signal that interrupted the run."""
 
 
 def train(
@@ -120,17 +91,10 @@ def train(
         HmpoError: one line with the remedy; nothing of an earlier run is lost.
     """
     folder = Path(config.out) / config.name
-    started = (folder / "config.json").exists()
-    if started and not resume:
-        raise RunFolderError(
-            f"{folder}: holds a run already; resume it with `hmpo train --resume {folder}`, or "
-            "choose another name"
-        )
-    if resume and not started and not exist_ok:
-        raise RunFolderError(f"{folder}: holds no run (no config.json); start it without --resume")
+    check_folder(config, folder, resume=resume, exist_ok=exist_ok)
     run = _Run(config, folder, observer or Observer())
     with contextlib.ExitStack() as stack:
-        run.open(stack)
+        run.open(stack, resume=resume, exist_ok=exist_ok)
         return run.go()
 
 
@@ -144,9 +108,7 @@ class _Run:
         device = config.device
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        random.seed(config.seed)
-        np.random.seed(config.seed % 2**32)
-        torch.manual_seed(config.seed)
+        seed_everything(config.seed)
         self.task: Task = make_task(config.task, config.seed)
         self.rewards = make_rewards(config, self.task)
         self.loaded: LoadedPolicy = load_policy(config.policy, device=device)
@@ -188,39 +150,56 @@ class _Run:
 
     # ---------------------------------------------------------------------------- setting up
 
-    def open(self, stack: contextlib.ExitStack) -> None:
-        """Take the folder, load the newest valid checkpoint, open the logs."""
+    def open(self, stack: contextlib.ExitStack, *, resume: bool, exist_ok: bool) -> None:
+        """Take the folder, load the newest valid checkpoint, open the logs.
+
+        All that can be refused comes first, so that a refused start leaves the folder as it was.
+        """
         config, folder = self.config, self.folder
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise RunFolderError(f"{folder}: cannot be made ({error.strerror})") from None
+            raise RunFolderError(
+                f"{folder}: cannot be made ({error.strerror}); choose another `out`"
+            ) from None
         stack.callback(self.rewards.close)
         stack.enter_context(RunLock(folder))
+        check_folder(config, folder, resume=resume, exist_ok=exist_ok)  # nobody else writes now
         self.checkpoints = folder / "checkpoints"
-        self.hash = config_hash(config)
+        stored = as_stored(config)
+        self.hash = config_hash(stored)
         found = load_checkpoint(self.checkpoints, config_hash=self.hash)
         needed = estimate_bytes(self.trainer.state_dict()) * (config.checkpoint.keep + 2)
         check_free_space(folder, needed)
-        masked = mask_secrets(to_dict(config))
-        write_atomic(folder / "config.json", json.dumps(masked, indent=2) + "\n")
-        write_atomic(
-            folder / "environment.json", json.dumps(describe_environment(), indent=2) + "\n"
-        )
         offsets = {"telemetry": 0, "completions": 0}
+        header = self._header()
+        self.run_id = header["run_id"]
         if found is not None:
             self._restore(found.state)
             offsets = found.state["run"]["offsets"]
-            for name, why in found.skipped:
-                self._tell("checkpoint_skipped", {"checkpoint": name, "why": why})
+        resumed = None if found is None else found.step
+        self.extra = make_sinks(config.sinks, folder, to_dict(config), resumed)
+        stack.callback(self.extra.close)
+        sweep(folder)
+        write_atomic(folder / "config.json", json.dumps(to_dict(stored), indent=2) + "\n")
+        write_atomic(
+            folder / "environment.json", json.dumps(describe_environment(), indent=2) + "\n"
+        )
         self.telemetry = JsonlSink(folder / "telemetry.jsonl", resume_at=offsets["telemetry"])
         stack.callback(self.telemetry.close)
         self.completions = JsonlSink(folder / "completions.jsonl", resume_at=offsets["completions"])
         stack.callback(self.completions.close)
-        resumed = None if found is None else found.step
-        self.extra = make_sinks(config.sinks, folder, to_dict(config), resumed)
-        stack.callback(self.extra.close)
-        header = run_record(
+        if found is None:
+            self.telemetry.write(header)
+        self._open_timing(stack, resumed)
+        for name, why in found.skipped if found is not None else ():
+            self._tell("checkpoint_skipped", {"checkpoint": name, "why": why})
+        stack.enter_context(self._signals())
+
+    def _header(self) -> dict[str, Any]:
+        """The first record of telemetry.jsonl."""
+        config = self.config
+        return run_record(
             name=config.name,
             config=to_dict(config),
             algo=config.algorithm,
@@ -234,11 +213,6 @@ class _Run:
                 "p": config.objective.p,
             },
         )
-        self.run_id = header["run_id"]
-        if found is None:
-            self.telemetry.write(header)
-        self._open_timing(stack, resumed)
-        stack.enter_context(self._signals())
 
     def _open_timing(self, stack: contextlib.ExitStack, resumed: int | None) -> None:
         path = self.folder / "timing.jsonl"
@@ -258,40 +232,29 @@ class _Run:
     def _restore(self, state: dict[str, Any]) -> None:
         self.trainer.load_state_dict(state)
         self.before = state["run"]["before"]
-        rng = state["run"]["rng"]
-        random.setstate(rng["python"])
-        np.random.set_state(
-            (rng["numpy"][0], rng["numpy"][1].numpy().astype("uint32"), *rng["numpy"][2:])
-        )
-        torch.set_rng_state(rng["torch"])
-        if rng["cuda"] is not None and torch.cuda.is_available():
-            torch.cuda.set_rng_state_all(rng["cuda"])
+        self.run_id = state["run"]["run_id"]  # also where the folder's name or `updates` changed
+        restore_random_state(state["run"]["rng"])
 
     def _save(self) -> None:
         began = time.perf_counter()
-        numpy_state = np.random.get_state()
         state = self.trainer.state_dict()
         state["run"] = {
+            "run_id": self.run_id,
             "before": self.before,
             "offsets": {
                 "telemetry": self.telemetry.offset(),
                 "completions": self.completions.offset(),
             },
-            "rng": {
-                "python": random.getstate(),
-                "numpy": (
-                    numpy_state[0],
-                    torch.from_numpy(numpy_state[1].astype("int64")),
-                    *numpy_state[2:],
-                ),
-                "torch": torch.get_rng_state(),
-                "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None,
-            },
+            "rng": random_state(),
         }
         keep = self.config.checkpoint.keep
-        save_checkpoint(
-            self.checkpoints, self.trainer.step, state, keep=keep, config_hash=self.hash
-        )
+        step = self.trainer.step
+        try:
+            save_checkpoint(self.checkpoints, step, state, keep=keep, config_hash=self.hash)
+        except NonFiniteError as error:
+            fault = {"site": "checkpoint", "where": str(error).partition(":")[0]}
+            self.trainer.events.append(Event(name="nonfinite", step=step, data=fault))
+            raise
         spent = {"time/save_s": time.perf_counter() - began}
         self.timing.write(time_record(self.run_id, self.trainer.step, spent))
 
@@ -304,7 +267,7 @@ class _Run:
 
         def ask(number: int, frame: FrameType | None) -> None:
             if self.stop_signal is not None:
-                raise KeyboardInterrupt
+                raise KeyboardInterrupt(number)
             self.stop_signal = number
 
         previous = {
@@ -320,8 +283,16 @@ class _Run:
 
     def go(self) -> RunResult:
         """The run, from wherever it is to its end or to a signal."""
+        self.observer.on_start(self.config, self.folder, self.trainer.step)
+        try:
+            return self._loop()
+        except (NonFiniteError, RewardError):
+            self._report_events()
+            self.telemetry.write(end_record(self.run_id, self.trainer.step, "failed"))
+            raise
+
+    def _loop(self) -> RunResult:
         config, trainer = self.config, self.trainer
-        self.observer.on_start(config, self.folder, trainer.step)
         if self.before is None:
             self._evaluate("before", final=True)
         while trainer.step < config.updates and self.stop_signal is None:
@@ -331,6 +302,8 @@ class _Run:
                 self._begin_rollout()
                 timing["time/rollout_s"] = time.perf_counter() - began
                 self._report_events()
+                if self.stop_signal is not None:
+                    break
             update_began = time.perf_counter()
             record = trainer.next_update()
             timing["time/train_s"] = time.perf_counter() - update_began
@@ -397,8 +370,8 @@ class _Run:
 
     def _end(self) -> RunResult:
         before = Evaluation.from_record(self.before or {})
-        if self.trainer.step < self.config.updates:
-            self._save()
+        self._save()
+        if self.stop_signal is not None:
             self.telemetry.write(end_record(self.run_id, self.trainer.step, "interrupted"))
             return RunResult(
                 folder=self.folder,
@@ -408,7 +381,6 @@ class _Run:
                 after=None,
                 signal=self.stop_signal,
             )
-        self._save()
         after = self._evaluate("after", final=True)
         save_policy(self.loaded.model, self.loaded.tokenizer, self.folder / "policy")
         self.telemetry.write(end_record(self.run_id, self.trainer.step, "completed"))
@@ -445,5 +417,5 @@ def load_trained(folder: Path, config: RunConfig, device: str = "cpu") -> Loaded
     found = load_checkpoint(folder / "checkpoints")
     if found is None:
         raise CheckpointError(f"{folder}: has no checkpoint yet; let the run save one first")
-    loaded.model.load_state_dict(found.state["model"], strict=False)
+    load_trained_state(loaded.model, found.state["model"])
     return loaded

@@ -4,6 +4,7 @@ An unknown key, a wrong type or a value out of range gives one line that names t
 `objective.cliplow: unknown; did you mean clip_low?`. Standard library only.
 """
 
+import copy
 import dataclasses
 import difflib
 import hashlib
@@ -41,8 +42,10 @@ def load_run_config(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
         raise ConfigError(f"{path}: not UTF-8 text; give a TOML file") from None
     try:
         data = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
+    except ValueError as error:  # both decoders' own, and integers of thousands of digits
         raise ConfigError(f"{path}: {str(error).splitlines()[0]}") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: nested too deeply") from None
     try:
         return run_config(data, overrides)
     except ConfigError as error:
@@ -51,7 +54,9 @@ def load_run_config(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
 
 def run_config(data: Mapping[str, Any], overrides: Iterable[str] = ()) -> RunConfig:
     """A `RunConfig` from nested plain values, with `objective.member` resolved to its preset."""
-    data = {key: dict(v) if isinstance(v, Mapping) else v for key, v in data.items()}
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"config: got {type(data).__name__}, expected a table of settings")
+    data = copy.deepcopy(dict(data))
     for item in overrides:
         _override(data, item)
     objective = data.get("objective")
@@ -61,17 +66,23 @@ def run_config(data: Mapping[str, Any], overrides: Iterable[str] = ()) -> RunCon
 
 
 def _override(data: dict[str, Any], item: str) -> None:
-    """Set one `dotted.key=value` in nested tables."""
+    """Set one `dotted.key=value` in nested tables.
+
+    A member starts the objective afresh: bounds that a file gave for another one, perhaps in
+    another unit, do not carry over.
+    """
     key, sign, text = item.partition("=")
     require(bool(sign) and bool(key.strip()), "--set", item, "dotted.key=value")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except ValueError:
         value = text
+    if key.strip() == "objective.member":
+        data["objective"] = {}
     *tables, last = key.strip().split(".")
     for table in tables:
         inner = data.setdefault(table, {})
-        require(isinstance(inner, dict), f"--set {key}", item, f"a key of the table {table}")
+        require(isinstance(inner, dict), "--set", item, f"{table} to be a table, which it is not")
         data = inner
     data[last] = value
 
@@ -79,7 +90,7 @@ def _override(data: dict[str, Any], item: str) -> None:
 def _member(objective: Mapping[str, Any]) -> dict[str, Any]:
     """An `[objective]` table whose `member` names its starting point."""
     name = objective["member"]
-    if name not in members.BY_NAME:
+    if not isinstance(name, str) or name not in members.BY_NAME:
         close = difflib.get_close_matches(str(name), members.BY_NAME, n=1)
         hint = f"did you mean {close[0]}?" if close else f"one of {', '.join(members.BY_NAME)}"
         raise ConfigError(f"objective.member: got {name!r}; {hint}")
@@ -112,12 +123,38 @@ def config_hash(config: RunConfig) -> str:
     The number of updates is left out as well unless the learning-rate schedule depends on it,
     so that a finished run can be continued for longer.
     """
+    return hashlib.sha256(json.dumps(_decisive(config), sort_keys=True).encode()).hexdigest()
+
+
+def changed_settings(old: RunConfig, new: RunConfig) -> list[str]:
+    """What `config_hash` tells apart in two configurations: `optimizer.lr was 0.1, got 0.2`."""
+    before, after = _flat(_decisive(old)), _flat(_decisive(new))
+    return [
+        f"{name} was {before.get(name)!r}, got {after.get(name)!r}"
+        for name in dict.fromkeys((*before, *after))
+        if before.get(name) != after.get(name)
+    ]
+
+
+def _decisive(config: RunConfig) -> dict[str, Any]:
+    """The settings that decide a run's numbers."""
     data = to_dict(config)
     ends = config.trainer.lr_schedule != "constant" and config.trainer.total_updates is None
     kept = {"updates"} if ends else set()
     for name in {"name", "out", "sinks", "samples", "checkpoint", "updates"} - kept:
         data.pop(name)
-    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+    return data
+
+
+def _flat(data: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    """Nested tables as dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in data.items():
+        if isinstance(value, Mapping) and value:
+            flat |= _flat(value, f"{path}{key}.")
+        else:
+            flat[f"{path}{key}"] = value
+    return flat
 
 
 def from_dict(cls: type[T], data: Any, path: str = "") -> T:
@@ -171,16 +208,33 @@ def _convert(kind: Any, value: Any, name: str) -> Any:
         require(len(value) == len(args), name, value, _describe(kind))
         return tuple(_convert(a, v, f"{name}[{i}]") for i, (a, v) in enumerate(zip(args, value)))
     if origin is dict and isinstance(value, Mapping):
-        return dict(value)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        return _plain(value, name)
     if kind is int and isinstance(value, bool):
         raise ConfigError(f"{name}: got {value!r}, expected an integer")
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(_plain(value, name))
     if isinstance(kind, type) and origin is None and isinstance(value, kind):
-        if isinstance(value, float):
-            require(math.isfinite(value), name, value, "a finite number")
-        return value
+        return _plain(value, name)
     raise ConfigError(f"{name}: got {value!r}, expected {_describe(kind)}")
+
+
+def _plain(value: Any, name: str) -> Any:
+    """The value if it is fit for JSON and file names: text, 64-bit integers, finite floats."""
+    if isinstance(value, Mapping):
+        return {_plain(key, name): _plain(item, f"{name}.{key}") for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item, f"{name}[{i}]") for i, item in enumerate(value)]
+    if isinstance(value, str):
+        readable = "\0" not in value and not any("\ud800" <= c <= "\udfff" for c in value)
+        require(readable, name, value, "text without NUL and lone surrogates")
+    elif isinstance(value, int):
+        fits = -(2**63) <= value < 2**63
+        require(fits, name, value if fits else "a larger one", "an integer of 64 bits")
+    elif isinstance(value, float):
+        require(math.isfinite(value), name, value, "a finite number")
+    elif value is not None:
+        raise ConfigError(f"{name}: got {value!r}, expected text, a number, true, false or a table")
+    return value
 
 
 def _describe(kind: Any) -> str:

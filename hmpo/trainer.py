@@ -18,9 +18,18 @@ from hmpo.collect import Collector, Prompts, autocast
 from hmpo.config import HMPOConfig, PowerMeanConfig
 from hmpo.errors import ConfigError, NonFiniteError
 from hmpo.logprobs import token_logprobs_and_entropy
+from hmpo.nonfinite import (
+    Fault,
+    fault_text,
+    forward_fault,
+    gradient_fault,
+    optimizer_fault,
+    weights_fault,
+)
 from hmpo.objective import count_denominators, objective_metrics, power_mean_loss
 from hmpo.optim import MuonClip, MuonClipConfig, qk_clip_stats, with_qk_clip
 from hmpo.optim.build import join_clip_state, split_clip_state
+from hmpo.policy_state import load_trained_state, trained_state
 from hmpo.rewards import Rewards
 from hmpo.sampling import minibatch_rows
 from hmpo.types import Batch, Event, Metrics
@@ -166,7 +175,8 @@ class PowerMeanTrainer:
             Metrics by telemetry name.
 
         Raises:
-            NonFiniteError: under `on_nonfinite="stop"`, or after `max_nonfinite` skips in a row.
+            NonFiniteError: under `on_nonfinite="stop"`, after `max_nonfinite` skips in a row, or
+                where a step itself made the weights or the optimizer's state non-finite.
         """
         assert self.batch is not None and self.pending_updates, "begin_rollout comes first"
         config = self.config
@@ -181,12 +191,15 @@ class PowerMeanTrainer:
         batch = self.batch.select(rows).trimmed()
         self._set_lr()
         loss, logprobs, entropy = self._accumulate(batch)
-        fault = self._fault(batch, loss, logprobs)
         norm = self._clip_gradient()
-        if fault is None:
-            fault = self._gradient_fault(norm)
+        fault = (
+            forward_fault(batch, loss, logprobs)
+            or gradient_fault(self.policy, norm)
+            or optimizer_fault(self.policy, self.optimizer)
+        )
         if fault is None:
             self.optimizer.step()
+            self._check_step()
         self.optimizer.zero_grad(set_to_none=True)
         record = {
             "step": self.step,
@@ -267,36 +280,19 @@ class PowerMeanTrainer:
         bound = self.config.max_grad_norm or math.inf
         return nn.utils.clip_grad_norm_(parameters, bound)
 
-    def _fault(self, batch: Batch, loss: Tensor, logprobs: Tensor) -> dict[str, Any] | None:
-        """Where a forward pass stopped being finite, or None."""
-        mask = batch.rollout.response_mask
-        for site, values in (("logprob", logprobs), ("old_logprob", batch.rollout.old_logprobs)):
-            bad = (mask & ~values.isfinite()).nonzero()
-            if len(bad):
-                return {"site": site, "sequence": int(bad[0, 0]), "token": int(bad[0, 1])}
-        if not batch.advantages.isfinite().all():
-            bad = (~batch.advantages.isfinite()).nonzero()
-            return {"site": "advantage", "sequence": int(bad[0, 0])}
-        return None if loss.isfinite() else {"site": "loss"}
+    def _check_step(self) -> None:
+        """Stop at once if the step spoilt weights or state: there is no way back from it here."""
+        fault = weights_fault(self.policy) or optimizer_fault(self.policy, self.optimizer)
+        if fault is None:
+            return
+        self.totals["nonfinite_total"] += 1
+        self.events.append(Event(name="nonfinite", step=self.step, data=fault))
+        raise NonFiniteError(
+            f"update {self.step}: not finite after the step at {fault_text(fault)}; resume from "
+            "the last checkpoint with a lower learning rate"
+        )
 
-    def _gradient_fault(self, norm: Tensor) -> dict[str, Any] | None:
-        """The first parameter whose gradient or optimizer state is not finite, or None."""
-        if not norm.isfinite():
-            for name, parameter in self.policy.named_parameters():
-                if parameter.grad is not None and not parameter.grad.isfinite().all():
-                    return {"site": "gradient", "where": name}
-            return {"site": "gradient", "where": "norm"}
-        names = {parameter: name for name, parameter in self.policy.named_parameters()}
-        for parameter, state in self.optimizer.state.items():
-            for key, value in state.items():
-                floating = isinstance(value, Tensor) and value.is_floating_point()
-                # A sum is finite iff every term is (short of overflow, which is a fault too).
-                if floating and not value.sum().isfinite():
-                    where = f"{names.get(parameter, 'unnamed')}.{key}"
-                    return {"site": "optimizer_state", "where": where}
-        return None
-
-    def _after(self, fault: dict[str, Any] | None) -> None:
+    def _after(self, fault: Fault | None) -> None:
         """Count a skipped update, and stop where the configuration says so."""
         if fault is None:
             self.skipped_in_a_row = 0
@@ -304,7 +300,7 @@ class PowerMeanTrainer:
         self.skipped_in_a_row += 1
         self.totals["nonfinite_total"] += 1
         self.totals["optim/skipped_total"] += 1
-        where = ", ".join(f"{key} {value}" for key, value in fault.items())
+        where = fault_text(fault)
         self.events.append(Event(name="nonfinite", step=self.step, data=fault))
         logger.warning("update %d skipped: not finite at %s", self.step, where)
         stop = self.config.on_nonfinite == "stop"
@@ -347,11 +343,8 @@ class PowerMeanTrainer:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a bit-identical continuation needs, as plain values and tensors."""
-        trainable = {n for n, p in self.policy.named_parameters() if p.requires_grad}
-        frozen = {n for n, _ in self.policy.named_parameters()} - trainable
-        model = {k: v for k, v in self.policy.state_dict().items() if k not in frozen}
         return {
-            "model": model,
+            "model": trained_state(self.policy),
             **split_clip_state(self.optimizer),
             "trainer": {
                 "step": self.step,
@@ -366,7 +359,7 @@ class PowerMeanTrainer:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue exactly where `state_dict` was taken."""
-        self.policy.load_state_dict(state["model"], strict=False)
+        load_trained_state(self.policy, state["model"])
         join_clip_state(self.optimizer, state)
         mine = state["trainer"]
         self.step, self.rollouts = mine["step"], mine["rollouts"]

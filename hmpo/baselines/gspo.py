@@ -23,8 +23,17 @@ from hmpo.collect import Collector, Prompts, autocast
 from hmpo.config import GSPOConfig
 from hmpo.errors import NonFiniteError
 from hmpo.logprobs import token_logprobs_and_entropy
+from hmpo.nonfinite import (
+    Fault,
+    fault_text,
+    forward_fault,
+    gradient_fault,
+    optimizer_fault,
+    weights_fault,
+)
 from hmpo.optim import MuonClip, MuonClipConfig, qk_clip_stats, with_qk_clip
 from hmpo.optim.build import join_clip_state, split_clip_state
+from hmpo.policy_state import load_trained_state, trained_state
 from hmpo.rewards import Rewards
 from hmpo.sampling import minibatch_rows
 from hmpo.types import Batch, Event, Metrics
@@ -117,7 +126,8 @@ class GSPOTrainer:
         """One optimizer update; returns its metrics by telemetry name.
 
         Raises:
-            NonFiniteError: under `on_nonfinite="stop"`, or after `max_nonfinite` skips in a row.
+            NonFiniteError: under `on_nonfinite="stop"`, after `max_nonfinite` skips in a row, or
+                where a step itself made the weights or the optimizer's state non-finite.
         """
         assert self.batch is not None and self.pending_updates, "begin_rollout comes first"
         config = self.config
@@ -134,12 +144,17 @@ class GSPOTrainer:
         )
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * config.lr_factor(self.step)
-        metrics = self._backward(batch)
+        metrics, logprobs = self._backward(batch)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         norm = nn.utils.clip_grad_norm_(parameters, config.max_grad_norm or math.inf)
-        healthy = math.isfinite(metrics["loss"]) and bool(norm.isfinite())
-        if healthy:
+        fault = (
+            forward_fault(batch, torch.tensor(metrics["loss"]), logprobs)
+            or gradient_fault(self.policy, norm)
+            or optimizer_fault(self.policy, self.optimizer)
+        )
+        if fault is None:
             self.optimizer.step()
+            self._check_step()
         self.optimizer.zero_grad(set_to_none=True)
         record = {
             "step": self.step,
@@ -149,16 +164,16 @@ class GSPOTrainer:
             "staleness": self.cursor,
             "lr": self.optimizer.param_groups[0]["lr"],
             "grad_norm": float(norm),
-            "update_skipped": int(not healthy),
-            "nonfinite": int(not healthy),
+            "update_skipped": int(fault is not None),
+            "nonfinite": int(fault is not None),
             **metrics,
             **self.rollout_metrics,
         }
-        stats = qk_clip_stats(self.optimizer) if healthy else None
+        stats = qk_clip_stats(self.optimizer) if fault is None else None
         if stats is not None and stats.heads > 0:
             record |= {"qk/max_logit": stats.max_logit, "qk/clipped_heads": stats.clipped_heads}
-        self._count(healthy)
         self.cursor += 1
+        self._count(fault)
         self.step += 1
         if not self.pending_updates:
             self.batch = None
@@ -184,12 +199,12 @@ class GSPOTrainer:
             advantages[rows] = centred.to(rewards.dtype)
         return advantages
 
-    def _backward(self, batch: Batch) -> Metrics:
-        """Gradient of -J (equations 5 and 7) over one minibatch."""
+    def _backward(self, batch: Batch) -> tuple[Metrics, Tensor]:
+        """Gradient of -J (equations 5 and 7) over one minibatch; also the log-probs (M, T)."""
         config, rollout = self.config, batch.rollout
         counted = max(1, int(batch.valid.sum()))
         size = config.micro_batch_size or len(batch.rewards)
-        total, clipped, ratios, entropy_sum = 0.0, 0, [], 0.0
+        total, clipped, ratios, logprobs, entropy_sum = 0.0, 0, [], [], 0.0
         for start in range(0, len(batch.rewards), size):
             rows = slice(start, start + size)
             with autocast(rollout.response_ids.device, config):
@@ -212,9 +227,10 @@ class GSPOTrainer:
             total += float(loss.detach())
             clipped += int((bounded * advantage < s * advantage).sum())
             ratios.append(log_s.detach())
+            logprobs.append(new.detach())
             entropy_sum += float((entropy.detach() * mask).sum())
         log_g = torch.cat(ratios)
-        return {
+        metrics: Metrics = {
             "loss": total,
             "pg_loss": total,
             "n_seq": counted,
@@ -225,23 +241,36 @@ class GSPOTrainer:
             "ratio/p": 0.0,
             "entropy": entropy_sum / max(1, int(rollout.response_mask.sum())),
         }
+        return metrics, torch.cat(logprobs)
 
-    def _count(self, healthy: bool) -> None:
+    def _check_step(self) -> None:
+        """Stop at once if the step spoilt weights or state."""
+        fault = weights_fault(self.policy) or optimizer_fault(self.policy, self.optimizer)
+        if fault is None:
+            return
+        self.totals["nonfinite_total"] += 1
+        self.events.append(Event(name="nonfinite", step=self.step, data=fault))
+        raise NonFiniteError(
+            f"update {self.step}: not finite after the step at {fault_text(fault)}; resume from "
+            "the last checkpoint with a lower learning rate"
+        )
+
+    def _count(self, fault: Fault | None) -> None:
         """Count a skipped update, and stop where the configuration says so."""
-        if healthy:
+        if fault is None:
             self.skipped_in_a_row = 0
             return
         self.skipped_in_a_row += 1
         self.totals["nonfinite_total"] += 1
         self.totals["optim/skipped_total"] += 1
-        self.events.append(Event(name="nonfinite", step=self.step, data={"site": "loss"}))
-        logger.warning("update %d skipped: loss or gradient not finite", self.step)
+        self.events.append(Event(name="nonfinite", step=self.step, data=fault))
+        where = fault_text(fault)
+        logger.warning("update %d skipped: not finite at %s", self.step, where)
         stop = self.config.on_nonfinite == "stop"
         if stop or self.skipped_in_a_row >= self.config.max_nonfinite:
             raise NonFiniteError(
-                f"update {self.step}: loss or gradient not finite; {self.skipped_in_a_row} "
-                "update(s) skipped in a row; lower the learning rate or resume from the last "
-                "checkpoint"
+                f"update {self.step}: not finite at {where}; {self.skipped_in_a_row} update(s) "
+                "skipped in a row; lower the learning rate or resume from the last checkpoint"
             )
 
     def state_dict(self) -> dict[str, Any]:
@@ -250,14 +279,14 @@ class GSPOTrainer:
         mine = {name: getattr(self, name) for name in names}
         mine["batch"] = None if self.batch is None else self.batch.state_dict()
         return {
-            "model": self.policy.state_dict(),
+            "model": trained_state(self.policy),
             **split_clip_state(self.optimizer),
             "trainer": mine,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue exactly where `state_dict` was taken."""
-        self.policy.load_state_dict(state["model"])
+        load_trained_state(self.policy, state["model"])
         join_clip_state(self.optimizer, state)
         for name, value in state["trainer"].items():
             if name != "batch":
