@@ -74,7 +74,8 @@ class Screen(Observer):
         self.tokens_per_s = float("nan")
         self.title = ""
         self.every = 1
-        self.began = time.monotonic()
+        self.began: float | None = None
+        self.first_step = 0
 
     def __enter__(self) -> "Screen":
         return self
@@ -102,10 +103,12 @@ class Screen(Observer):
             self.live = Live(self._view(), console=self.console, refresh_per_second=4)
             self.live.start()
         else:
-            self.console.print(f"hmpo: {self.title}", markup=False, highlight=False)
+            self.console.print(f"hmpo: {self.title}", markup=False, highlight=False, soft_wrap=True)
 
     def on_rollout(self, step: int, samples: list[dict[str, Any]]) -> None:
         """Keep a right and a wrong completion to show."""
+        if self.began is None:
+            self.began, self.first_step = time.monotonic(), step
         ordered = sorted(samples, key=lambda s: -s["reward"] if s["reward"] == s["reward"] else 9)
         self.samples = [ordered[0], ordered[-1]] if len(ordered) > 1 else ordered
 
@@ -133,14 +136,14 @@ class Screen(Observer):
             text = f"held-out after {step:4d} updates: sampled {evaluation.sampled}"
             if evaluation.greedy is not None:
                 text += f", greedy {evaluation.greedy}"
-            self.console.print(text, markup=False, highlight=False)
+            self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def on_event(self, event: Event) -> None:
         """Say what was counted."""
         facts = ", ".join(f"{key}: {value}" for key, value in event.data.items())
         text = printable(f"{event.name} at update {event.step}: {facts}", 200)
         if not self.quiet:
-            self.console.print(text, style="yellow", markup=False, highlight=False)
+            self.console.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
 
     # ------------------------------------------------------------------------------ the picture
 
@@ -148,7 +151,8 @@ class Screen(Observer):
         """One line of progress where there is no terminal."""
         record, done = self.record, self.record["step"] + 1
         total = int(self.progress.tasks[0].total or 0)
-        left = (time.monotonic() - self.began) / done * (total - done)
+        spent = time.monotonic() - (self.began or time.monotonic())
+        left = spent / max(1, done - self.first_step) * (total - done)
         parts = [f"update {done:4d}/{total}", f"reward {record['reward/mean']:.3f}"]
         for label, name, form, _ in ROWS[1:6]:
             if name in record:

@@ -1,0 +1,140 @@
+"""Fill the tables between `<!-- table: NAME -->` and `<!-- /table -->` from result files.
+
+python scripts/make_tables.py           rewrite README.md and docs/*.md
+python scripts/make_tables.py --check   exit 1 if a table is not what the results say
+"""
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+TABLE = re.compile(r"(<!-- table: ([a-z0-9_-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
+
+
+def load(name: str) -> dict[str, Any]:
+    """One result file."""
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def rate(evaluation: dict[str, Any], kind: str) -> str:
+    """A success rate with its interval."""
+    value, low, high = (evaluation[f"eval/{kind}{end}"] for end in ("", "_low", "_high"))
+    return f"{value:.3f} ({low:.3f} to {high:.3f})"
+
+
+def source(*results: dict[str, Any]) -> str:
+    """Where the figures come from."""
+    commands = ", ".join(f"`{result['command']}`" for result in results)
+    machine = results[0]["environment"]
+    return (
+        f"From {commands}; commit {results[0]['commit']}, torch "
+        f"{machine['packages']['torch']}, {machine['cores']} cores ({machine['processor']})."
+    )
+
+
+def demo() -> str:
+    """The demo's seeds."""
+    result = load("demo")
+    lines = [
+        "| seed | sampled, before | sampled, after | greedy, after | updates | CPU seconds |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        lines.append(
+            f"| {row['seed']} | {rate(row['before'], 'sampled')} | "
+            f"**{rate(row['after'], 'sampled')}** | {rate(row['after'], 'greedy')} | "
+            f"{row['updates']} | {row['cpu_s']:.0f} |"
+        )
+    trials = result["rows"][0]["after"]["eval/sampled_n"]
+    return "\n".join([*lines, "", f"{trials} held-out prompts. {source(result)}"])
+
+
+def smollm2() -> str:
+    """The two runs of SmolLM2."""
+    results = {name: load(f"smollm2_{name}") for name in ("largest", "reasoning_gym")}
+    titles = {
+        "largest": "the largest of four numbers",
+        "reasoning_gym": "reasoning-gym: chain_sum",
+    }
+    lines = [
+        "| task | | before | after | updates | CPU seconds |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, result in results.items():
+        (row,) = result["rows"]
+        for kind, label in (
+            ("sampled", "sampled"),
+            ("greedy", "greedy"),
+            ("pass_at_k", f"pass@{row['after']['eval/k']}"),
+        ):
+            first = kind == "sampled"
+            lines.append(
+                f"| {titles[name] if first else ''} | {label} | {rate(row['before'], kind)} | "
+                f"{rate(row['after'], kind)} | {row['updates'] if first else ''} | "
+                f"{round(row['cpu_s']) if first else ''} |"
+            )
+    trials = results["largest"]["rows"][0]["after"]["eval/sampled_n"]
+    note = f"One run each (one seed), {trials} held-out prompts, 95 % intervals over prompts. "
+    return "\n".join([*lines, "", note + source(*results.values())])
+
+
+def aggregation() -> str:
+    """Cost of the objective."""
+    result = load("aggregation")
+    lines = ["| sequences x tokens | side | CPU ms | ratio to PPO's loss |", "|---|---|---|---|"]
+    for row in result["rows"]:
+        size = f"{row['sequences']} x {row['tokens']}"
+        lines.append(f"| {size} | {row['side']} | {row['cpu_ms']} | {row['ratio_to_ppo']} |")
+    return "\n".join([*lines, "", source(result)])
+
+
+def sampling() -> str:
+    """Cost of rollouts."""
+    result = load("sampling")
+    lines = [
+        "| prompts x group | prompt | new tokens | `generate`, CPU s | hmpo, CPU s | ratio |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        lines.append(
+            f"| {row['prompts']} x {row['group']} | {row['prompt_tokens']} | {row['new_tokens']} "
+            f"| {row['generate_cpu_s']} | {row['hmpo_cpu_s']} | {row['ratio']} |"
+        )
+    return "\n".join([*lines, "", source(result)])
+
+
+MAKERS: dict[str, Callable[[], str]] = {
+    "demo": demo,
+    "smollm2": smollm2,
+    "aggregation": aggregation,
+    "sampling": sampling,
+}
+
+
+def filled(text: str) -> str:
+    """The page with its tables made anew."""
+    return TABLE.sub(lambda m: f"{m[1]}{MAKERS[m[2]]()}\n{m[3]}", text)
+
+
+def main() -> int:
+    """Rewrite or check every page."""
+    stale = []
+    for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        text = page.read_text(encoding="utf-8")
+        new = filled(text)
+        if new != text:
+            stale.append(page.name)
+            if "--check" not in sys.argv:
+                page.write_text(new, encoding="utf-8")
+    if stale:
+        print("tables made anew: " + ", ".join(stale))
+    return int(bool(stale) and "--check" in sys.argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
