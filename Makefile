@@ -1,0 +1,39 @@
+# Needs python3 (3.11 or newer), git and make. Every line can also be typed by hand.
+PYTHON ?= python3
+VENV ?= .venv
+JOBS ?= 2
+export OMP_WAIT_POLICY ?= PASSIVE
+HASH = import hashlib, os, sys; print(hashlib.sha256(os.getcwd().encode() + b"".join(open(f, "rb").read() for f in sys.argv[1:])).hexdigest()[:16])
+RUN := $(VENV)/run-$(shell $(PYTHON) -c '$(HASH)' requirements.txt).stamp
+DEV := $(VENV)/dev-$(shell $(PYTHON) -c '$(HASH)' requirements.txt requirements-dev.txt).stamp
+
+.PHONY: demo test check bench docs clean
+demo: $(RUN) # trains the bundled policy; makes .venv first where needed
+	$(VENV)/bin/hmpo demo
+test: $(DEV) # the whole gate; makes .venv first where needed
+	PATH="$(abspath $(VENV)/bin):$$PATH" $(MAKE) check
+check: docs # the whole gate in the present environment
+	ruff format --check .
+	ruff check .
+	pyrefly check
+	lint-imports
+	OMP_NUM_THREADS=1 python -m pytest -q -n $(JOBS)
+bench: # timings in the present environment
+	python -m benchmarks
+docs: # the site, in site/
+	zensical build --clean --strict
+clean:
+	rm -rf site dist build .cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+
+$(RUN):
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; v >= (3, 11) or sys.exit("hmpo needs Python 3.11 or newer, this is %d.%d; try: make PYTHON=python3.12" % v)'
+	rm -f $(VENV)/*.stamp
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install -q torch==2.13.0
+	$(VENV)/bin/python -m pip install -q -r requirements.txt
+	$(VENV)/bin/python -m pip install -q --no-deps --no-build-isolation -e .
+	@touch $@
+$(DEV): $(RUN)
+	rm -f $(VENV)/dev-*.stamp
+	$(VENV)/bin/python -m pip install -q -r requirements-dev.txt
+	@touch $@

@@ -1,0 +1,1 @@
+"""Stable import paths of the algorithms; the code is in `hmpo.baselines`."""

@@ -1,0 +1,1 @@
+"""Stable import paths of the optimizers; the code is in `hmpo.optim`."""
