@@ -19,7 +19,7 @@ check: docs # the whole gate in the present environment
 	lint-imports
 	OMP_NUM_THREADS=1 python -m pytest -q -n $(JOBS)
 bench: # timings in the present environment
-	python -m benchmarks
+	for f in benchmarks/bench_*.py; do python $$f || exit 1; done
 docs: # the site, in site/
 	zensical build --clean --strict
 clean:
