@@ -18,7 +18,8 @@ from hmpo.evaluation import Evaluation, Rate
 from hmpo.run import Observer, RunResult
 from hmpo.types import Event
 
-BARS = " .:-=+*#"
+ASCII_BARS = " .:-=+*#"
+BLOCK_BARS = "".join(chr(0x2581 + i) for i in range(8))
 UNSAFE = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
 # label, telemetry name, format, and how to read it
@@ -41,14 +42,14 @@ def printable(text: str, width: int = 60) -> str:
     return shown if len(shown) <= width else shown[: width - 3] + "..."
 
 
-def spark(values: deque[float]) -> str:
-    """A row of ASCII bars for a short history of values."""
+def spark(values: deque[float], bars: str) -> str:
+    """A row of bars, from the lowest to the highest of a short history of values."""
     known = [value for value in values if value == value]
     if len(known) < 2 or max(known) == min(known):
         return ""
     low, span = min(known), max(known) - min(known)
-    top = len(BARS) - 1
-    return "".join(BARS[round((v - low) / span * top)] if v == v else "?" for v in values)
+    top = len(bars) - 1
+    return "".join(bars[round((v - low) / span * top)] if v == v else "?" for v in values)
 
 
 class Screen(Observer):
@@ -57,6 +58,7 @@ class Screen(Observer):
     def __init__(self, console: Console | None = None, *, quiet: bool = False) -> None:
         self.console = console or Console()
         self.quiet = quiet
+        self.bars = BLOCK_BARS if self.console.encoding.startswith("utf") else ASCII_BARS
         self.live: Live | None = None
         self.progress = Progress(
             TextColumn("[bold]{task.description}"),
@@ -167,7 +169,7 @@ class Screen(Observer):
                 numbers.add_row(
                     label,
                     Text(form.format(self.record[name]), style="bold"),
-                    Text(spark(self.history[name]), style="cyan"),
+                    Text(spark(self.history[name], self.bars), style="cyan"),
                     Text(meaning, style="dim"),
                 )
         if self.record:
