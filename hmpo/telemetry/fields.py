@@ -360,11 +360,11 @@ def trl_name(name: str) -> str | None:
         return None
     if item.pattern is None:
         return item.trl
-    return item.trl.replace("<function>", item.pattern.fullmatch(name)[1])
+    found = item.pattern.fullmatch(name)
+    return item.trl if found is None else item.trl.replace("<function>", found[1])
 
 
 def with_trl_names(record: Mapping[str, Any]) -> dict[str, Any]:
     """The record plus TRL's spelling of every metric that has one; ours stay as they are."""
-    aliases = {trl_name(name): value for name, value in record.items()}
-    aliases.pop(None, None)
-    return {**aliases, **record}
+    pairs = ((trl_name(name), value) for name, value in record.items())
+    return {alias: value for alias, value in pairs if alias is not None} | dict(record)

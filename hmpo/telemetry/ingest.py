@@ -125,7 +125,8 @@ def read_records(
         except TelemetryError as error:
             torn = not line.endswith(b"\n")
             kind: Literal["torn", "malformed"] = "torn" if torn else "malformed"
-            problems.append(Problem(line=number, kind=kind, message=str(error)))
+            message = "the last line is cut off, as by a crash" if torn else str(error)
+            problems.append(Problem(line=number, kind=kind, message=message))
     return records, problems, number
 
 

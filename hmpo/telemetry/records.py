@@ -186,7 +186,7 @@ def _coerce(row: Field | None, value: Any) -> Any:
         return value
     if row.kind == "float":
         return float(value)
-    if row.kind == "int" and isinstance(value, float) and value.is_integer():
+    if row.kind == "int" and float(value).is_integer():
         return int(value)
     if row.kind == "bool" and value in (0, 1):
         return bool(value)

@@ -1,0 +1,288 @@
+"""Plots of one run or several side by side, drawn from the table in `panels.py`.
+
+A plot whose series were not logged is left out. Colours are Okabe and Ito's, told apart with
+every common kind of colour blindness; each line is named beside the plot as well.
+"""
+
+import io
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import matplotlib
+from cycler import cycler
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from hmpo.lab.folder import RunData, write_atomic
+from hmpo.lab.panels import PLOTS, Line, Panel, Plot
+from hmpo.stats import wilson_interval
+
+INK, SOFT, GRID = "#1f2328", "#59636e", "#d9dde2"
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#aa4499", "#8a6d00", "#3b3b3b")
+DARK = {
+    INK: "#e6e9ed",
+    SOFT: "#9aa4b0",
+    GRID: "#3a414a",
+    **dict(zip(COLOURS, ("#56b4e9", "#f0803c", "#2fbf94", "#dd99cc", "#e6c229", "#c8cdd3"))),
+}
+"""What each colour becomes on a dark page."""
+_SMOOTH_ABOVE = 30
+"""Points above which a moving average is drawn over the raw line."""
+
+
+def _style(form: str) -> dict[str, Any]:
+    ground = "#ffffff" if form == "png" else "none"
+    return {
+        "figure.facecolor": ground,
+        "savefig.facecolor": ground,
+        "axes.facecolor": "none",
+        "axes.edgecolor": SOFT,
+        "axes.labelcolor": INK,
+        "axes.titlecolor": INK,
+        "text.color": INK,
+        "xtick.color": SOFT,
+        "ytick.color": SOFT,
+        "xtick.labelcolor": INK,
+        "ytick.labelcolor": INK,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "axes.grid.axis": "y",
+        "grid.color": GRID,
+        "grid.linewidth": 0.6,
+        "axes.axisbelow": True,
+        "axes.prop_cycle": cycler(color=COLOURS),
+        "axes.formatter.limits": (-4, 5),
+        "font.size": 9.5,
+        "legend.frameon": False,
+        "legend.fontsize": 8.5,
+        "lines.linewidth": 1.6,
+        "svg.hashsalt": "hmpo",
+        "svg.fonttype": "path",
+    }
+
+
+def available(plot: Plot, runs: Sequence[RunData]) -> bool:
+    """Whether any run logged any series of this plot."""
+    return any(_shown(panel, runs) for panel in plot.panels)
+
+
+def _shown(panel: Panel, runs: Sequence[RunData]) -> bool:
+    """Whether a run logged a series of this panel, and it is worth drawing."""
+    found = [run.series(line.metric, line.source)[1] for line in panel.lines for run in runs]
+    values = {value for series in found for value in series}
+    return len(values) > 1 or (len(values) == 1 and not panel.varies)
+
+
+def render(
+    plot: Plot,
+    runs: Sequence[RunData],
+    *,
+    form: Literal["svg", "png"] = "svg",
+    labels: Sequence[str] = (),
+) -> bytes | None:
+    """Draw a plot, one column for each run.
+
+    Args:
+        plot: a row of `PLOTS`.
+        runs: one or more.
+        form: svg has a transparent ground and no title; png has both and 144 dots an inch.
+        labels: names of the runs, shown if there are several.
+
+    Returns:
+        The file's bytes (the same for the same runs), or None if nothing was logged.
+    """
+    panels = [panel for panel in plot.panels if _shown(panel, runs)]
+    if not panels:
+        return None
+    with matplotlib.rc_context(_style(form)):
+        width = 6.2 if len(runs) == 1 else 3.6 * len(runs)
+        figure = Figure(figsize=(width, 3.7), layout="constrained")
+        grid = figure.subplots(
+            len(panels),
+            len(runs),
+            squeeze=False,
+            sharex=True,
+            sharey="row",
+            height_ratios=(1.2, 1.0)[: len(panels)],
+        )
+        for row, panel in enumerate(panels):
+            for axes, run in zip(grid[row], runs):
+                _draw(axes, panel, run)
+            grid[row][0].set_ylabel(panel.unit)
+            _legend(list(grid[row]))
+        for column, label in enumerate(labels if len(runs) > 1 else ()):
+            _name(grid[0][column], plain(label))
+        for axes in grid[-1]:
+            axes.set_xlabel("optimizer updates")
+        if form == "png":
+            figure.suptitle(plot.title, x=0.01, ha="left", fontsize=12, fontweight="bold")
+        return _save(figure, form)
+
+
+def render_comparison(runs: Sequence[RunData], labels: Sequence[str]) -> bytes | None:
+    """Success of several runs in one pair of axes, as SVG; None if none was measured."""
+    with matplotlib.rc_context(_style("svg")):
+        figure = Figure(figsize=(10.8, 3.4), layout="constrained")
+        axes = figure.subplots()
+        for i, (run, label) in enumerate(zip(runs, labels)):
+            metric = "eval/sampled" if run.series("eval/sampled", "evals")[0] else "eval/greedy"
+            line = Line(metric, plain(label), "evals", interval=True)
+            colour, dashes = COLOURS[i % 6], ("-", "--", ":", "-.")[i // 6 % 4]
+            _draw_line(axes, line, run, colour, i - (len(runs) - 1) / 2, dashes)
+        if not axes.lines:
+            return None
+        axes.set_ylim(0, 1.03)
+        axes.set_ylabel("success rate")
+        axes.set_xlabel("optimizer updates")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+        return _save(figure, "svg")
+
+
+def darken(svg: bytes) -> bytes:
+    """The same SVG in the colours of a dark page."""
+    found = re.compile("|".join(DARK))
+    return found.sub(lambda colour: DARK[colour[0]], svg.decode()).encode()
+
+
+def write_plots(runs: Sequence[RunData], folder: Path, labels: Sequence[str] = ()) -> list[Path]:
+    """Write every available plot as `folder/<name>.png` and return the paths.
+
+    Raises:
+        StorageError: the folder cannot be made or written.
+    """
+    written = []
+    for plot in PLOTS:
+        image = render(plot, runs, form="png", labels=labels)
+        if image is not None:
+            write_atomic(folder / f"{plot.name}.png", image)
+            written.append(folder / f"{plot.name}.png")
+    return written
+
+
+def plain(label: str) -> str:
+    """A label in printable ASCII of at most 40 characters: fonts have no glyph for the rest."""
+    text = label.encode("ascii", "backslashreplace").decode()
+    text = "".join(c if c.isprintable() else "?" for c in text)
+    return text if len(text) <= 40 else text[:37] + "..."
+
+
+def _save(figure: Figure, form: str) -> bytes:
+    buffer = io.BytesIO()
+    metadata = {"Date": None, "Creator": None} if form == "svg" else {"Software": None}
+    figure.savefig(buffer, format=form, dpi=144, metadata=metadata)
+    return buffer.getvalue()
+
+
+def _name(axes: Axes, label: str) -> None:
+    text = axes.set_title(label, loc="left", fontsize=9.5, fontweight="bold")
+    text.set_parse_math(False)
+
+
+def _draw(axes: Axes, panel: Panel, run: RunData) -> None:
+    for i, line in enumerate(panel.lines):
+        _draw_line(axes, line, run, COLOURS[i], offset=float(i - 1) if line.interval else 0.0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    threshold = run.setting(*panel.threshold) if panel.threshold else None
+    if isinstance(threshold, int | float) and math.isfinite(threshold):
+        axes.axhline(threshold, color=SOFT, linestyle="--", linewidth=1.1, label="threshold")
+    if panel.full:
+        axes.set_ylim(0, 1.03)
+    elif panel.share:
+        axes.set_ylim(bottom=0)
+
+
+def _legend(row: Sequence[Axes]) -> None:
+    """Names of the lines, once: above a single pair of axes, right of several."""
+    named: dict[str, Any] = {}
+    for axes in row:
+        for handle, label in zip(*axes.get_legend_handles_labels()):
+            named.setdefault(label, handle)
+    if len(named) < 2:
+        return
+    where: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)}
+    if len(row) == 1:
+        where = {"loc": "lower left", "bbox_to_anchor": (-0.01, 0.98), "ncols": 3}
+    row[-1].legend(list(named.values()), list(named), columnspacing=1.2, **where)
+
+
+def _draw_line(
+    axes: Axes, line: Line, run: RunData, colour: str, offset: float = 0.0, dashes: str = "-"
+) -> None:
+    steps, values = run.series(line.metric, line.source)
+    if not steps:
+        return
+    if line.interval:
+        _draw_intervals(axes, line, run, colour, offset, dashes)
+        return
+    window = smoothing(len(values), run)
+    if window > 1:
+        axes.plot(steps, values, color=colour, linewidth=0.8, alpha=0.35)
+        values = moving_average(values, window)
+    axes.plot(steps, values, dashes, color=colour, label=line.label)
+
+
+def _draw_intervals(
+    axes: Axes, line: Line, run: RunData, colour: str, offset: float, dashes: str
+) -> None:
+    """Points with their 95 % intervals, set apart a little so that bars do not hide each other."""
+    rows = {r["step"]: r for r in run.log.evals if isinstance(r.get(line.metric), int | float)}
+    steps = sorted(rows)
+    span = max(1, run.last_step)
+    values = [rows[step][line.metric] for step in steps]
+    ends = [interval(rows[step], line.metric) or (v, v) for step, v in zip(steps, values)]
+    below = [max(0.0, v - low) for v, (low, _) in zip(values, ends)]
+    above = [max(0.0, high - v) for v, (_, high) in zip(values, ends)]
+    axes.errorbar(
+        [step + offset * span * 0.006 for step in steps],
+        values,
+        yerr=[below, above],
+        fmt=f"o{dashes}",
+        color=colour,
+        markersize=4,
+        elinewidth=1.1,
+        capsize=0,
+        label=line.label,
+    )
+
+
+def interval(record: dict[str, Any], metric: str) -> tuple[float, float] | None:
+    """The 95 % Wilson interval of an eval record's rate, as logged or from its counts."""
+    low, high = record.get(f"{metric}_low"), record.get(f"{metric}_high")
+    if isinstance(low, int | float) and isinstance(high, int | float):
+        return float(low), float(high)
+    k, n = record.get(f"{metric}_k"), record.get(f"{metric}_n")
+    if isinstance(k, int) and isinstance(n, int) and 0 <= k <= n:
+        return wilson_interval(k, n)
+    return None
+
+
+def smoothing(count: int, run: RunData) -> int:
+    """Updates in the moving average: 1 for short series, else whole rollouts.
+
+    Ratios, KL and clipping rise from minibatch to minibatch of a rollout and start again at 0.
+    """
+    if count <= _SMOOTH_ABOVE:
+        return 1
+    parts = [run.setting("trainer", name, default=1) for name in ("minibatches", "epochs")]
+    rollout = math.prod(part for part in parts if isinstance(part, int) and 0 < part <= count)
+    return min(count, rollout * max(1, round(count / 30 / rollout)))
+
+
+def moving_average(values: Sequence[float], window: int) -> list[float]:
+    """Centred mean of the finite values among `window` neighbours.
+
+    NaN where there are none, and at the ends, where the window would not be full.
+    """
+    result = []
+    for i in range(len(values)):
+        first, last = i - window // 2, i + (window + 1) // 2
+        full = first >= 0 and last <= len(values)
+        near = [v for v in values[first:last] if math.isfinite(v)] if full else []
+        result.append(sum(near) / len(near) if near else math.nan)
+    return result

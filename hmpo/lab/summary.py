@@ -1,0 +1,350 @@
+"""What the report says about a run, in numbers and short texts, for the page to show."""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from hmpo.config import RunConfig, to_dict
+from hmpo.lab.folder import RunData
+from hmpo.lab.plots import interval
+
+SAMPLES = 6
+"""Completions shown of the first and of the last rollout."""
+EVENTS = 200
+"""Events listed; the rest is counted."""
+TEXT = 3000
+"""Characters shown of one prompt or completion."""
+
+_RATES = (("eval/sampled", "sampled"), ("eval/greedy", "greedy"), ("eval/pass_at_k", "pass@k"))
+_HEALTH = (
+    ("update_skipped", "updates skipped"),
+    ("nonfinite", "updates with a non-finite loss or gradient"),
+    ("qk/clipped_heads", "attention heads rescaled by QK-clip"),
+    ("qk/unclippable", "heads above the threshold that could not be rescaled"),
+    ("ratio/clamped", "ratios beyond exp(20)"),
+)
+
+
+def summarize(run: RunData, label: str) -> dict[str, Any]:
+    """What the template shows of one run."""
+    before, after = _ends(run)
+    rates = [row for row in (_rate(before, after, *names) for names in _RATES) if row]
+    differing, settings = _settings(run.config)
+    return {
+        "label": label,
+        "status": _status(run),
+        "facts": _facts(run),
+        "lead": _lead(rates, after),
+        "rates": rates,
+        "after_name": _after_name(run, after),
+        "progress": _progress(run),
+        "health": _health(run),
+        "events": [_event(record) for record in run.log.events[:EVENTS]],
+        "events_left": max(0, len(run.log.events) - EVENTS),
+        "samples": _samples(run),
+        "differing": differing,
+        "settings": settings,
+        "environment": flatten(run.environment),
+        "origin": _origin(run),
+        "problems": [*run.notes, *(f"line {p.line}: {p.message}" for p in run.log.problems[:20])],
+    }
+
+
+def _status(run: RunData) -> dict[str, Any]:
+    end, last = run.log.end, run.last_step
+    if end is None:
+        text = f"no end record after {last} updates: the run crashed or is still going"
+        return {"text": text, "good": False, "word": "unfinished"}
+    good = end["status"] in ("completed", "early_stop")
+    return {
+        "text": f"{end['step']} updates",
+        "good": good,
+        "word": end["status"],
+    }
+
+
+def _facts(run: RunData) -> list[tuple[str, str]]:
+    """The few settings that say what was done."""
+    base = (run.log.run or {}).get("base", {})
+    p = run.setting("objective", "p", default=base.get("p"))
+    objective = run.setting("objective", "name", default=(run.log.run or {}).get("algo"))
+    exponent = "" if p is None else f", p = {_shown(p)}"
+    if run.setting("algorithm") == "gspo":  # the baseline has no use for the objective's settings
+        objective, exponent = "gspo", " (independent baseline)"
+    level = run.setting("task", "level")
+    task = run.setting("task", "name")
+    group, prompts = run.setting("trainer", "group_size"), run.setting("prompts_per_rollout")
+    rollout = f"{prompts} prompts x {group} responses" if group and prompts else None
+    optimizer, lr = run.setting("optimizer", "name"), run.setting("optimizer", "lr")
+    step = f"{optimizer}, lr {_shown(lr)}" if optimizer else None
+    clip = f"QK-clip above {_shown(run.setting('trainer', 'max_qk_score'))}"
+    if run.setting("trainer", "qk_clip") and step:
+        step += ", " + clip
+    rows = (
+        ("task", task if level is None or task is None else f"{task}, level {level}"),
+        ("policy", run.setting("policy", "path")),
+        ("objective", None if objective is None else f"{objective}{exponent}"),
+        ("rollout", rollout),
+        ("optimizer", step),
+        ("seed", run.setting("seed", default=(run.log.run or {}).get("seed"))),
+    )
+    return [(name, str(value)) for name, value in rows if value is not None]
+
+
+def _ends(run: RunData) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """The first and the last evaluation; None where there is none."""
+    evals = run.log.evals
+    if not evals:
+        return None, None
+    named = {record.get("eval/name"): record for record in evals}
+    before = named.get("before", evals[0] if evals[0]["step"] == 0 else None)
+    after = named.get("after", evals[-1])
+    return before, None if after is before else after
+
+
+def _after_name(run: RunData, after: dict[str, Any] | None) -> str:
+    finished = run.log.end is not None and run.log.end["status"] in ("completed", "early_stop")
+    return "after" if finished or after is None else f"update {after['step']}"
+
+
+def _rate(
+    before: dict[str, Any] | None, after: dict[str, Any] | None, metric: str, name: str
+) -> dict[str, Any] | None:
+    """One row of the headline table."""
+    first, last = (_cell(record, metric) for record in (before, after))
+    if first is None and last is None:
+        return None
+    k = ((after or {}).get("eval/k") or (before or {}).get("eval/k")) if name == "pass@k" else None
+    change = None
+    if first is not None and last is not None:
+        change = f"{100 * (last['value'] - first['value']):+.1f}"
+    return {
+        "name": f"pass@{k}" if isinstance(k, int) else name,
+        "before": first,
+        "after": last,
+        "change": change,
+        "n": " / ".join(
+            dict.fromkeys(str(cell["n"]) for cell in (first, last) if cell and cell["n"])
+        ),
+    }
+
+
+def _cell(record: dict[str, Any] | None, metric: str) -> dict[str, Any] | None:
+    value = (record or {}).get(metric)
+    if record is None or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    ends = interval(record, metric)
+    return {
+        "value": value,
+        "text": f"{100 * value:.1f} %",
+        "ends": ends,
+        "at": "",
+        "range": f"{100 * ends[0]:.1f} to {100 * ends[1]:.1f}" if ends else "",
+        "n": record.get(f"{metric}_n") or record.get("eval/n"),
+    }
+
+
+def _lead(
+    rates: Sequence[Mapping[str, Any]], after: Mapping[str, Any] | None
+) -> dict[str, str] | None:
+    """The result in one line, from the first rate that was measured before and after."""
+    row = next((row for row in rates if row["before"] and row["after"]), None)
+    if row is None or after is None:
+        return None
+    old, new = row["before"], row["after"]
+    verdict = ""
+    if old["ends"] and new["ends"]:
+        apart = old["ends"][1] < new["ends"][0] or new["ends"][1] < old["ends"][0]
+        verdict = "the 95 % intervals are apart" if apart else "the 95 % intervals overlap"
+    updates = f"over {after['step']} updates"
+    about = f"{row['name']} success on held-out prompts {updates}"
+    return {"old": old["text"], "new": new["text"], "about": about, "verdict": verdict}
+
+
+def _progress(run: RunData) -> list[tuple[str, str]]:
+    """Means over the first and the last tenth of the updates."""
+    rows = []
+    for name, metric, source in (
+        ("train reward", "reward/mean", "steps"),
+        ("KL to reference (nat/token)", "kl/ref", "steps"),
+        ("entropy (nat/token)", "entropy", "steps"),
+        ("response length (tokens)", "len/mean", "steps"),
+    ):
+        _, values = run.series(metric, source)
+        finite = [value for value in values if math.isfinite(value)]
+        if finite:
+            tenth = max(1, len(finite) // 10)
+            first, last = sum(finite[:tenth]) / tenth, sum(finite[-tenth:]) / tenth
+            rows.append((name, f"{first:.3g} \u2192 {last:.3g}"))
+    _, speeds = run.series("tokens_per_s", "times")
+    finite = sorted(value for value in speeds if math.isfinite(value))
+    if finite:
+        rows.append(("median speed (tokens/s)", number(finite[len(finite) // 2])))
+    return rows
+
+
+def _health(run: RunData) -> list[tuple[str, str, bool]]:
+    """Counters of what went wrong or was repaired: name, total, and whether to mark it."""
+    rows = []
+    for metric, name in _HEALTH:
+        values = [record[metric] for record in run.log.steps if metric in record]
+        total = sum(value for value in values if value is not None)
+        if values:
+            rows.append((name, f"{total:g}", total > 0 and metric != "qk/clipped_heads"))
+    by_rollout = {r.get("rollout"): r.get("reward/dropped") or 0 for r in run.log.steps}
+    if any("reward/dropped" in record for record in run.log.steps):
+        dropped = sum(by_rollout.values())
+        rows.append(("responses dropped for a failed reward", f"{dropped:g}", dropped > 0))
+    return rows
+
+
+def _event(record: Mapping[str, Any]) -> dict[str, Any]:
+    details = [f"{key} = {value}" for key, value in flatten(record["data"])]
+    return {"step": record["step"], "name": record["name"], "details": "; ".join(details)}
+
+
+def _samples(run: RunData) -> list[dict[str, Any]]:
+    """Completions of the first and the last rollout, best reward first."""
+    rollouts = sorted({record["rollout"] for record in run.samples})
+    groups = []
+    for rollout in dict.fromkeys(rollouts[:1] + rollouts[-1:]):
+        rows = [_sample(record) for record in run.samples if record["rollout"] == rollout]
+        rows.sort(key=lambda row: -row["order"])
+        step = next(r.get("step") for r in run.samples if r["rollout"] == rollout)
+        word = "First" if rollout == rollouts[0] else "Last"
+        title = f"{word} rollout" + (f", after {step} updates" if isinstance(step, int) else "")
+        groups.append({"title": title, "rows": rows[:SAMPLES]})
+    return groups
+
+
+def _sample(record: Mapping[str, Any]) -> dict[str, Any]:
+    reward = record.get("reward")
+    if isinstance(reward, str):  # a non-finite reward, as the log spells it
+        reward = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}.get(reward)
+    known = isinstance(reward, int | float)
+    return {
+        "prompt": _cut(record.get("prompt", "")),
+        "completion": _cut(record.get("completion", "")),
+        "reward": number(reward) if known else "none",
+        "good": known and reward > 0,
+        "order": reward if known and not math.isnan(reward) else -math.inf,
+        "finished": record.get("finished") is not False,
+    }
+
+
+def _cut(value: Any) -> str:
+    text = value if isinstance(value, str) else str(value)
+    left = len(text) - TEXT
+    return text if left <= 0 else f"{text[:TEXT]} ... ({left} more characters)"
+
+
+def _settings(
+    config: Mapping[str, Any],
+) -> tuple[list[tuple[str, str, str]], list[tuple[str, list[tuple[str, str]]]]]:
+    """Settings that differ from the defaults (name, value, default), and all of them by section."""
+    defaults = dict(flatten(to_dict(RunConfig())))
+    rows = flatten(config)
+    differing = [
+        (name, value, defaults.get(name, ""))
+        for name, value in rows
+        if defaults.get(name) != value and name not in ("name", "out")
+    ]
+    sections: dict[str, list[tuple[str, str]]] = {}
+    for name, value in rows:
+        section, _, rest = name.partition(".")
+        sections.setdefault(section if rest else "run", []).append((rest or name, value))
+    return differing, list(sections.items())
+
+
+def _origin(run: RunData) -> list[tuple[str, str]]:
+    """How the run was made."""
+    head = run.log.run or {}
+    rows = [("train", "hmpo train CONFIG.toml, with the settings above")]
+    command = run.environment.get("command")
+    if command:
+        rows = [
+            ("train", " ".join(map(str, command)) if isinstance(command, list) else str(command))
+        ]
+    rows += [
+        (name, str(head[name]))
+        for name in ("run_id", "config_hash", "code_version")
+        if name in head
+    ]
+    if len(run.segments) > 1:
+        resumed = ", ".join(str(s.get("resumed_from_step", 0)) for s in run.segments[1:])
+        rows.append(("resumed", f"{len(run.segments) - 1} times, from updates {resumed}"))
+    seconds = sum(
+        value
+        for record in run.times
+        for name, value in record.items()
+        if name in ("time/step_s", "time/eval_s", "time/save_s") and math.isfinite(value)
+    )
+    if seconds:
+        rows.append(("time", f"{seconds / 60:.1f} min in updates, evaluation and checkpoints"))
+    return rows
+
+
+def flatten(value: Any, prefix: str = "") -> list[tuple[str, str]]:
+    """Nested mappings as dotted names and texts, in their order."""
+    if isinstance(value, Mapping) and (value or not prefix):
+        return [
+            row
+            for key, item in value.items()
+            for row in flatten(item, f"{prefix}.{key}" if prefix else str(key))
+        ]
+    if isinstance(value, bool) or value is None:
+        return [(prefix, {True: "true", False: "false", None: "none"}[value])]
+    if isinstance(value, float):
+        return [(prefix, number(value))]
+    if isinstance(value, list | tuple):
+        return [(prefix, ", ".join(str(item) for item in value) or "(empty)")]
+    return [(prefix, str(value) if value not in ("", {}) else "(empty)")]
+
+
+def _shown(value: Any) -> str:
+    """A setting as text, whatever type a damaged file gives it."""
+    return number(value) if isinstance(value, int | float) else str(value)
+
+
+def number(value: float | int) -> str:
+    """A number in at most four significant digits; whole numbers in full."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if float(value).is_integer() and abs(value) < 1e9:
+        return str(int(value))
+    return re.sub(r"e([+-])0*(\d)", r"e\1\2", f"{value:.4g}")
+
+
+def compare(views: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of the table that sets several runs side by side: name, and one cell for each run.
+
+    A cell is a text, a rate (see `_cell`) or None.
+    """
+    rows = []
+    for part in ("facts", "rates", "progress", "health"):
+        for name in dict.fromkeys(_row_name(row) for view in views for row in view[part]):
+            found = [
+                next((row for row in view[part] if _row_name(row) == name), None) for view in views
+            ]
+            if part == "rates":
+                for end in ("before", "after"):
+                    cells = [_dated(row, end, view) for row, view in zip(found, views)]
+                    strong = end == "after"
+                    rows.append({"name": f"{name}, {end}", "cells": cells, "strong": strong})
+            else:
+                texts = [row and row[1] for row in found]
+                rows.append({"name": name, "cells": texts, "strong": False})
+    return rows
+
+
+def _dated(row: Mapping[str, Any] | None, end: str, view: Mapping[str, Any]) -> Any:
+    """A rate that is not from the end of its run says when it was measured."""
+    cell = row[end] if row else None
+    if cell is None or end == "before" or view["after_name"] == "after":
+        return cell
+    return {**cell, "at": view["after_name"]}
+
+
+def _row_name(row: Any) -> str:
+    return row["name"] if isinstance(row, Mapping) else row[0]
