@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Bool, Float
@@ -111,7 +111,7 @@ class Collector:
         if isinstance(prompts[0], str):
             if self.tokenizer is None:
                 raise ConfigError("prompts: got text, expected token ids (or pass a tokenizer)")
-            ids, mask = encode_prompts(self.tokenizer, list(prompts))
+            ids, mask = encode_prompts(self.tokenizer, cast("list[str]", list(prompts)))
             return list(prompts), ids.to(self.device), mask.to(self.device)
         width = max(len(row) for row in prompts)
         ids = torch.full((len(prompts), width), self.config.pad_token)

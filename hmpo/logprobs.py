@@ -15,6 +15,7 @@ import inspect
 import sys
 import weakref
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -151,7 +152,7 @@ def _split_head(policy: nn.Module) -> tuple[nn.Module, nn.Linear] | None:
     Models that scale, cap or adapt their logits are told apart by one comparison on two
     tokens, made once for each policy.
     """
-    core = unwrap(policy)
+    core: Any = unwrap(policy)  # a transformers model, see `is_hugging_face`
     head, base = core.get_output_embeddings(), core.base_model
     if type(head) is not nn.Linear or base is core:
         return None

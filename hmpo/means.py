@@ -179,7 +179,7 @@ class _LogPowerMean(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor):
+    def backward(ctx, grad: Tensor):  # type: ignore[override]  (one output, one gradient)
         weights, slope = ctx.saved_tensors
         grad_d = None if weights is None else grad.unsqueeze(1) * weights
         grad_p = None if slope is None else grad * slope

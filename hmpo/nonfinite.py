@@ -42,7 +42,7 @@ def gradient_fault(policy: nn.Module, norm: Tensor) -> Fault | None:
 
 def optimizer_fault(policy: nn.Module, optimizer: torch.optim.Optimizer) -> Fault | None:
     """The first tensor of the optimizer's state that is not finite."""
-    names = {parameter: name for name, parameter in policy.named_parameters()}
+    names: dict[Tensor, str] = {p: name for name, p in policy.named_parameters()}
     named = (
         (f"{names.get(parameter, 'unnamed')}.{key}", value)
         for parameter, state in optimizer.state.items()

@@ -303,6 +303,7 @@ def _row_weights(
         case "token_mean":
             return lengths / tokens
         case _:
+            assert config.max_length is not None, "checked by ObjectiveConfig"
             return lengths / (sequences * config.max_length)
 
 

@@ -3,8 +3,9 @@
 hmpo itself draws from generators of its own; tasks, rewards and dropout may use these.
 """
 
+import contextlib
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,8 @@ def seed_everything(seed: int) -> None:
 
 def random_state() -> dict[str, Any]:
     """All of them, as plain values and tensors for a checkpoint."""
-    name, keys, *rest = np.random.get_state()
+    state: Any = np.random.get_state()
+    name, keys, *rest = state
     return {
         "python": random.getstate(),
         "numpy": (name, torch.from_numpy(keys.astype("int64")), *rest),
@@ -37,3 +39,13 @@ def restore_random_state(state: Mapping[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if state["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(state["cuda"])
+
+
+@contextlib.contextmanager
+def random_state_kept() -> Iterator[None]:
+    """What is drawn inside leaves no trace."""
+    state = random_state()
+    try:
+        yield
+    finally:
+        restore_random_state(state)

@@ -239,8 +239,8 @@ def _plain(value: Any, name: str) -> Any:
 
 def _describe(kind: Any) -> str:
     """A type annotation in words."""
-    words = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
-    words[type(None)] = "nothing"
+    words: dict[type, str] = {int: "an integer", float: "a number", str: "a string"}
+    words |= {bool: "true or false", type(None): "nothing"}
     args = typing.get_args(kind)
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
         return " or ".join(_describe(a) for a in args if a is not type(None))

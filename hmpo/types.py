@@ -160,7 +160,7 @@ class Denominators:
 
 def _select(record, rows: Tensor):
     """A record of row-aligned tensors, restricted to `rows`."""
-    changes = {}
+    changes: dict[str, Any] = {}
     for item in dataclasses.fields(record):
         value = getattr(record, item.name)
         if isinstance(value, torch.Tensor):

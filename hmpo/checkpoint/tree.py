@@ -77,7 +77,7 @@ def tensor_header(tensors: Mapping[str, Tensor]) -> bytes:
 
 def _raw_view(tensor: Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor, shared with it."""
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def _tensor_pieces(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:

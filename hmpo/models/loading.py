@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -95,7 +96,7 @@ def _load_tokenizer(folder: Path, path: str) -> PreTrainedTokenizerBase:
     """The folder's tokenizer, padding on the left."""
     try:
         with quiet_transformers():
-            tokenizer = AutoTokenizer.from_pretrained(
+            tokenizer: Any = AutoTokenizer.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False, padding_side="left"
             )
     except (OSError, ValueError, KeyError, ImportError) as error:
@@ -139,7 +140,8 @@ def _load_model(folder: Path, path: str) -> nn.Module:
 
 def _check_together(model: nn.Module, tokenizer: PreTrainedTokenizerBase, path: str) -> None:
     """Every token id of the tokenizer must have a row in the embedding."""
-    rows = model.get_input_embeddings().num_embeddings
+    transformer: Any = model
+    rows = transformer.get_input_embeddings().num_embeddings
     if len(tokenizer) > rows:
         raise ModelError(
             f"policy {path!r}: tokenizer with {len(tokenizer)} tokens, embedding of {rows} rows"
@@ -151,7 +153,7 @@ def _with_lora(model: nn.Module, config: PolicyConfig) -> nn.Module:
     peft = _import_peft()
     settings = peft.LoraConfig(
         r=config.lora_rank,
-        lora_alpha=config.lora_alpha,
+        lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  (peft divides it: a float is fine)
         target_modules=list(config.lora_targets),
         task_type="CAUSAL_LM",
     )

@@ -18,6 +18,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from hmpo.errors import MissingDependencyError, ModelError, StorageError
 from hmpo.models.paths import SMOLLM2_FOLDER, cache_folder
@@ -156,7 +157,7 @@ def _convert(gguf: Path, folder: Path) -> None:
         original = AutoModelForCausalLM.from_pretrained(
             gguf.parent, gguf_file=gguf.name, dtype=torch.float32, local_files_only=True
         )
-        tokenizer = AutoTokenizer.from_pretrained(
+        tokenizer: Any = AutoTokenizer.from_pretrained(
             gguf.parent, gguf_file=gguf.name, local_files_only=True
         )
     _restore_digits(tokenizer)

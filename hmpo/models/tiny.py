@@ -58,7 +58,7 @@ def tiny_llama(
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=2,
-        attn_implementation="sdpa",
+        attn_implementation="sdpa",  # type: ignore[call-arg]  (taken by the base class's **kwargs)
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -62,6 +62,7 @@ def real_rows(call: AttentionCall) -> Bool[Tensor, "b h Q"] | None:
 
 def _seen_keys(call: AttentionCall) -> Tensor:
     """Keys (b, h, K) that some row sees."""
+    assert call.mask is not None
     mask = call.mask[..., : call.key.shape[2]]
     if mask.dtype == torch.bool:
         return mask.view(torch.uint8).amax(-2).bool()  # 50 times as fast as any() on a CPU

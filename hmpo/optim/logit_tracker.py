@@ -79,7 +79,11 @@ class LogitTracker:
         self._model = weakref.ref(model)
         budget = _Budget(KEEP_BYTES)
         self._readings = {s.name: _Reading(s.heads, self.tau, source, budget) for s in self.sites}
-        ends = [listen(s.module(), self._readings[s.name].record) for s in self.sites]
+        ends = [
+            listen(module, self._readings[site.name].record)
+            for site in self.sites
+            if (module := site.module()) is not None
+        ]
         self._close = weakref.finalize(self, _call_all, ends)
         for line in self.unread:
             logger.warning("attention not read, QK-clip cannot act here: %s", line)

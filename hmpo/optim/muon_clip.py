@@ -74,18 +74,18 @@ class _Clipper:
         self.steps += 1
 
     def state(self) -> dict[str, Any]:
-        stats = None if self.stats is None else dataclasses.asdict(self.stats)
-        if stats is not None:
-            stats["unclippable"] = list(stats["unclippable"])
+        stats: dict[str, Any] | None = None
+        if self.stats is not None:
+            stats = dataclasses.asdict(self.stats) | {"unclippable": [*self.stats.unclippable]}
         return {"steps": self.steps, "readings": self.tracker.state_dict(), "stats": stats}
 
     def load(self, state: Mapping[str, Any]) -> None:
         self.tracker.load_state_dict(state["readings"])
         self.steps = int(state["steps"])
-        stats = state["stats"]
+        stats: dict[str, Any] | None = state["stats"]
         if stats is not None:
-            stats = ClipStats(**{**stats, "unclippable": tuple(stats["unclippable"])})
-        self.stats = stats
+            stats = stats | {"unclippable": tuple(stats["unclippable"])}
+        self.stats = None if stats is None else ClipStats(**stats)
 
 
 class MuonClip(Optimizer):
@@ -110,6 +110,11 @@ class MuonClip(Optimizer):
         optimizer.step()
         optimizer.last_stats.max_logit
     """
+
+    base: Optimizer
+    """What updates the parameters."""
+    config: MuonClipConfig
+    """The clip's settings."""
 
     def __init__(self, base_optimizer: Optimizer, config: MuonClipConfig | None = None) -> None:
         if not isinstance(base_optimizer, Optimizer) or isinstance(base_optimizer, MuonClip):
@@ -239,12 +244,12 @@ class MuonClip(Optimizer):
         self.base.param_groups = groups
 
     @property
-    def state(self) -> Any:
+    def state(self) -> Any:  # type: ignore[override]  (an attribute there)
         """The optimizer's own."""
         return self.base.state
 
     @property
-    def defaults(self) -> dict[str, Any]:
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]  (an attribute there)
         """The optimizer's own."""
         return self.base.defaults
 

@@ -98,9 +98,10 @@ def separate_projections(name: str, module: nn.Module) -> AttentionSite | str | 
             'load the model with attn_implementation="sdpa"'
         )
     rows = [getattr(children[side], "out_features", None) for side in ("q_proj", "k_proj")]
-    if not all(isinstance(r, int) and r % width == 0 for r in rows):
+    whole = [r // width for r in rows if isinstance(r, int) and r % width == 0]
+    if len(whole) < 2:
         return f"q_proj and k_proj give {rows} features, expected multiples of {width}"
-    heads, kv_heads = (r // width for r in rows)
+    heads, kv_heads = whole
     if heads % kv_heads:
         return f"{heads} query heads do not divide into {kv_heads} key heads"
     return AttentionSite(name, heads, kv_heads, weakref.ref(module), _resolve_projections)
@@ -117,6 +118,7 @@ def _resolve_projections(module: nn.Module) -> ClipTarget | str:
         if name in children and not isinstance(children[name], nn.Identity):
             return f"QK-norm ({name}) undoes any scaling of the projections"
     width = module.head_dim
+    assert isinstance(width, int), "checked by `separate_projections`"
     sides = []
     for name in ("q_proj", "k_proj"):
         projection = children[name]

@@ -155,7 +155,7 @@ class Rewards:
             return Outcome(values=[], faults=[])
         arguments = self._parameters[name].choose(given)
         try:
-            if self._worker is None:
+            if self._worker is None or self.timeout is None:
                 return call_reward(self.functions[name], arguments, count)
             return self._worker.call(name, arguments, count, self.timeout)
         except UsageError as error:
@@ -169,9 +169,9 @@ class Rewards:
         total: list[float] = []
         for sample in range(count):
             pairs = [
-                (outcome.values[sample], weight)
+                (value, weight)
                 for outcome, weight in zip(outcomes.values(), self.weights)
-                if outcome.values[sample] is not None
+                if (value := outcome.values[sample]) is not None
             ]
             if sample in bad or None in bad:
                 total.append(math.nan)
