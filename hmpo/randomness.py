@@ -42,10 +42,10 @@ def restore_random_state(state: Mapping[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def random_state_kept() -> Iterator[None]:
-    """What is drawn inside leaves no trace."""
+def random_state_kept() -> Iterator[dict[str, Any]]:
+    """What is drawn inside leaves no trace; gives the state at its begin."""
     state = random_state()
     try:
-        yield
+        yield state
     finally:
         restore_random_state(state)

@@ -46,7 +46,11 @@ from hmpo.observer import Observer as Observer
 from hmpo.observer import RunResult as RunResult
 from hmpo.optim.build import build_optimizer
 from hmpo.policy_state import load_trained_state
-from hmpo.randomness import random_state, restore_random_state, seed_everything
+from hmpo.randomness import (
+    random_state_kept,
+    restore_random_state,
+    seed_everything,
+)
 from hmpo.rewards import Rewards, load_reward
 from hmpo.run_folder import as_stored, check_folder, sweep
 from hmpo.settings import config_hash, trainer_config
@@ -123,6 +127,7 @@ class _Run:
             seed=config.seed,
         )
         self.before: dict[str, Any] | None = None
+        self.random: dict[str, Any] | None = None
         self.baseline: Evaluation | None = None
         self.stop_signal: int | None = None
 
@@ -233,30 +238,33 @@ class _Run:
         self.trainer.load_state_dict(state)
         self.before = state["run"]["before"]
         self.run_id = state["run"]["run_id"]  # also where the folder's name or `updates` changed
-        restore_random_state(state["run"]["rng"])
+        self.random = state["run"]["rng"]
 
     def _save(self) -> None:
         began = time.perf_counter()
-        state = self.trainer.state_dict()
-        state["run"] = {
-            "run_id": self.run_id,
-            "before": self.before,
-            "offsets": {
-                "telemetry": self.telemetry.offset(),
-                "completions": self.completions.offset(),
-            },
-            "rng": random_state(),
-        }
-        keep = self.config.checkpoint.keep
-        step = self.trainer.step
+        with random_state_kept() as random:  # saving more often changes nothing
+            state = self.trainer.state_dict()
+            state["run"] = {
+                "run_id": self.run_id,
+                "before": self.before,
+                "offsets": {
+                    "telemetry": self.telemetry.offset(),
+                    "completions": self.completions.offset(),
+                },
+                "rng": random,
+            }
+            self._write_checkpoint(state)
+        spent = {"time/save_s": time.perf_counter() - began}
+        self.timing.write(time_record(self.run_id, self.trainer.step, spent))
+
+    def _write_checkpoint(self, state: dict[str, Any]) -> None:
+        keep, step = self.config.checkpoint.keep, self.trainer.step
         try:
             save_checkpoint(self.checkpoints, step, state, keep=keep, config_hash=self.hash)
         except NonFiniteError as error:
             fault = {"site": "checkpoint", "where": str(error).partition(":")[0]}
             self.trainer.events.append(Event(name="nonfinite", step=step, data=fault))
             raise
-        spent = {"time/save_s": time.perf_counter() - began}
-        self.timing.write(time_record(self.run_id, self.trainer.step, spent))
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
@@ -293,6 +301,10 @@ class _Run:
 
     def _loop(self) -> RunResult:
         config, trainer = self.config, self.trainer
+        if self.random is None:  # whatever setting up has drawn, a run goes on from here
+            seed_everything(config.seed)
+        else:
+            restore_random_state(self.random)
         if self.before is None:
             self._evaluate("before", final=True)
         while trainer.step < config.updates and self.stop_signal is None:
@@ -353,10 +365,11 @@ class _Run:
     def _evaluate(self, name: str, *, final: bool) -> Evaluation:
         config = self.config.eval
         began = time.perf_counter()
-        evaluation = self.evaluator.evaluate(
-            config.final_prompts if final else config.prompts,
-            pass_at=config.pass_at if final else 0,
-        )
+        with random_state_kept():  # measuring more often changes nothing
+            evaluation = self.evaluator.evaluate(
+                config.final_prompts if final else config.prompts,
+                pass_at=config.pass_at if final else 0,
+            )
         metrics = {"eval/name": name, **evaluation.record()}
         record = eval_record(self.run_id, self.trainer.step, metrics)
         self.telemetry.write(record)
@@ -369,8 +382,8 @@ class _Run:
         return evaluation
 
     def _end(self) -> RunResult:
-        before = Evaluation.from_record(self.before or {})
         self._save()
+        before = Evaluation.from_record(self.before or {})
         if self.stop_signal is not None:
             self.telemetry.write(end_record(self.run_id, self.trainer.step, "interrupted"))
             return RunResult(
