@@ -229,7 +229,7 @@ def test_schedule_sets_the_rate_of_each_update() -> None:
 
 def test_kl_term_pulls_towards_the_reference_and_needs_one() -> None:
     objective = ObjectiveConfig(kl_coef=5.0)
-    with pytest.raises(ConfigError, match="kl_coef: got 5.0 without a ref_model"):
+    with pytest.raises(ConfigError, match=r"kl_coef: got 5.0 without a ref_model"):
         trainer_for(tiny_llama(), settings(objective=objective))
     gaps = []
     for coefficient in (0.0, 5.0):
@@ -326,7 +326,7 @@ def test_agm_telemetry_logs_initial_means() -> None:
 def test_power_config_default_p() -> None:
     assert PowerMeanConfig(mean_type="power").resolved_objective.p == -0.5
     assert PowerMeanConfig(mean_type="power", power_p=2.0).resolved_objective.p == 2.0
-    with pytest.raises(ConfigError, match="power_p: got 2.0"):
+    with pytest.raises(ConfigError, match=r"power_p: got 2.0"):
         PowerMeanConfig(mean_type="harmonic", power_p=2.0)
 
 
