@@ -173,10 +173,3 @@ def test_generated_page_is_current(name: str) -> None:
         [sys.executable, str(script), "--check"], cwd=ROOT, capture_output=True, text=True
     )
     assert run.returncode == 0, run.stdout + run.stderr
-
-
-def test_pages_name_no_registry_and_are_plain_text() -> None:
-    for page in PAGES:
-        if (ROOT / page).exists():
-            text = (ROOT / page).read_text(encoding="utf-8")
-            assert not re.search(r"(index-url|find-links|pythonhosted|pypi\.org)", text), page
