@@ -275,10 +275,15 @@ class PowerMeanTrainer:
         return torch.stack(losses).sum(), torch.cat(logprobs), torch.cat(entropies)
 
     def _clip_gradient(self) -> Tensor:
-        """Global L2 norm of the gradient, before clipping it to `max_grad_norm`."""
+        """Global L2 norm of the gradient, before clipping it to `max_grad_norm`.
+
+        One that is not finite is left alone: clipping would spread it to every parameter.
+        """
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        bound = self.config.max_grad_norm or math.inf
-        return nn.utils.clip_grad_norm_(parameters, bound)
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if self.config.max_grad_norm is not None and norm.isfinite():
+            nn.utils.clip_grads_with_norm_(parameters, self.config.max_grad_norm, norm)
+        return norm
 
     def _check_step(self) -> None:
         """Stop at once if the step spoilt weights or state: there is no way back from it here."""

@@ -12,7 +12,6 @@ are all equal has advantage 0, where the paper's formula is 0/0.
 """
 
 import logging
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -146,7 +145,9 @@ class GSPOTrainer:
             group["lr"] = group["initial_lr"] * config.lr_factor(self.step)
         metrics, logprobs = self._backward(batch)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        norm = nn.utils.clip_grad_norm_(parameters, config.max_grad_norm or math.inf)
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if config.max_grad_norm is not None and norm.isfinite():
+            nn.utils.clip_grads_with_norm_(parameters, config.max_grad_norm, norm)
         fault = (
             forward_fault(batch, torch.tensor(metrics["loss"]), logprobs)
             or gradient_fault(self.policy, norm)
