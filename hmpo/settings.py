@@ -52,7 +52,7 @@ def load_run_config(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
         raise ConfigError(f"{path}: {error}") from None
 
 
-def run_config(data: Mapping[str, Any], overrides: Iterable[str] = ()) -> RunConfig:
+def run_config(data: Any, overrides: Iterable[str] = ()) -> RunConfig:
     """A `RunConfig` from nested plain values, with `objective.member` resolved to its preset."""
     if not isinstance(data, Mapping):
         raise ConfigError(f"config: got {type(data).__name__}, expected a table of settings")
@@ -76,7 +76,7 @@ def _override(data: dict[str, Any], item: str) -> None:
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except ValueError:
-        value = text
+        value = text.strip()
     if key.strip() == "objective.member":
         data["objective"] = {}
     *tables, last = key.strip().split(".")
