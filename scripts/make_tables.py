@@ -108,11 +108,24 @@ def sampling() -> str:
     return "\n".join([*lines, "", source(result)])
 
 
+def kill_and_resume() -> str:
+    """SIGKILL at random instants."""
+    result = load("kill_and_resume")
+    return (
+        f"{result['kills']} kills (SIGKILL) at random instants of {result['runs']} short runs, "
+        f"{result['inside_saves']} of them inside a checkpoint save: {result['resumed']} of "
+        f"{result['kills']} resumed, and {result['identical']} of {result['runs']} runs ended with "
+        "weights, optimizer state, telemetry and completions identical to the byte. "
+        f"From `{result['command']}`."
+    )
+
+
 MAKERS: dict[str, Callable[[], str]] = {
     "demo": demo,
     "smollm2": smollm2,
     "aggregation": aggregation,
     "sampling": sampling,
+    "kill_and_resume": kill_and_resume,
 }
 
 
