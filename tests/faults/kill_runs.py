@@ -3,8 +3,12 @@
 One chain is one run: started, killed, resumed, killed again, and at last left to finish. Every
 start is a fork of this process, which has torch imported and warmed up. Half of the kills aim
 at a checkpoint save; a marker in shared memory proves which ones hit inside.
+
+    python -m tests.faults.kill_runs KILLS SEED     prints the tally as JSON
 """
 
+import dataclasses
+import json
 import logging
 import mmap
 import os
@@ -12,14 +16,22 @@ import random
 import shutil
 import signal
 import struct
+import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import torch
 
 from hmpo import run
 from hmpo.config import RunConfig
 from tests.faults.kills import fork
 from tests.faults.micro import left_by, litter, micro_config, micro_policy
+from tests.faults.storage import fast_folder
 
 PER_CHAIN = 4
 """Kills of one run at most."""
@@ -114,7 +126,8 @@ def _chain(config: RunConfig, folder: Path, rng: random.Random, lasts: float, ta
 
 def _wait(rng: random.Random, marks: Marks, lasts: float, last: Path) -> None:
     """Until any instant, one inside or near a save, or one between the last save and the end."""
-    kind, count, deadline = rng.random(), rng.randint(1, 3), time.monotonic() + 1
+    kind, count = rng.random(), rng.randint(1, 3)
+    deadline = time.monotonic() + max(1.0, lasts)  # also on a busy machine
     if kind < 0.3:
         time.sleep(rng.uniform(0, lasts))
     elif kind < 0.9:
@@ -148,3 +161,10 @@ def _train(config: RunConfig, marks: Marks) -> None:
 
     run.save_checkpoint = marked
     run.train(config, resume=True, exist_ok=True, observer=_SetUp(marks))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    with fast_folder() as place:
+        counted = kill_and_resume(place, kills=int(sys.argv[1]), seed=int(sys.argv[2]))
+    print(json.dumps(dataclasses.asdict(counted)))  # noqa: T201
