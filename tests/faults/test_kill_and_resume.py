@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 KILLS = int(os.environ.get("HMPO_KILLS", "60"))
 ROOT = Path(__file__).parents[2]
 
