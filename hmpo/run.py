@@ -254,8 +254,8 @@ class _Run:
                 "rng": random,
             }
             self._write_checkpoint(state)
-        spent = {"time/save_s": time.perf_counter() - began}
-        self.timing.write(time_record(self.run_id, self.trainer.step, spent))
+            spent = {"time/save_s": time.perf_counter() - began}
+            self.timing.write(time_record(self.run_id, self.trainer.step, spent))
 
     def _write_checkpoint(self, state: dict[str, Any]) -> None:
         keep, step = self.config.checkpoint.keep, self.trainer.step
@@ -363,13 +363,16 @@ class _Run:
         self.observer.on_event(Event(name=name, step=self.trainer.step, data=data))
 
     def _evaluate(self, name: str, *, final: bool) -> Evaluation:
+        with random_state_kept():  # measuring more often changes nothing
+            return self._measure(name, final=final)
+
+    def _measure(self, name: str, *, final: bool) -> Evaluation:
         config = self.config.eval
         began = time.perf_counter()
-        with random_state_kept():  # measuring more often changes nothing
-            evaluation = self.evaluator.evaluate(
-                config.final_prompts if final else config.prompts,
-                pass_at=config.pass_at if final else 0,
-            )
+        evaluation = self.evaluator.evaluate(
+            config.final_prompts if final else config.prompts,
+            pass_at=config.pass_at if final else 0,
+        )
         metrics = {"eval/name": name, **evaluation.record()}
         record = eval_record(self.run_id, self.trainer.step, metrics)
         self.telemetry.write(record)

@@ -380,6 +380,17 @@ def test_what_is_saved_measured_or_logged_does_not_change_the_weights(policy, ou
     assert_same(trained(out / "other"), trained(out / "plain"))
 
 
+@pytest.mark.parametrize("changes", [{"eval__every": 1}, {"checkpoint__every": 0}], ids=str)
+def test_a_reward_that_draws_global_random_numbers_meets_the_same_ones(policy, out, changes):
+    drawn = {"rewards__functions": ["tests.faults.rewards:drawn"]}
+    run.train(micro_config(policy, out, "plain", **drawn))
+    run.train(micro_config(policy, out, "other", **drawn, **changes))
+    assert_same(trained(out / "other"), trained(out / "plain"))
+    shutil.rmtree(out / "plain/checkpoints" / LAST)
+    run.train(micro_config(policy, out, "plain", **drawn), resume=True)
+    assert_same(trained(out / "plain"), trained(out / "other"))
+
+
 def test_an_observer_does_not_change_the_run(policy, out):
     class Busy(run.Observer):
         def on_update(self, record, timing):

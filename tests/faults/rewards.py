@@ -1,6 +1,7 @@
 """Reward functions for whole runs; standard library only."""
 
 import os
+import random
 import time
 from pathlib import Path
 
@@ -8,6 +9,11 @@ from pathlib import Path
 def low_digits(prompts, completions, completion_ids, **columns):
     """Share of tokens below 9 (digits 0 to 4): every rollout has something to learn."""
     return [sum(token < 9 for token in row) / len(row) for row in completion_ids]
+
+
+def drawn(prompts, completions, completion_ids, **columns):
+    """Noise from Python's global random state, which a run seeds and keeps."""
+    return [random.random() for _ in prompts]
 
 
 def raises(prompts, completions, completion_ids, **columns):
