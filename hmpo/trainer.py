@@ -27,8 +27,8 @@ from hmpo.nonfinite import (
     weights_fault,
 )
 from hmpo.objective import count_denominators, objective_metrics, power_mean_loss
-from hmpo.optim import MuonClip, MuonClipConfig, qk_clip_stats, with_qk_clip
-from hmpo.optim.build import join_clip_state, split_clip_state
+from hmpo.optim import MuonClip, MuonClipConfig, with_qk_clip
+from hmpo.optim.build import clip_metrics, join_clip_state, split_clip_state
 from hmpo.policy_state import load_trained_state, trained_state
 from hmpo.rewards import Rewards
 from hmpo.sampling import minibatch_rows
@@ -215,7 +215,7 @@ class PowerMeanTrainer:
             "nonfinite": int(fault is not None),
             **self._objective_record(batch, logprobs, entropy),
             **self.rollout_metrics,
-            **self._clip_record(applied=fault is None),
+            **(clip_metrics(self.optimizer) if fault is None else {}),
         }
         self.cursor += 1
         self._after(fault)
@@ -331,18 +331,6 @@ class PowerMeanTrainer:
         tokens = max(1, int(mask.sum()))
         record["entropy"] = float((entropy * mask).sum(dtype=torch.float64) / tokens)
         return record
-
-    def _clip_record(self, *, applied: bool) -> Metrics:
-        """QK-clip's numbers of this update."""
-        stats = qk_clip_stats(self.optimizer) if applied else None
-        if stats is None or stats.heads == 0:
-            return {}
-        return {
-            "qk/max_logit": stats.max_logit,
-            "qk/clipped_heads": stats.clipped_heads,
-            "qk/clip_rate": stats.clip_rate,
-            "qk/min_scale": stats.min_scale,
-        }
 
     # ------------------------------------------------------------------------------- the state
 

@@ -30,8 +30,8 @@ from hmpo.nonfinite import (
     optimizer_fault,
     weights_fault,
 )
-from hmpo.optim import MuonClip, MuonClipConfig, qk_clip_stats, with_qk_clip
-from hmpo.optim.build import join_clip_state, split_clip_state
+from hmpo.optim import MuonClip, MuonClipConfig, with_qk_clip
+from hmpo.optim.build import clip_metrics, join_clip_state, split_clip_state
 from hmpo.policy_state import load_trained_state, trained_state
 from hmpo.rewards import Rewards
 from hmpo.sampling import minibatch_rows
@@ -170,9 +170,8 @@ class GSPOTrainer:
             **metrics,
             **self.rollout_metrics,
         }
-        stats = qk_clip_stats(self.optimizer) if fault is None else None
-        if stats is not None and stats.heads > 0:
-            record |= {"qk/max_logit": stats.max_logit, "qk/clipped_heads": stats.clipped_heads}
+        if fault is None:
+            record |= clip_metrics(self.optimizer)
         self.cursor += 1
         self._count(fault)
         self.step += 1

@@ -8,7 +8,7 @@ from torch import nn
 
 from hmpo.config import OptimizerConfig
 from hmpo.errors import ModelError
-from hmpo.optim.muon_clip import STATE_KEY
+from hmpo.optim.muon_clip import STATE_KEY, qk_clip_stats
 from hmpo.optim.param_groups import MuonWithAdamW, split_param_groups
 
 
@@ -53,3 +53,25 @@ def join_clip_state(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) 
     """Load what `split_clip_state` gave."""
     clip = {} if state["qk_clip"] is None else {STATE_KEY: state["qk_clip"]}
     optimizer.load_state_dict(dict(state["optimizer"]) | clip)
+
+
+def clip_metrics(optimizer: torch.optim.Optimizer) -> dict[str, float | int]:
+    """QK-clip's numbers of the last step by telemetry name; empty where it watches nothing."""
+    stats = qk_clip_stats(optimizer)
+    if stats is None or stats.heads == 0:
+        return {}
+    return {
+        "qk/max_logit": stats.max_logit,
+        "qk/clipped_heads": stats.clipped_heads,
+        "qk/clip_rate": stats.clip_rate,
+        "qk/min_scale": stats.min_scale,
+        "qk/exact_frac": stats.exact_heads / stats.heads,
+        "qk/nonfinite": stats.nonfinite,
+        "qk/unclippable": stats.missed_heads,
+    }
+
+
+def layer_logits(optimizer: torch.optim.Optimizer) -> list[float]:
+    """Largest attention logit of each layer at the last step; empty where nothing is watched."""
+    stats = qk_clip_stats(optimizer)
+    return [] if stats is None else list(stats.max_by_layer.values())
