@@ -50,13 +50,19 @@ def evaluations(folder: Path) -> dict[str, Any]:
     return {"updates": updates, **rows}
 
 
-def measure(name: str, arguments: list[str], folder: Path, kept_as: str) -> dict[str, Any]:
-    """Run, keep the run's records beside the results, and return one row."""
-    cost = run(arguments)
-    kept = RESULTS / "runs" / kept_as
+def keep_records(folder: Path, kept: Path) -> None:
+    """Copy a run's records; the temporary place that it ran in is left out."""
     kept.mkdir(parents=True, exist_ok=True)
     for file in KEPT:
         shutil.copy(folder / file, kept / file)
+    config = json.loads((kept / "config.json").read_text()) | {"out": "runs"}
+    (kept / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def measure(name: str, arguments: list[str], folder: Path, kept_as: str) -> dict[str, Any]:
+    """Run, keep the run's records beside the results, and return one row."""
+    cost = run(arguments)
+    keep_records(folder, RESULTS / "runs" / kept_as)
     return {"name": name, **cost, **evaluations(folder)}
 
 
