@@ -119,7 +119,7 @@ class Screen(Observer):
         self.record = record
         for _, name, _, _ in ROWS:
             if name in record:
-                self.history.setdefault(name, deque(maxlen=32)).append(float(record[name]))
+                self.history.setdefault(name, deque(maxlen=24)).append(float(record[name]))
         rate = timing["tokens_per_s"]
         known = self.tokens_per_s == self.tokens_per_s
         self.tokens_per_s = 0.8 * self.tokens_per_s + 0.2 * rate if known else rate
