@@ -403,8 +403,8 @@ def test_a_second_signal_ends_at_once(policy, out, timeout):
     assert process.poll() is None, "the first one waits for the reward, which takes a minute"
     process.send_signal(signal.SIGTERM)
     began = time.monotonic()
-    _, errors = process.communicate(timeout=20)
-    assert time.monotonic() - began < 5
+    _, errors = process.communicate(timeout=60)
+    assert time.monotonic() - began < 30, "half of what the reward takes, on a busy machine too"
     assert process.returncode == 143
     assert errors.splitlines() == ["hmpo: interrupted"]
     assert not process_alive(int(note.read_text())), "no orphan"
