@@ -2,7 +2,8 @@
 
 Standard library only, so that reading a configuration costs no torch. A value out of range
 gives one line that names the field. A default lives here and nowhere else; derived values are
-properties. `hmpo.settings` reads and writes these from TOML and JSON.
+properties. The objective's own are in `hmpo.objective_config`. `hmpo.settings` reads and writes
+them from TOML and JSON.
 """
 
 import dataclasses
@@ -12,84 +13,32 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from hmpo.errors import ConfigError
+from hmpo.errors import require, require_positive
+from hmpo.objective_config import ExponentConfig, ObjectiveConfig
+
+__all__ = [
+    "CheckpointConfig",
+    "EvalConfig",
+    "ExponentConfig",
+    "GSPOConfig",
+    "HMPOConfig",
+    "ObjectiveConfig",
+    "OptimizerConfig",
+    "PolicyConfig",
+    "PowerMeanConfig",
+    "RewardConfig",
+    "RunConfig",
+    "TaskConfig",
+    "TrainerConfig",
+    "check_run_name",
+    "require",
+    "to_dict",
+]
 
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 WINDOWS_RESERVED = frozenset(
     ["con", "prn", "aux", "nul", *(f"{d}{n}" for d in ("com", "lpt") for n in range(1, 10))]
 )
-
-
-def require(condition: bool, name: str, received: object, expected: str) -> None:
-    """Raise `ConfigError` in the house's one form unless `condition` holds."""
-    if not condition:
-        raise ConfigError(f"{name}: got {received!r}, expected {expected}")
-
-
-def _positive(name: str, value: float) -> None:
-    require(math.isfinite(value) and value > 0, name, value, "a finite number > 0")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ObjectiveConfig:
-    """One member of the power-mean family (see `hmpo.members` for the named ones)."""
-
-    name: str = "hmpo"
-    """Label used in logs and reports; it changes nothing."""
-    p: float = -1.0
-    """Exponent of the power mean over a response's token ratios: 1 arithmetic, 0 geometric,
-    -1 harmonic. Any finite number."""
-    p_positive: float | None = None
-    """Exponent for responses with advantage >= 0; None means `p`."""
-    p_negative: float | None = None
-    """Exponent for responses with advantage < 0; None means `p`."""
-    clip_level: Literal["token", "sequence", "none"] = "token"
-    """Where the clip sits: on token ratios before the mean, on the mean, or nowhere."""
-    clip_space: Literal["log", "ratio"] = "log"
-    """Unit of the two bounds: nats around 0 (log) or distance from 1 (ratio)."""
-    clip_low: float = 0.4
-    """Lower half-width: log ratios below -clip_low (log), ratios below 1 - clip_low (ratio)."""
-    clip_high: float = 0.4
-    """Upper half-width: log ratios above clip_high (log), ratios above 1 + clip_high (ratio)."""
-    reduction: Literal["sequence_mean", "token_mean", "constant"] = "sequence_mean"
-    """Weight of a response: 1/N, its share of all tokens, or L / (N * max_length)."""
-    max_length: int | None = None
-    """Token constant of `reduction="constant"` (Dr.GRPO)."""
-    kl_coef: float = 0.0
-    """Weight of the KL term to the reference policy; 0 needs no reference."""
-    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
-    """Per-token estimator of that KL (J. Schulman's names)."""
-
-    def __post_init__(self) -> None:
-        for name in ("p", "p_positive", "p_negative"):
-            value = getattr(self, name)
-            require(value is None or math.isfinite(value), name, value, "a finite number")
-        _positive("clip_low", self.clip_low)
-        _positive("clip_high", self.clip_high)
-        if self.clip_space == "ratio":
-            require(self.clip_low < 1, "clip_low", self.clip_low, "a number < 1 in ratio space")
-        if self.reduction == "constant":
-            require(
-                self.max_length is not None and self.max_length > 0,
-                "max_length",
-                self.max_length,
-                'a positive integer with reduction = "constant"',
-            )
-        require(math.isfinite(self.kl_coef) and self.kl_coef >= 0, "kl_coef", self.kl_coef, ">= 0")
-
-    @property
-    def log_bounds(self) -> tuple[float, float]:
-        """Lower and upper bound of the log ratio, in nats."""
-        if self.clip_level == "none":
-            return -math.inf, math.inf
-        if self.clip_space == "log":
-            return -self.clip_low, self.clip_high
-        return math.log1p(-self.clip_low), math.log1p(self.clip_high)
-
-    def exponent_for(self, *, positive: bool) -> float:
-        """Exponent in force for one advantage sign."""
-        chosen = self.p_positive if positive else self.p_negative
-        return self.p if chosen is None else chosen
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,7 +112,7 @@ class TrainerConfig:
             self.eos_token,
             "one or more token ids >= 0",
         )
-        _positive("temperature", self.temperature)
+        require_positive("temperature", self.temperature)
         require(self.top_k >= 0, "top_k", self.top_k, "an integer >= 0")
         require(0 < self.top_p <= 1, "top_p", self.top_p, "a number in (0, 1]")
         for name in ("micro_batch_size", "total_updates"):
@@ -171,8 +120,8 @@ class TrainerConfig:
             require(value is None or value >= 1, name, value, "an integer >= 1")
         for name in ("max_grad_norm", "reward_timeout"):
             if getattr(self, name) is not None:
-                _positive(name, getattr(self, name))
-        _positive("max_qk_score", self.max_qk_score)
+                require_positive(name, getattr(self, name))
+        require_positive("max_qk_score", self.max_qk_score)
         require(self.warmup_updates >= 0, "warmup_updates", self.warmup_updates, ">= 0")
 
     @property
@@ -277,8 +226,8 @@ class GSPOConfig(TrainerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _positive("epsilon_low", self.epsilon_low)
-        _positive("epsilon_high", self.epsilon_high)
+        require_positive("epsilon_low", self.epsilon_low)
+        require_positive("epsilon_high", self.epsilon_high)
         require(self.epsilon_low < 1, "epsilon_low", self.epsilon_low, "a number < 1")
 
 
@@ -299,7 +248,7 @@ class PolicyConfig:
     def __post_init__(self) -> None:
         require(bool(self.path), "path", self.path, "a folder or a bundled name")
         require(self.lora_rank >= 0, "lora_rank", self.lora_rank, "an integer >= 0")
-        _positive("lora_alpha", self.lora_alpha)
+        require_positive("lora_alpha", self.lora_alpha)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -354,13 +303,13 @@ class OptimizerConfig:
     """Learning rate of Muon's matrices; None means `lr`."""
 
     def __post_init__(self) -> None:
-        _positive("lr", self.lr)
+        require_positive("lr", self.lr)
         require(len(self.betas) == 2, "betas", self.betas, "two numbers")
         for beta in self.betas:
             require(0 <= beta < 1, "betas", self.betas, "two numbers in [0, 1)")
         require(self.weight_decay >= 0, "weight_decay", self.weight_decay, ">= 0")
         if self.muon_lr is not None:
-            _positive("muon_lr", self.muon_lr)
+            require_positive("muon_lr", self.muon_lr)
 
 
 @dataclass(frozen=True, kw_only=True)

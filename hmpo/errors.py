@@ -4,6 +4,8 @@ Every class is also a standard-library error, so callers may catch either. The c
 turns any `HmpoError` into one line on standard error and exit code 2.
 """
 
+import math
+
 
 class HmpoError(Exception):
     """Base of every error that hmpo raises on purpose."""
@@ -51,3 +53,14 @@ class TelemetryError(HmpoError, ValueError):
 
 class MissingDependencyError(HmpoError, ImportError):
     """An optional package is needed; the message gives the pip command."""
+
+
+def require(condition: bool, name: str, received: object, expected: str) -> None:
+    """Raise `ConfigError` in the house's one form unless `condition` holds."""
+    if not condition:
+        raise ConfigError(f"{name}: got {received!r}, expected {expected}")
+
+
+def require_positive(name: str, value: float) -> None:
+    """Raise `ConfigError` unless the value is finite and > 0."""
+    require(math.isfinite(value) and value > 0, name, value, "a finite number > 0")

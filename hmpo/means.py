@@ -121,13 +121,17 @@ def solve_exponent(
         return (sign * root).to(d.dtype)
 
 
-def ahm_mean(log_ratio: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, " B"]:
+def ahm_mean(
+    log_ratio: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], weight: float = 0.5
+) -> Float[Tensor, " B"]:
     """Limit of the arithmetic-harmonic iteration in closed form: log sqrt(A H), differentiable.
 
     Its token weights are (softmax(d) + softmax(-d)) / 2. It equals the geometric mean only for
-    ratios that are symmetric in log space: (1, 1, 8) gives 2.169, not 2.
+    ratios that are symmetric in log space: (1, 1, 8) gives 2.169, not 2. With another `weight`
+    w in [0, 1] it is log(A^w H^(1-w)).
     """
-    return 0.5 * (log_power_mean(log_ratio, mask, 1.0) + log_power_mean(log_ratio, mask, -1.0))
+    arithmetic = log_power_mean(log_ratio, mask, 1.0)
+    return weight * arithmetic + (1 - weight) * log_power_mean(log_ratio, mask, -1.0)
 
 
 def ahm_iterate(log_gap: Float[Tensor, "..."], steps: int) -> Float[Tensor, "..."]:

@@ -5,8 +5,13 @@
     J    = sum_i omega_i min(M_p(d_i) A_i, clip(M_p(d_i)) A_i)          sequence clip
     loss = -J + kl_coef sum_i omega_i mean_t KL_it
 
-omega_i is 1/N (sequence_mean), L_i / sum L (token_mean) or L_i / (N max_length) (constant). N and
-sum L may be given as global `Denominators`, so that micro-batches add up to the whole.
+omega_i is 1/N (sequence_mean), L_i / sum L (token_mean), L_i / (N max_length) (constant) or L_i / N
+(length_sum). N and sum L may be given as global `Denominators`, and what a drift-centred or z-wide
+band takes from the batch as a `Band`, so that micro-batches add up to the whole. Two settings
+replace the clip (`hmpo.clipping` has the formulas): SAPO's soft gate, M_p(gate(d_i)); and, outside
+the family, as there is no mean to differentiate,
+
+    J    = sum_i omega_i A_i mean_t const(clip(r_it)) log pi(y_it)      detached: CISPO, TIS
 
 As A_i is constant in a response, min(x A, clip(x) A) = A min(x, hi) for A >= 0 and A max(x, lo)
 for A < 0, for tokens (PPO, arXiv 1707.06347, equation 7; GMPO, arXiv 2507.20673) as
@@ -25,14 +30,31 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from hmpo.config import ObjectiveConfig
+from hmpo.clipping import (
+    EXP_LIMIT,
+    active_bounds,
+    exp_linear,
+    log_mean,
+    measure_band,
+    row_bounds,
+    soft_gate,
+)
 from hmpo.divergence import exp_minus_tangent, k3, token_kl
 from hmpo.errors import ConfigError, ShapeError
-from hmpo.means import effective_sample_size, log_power_mean
-from hmpo.types import Denominators, ObjectiveOutput
+from hmpo.exponent import matched_exponent
+from hmpo.means import Exponent
+from hmpo.objective_config import ObjectiveConfig
+from hmpo.ratio_metrics import clip_metrics, count_metrics, ratio_metrics, row_metrics
+from hmpo.types import Band, Denominators, ObjectiveOutput
 
-EXP_LIMIT = 20.0
-"""Largest exponent (nat) given to exp."""
+__all__ = [
+    "EXP_LIMIT",
+    "count_denominators",
+    "minibatch_band",
+    "objective_metrics",
+    "power_mean_loss",
+    "power_mean_objective",
+]
 
 
 def power_mean_objective(
@@ -45,6 +67,7 @@ def power_mean_objective(
     ref_logprobs: Float[Tensor, "N T"] | None = None,
     exponent: Float[Tensor, ""] | Float[Tensor, " N"] | None = None,
     denominators: Denominators | None = None,
+    band: Band | None = None,
 ) -> ObjectiveOutput:
     """Loss and metrics of the power-mean surrogate.
 
@@ -57,16 +80,19 @@ def power_mean_objective(
         ref_logprobs: log-probs under the frozen reference; needed if `config.kl_coef` > 0.
         exponent: overrides the config's exponents, for all rows or per row; differentiable.
         denominators: counts over the whole minibatch, if these rows are a part of it.
+        band: `minibatch_band` of the whole minibatch, if these rows are a part of it and
+            `config.needs_band`; measured from these rows otherwise.
 
     Returns:
         The scalar loss to minimise (0 if no row counts) and the detached metrics.
 
     Raises:
         ShapeError: shapes or dtypes do not fit.
-        ConfigError: `config.kl_coef` > 0 without `ref_logprobs`.
+        ConfigError: `config.kl_coef` > 0 without `ref_logprobs`, or `config.needs_band` with
+            `denominators` and no `band`.
     """
     inputs = (logprobs, old_logprobs, mask, advantages, config)
-    options = {"ref_logprobs": ref_logprobs, "exponent": exponent}
+    options = {"ref_logprobs": ref_logprobs, "exponent": exponent, "band": band}
     loss = power_mean_loss(*inputs, **options, denominators=denominators)
     return ObjectiveOutput(loss=loss, metrics=objective_metrics(*inputs, **options))
 
@@ -81,15 +107,25 @@ def power_mean_loss(
     ref_logprobs: Float[Tensor, "N T"] | None = None,
     exponent: Float[Tensor, ""] | Float[Tensor, " N"] | None = None,
     denominators: Denominators | None = None,
+    band: Band | None = None,
 ) -> Float[Tensor, ""]:
     """The loss of `power_mean_objective` alone; same arguments and errors."""
     _check(logprobs, old_logprobs, mask, advantages, ref_logprobs, exponent)
     log_ratio = _log_ratio(logprobs, old_logprobs, mask)
     advantages = _row_advantages(advantages, mask, log_ratio.dtype)
     omega = _row_weights(mask, config, denominators, log_ratio.dtype)
-    p = _exponent(advantages, config, exponent)
+    p = _exponent(log_ratio, mask, advantages, config, exponent)
+    if config.needs_band and band is None:
+        if denominators is not None:
+            raise ConfigError(
+                "band: got None with denominators, expected minibatch_band(...) of the whole "
+                f"minibatch with clip_center = {config.clip_center!r}, "
+                f"clip_width = {config.clip_width!r}"
+            )
+        band = measure_band(log_ratio, mask, p, config)
 
-    loss = -(omega * advantages * _clipped_mean(log_ratio, mask, advantages, p, config)).sum()
+    mean = _limited_mean(log_ratio, logprobs, mask, advantages, p, config, band)
+    loss = -(omega * advantages * mean).sum()
     if config.kl_coef > 0:
         loss = loss + config.kl_coef * (omega * _row_kl(logprobs, ref_logprobs, mask, config)).sum()
     return loss
@@ -98,6 +134,23 @@ def power_mean_loss(
 def count_denominators(mask: Bool[Tensor, "N T"]) -> Denominators:
     """Rows with at least one token, and tokens, of a whole minibatch."""
     return Denominators(sequences=int(mask.any(1).sum()), tokens=int(mask.sum()))
+
+
+@torch.no_grad()
+def minibatch_band(
+    logprobs: Float[Tensor, "N T"],
+    old_logprobs: Float[Tensor, "N T"],
+    mask: Bool[Tensor, "N T"],
+    advantages: Float[Tensor, " N"],
+    config: ObjectiveConfig,
+    *,
+    exponent: Float[Tensor, ""] | Float[Tensor, " N"] | None = None,
+) -> Band:
+    """Centre and scale of the clip band of a whole minibatch, to be handed to its parts."""
+    log_ratio = _log_ratio(logprobs, old_logprobs, mask)
+    advantages = _row_advantages(advantages, mask, log_ratio.dtype)
+    p = _exponent(log_ratio, mask, advantages, config, exponent)
+    return measure_band(log_ratio, mask, p, config)
 
 
 @torch.no_grad()
@@ -110,6 +163,7 @@ def objective_metrics(
     *,
     ref_logprobs: Float[Tensor, "N T"] | None = None,
     exponent: Float[Tensor, ""] | Float[Tensor, " N"] | None = None,
+    band: Band | None = None,
 ) -> dict[str, Tensor]:
     """Detached scalars by telemetry name, over the rows with at least one token.
 
@@ -126,13 +180,15 @@ def objective_metrics(
     _check(logprobs, old_logprobs, mask, advantages, ref_logprobs, exponent)
     log_ratio = _log_ratio(logprobs, old_logprobs, mask)
     advantages = _row_advantages(advantages, mask, log_ratio.dtype)
-    p = _exponent(advantages, config, exponent)
-    metrics = _count_metrics(mask, config, log_ratio)
+    p = _exponent(log_ratio, mask, advantages, config, exponent)
     rows = mask.any(1)
+    if config.needs_band and band is None:
+        band = measure_band(log_ratio, mask, p, config)
+    metrics = count_metrics(mask, log_ratio, config, band if bool(rows.any()) else None)
     if not bool(rows.any()):
         return metrics
     omega = _row_weights(mask, config, None, log_ratio.dtype)
-    means = _clipped_mean(log_ratio, mask, advantages, p, config)
+    means = _limited_mean(log_ratio, logprobs, mask, advantages, p, config, band)
     metrics |= {
         "pg_loss": -(omega * advantages * means).sum(),
         "kl_loss": log_ratio.new_tensor(0.0),
@@ -146,116 +202,38 @@ def objective_metrics(
         metrics["kl/ref"] = k3(logprobs[mask] - ref_logprobs[mask]).mean()
     p = torch.as_tensor(p, dtype=log_ratio.dtype, device=log_ratio.device).expand(rows.shape)[rows]
     log_ratio, mask, advantages = log_ratio[rows], mask[rows], advantages[rows]
-    metrics |= _row_metrics(p, advantages)
-    metrics |= _ratio_metrics(log_ratio, mask, p)
-    metrics |= _clip_metrics(log_ratio, mask, advantages, p, config)
+    metrics |= row_metrics(p, advantages)
+    metrics |= ratio_metrics(log_ratio, mask, p, config)
+    metrics |= clip_metrics(log_ratio, mask, advantages, p, config, band)
     return metrics
 
 
-def _count_metrics(mask: Tensor, config: ObjectiveConfig, log_ratio: Tensor) -> dict[str, Tensor]:
-    """Counts and bounds."""
-    low, high = config.log_bounds
-    return {
-        "n_seq": mask.any(1).sum(),
-        "n_tokens": mask.sum(),
-        "clip/lo": log_ratio.new_tensor(low),
-        "clip/hi": log_ratio.new_tensor(high),
-        "clip/center": log_ratio.new_tensor(0.0),
-    }
-
-
-def _row_metrics(p: Tensor, advantages: Tensor) -> dict[str, Tensor]:
-    """Advantages, and exponents over all rows and those of each sign (all, if there are none)."""
-    positive = advantages >= 0
-    return {
-        "ratio/p": p.mean(),
-        "ratio/p_std": p.std(correction=0),
-        "ratio/p_pos": p[positive].mean() if bool(positive.any()) else p.mean(),
-        "ratio/p_neg": p[~positive].mean() if bool((~positive).any()) else p.mean(),
-        "adv/mean": advantages.mean(),
-        "adv/var": advantages.var(correction=0),
-        "adv/abs_mean": advantages.abs().mean(),
-    }
-
-
-def _ratio_metrics(log_ratio: Tensor, mask: Tensor, p: Tensor) -> dict[str, Tensor]:
-    """Means of the unclipped ratios, their spread, and effective sample sizes."""
-    log_a, log_g, log_h = (log_power_mean(log_ratio, mask, q) for q in (1.0, 0.0, -1.0))
-    gap = (log_a - log_h).clamp(min=0)  # never negative; rounding of equal ratios may be
-    skew = 0.5 * (log_a + log_h) - log_g
-    log_m = log_power_mean(log_ratio, mask, p)
-    m, d = _exp(log_m), log_ratio[mask]
-    whole = log_ratio.sum(1).clamp(-EXP_LIMIT, EXP_LIMIT).exp()
-    return {
-        "ratio/logA": log_a.mean(),
-        "ratio/logG": log_g.mean(),
-        "ratio/logH": log_h.mean(),
-        "ratio/log_gap_mean": gap.mean(),
-        "ratio/log_gap_p50": gap.quantile(0.5),
-        "ratio/log_gap_p95": gap.quantile(0.95),
-        "ratio/log_gap_max": gap.max(),
-        "ratio/log_skew_mean": skew.mean(),
-        "ratio/d_mean": d.mean(),
-        "ratio/d_var": d.var(correction=0),
-        "ratio/d_min": d.min(),
-        "ratio/d_max": d.max(),
-        "ratio/m_mean": m.mean(),
-        "ratio/m_std": m.std(correction=0),
-        "ratio/m_min": m.min(),
-        "ratio/m_max": m.max(),
-        "ratio/clamped": (log_m > EXP_LIMIT).sum(),
-        "ratio/ess_tok": effective_sample_size(log_ratio, mask, p).mean(),
-        "ratio/ess_seq": whole.sum().square() / (whole.numel() * whole.square().sum()),
-    }
-
-
-def _clip_metrics(
-    log_ratio: Tensor, mask: Tensor, advantages: Tensor, p: Tensor, config: ObjectiveConfig
-) -> dict[str, Tensor]:
-    """Shares of clipped units; a unit is a token or, with a sequence clip, a response."""
-    low, high = config.log_bounds
-    if config.clip_level == "sequence":
-        x, sign = log_power_mean(log_ratio, mask, p), advantages
-    else:
-        x, sign = log_ratio[mask], advantages.unsqueeze(1).expand_as(mask)[mask]
-    above, below = x > high, x < low
-    positive, negative = sign > 0, sign < 0
-    return {
-        "clip/frac": _share((above & positive) | (below & negative), torch.ones_like(positive)),
-        "clip/frac_pos": _share(above & positive, positive),
-        "clip/frac_neg": _share(below & negative, negative),
-        "clip/frac_band": _share(above | below, torch.ones_like(positive)),
-    }
-
-
-def _share(part: Tensor, whole: Tensor) -> Tensor:
-    """Count of `part` over count of `whole`; 0 of none."""
-    return part.sum() / whole.sum().clamp(min=1)
-
-
-def _clipped_mean(
-    log_ratio: Tensor, mask: Tensor, advantages: Tensor, p: float | Tensor, config: ObjectiveConfig
+def _limited_mean(
+    log_ratio: Tensor,
+    logprobs: Tensor,
+    mask: Tensor,
+    advantages: Tensor,
+    p: Exponent,
+    config: ObjectiveConfig,
+    band: Band | None,
 ) -> Tensor:
-    """M_p(clip(d)) for a token clip, clip(M_p(d)) for a sequence clip, M_p(d) without."""
-    match config.clip_level:
-        case "token":
-            return _exp(log_power_mean(_clip(log_ratio, advantages, config), mask, p))
-        case "sequence":
-            return _exp(_clip(log_power_mean(log_ratio, mask, p), advantages, config))
+    """M_p(clip(d)) for a token clip, clip(M_p(d)) for a sequence clip, M_p(gate(d)), M_p(d)."""
+    if config.gate == "soft":
+        return exp_linear(log_mean(soft_gate(log_ratio, advantages, config), mask, p, config))
+    lengths = mask.sum(1).clamp(min=1).to(log_ratio.dtype)
+    low, high = row_bounds(lengths, advantages, config, band)
+    low, high = active_bounds(low, high, advantages, config)
+    match config.gate, config.clip_level:
+        case "detached", _:
+            weights = exp_linear(log_ratio.clamp(low[:, None], high[:, None])).detach()
+            return (weights * _counted(logprobs, mask)).sum(1) / lengths
+        case _, "token":
+            clipped = log_ratio.clamp(low[:, None], high[:, None])
+            return exp_linear(log_mean(clipped, mask, p, config))
+        case _, "sequence":
+            return exp_linear(log_mean(log_ratio, mask, p, config).clamp(low, high))
         case _:
-            return _exp(log_power_mean(log_ratio, mask, p))
-
-
-def _clip(x: Tensor, advantages: Tensor, config: ObjectiveConfig) -> Tensor:
-    """The branch of PPO's minimum: min(x, hi) where A >= 0, max(x, lo) where A < 0."""
-    low, high = config.log_bounds
-    rows = advantages.reshape(-1, *[1] * (x.ndim - 1))
-    return torch.where(rows >= 0, x.clamp(max=high), x.clamp(min=low))
-
-
-def _exp(x: Tensor) -> Tensor:
-    """The exponential up to x = 20, its tangent there beyond."""
-    return torch.exp(x.clamp(max=EXP_LIMIT)) * (1 + torch.relu(x - EXP_LIMIT))
+            return exp_linear(log_mean(log_ratio, mask, p, config))
 
 
 def _counted(x: Tensor, mask: Tensor) -> Tensor:
@@ -302,17 +280,25 @@ def _row_weights(
             return mask.any(1).to(dtype) / sequences
         case "token_mean":
             return lengths / tokens
+        case "length_sum":
+            return lengths / sequences
         case _:
             assert config.max_length is not None, "checked by ObjectiveConfig"
             return lengths / (sequences * config.max_length)
 
 
 def _exponent(
-    advantages: Tensor, config: ObjectiveConfig, exponent: Tensor | None
-) -> float | Tensor:
+    log_ratio: Tensor,
+    mask: Tensor,
+    advantages: Tensor,
+    config: ObjectiveConfig,
+    exponent: Tensor | None,
+) -> Exponent:
     """The exponent in force: one number, or one per row."""
     if exponent is not None:
         return exponent
+    if config.exponent.kind == "matched":
+        return matched_exponent(log_ratio, mask, advantages, config)
     positive, negative = config.exponent_for(positive=True), config.exponent_for(positive=False)
     if positive == negative:
         return positive

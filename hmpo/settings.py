@@ -95,7 +95,11 @@ def _member(objective: Mapping[str, Any]) -> dict[str, Any]:
         hint = f"did you mean {close[0]}?" if close else f"one of {', '.join(members.BY_NAME)}"
         raise ConfigError(f"objective.member: got {name!r}; {hint}")
     rest = {key: value for key, value in objective.items() if key != "member"}
-    return to_dict(members.BY_NAME[name]()) | rest
+    start = to_dict(members.BY_NAME[name]())
+    source = rest.get("exponent")
+    if isinstance(source, Mapping) and "kind" not in source:
+        rest["exponent"] = start["exponent"] | dict(source)
+    return start | rest
 
 
 def trainer_config(config: RunConfig, **changes: Any) -> PowerMeanConfig | GSPOConfig:
@@ -103,12 +107,13 @@ def trainer_config(config: RunConfig, **changes: Any) -> PowerMeanConfig | GSPOC
     shared = {
         f.name: getattr(config.trainer, f.name) for f in dataclasses.fields(config.trainer)
     } | changes
-    if shared["total_updates"] is None and config.trainer.lr_schedule != "constant":
+    if shared["total_updates"] is None and _has_schedule(config):
         shared["total_updates"] = config.updates
     if config.algorithm == "gspo":
         bounds = config.objective
+        plain = not bounds.needs_band and bounds.exponent.kind == "fixed"
         require(
-            bounds.clip_level == "sequence" and bounds.clip_space == "ratio",
+            plain and bounds.clip_level == "sequence" and bounds.clip_space == "ratio",
             "objective",
             bounds.name,
             'member = "gspo" with algorithm = "gspo"',
@@ -120,7 +125,7 @@ def trainer_config(config: RunConfig, **changes: Any) -> PowerMeanConfig | GSPOC
 def config_hash(config: RunConfig) -> str:
     """SHA-256 of what decides a run's numbers: all but its name, place, sinks and sizes of logs.
 
-    The number of updates is left out as well unless the learning-rate schedule depends on it,
+    The number of updates is left out as well unless a schedule depends on it,
     so that a finished run can be continued for longer.
     """
     return hashlib.sha256(json.dumps(_decisive(config), sort_keys=True).encode()).hexdigest()
@@ -139,11 +144,18 @@ def changed_settings(old: RunConfig, new: RunConfig) -> list[str]:
 def _decisive(config: RunConfig) -> dict[str, Any]:
     """The settings that decide a run's numbers."""
     data = to_dict(config)
-    ends = config.trainer.lr_schedule != "constant" and config.trainer.total_updates is None
+    ends = _has_schedule(config) and config.trainer.total_updates is None
     kept = {"updates"} if ends else set()
     for name in {"name", "out", "sinks", "samples", "checkpoint", "updates"} - kept:
         data.pop(name)
     return data
+
+
+def _has_schedule(config: RunConfig) -> bool:
+    """Whether the learning rate or the exponent depends on the length of the run."""
+    exponent = config.objective.exponent
+    linear = exponent.kind == "linear" and exponent.updates is None
+    return linear or config.trainer.lr_schedule != "constant"
 
 
 def _flat(data: Mapping[str, Any], path: str = "") -> dict[str, Any]:

@@ -4,6 +4,7 @@
 halves, so that a run can save its state between any two updates, also inside a rollout.
 """
 
+import dataclasses
 import logging
 import math
 import warnings
@@ -13,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hmpo.accumulate import accumulate
 from hmpo.advantages import group_advantages, zero_variance_groups
-from hmpo.collect import Collector, Prompts, autocast
+from hmpo.collect import Collector, Prompts
 from hmpo.config import HMPOConfig, PowerMeanConfig
 from hmpo.errors import ConfigError, NonFiniteError
-from hmpo.logprobs import token_logprobs_and_entropy
+from hmpo.exponent import exponent_source
 from hmpo.nonfinite import (
     Fault,
     fault_text,
@@ -26,7 +28,8 @@ from hmpo.nonfinite import (
     optimizer_fault,
     weights_fault,
 )
-from hmpo.objective import count_denominators, objective_metrics, power_mean_loss
+from hmpo.objective import objective_metrics, power_mean_loss
+from hmpo.objective_config import ObjectiveConfig
 from hmpo.optim import MuonClip, MuonClipConfig, with_qk_clip
 from hmpo.optim.build import clip_metrics, join_clip_state, split_clip_state
 from hmpo.policy_state import load_trained_state, trained_state
@@ -72,8 +75,9 @@ class PowerMeanTrainer:
         stop: Sequence[str] = (),
     ) -> None:
         self.policy, self.ref, self.config = policy_model, ref_model, config
-        self.objective = config.resolved_objective
+        objective = config.resolved_objective
         self.device = next(policy_model.parameters()).device
+        self.exponent = exponent_source(objective, self.device, config.total_updates)
         rewards = (
             reward_fn
             if isinstance(reward_fn, Rewards)
@@ -141,6 +145,11 @@ class PowerMeanTrainer:
         """Updates that the rollout in use still serves."""
         return 0 if self.batch is None else self.config.updates_per_rollout - self.cursor
 
+    @property
+    def objective(self) -> ObjectiveConfig:
+        """The objective in force; a reward-adaptive exponent moves its upper bound."""
+        return self.exponent.objective
+
     def begin_rollout(self, prompts: Prompts, columns: Mapping[str, Sequence[Any]]) -> None:
         """Sample responses, score them, and form advantages."""
         collected = self.collector.collect(prompts, columns, index=self.rollouts, step=self.step)
@@ -158,6 +167,7 @@ class PowerMeanTrainer:
             valid=collected.valid,
             ref_logprobs=collected.ref_logprobs,
         )
+        self.exponent.observe(collected.rewards[collected.valid])
         self.cursor = 0
         self.rollouts += 1
         dead = zero_variance_groups(
@@ -190,16 +200,20 @@ class PowerMeanTrainer:
         )[part].to(self.device)
         batch = self.batch.select(rows).trimmed()
         self._set_lr()
-        loss, logprobs, entropy = self._accumulate(batch)
+        p = self.exponent.value(self.step)
+        exponent = None if p is None else torch.tensor(p, dtype=torch.float64)
+        loss, logprobs, entropy = accumulate(self.policy, batch, config, self.objective, exponent)
         norm = self._clip_gradient()
         fault = (
             forward_fault(batch, loss, logprobs)
             or gradient_fault(self.policy, norm)
             or optimizer_fault(self.policy, self.optimizer)
         )
+        learned: Metrics = {}
         if fault is None:
             self.optimizer.step()
             self._check_step()
+            learned = self._learn_exponent(batch, logprobs)
         self.optimizer.zero_grad(set_to_none=True)
         record = {
             "step": self.step,
@@ -213,7 +227,8 @@ class PowerMeanTrainer:
             "grad_norm_clipped": min(float(norm), config.max_grad_norm or math.inf),
             "update_skipped": int(fault is not None),
             "nonfinite": int(fault is not None),
-            **self._objective_record(batch, logprobs, entropy),
+            **self._objective_record(batch, logprobs, entropy, exponent),
+            **learned,
             **self.rollout_metrics,
             **(clip_metrics(self.optimizer) if fault is None else {}),
         }
@@ -236,43 +251,17 @@ class PowerMeanTrainer:
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
 
-    def _accumulate(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Back-propagate a minibatch in micro-batches that add up to exactly its gradient.
-
-        Returns:
-            (loss (), log-probs (M, T), entropy (M, T)), all detached.
-        """
-        size = self.config.micro_batch_size or len(batch.rewards)
+    def _learn_exponent(self, batch: Batch, logprobs: Tensor) -> Metrics:
+        """Let a learnable exponent follow an applied update, by the minibatch it was made on."""
         mask = batch.rollout.response_mask & batch.valid[:, None]
-        denominators = count_denominators(mask)
-        losses, logprobs, entropies = [], [], []
-        for start in range(0, len(batch.rewards), size):
-            part = slice(start, start + size)
-            rollout = batch.rollout
-            with autocast(self.device, self.config):
-                new, entropy = token_logprobs_and_entropy(
-                    self.policy,
-                    rollout.input_ids[part],
-                    rollout.attention_mask[part],
-                    rollout.response_ids.shape[1],
-                    temperature=self.config.temperature,
-                    chunk=self.config.logprob_chunk,
-                )
-            loss = power_mean_loss(
-                new,
-                rollout.old_logprobs[part],
-                mask[part],
-                batch.advantages[part],
-                self.objective,
-                ref_logprobs=None if batch.ref_logprobs is None else batch.ref_logprobs[part],
-                denominators=denominators,
-            )
-            if loss.requires_grad:
-                loss.backward()
-            losses.append(loss.detach())
-            logprobs.append(new.detach())
-            entropies.append(entropy.detach())
-        return torch.stack(losses).sum(), torch.cat(logprobs), torch.cat(entropies)
+        old, advantages = batch.rollout.old_logprobs, batch.advantages
+
+        def surrogate(p: Tensor) -> Tensor:
+            free = dataclasses.replace(self.objective, kl_coef=0.0)
+            return power_mean_loss(logprobs, old, mask, advantages, free, exponent=p)
+
+        log_ratio = torch.where(mask, logprobs - old, torch.zeros_like(old))
+        return self.exponent.learn(log_ratio, mask, advantages, surrogate)
 
     def _clip_gradient(self) -> Tensor:
         """Global L2 norm of the gradient, before clipping it to `max_grad_norm`.
@@ -315,7 +304,9 @@ class PowerMeanTrainer:
                 "skipped in a row; lower the learning rate or resume from the last checkpoint"
             )
 
-    def _objective_record(self, batch: Batch, logprobs: Tensor, entropy: Tensor) -> Metrics:
+    def _objective_record(
+        self, batch: Batch, logprobs: Tensor, entropy: Tensor, exponent: Tensor | None
+    ) -> Metrics:
         """The objective's metrics over a whole minibatch, exact whatever the micro-batches."""
         rollout = batch.rollout
         mask = rollout.response_mask & batch.valid[:, None]
@@ -326,6 +317,7 @@ class PowerMeanTrainer:
             batch.advantages,
             self.objective,
             ref_logprobs=batch.ref_logprobs,
+            exponent=exponent,
         )
         record = {name: float(value) for name, value in metrics.items()}
         tokens = max(1, int(mask.sum()))
@@ -346,6 +338,7 @@ class PowerMeanTrainer:
                 "skipped_in_a_row": self.skipped_in_a_row,
                 "totals": dict(self.totals),
                 "rollout_metrics": dict(self.rollout_metrics),
+                "exponent": self.exponent.state_dict(),
                 "batch": None if self.batch is None else self.batch.state_dict(),
             },
         }
@@ -359,6 +352,7 @@ class PowerMeanTrainer:
         self.cursor, self.skipped_in_a_row = mine["cursor"], mine["skipped_in_a_row"]
         self.totals = dict(mine["totals"])
         self.rollout_metrics = dict(mine["rollout_metrics"])
+        self.exponent.load_state_dict(mine["exponent"])
         self.batch = (
             None if mine["batch"] is None else Batch.from_state_dict(mine["batch"], self.device)
         )

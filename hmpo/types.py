@@ -158,6 +158,20 @@ class Denominators:
     """Their response tokens."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Band:
+    """Statistics of a whole minibatch that place and scale a sequence clip; constants.
+
+    Example: `Band(center=tensor(-2e-4), sigma=tensor(0.03))`: the mean of p = -1 lies 2e-4 nat
+    below that of p = 1, and token log ratios spread by 0.03 nat.
+    """
+
+    center: Float[Tensor, ""]
+    """Mean over responses of log M_p - log M_1 (nat)."""
+    sigma: Float[Tensor, ""]
+    """Population standard deviation of the token log ratios (nat), at least `clip_sigma`."""
+
+
 def _select(record, rows: Tensor):
     """A record of row-aligned tensors, restricted to `rows`."""
     changes: dict[str, Any] = {}

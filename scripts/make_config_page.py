@@ -38,14 +38,16 @@ group_size = 8
 minibatches = 2
 ```
 
-`objective.member` takes one of {", ".join(f"`{name}`" for name in BY_NAME)}
+`objective.member` takes one of
+{", ".join(f"`{name}`" for name in BY_NAME)}
 (see [Algorithms](algorithms.md)). The run's folder keeps the resolved configuration as
 `config.json`, which can be loaded again.
 
 The same classes serve the library: `hmpo.config.RunConfig` holds one object for each table, and
 `PowerMeanConfig`, `HMPOConfig` and `GSPOConfig` extend the trainer's table for use without a run.
 
-This page is made from `hmpo/config.py` by `python scripts/make_config_page.py`.
+This page is made from `hmpo/config.py` and `hmpo/objective_config.py` by
+`python scripts/make_config_page.py`.
 """
 
 TITLES = {
@@ -60,6 +62,10 @@ def page() -> str:
     for field in dataclasses.fields(RunConfig):
         if dataclasses.is_dataclass(field.default_factory):
             tables.append((f"[{field.name}]", field.default_factory))
+    for field in dataclasses.fields(config.ObjectiveConfig):
+        if dataclasses.is_dataclass(field.default_factory):
+            at = next(i for i, (title, _) in enumerate(tables) if title == "[objective]") + 1
+            tables.insert(at, (f"[objective.{field.name}]", field.default_factory))
     tables += [(TITLES[c.__name__], c) for c in (config.PowerMeanConfig, config.GSPOConfig)]
     return HEAD + "".join(_table(title, cls) for title, cls in tables)
 

@@ -206,6 +206,8 @@ _RATIO = (
     _float("ratio/p_pos", "1", "Exponent for responses with advantage >= 0."),
     _float("ratio/p_neg", "1", "Exponent for responses with advantage < 0."),
     _float("ratio/p_std", "1", "Standard deviation of a per-response exponent.", 0.0),
+    _float("ratio/p_step", "1", "Change of a learnable exponent after this update."),
+    _frac("ratio/p_bound", "1 where a learnable exponent is within 1 % of its bound, else 0."),
     _float("kl/k1", "nat/token", "Token mean of -d."),
     _float("kl/k3", "nat/token", "Token mean of exp(d) - 1 - d: old policy to new.", 0.0),
     _float("kl/ref", "nat/token", "k3 against the frozen reference.", 0.0, trl="kl"),

@@ -68,14 +68,16 @@ def micro_config(policy: Path, out: Path, name: str = "run", **changes: Any) -> 
 
 def toml(config: RunConfig) -> str:
     """The configuration as TOML."""
-    lines, tables = [], []
-    for key, value in to_dict(config).items():
-        if isinstance(value, dict):
-            inner = [f"{k} = {json.dumps(v)}" for k, v in value.items() if v not in (None, {})]
-            tables += [f"[{key}]", *inner]
-        else:
-            lines.append(f"{key} = {json.dumps(value)}")
-    return "\n".join([*lines, *tables]) + "\n"
+
+    def table(values: dict, path: str) -> list[str]:
+        plain = {k: v for k, v in values.items() if not isinstance(v, dict) and v is not None}
+        lines = [f"{key} = {json.dumps(value)}" for key, value in plain.items()]
+        for key, value in values.items():
+            if isinstance(value, dict):
+                lines += [f"[{path}{key}]", *table(value, f"{path}{key}.")]
+        return lines
+
+    return "\n".join(table(to_dict(config), "")) + "\n"
 
 
 def left_by(folder: Path) -> dict[str, bytes]:

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from hmpo import cli, run, trainer
+from hmpo import accumulate, cli, run, trainer
 from hmpo.baselines import gspo
 from hmpo.checkpoint import load_checkpoint
 from hmpo.errors import NonFiniteError, RewardError
@@ -52,7 +52,7 @@ class Spoiler(run.Observer):
             return self.trainer
 
         patch.setattr(run._Run, "_make_trainer", captured)
-        for module in (trainer, gspo):
+        for module in (accumulate, gspo):
             patch.setattr(module, "token_logprobs_and_entropy", self._forward(module))
         step = PowerMeanStep(self)
         patch.setattr(trainer.PowerMeanTrainer, "next_update", step.of(trainer.PowerMeanTrainer))
@@ -157,14 +157,14 @@ def test_one_bad_update_is_skipped_and_told(policy, out, monkeypatch, algorithm,
 
 
 def test_a_loss_that_is_not_finite_is_skipped_and_told(policy, out, monkeypatch):
-    compute = trainer.power_mean_loss
+    compute = accumulate.power_mean_loss
     calls = []
 
     def loss(*args, **keywords):
         calls.append(1)
         return compute(*args, **keywords) * (math.inf if len(calls) == AT + 1 else 1)
 
-    monkeypatch.setattr(trainer, "power_mean_loss", loss)
+    monkeypatch.setattr(accumulate, "power_mean_loss", loss)
     assert run.train(config_of(policy, out, "power_mean")).status == "completed"
     assert told(out / "run") == [(AT, "loss")]
     assert_checkpoints_finite(out / "run")

@@ -1,0 +1,112 @@
+"""What is measured of an objective's ratios: moments, spread, sample sizes, clipped shares.
+
+Detached scalars by telemetry name (`hmpo.telemetry.fields` defines each), over rows that all have
+at least one token. Token moments weigh all tokens equally, sequence moments all rows.
+"""
+
+import torch
+from torch import Tensor
+
+from hmpo.clipping import EXP_LIMIT, active_bounds, exp_linear, log_mean, row_bounds
+from hmpo.means import effective_sample_size, log_power_mean
+from hmpo.objective_config import ObjectiveConfig
+from hmpo.types import Band
+
+
+def count_metrics(
+    mask: Tensor, log_ratio: Tensor, config: ObjectiveConfig, band: Band | None
+) -> dict[str, Tensor]:
+    """Counts, and bounds: with a band of varying width their mean over the rows with tokens."""
+    low, high = (log_ratio.new_tensor(bound) for bound in config.log_bounds)
+    center = log_ratio.new_tensor(0.0)
+    if band is not None:
+        lengths = mask.sum(1)[mask.any(1)].to(log_ratio.dtype)
+        low, high = (b.mean() for b in row_bounds(lengths, torch.ones_like(lengths), config, band))
+        center = band.center if config.clip_center == "drift" else center
+    return {
+        "n_seq": mask.any(1).sum(),
+        "n_tokens": mask.sum(),
+        "clip/lo": low,
+        "clip/hi": high,
+        "clip/center": center,
+    }
+
+
+def row_metrics(p: Tensor, advantages: Tensor) -> dict[str, Tensor]:
+    """Advantages, and exponents over all rows and those of each sign (all, if there are none)."""
+    positive = advantages >= 0
+    return {
+        "ratio/p": p.mean(),
+        "ratio/p_std": p.std(correction=0),
+        "ratio/p_pos": p[positive].mean() if bool(positive.any()) else p.mean(),
+        "ratio/p_neg": p[~positive].mean() if bool((~positive).any()) else p.mean(),
+        "adv/mean": advantages.mean(),
+        "adv/var": advantages.var(correction=0),
+        "adv/abs_mean": advantages.abs().mean(),
+    }
+
+
+def ratio_metrics(
+    log_ratio: Tensor, mask: Tensor, p: Tensor, config: ObjectiveConfig
+) -> dict[str, Tensor]:
+    """Means of the unclipped ratios, their spread, and effective sample sizes."""
+    log_a, log_g, log_h = (log_power_mean(log_ratio, mask, q) for q in (1.0, 0.0, -1.0))
+    gap = (log_a - log_h).clamp(min=0)  # never negative; rounding of equal ratios may be
+    skew = 0.5 * (log_a + log_h) - log_g
+    log_m = log_mean(log_ratio, mask, p, config)
+    m, d = exp_linear(log_m), log_ratio[mask]
+    whole = log_ratio.sum(1).clamp(-EXP_LIMIT, EXP_LIMIT).exp()
+    return {
+        "ratio/logA": log_a.mean(),
+        "ratio/logG": log_g.mean(),
+        "ratio/logH": log_h.mean(),
+        "ratio/log_gap_mean": gap.mean(),
+        "ratio/log_gap_p50": gap.quantile(0.5),
+        "ratio/log_gap_p95": gap.quantile(0.95),
+        "ratio/log_gap_max": gap.max(),
+        "ratio/log_skew_mean": skew.mean(),
+        "ratio/d_mean": d.mean(),
+        "ratio/d_var": d.var(correction=0),
+        "ratio/d_min": d.min(),
+        "ratio/d_max": d.max(),
+        "ratio/m_mean": m.mean(),
+        "ratio/m_std": m.std(correction=0),
+        "ratio/m_min": m.min(),
+        "ratio/m_max": m.max(),
+        "ratio/clamped": (log_m > EXP_LIMIT).sum(),
+        "ratio/ess_tok": effective_sample_size(log_ratio, mask, p).mean(),
+        "ratio/ess_seq": whole.sum().square() / (whole.numel() * whole.square().sum()),
+    }
+
+
+def clip_metrics(
+    log_ratio: Tensor,
+    mask: Tensor,
+    advantages: Tensor,
+    p: Tensor,
+    config: ObjectiveConfig,
+    band: Band | None,
+) -> dict[str, Tensor]:
+    """Shares of clipped units; a unit is a token or, with a sequence clip, a response."""
+    low, high = row_bounds(mask.sum(1).to(log_ratio.dtype), advantages, config, band)
+    x, sign, rows = log_ratio[mask], advantages, (low, high)
+    rows += active_bounds(low, high, advantages, config)
+    if config.clip_level == "sequence":
+        x = log_mean(log_ratio, mask, p, config)
+    else:
+        sign, *rows = (v.unsqueeze(1).expand_as(mask)[mask] for v in (sign, *rows))
+    low, high, floor, ceiling = rows
+    above, below = x > high, x < low
+    positive, negative = sign > 0, sign < 0
+    every = torch.ones_like(positive)
+    return {
+        "clip/frac": _share(((x > ceiling) | (x < floor)) & (positive | negative), every),
+        "clip/frac_pos": _share(above & positive, positive),
+        "clip/frac_neg": _share(below & negative, negative),
+        "clip/frac_band": _share(above | below, every),
+    }
+
+
+def _share(part: Tensor, whole: Tensor) -> Tensor:
+    """Count of `part` over count of `whole`; 0 of none."""
+    return part.sum() / whole.sum().clamp(min=1)
