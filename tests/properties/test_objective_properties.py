@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from hmpo import members
 from hmpo.advantages import group_advantages, zero_variance_groups
-from hmpo.objective import count_denominators, power_mean_loss
+from hmpo.config import ExponentConfig, ObjectiveConfig
+from hmpo.objective import count_denominators, minibatch_band, power_mean_loss
 
 MEMBERS = [make() for make in members.BY_NAME.values()]
 clipping = st.builds(
@@ -88,6 +89,98 @@ def test_order_of_tokens_and_responses_does_not_matter(config, inputs, random):
     other, moved = evaluate(config, d[rows][:, columns], mask[rows][:, columns], advantages[rows])
     close(other, loss)
     close(moved, grad[rows][:, columns])
+
+
+@given(configs, batches(), st.data())
+def test_a_response_does_not_see_the_others(config, inputs, data):
+    """With the whole's denominators each row has the same part in any company."""
+    d, mask, advantages = inputs
+    counts = {"denominators": count_denominators(mask)}
+    _, grad = evaluate(config, d, mask, advantages, **counts)
+    row = data.draw(st.integers(0, len(d) - 1))
+    other = torch.flip(advantages, [0])
+    strange = torch.where(torch.arange(len(d)).unsqueeze(1) == row, d, -2 * d.flip(0) + 0.3)
+    other[row] = advantages[row]
+    close(evaluate(config, strange, mask, other, **counts)[1][row], grad[row])
+
+
+@given(st.floats(-5, 5), st.sampled_from(["power", "ahm"]), batches(), st.floats(-2, 2))
+def test_scaling_all_ratios_scales_the_surrogate(p, mean, inputs, shift):
+    """M_p(c r) = c M_p(r), for value and gradient, without a clip."""
+    config = ObjectiveConfig(mean=mean, p=p, clip_level="none")
+    d, mask, advantages = inputs
+    loss, grad = evaluate(config, d, mask, advantages)
+    moved, moved_grad = evaluate(config, d + shift, mask, advantages)
+    factor = math.exp(shift)
+    torch.testing.assert_close(moved, factor * loss, rtol=1e-10, atol=1e-11)
+    torch.testing.assert_close(moved_grad, factor * grad, rtol=1e-10, atol=1e-11)
+
+
+@given(batches(), st.sampled_from([1.0, -1.0]))
+def test_large_exponents_go_to_the_largest_and_smallest_ratio(inputs, sign):
+    d, mask, advantages = inputs
+    loss, grad = evaluate(ObjectiveConfig(p=sign * 1e6, clip_level="none"), d, mask, advantages)
+    edge = sign * (sign * d).masked_fill(~mask, -math.inf).amax(1).masked_fill(~mask.any(1), 0)
+    expected = -(edge.exp() * advantages * mask.any(1)).sum() / mask.any(1).sum().clamp(min=1)
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-4)
+    assert grad.isfinite().all()
+
+
+@given(clipping, batches(), st.floats(-5, 5))
+def test_on_policy_every_mean_is_the_same(config, inputs, p):
+    """All ratios 1: neither p nor the kind of mean matters, for value or gradient."""
+    d, mask, advantages = inputs
+    loss, grad = evaluate(config, 0 * d, mask, advantages)
+    for change in ({"p": p}, {"mean": "ahm", "exponent": ExponentConfig()}):
+        other = dataclasses.replace(config, **change)
+        same, same_grad = evaluate(other, 0 * d, mask, advantages)
+        close(same, loss)
+        close(same_grad, grad)
+
+
+@given(batches(), st.sampled_from([m for m in MEMBERS if m.reduction == "sequence_mean"]))
+def test_on_policy_every_gradient_is_the_plain_policy_gradient(inputs, config):
+    """SAPO's gate and matched exponents included."""
+    d, mask, advantages = inputs
+    _, grad = evaluate(config, 0 * d, mask, advantages)
+    lengths, rows = mask.sum(1).clamp(min=1), mask.any(1).sum().clamp(min=1)
+    close(grad, -advantages.unsqueeze(1) * mask / lengths.unsqueeze(1) / rows)
+
+
+@given(
+    st.sampled_from(["one", "drift"]),
+    st.sampled_from(["absolute", "z"]),
+    st.floats(-4, 4),
+    batches(),
+    st.data(),
+)
+def test_bands_of_the_whole_batch_survive_splits_padding_and_order(center, width, p, inputs, data):
+    config = ObjectiveConfig(p=p, clip_level="sequence", clip_center=center, clip_width=width)
+    d, mask, advantages = inputs
+    loss, grad = evaluate(config, d, mask, advantages)
+    band = minibatch_band(d, torch.zeros_like(d), mask, advantages, config)
+    order = torch.tensor(data.draw(st.permutations(range(len(d)))))
+    cut = data.draw(st.integers(0, len(d)))
+    total, pieces = torch.zeros_like(loss), torch.zeros_like(grad)
+    for rows in (order[:cut], order[cut:]):
+        wide = torch.cat([d[rows], torch.full((len(rows), 2), math.nan).double()], 1)
+        wider = torch.cat([mask[rows], torch.zeros(len(rows), 2, dtype=torch.bool)], 1)
+        given = {"denominators": count_denominators(mask), "band": band}
+        part = evaluate(config, wide, wider, advantages[rows], **given)
+        total += part[0]
+        pieces[rows] = part[1][:, : d.shape[1]]
+    close(total, loss)
+    close(pieces, grad)
+
+
+@given(rewards, st.sampled_from([2, 3, 4, 6]), st.data())
+def test_order_of_groups_does_not_matter(values, size, data):
+    groups = torch.tensor(values, dtype=torch.float64).reshape(-1, size)
+    order = torch.tensor(data.draw(st.permutations(range(len(groups)))))
+    inside = torch.tensor(data.draw(st.permutations(range(size))))
+    base = group_advantages(groups.reshape(-1), size).reshape(-1, size)
+    moved = group_advantages(groups[order][:, inside].reshape(-1), size).reshape(-1, size)
+    close(moved, base[order][:, inside])
 
 
 @given(configs, batches(), st.floats(0.125, 8))
