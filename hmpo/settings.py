@@ -91,7 +91,8 @@ def _member(objective: Mapping[str, Any]) -> dict[str, Any]:
     """An `[objective]` table whose `member` names its starting point."""
     name = objective["member"]
     if not isinstance(name, str) or name not in members.BY_NAME:
-        close = difflib.get_close_matches(str(name), members.BY_NAME, n=1)
+        close = difflib.get_close_matches(str(name), members.BY_NAME, n=len(members.BY_NAME))
+        close.sort(key=lambda known: sorted(known) != sorted(str(name)))  # letters swapped: first
         hint = f"did you mean {close[0]}?" if close else f"one of {', '.join(members.BY_NAME)}"
         raise ConfigError(f"objective.member: got {name!r}; {hint}")
     rest = {key: value for key, value in objective.items() if key != "member"}
