@@ -352,7 +352,7 @@ class PowerMeanTrainer:
         self.cursor, self.skipped_in_a_row = mine["cursor"], mine["skipped_in_a_row"]
         self.totals = dict(mine["totals"])
         self.rollout_metrics = dict(mine["rollout_metrics"])
-        self.exponent.load_state_dict(mine["exponent"])
+        self.exponent.load_state_dict(mine.get("exponent", {}))  # absent before there were any
         self.batch = (
             None if mine["batch"] is None else Batch.from_state_dict(mine["batch"], self.device)
         )

@@ -99,7 +99,7 @@ def test_apmpo_limits_of_equal_rewards_and_refusals():
 
 @pytest.mark.parametrize("saturation", [1.0, 0.6])
 def test_family_equals_pmpo_reconstruction(saturation):
-    """The solver stops at a relative step of 1e-10; p agrees to 1e-9, which moves the loss less."""
+    """Newton's steps stop at 1e-10, so that p itself is far closer, and the loss closer still."""
     source = ExponentConfig(kind="matched", saturation=saturation)
     config = dataclasses.replace(members.pmpo(), exponent=source)
     low, high = config.log_bounds
@@ -110,15 +110,15 @@ def test_family_equals_pmpo_reconstruction(saturation):
         expected, _ = oracle.pmpo_exponent(row, advantages[i].item(), low, high, saturation)
         clipped = [min(v, high) if advantages[i] >= 0 else max(v, low) for v in row]
         if len(set(clipped)) > 1:
-            assert p[i].item() == pytest.approx(expected, rel=1e-9, abs=1e-12)
+            assert p[i].item() == pytest.approx(expected, rel=1e-11)
 
     loss, grad = loss_and_gradient(config, d, mask, advantages)
     given = loss_and_gradient(members.grpo(), d, mask, advantages, exponent=p)
     assert torch.equal(loss, given[0]) and torch.equal(grad, given[1])
     value, slopes = oracle.pmpo(rows, advantages.tolist(), low, high, saturation)
-    assert loss.item() == pytest.approx(value, rel=1e-9)
+    assert loss.item() == pytest.approx(value, rel=1e-12)
     for row, keep, slope in zip(grad, mask, slopes, strict=True):
-        assert row[keep].tolist() == pytest.approx(slope, rel=1e-9, abs=1e-11)
+        assert row[keep].tolist() == pytest.approx(slope, rel=1e-12, abs=1e-12)
 
 
 @pytest.mark.parametrize("matching", ["ess", "closed_form"])
