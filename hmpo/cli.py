@@ -131,7 +131,8 @@ def report(runs: Positional[tuple[Path, ...]], /, *, out: Path | None = None) ->
 
     Args:
         runs: run folders; several are compared side by side.
-        out: the page; by default report.html in the first run's folder.
+        out: the page; by default report.html (several runs: comparison.html) in the first run's
+            folder.
     """
     if not runs:
         raise ConfigError("report: give at least one run folder")

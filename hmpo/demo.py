@@ -70,7 +70,11 @@ def run_demo(
         f"goal {GOAL:.2f} sampled success on {result.after.sampled.trials} held-out prompts: "
         f"{reached} ({result.after.sampled.value:.3f}, 95 % interval {low:.3f} to {high:.3f})",
         highlight=False,
+        soft_wrap=True,
     )
-    console.print(f"report: {write_report([result.folder])}", markup=False, highlight=False)
-    console.print(f"trained policy: {result.folder / 'policy'}", markup=False, highlight=False)
+    for name, path in (
+        ("report", write_report([result.folder])),
+        ("trained policy", result.folder / "policy"),
+    ):
+        console.print(f"{name}: {path}", markup=False, highlight=False, soft_wrap=True)
     return 0

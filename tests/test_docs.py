@@ -173,3 +173,13 @@ def test_generated_page_is_current(name: str) -> None:
         [sys.executable, str(script), "--check"], cwd=ROOT, capture_output=True, text=True
     )
     assert run.returncode == 0, run.stdout + run.stderr
+
+
+def test_tables_are_those_of_the_committed_results() -> None:
+    done = subprocess.run(
+        [sys.executable, "scripts/make_tables.py", "--check"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, f"run: python scripts/make_tables.py\n{done.stdout}{done.stderr}"

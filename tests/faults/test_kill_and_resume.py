@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-KILLS = int(os.environ.get("HMPO_KILLS", "60"))
+KILLS = int(os.environ.get("HMPO_KILLS", "200"))
 ROOT = Path(__file__).parents[2]
 
 
