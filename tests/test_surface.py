@@ -53,6 +53,9 @@ def members(cls: type) -> list[str]:
         value = getattr(value, "__func__", value)
         if name.startswith("_"):
             continue
+        # Making an optimizer lets torch put a wrapper of an inherited step() into its class.
+        if inspect.isfunction(value) and not value.__qualname__.startswith(f"{cls.__qualname__}."):
+            continue
         if inspect.isfunction(value):
             found.append(f"    .{name}{parameters(value)}")
         elif isinstance(value, property):

@@ -40,6 +40,8 @@ class Sink(Protocol):
 class JsonlSink:
     """Appends records to a file, one line and one system call each; never keeps half a line.
 
+    A kill may cut the line at hand short; the next start drops it.
+
     Args:
         path: the file; its folder must exist.
         resume_at: None starts a new file; a byte offset, as from `offset()`, keeps that much of
