@@ -498,6 +498,7 @@ def test_a_zombie_holds_no_lock(folder):
         if stat.rpartition(")")[2].split()[0] == "Z":
             break
     with RunLock(folder):
+        assert json.loads((folder / "run.lock").read_text())["pid"] == os.getpid()
         os.waitpid(pid, 0)
 
 
@@ -507,14 +508,14 @@ def test_a_lock_whose_pid_now_belongs_to_another_process_is_taken_over(folder):
     owner = json.loads(text) | {"birth": "another boot/1"}
     (folder / "run.lock").write_text(json.dumps(owner))
     with RunLock(folder):
-        pass
+        assert json.loads((folder / "run.lock").read_text())["birth"] != owner["birth"]
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"pid": 0}', '{"pid": "1"}'])
 def test_a_lock_cut_off_while_it_was_written_is_taken_over(folder, text):
     (folder / "run.lock").write_text(text)
     with RunLock(folder):
-        pass
+        assert json.loads((folder / "run.lock").read_text())["pid"] == os.getpid()
 
 
 def test_a_lock_of_another_host_is_never_taken_over(folder):

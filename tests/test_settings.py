@@ -122,7 +122,7 @@ def test_a_mistake_gives_one_line_that_names_the_field(data, match) -> None:
     [
         ("updates", "--set: got 'updates', expected dotted.key=value"),
         ("=3", "--set: got '=3'"),
-        ("updates.x=3", "updates: got {'x': 3}|expected an integer"),
+        ("updates.x=3", "^updates: got {'x': 3}, expected an integer$"),
         ("out.x.y=3", "out: got"),
         ("objective.p.q=1", "objective.p: got"),
         ("objective.member=hpmo", "did you mean hmpo"),
@@ -136,8 +136,8 @@ def test_an_override_inside_something_that_is_no_table_gives_one_line() -> None:
     for item in ("updates.x=3", "out.x.y=3", "objective.p.q=1"):
         table = item.split(".")[-2]
         given = {"updates": 3, "out": "x", "objective": {"p": 1.0}}
-        match = rf"--set: got '{item}', expected {table} to be a table|expected x to be"
-        refused(match.replace("expected x to be", "expected out to be"), given, [item])
+        first = table if table != "x" else "out"  # the first that is no table is the one named
+        refused(rf"^--set: got '{item}', expected {first} to be a table", given, [item])
 
 
 def test_files_that_are_no_configuration_give_one_line_with_their_name(tmp_path) -> None:
