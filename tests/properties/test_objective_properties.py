@@ -3,14 +3,16 @@
 import dataclasses
 import math
 
+import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from hmpo import members
 from hmpo.advantages import group_advantages, zero_variance_groups
 from hmpo.config import ExponentConfig, ObjectiveConfig
 from hmpo.objective import count_denominators, minibatch_band, power_mean_loss
+from hmpo.types import Denominators
 
 MEMBERS = [make() for make in members.BY_NAME.values()]
 clipping = st.builds(
@@ -65,6 +67,47 @@ def test_any_split_into_micro_batches_adds_up(config, inputs, data):
         pieces[rows] = part[1]
     close(total, loss)
     close(pieces, grad)
+
+
+BANDED = [
+    ObjectiveConfig(
+        name=f"drift_{width}", p=-1.0, clip_level="sequence", clip_center="drift", clip_width=width
+    )
+    for width in ("absolute", "z")
+]
+
+
+@pytest.mark.parametrize("config", [*MEMBERS, *BANDED], ids=lambda config: config.name)
+@settings(max_examples=20)
+@given(inputs=batches(), ranks=st.sampled_from([2, 4]), data=st.data())
+def test_any_split_over_ranks_sums_to_the_gradient_of_the_whole(config, inputs, ranks, data):
+    """Each rank takes its rows through its own copy of the parameters, in micro-batches.
+
+    The ranks share the sums of their counts, and the band where there is one, and afterwards add
+    up their gradients. A rank may be without rows, and a row without tokens.
+    """
+    d, mask, advantages = inputs
+    places = st.lists(st.integers(0, 2 * ranks - 1), min_size=len(d), max_size=len(d))
+    place = torch.tensor(data.draw(places))  # 2 micro-batches on each rank
+    columns = torch.arange(1, d.numel() * 3 + 1, dtype=torch.float64)
+    features = torch.sin(columns).reshape(*d.shape, 3)
+    band = minibatch_band(d, torch.zeros_like(d), mask, advantages, config)
+
+    def gradient(rows, **shared):
+        parameters = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+        logprobs = d[rows] + features[rows] @ parameters
+        old = torch.zeros_like(d[rows])
+        power_mean_loss(logprobs, old, mask[rows], advantages[rows], config, **shared).backward()
+        return parameters.grad
+
+    counts = [count_denominators(mask[place // 2 == rank]) for rank in range(ranks)]
+    total = Denominators(
+        sequences=sum(count.sequences for count in counts),
+        tokens=sum(count.tokens for count in counts),
+    )
+    parts = [gradient(place == part, denominators=total, band=band) for part in range(2 * ranks)]
+    whole = gradient(torch.ones(len(d), dtype=torch.bool))
+    torch.testing.assert_close(torch.stack(parts).sum(0), whole, rtol=1e-12, atol=1e-12)
 
 
 @given(configs, batches(), st.integers(0, 4), st.sampled_from([0.0, math.nan, math.inf, 1e30]))

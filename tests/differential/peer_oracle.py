@@ -1,0 +1,132 @@
+"""Every member against the loops in tests/oracles, each written from its own paper."""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+from hmpo import members
+from hmpo.config import ExponentConfig, ObjectiveConfig
+from tests.differential import cases
+from tests.differential.cases import Case
+from tests.differential.compare import (
+    BOUNDED,
+    Comparison,
+    Difference,
+    Function,
+    Value,
+    from_rows,
+    oracle,
+    ours,
+    rows_of,
+)
+from tests.oracles import family
+from tests.oracles import objective as basic
+
+PEER = "our oracles"
+PACKAGE = "hmpo"
+
+GRPO = oracle(basic.grpo)
+DAPO = oracle(basic.dapo)
+GSPO = oracle(basic.gspo)
+GMPO = oracle(family.gmpo_paper)
+LUSPO = oracle(family.luspo)
+
+
+def sapo(case: Case, config: ObjectiveConfig) -> Value:
+    ratios = rows_of(case.new - case.old, case)
+    taus = config.gate_positive, config.gate_negative
+    return from_rows(*family.sapo(ratios, case.advantages.tolist(), *taus), case)
+
+
+def cispo(case: Case, config: ObjectiveConfig) -> Value:
+    ratios, logs = rows_of(case.new - case.old, case), rows_of(case.new, case)
+    low, high = config.log_bounds
+    return from_rows(*family.cispo(ratios, case.advantages.tolist(), logs, low, high), case)
+
+
+def tis(case: Case, config: ObjectiveConfig) -> Value:
+    ratios, logs = rows_of(case.new - case.old, case), rows_of(case.new, case)
+    cap = 1 + config.clip_high
+    return from_rows(*family.truncated(ratios, case.advantages.tolist(), logs, cap), case)
+
+
+def holder(p: float) -> Function:
+    return oracle(basic.holder, p=p)
+
+
+def fixed(make: Callable[[], ObjectiveConfig], p: float) -> ObjectiveConfig:
+    """A member whose exponent a run would set, at one exponent."""
+    return replace(make(), exponent=ExponentConfig(), p=p)
+
+
+P_APMPO = math.exp(-0.8 * 0.5)
+UNTIED = ("ragged", "on_policy", "large")
+
+COMPARISONS = [
+    Comparison("grpo", members.grpo(), "arXiv 2402.03300, eq. 3", GRPO),
+    Comparison("dapo", members.dapo(), "arXiv 2503.14476, eq. 8", DAPO),
+    Comparison(
+        "dr_grpo", members.dr_grpo(10), "arXiv 2503.20783", oracle(basic.drgrpo, max_length=10)
+    ),
+    Comparison("gspo", members.gspo(), "arXiv 2507.18071, eqs. 5 and 7", GSPO, BOUNDED),
+    Comparison(
+        "gspo_token",
+        members.gspo_token(),
+        "arXiv 2507.18071, eqs. 13-14",
+        oracle(family.gspo_token),
+        BOUNDED,
+    ),
+    Comparison("luspo", members.luspo(), "arXiv 2602.05261", LUSPO, BOUNDED),
+    Comparison(
+        "gmpo",
+        replace(members.gmpo(), sign_convention="paper"),
+        "arXiv 2507.20673, eq. 4",
+        GMPO,
+        BOUNDED,
+    ),
+    Comparison(
+        "gmpo",
+        replace(members.gmpo(), clip_low=0.2, clip_high=0.6, sign_convention="paper"),
+        "arXiv 2507.20673, eq. 4, bounds 0.2 / 0.6",
+        GMPO,
+        BOUNDED,
+    ),
+    Comparison("hmpo", members.hmpo(), "callsys/GMPO", oracle(basic.hmpo_callsys), BOUNDED),
+    *(
+        Comparison(
+            "holder", fixed(members.holder, p), f"arXiv 2605.12058, p = {p:g}", holder(p), UNTIED
+        )
+        for p in (2.0, -2.0)
+    ),
+    Comparison(
+        "pmpo",
+        members.pmpo(),
+        "our reconstruction of arXiv 2601.22521",
+        oracle(family.pmpo, saturation=1.0),
+    ),
+    Comparison(
+        "apmpo",
+        fixed(members.apmpo, P_APMPO),
+        "arXiv 2605.04066, mean reward 1/2",
+        oracle(family.apmpo, p=P_APMPO),
+    ),
+    Comparison("ahm", members.ahm(), "the iteration itself", oracle(family.ahm, weight=0.5)),
+    Comparison("sapo", members.sapo(), "arXiv 2511.20347", sapo, BOUNDED),
+    Comparison("cispo", members.cispo(), "arXiv 2506.13585, eqs. 4-5", cispo, BOUNDED),
+    Comparison("tis", members.tis(), "arXiv 1606.02647", tis, BOUNDED),
+]
+
+DIFFERENCES = [
+    Difference(
+        "ours, `grpo`",
+        cases.overflow(),
+        GRPO,
+        ours,
+        members.grpo(),
+        "The papers' surrogate has no upper limit for A < 0. Above e^20 ours goes on along the "
+        "tangent in log r, so that a ratio of e^80, which only a broken sampler gives, stays "
+        "finite in float32, too. It is counted in `ratio/clamped`.",
+    ),
+]
+
+ROBUSTNESS = {"ours": (ours, members.hmpo()), "ours, sequence clip": (ours, members.gspo())}
