@@ -15,8 +15,10 @@ import math
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import logsigmoid
 
+from hmpo.masking import without_padding
 from hmpo.means import Exponent, ahm_mean, log_power_mean
 from hmpo.objective_config import ObjectiveConfig
 from hmpo.types import Band
@@ -33,10 +35,13 @@ def exp_linear(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
 def log_mean(
     log_ratio: Float[Tensor, "N T"], mask: Bool[Tensor, "N T"], p: Exponent, config: ObjectiveConfig
 ) -> Float[Tensor, " N"]:
-    """Log of the configured mean of each row's ratios (nat); `p` is that of a power mean."""
+    """Log of the configured mean of each row's ratios (nat); `p` is that of a power mean.
+
+    `log_ratio` holds 0 on padding.
+    """
     if config.mean == "ahm":
-        return ahm_mean(log_ratio, mask, config.ahm_weight)
-    return log_power_mean(log_ratio, mask, p)
+        return ahm_mean(log_ratio, mask, config.ahm_weight, padded=True)
+    return log_power_mean(log_ratio, mask, p, padded=True)
 
 
 @torch.no_grad()
@@ -97,11 +102,34 @@ def active_bounds(
 
 
 def soft_gate(
-    log_ratio: Float[Tensor, "N T"], advantages: Float[Tensor, " N"], config: ObjectiveConfig
+    log_ratio: Float[Tensor, "N T"],
+    mask: Bool[Tensor, "N T"],
+    advantages: Float[Tensor, " N"],
+    config: ObjectiveConfig,
 ) -> Float[Tensor, "N T"]:
-    """Log of SAPO's gate (4 / tau) sigmoid(tau (r - 1)), whose slope in r is 1 at r = 1."""
+    """Log of SAPO's gate (4 / tau) sigmoid(tau (r - 1)), whose slope in r is 1 at r = 1.
+
+    0 on padding. Ratios above e^20 are continued linearly (`exp_linear`).
+    """
     positive, negative = config.gate_positive, config.gate_negative
     tau = torch.where(
         advantages >= 0, advantages.new_tensor(positive), advantages.new_tensor(negative)
-    ).unsqueeze(1)
-    return torch.log(4 / tau) + logsigmoid(tau * (exp_linear(log_ratio) - 1))
+    )
+    return _SoftGate.apply(log_ratio, mask, tau.unsqueeze(1))
+
+
+class _SoftGate(torch.autograd.Function):
+    """The gate and its slope tau r' sigmoid(-tau (r - 1)) in the log ratio; keeps the slope."""
+
+    @staticmethod
+    def forward(ctx, d: Tensor, mask: Tensor, tau: Tensor) -> Tensor:
+        slope = d.clamp(max=EXP_LIMIT).exp_()
+        x = (1 + (d - EXP_LIMIT).relu_()).mul_(slope).sub_(1).mul_(tau)
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward(slope.mul_(tau).mul_(torch.sigmoid(-x)))
+        return without_padding(logsigmoid(x).add_(torch.log(4 / tau)), mask)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):  # type: ignore[override]  (one output, one gradient)
+        return grad * ctx.saved_tensors[0], None, None

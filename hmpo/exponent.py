@@ -27,7 +27,8 @@ from torch import Tensor
 
 from hmpo.clipping import active_bounds, row_bounds
 from hmpo.errors import ConfigError
-from hmpo.means import effective_sample_size, log_power_mean, solve_exponent
+from hmpo.masking import limited
+from hmpo.means import log_power_mean, solve_exponent
 from hmpo.objective_config import ObjectiveConfig
 from hmpo.types import Metrics
 
@@ -61,16 +62,12 @@ def matched_exponent(
     """
     lengths = mask.sum(1).clamp(min=1).to(log_ratio.dtype)
     low, high = active_bounds(*row_bounds(lengths, advantages, config, None), advantages, config)
-    clipped = log_ratio.clamp(low[:, None], high[:, None])
+    clipped = limited(log_ratio, low, high)
     share = ((clipped != log_ratio) & mask).sum(1) / lengths
     phi = (share / config.exponent.saturation).clamp(max=1)
     if config.exponent.matching == "closed_form":
         return (1 - phi).sqrt()
-    least = effective_sample_size(clipped, mask, 1.0).masked_fill(~mask.any(1), 1)
-    broken = ~least.isfinite()
-    target = (least + (1 - least) * phi).masked_fill(broken, 1)
-    p = solve_exponent(clipped, mask, target, p_max=1.0)
-    return p.masked_fill(phi == 0, 1.0).masked_fill(phi == 1, 0.0).masked_fill(broken, math.nan)
+    return solve_exponent(clipped, mask, phi, p_max=1.0, relative=True, padded=True)
 
 
 class ExponentSource:

@@ -14,6 +14,7 @@ float64 stays float64. Padding may hold anything: it is replaced before any arit
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -22,19 +23,22 @@ from torch.autograd.function import once_differentiable
 
 from hmpo.divergence import exp_minus_tangent
 from hmpo.errors import ConfigError, ShapeError
+from hmpo.masking import without_padding
 
 Exponent = float | int | Float[Tensor, ""] | Float[Tensor, " B"]
 
-EXPM1_LIMIT = 8.0
+EXPM1_LIMIT = 4.0
 """Largest |p (d - mean d)| for the centred form; beyond it the dominating token is the anchor."""
 ROOT_STEPS = 60
-"""Most Newton or bisection steps of `solve_exponent`; about five are needed."""
-ROOT_TOLERANCE = 1e-10
-"""Relative step at which `solve_exponent` stops."""
+"""Most secant or bisection steps of `solve_exponent`; two or three are needed."""
 
 
 def log_power_mean(
-    log_ratio: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], p: Exponent
+    log_ratio: Float[Tensor, "B T"],
+    mask: Bool[Tensor, "B T"],
+    p: Exponent,
+    *,
+    padded: bool = False,
 ) -> Float[Tensor, " B"]:
     """Log of the power mean of each row's ratios, log M_p = (1/p) log mean_t exp(p d_t).
 
@@ -42,6 +46,7 @@ def log_power_mean(
         log_ratio: d, natural log ratios (nat); any value where `mask` is False.
         mask: True on the tokens that count.
         p: exponent, one for all rows or one per row; a tensor receives its gradient.
+        padded: promises that `log_ratio` holds 0 where `mask` is False, which saves a pass.
 
     Returns:
         log M_p (nat) in float32, or float64 for float64 input. A row without tokens gives 0
@@ -51,7 +56,7 @@ def log_power_mean(
         ShapeError: the shapes of `log_ratio`, `mask` and `p` do not fit.
         ConfigError: `p` is a number but not finite.
     """
-    d, exponent = _prepare(log_ratio, mask, p)
+    d, exponent = _prepare(log_ratio, mask, p, padded)
     return _LogPowerMean.apply(d, mask, exponent)
 
 
@@ -88,10 +93,12 @@ def solve_exponent(
     *,
     p_max: float,
     sign: int = 1,
+    relative: bool = False,
+    padded: bool = False,
 ) -> Float[Tensor, " B"]:
     """Exponent of the given sign whose effective sample size is `target` (no gradient).
 
-    2K(p) - K(2p) falls strictly with |p| unless all ratios are equal, so a bracketed Newton
+    2K(p) - K(2p) falls strictly with |p| unless all ratios are equal, so a bracketed secant
     iteration finds the root. Where even `p_max` leaves the size above `target`, and where all
     ratios are equal (every p gives the same mean), the answer is sign * p_max. A row with a
     non-finite counted token gives NaN.
@@ -102,6 +109,9 @@ def solve_exponent(
         target: wanted `effective_sample_size`, in (0, 1].
         p_max: largest |p| allowed, > 0.
         sign: 1 or -1.
+        relative: `target`, in [0, 1], is the share of the way from the size at `p_max` to 1;
+            0 gives sign * p_max and 1 gives 0, exactly.
+        padded: as in `log_power_mean`.
 
     Raises:
         ShapeError: shapes do not fit.
@@ -112,26 +122,31 @@ def solve_exponent(
     if not (math.isfinite(p_max) and p_max > 0):
         raise ConfigError(f"p_max: got {p_max!r}, expected a finite number > 0")
     with torch.no_grad():
-        d, goal = _prepare(log_ratio, mask, target)
-        if not bool(((goal > 0) & (goal <= 1)).all()):
+        d, goal = _prepare(log_ratio, mask, target, padded)
+        inside = (goal >= 0 if relative else goal > 0) & (goal <= 1)
+        if not bool(inside.all()):
             raise ConfigError(f"target: got {target!r}, expected numbers in (0, 1]")
-        e = sign * _centred(d, mask, _length(mask, d.dtype))[1]
-        wide = torch.float32 if e.device.type == "mps" else torch.float64
-        root = _ess_root(e.to(wide), mask, goal.to(wide).log(), float(p_max))
-        return (sign * root).to(d.dtype)
+        spread = _Spread.of(d if sign == 1 else -d, mask)
+        root = _ess_root(spread, goal, float(p_max), relative)
+        return root if sign == 1 else -root
 
 
 def ahm_mean(
-    log_ratio: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], weight: float = 0.5
+    log_ratio: Float[Tensor, "B T"],
+    mask: Bool[Tensor, "B T"],
+    weight: float = 0.5,
+    *,
+    padded: bool = False,
 ) -> Float[Tensor, " B"]:
     """Limit of the arithmetic-harmonic iteration in closed form: log sqrt(A H), differentiable.
 
     Its token weights are (softmax(d) + softmax(-d)) / 2. It equals the geometric mean only for
     ratios that are symmetric in log space: (1, 1, 8) gives 2.169, not 2. With another `weight`
-    w in [0, 1] it is log(A^w H^(1-w)).
+    w in [0, 1] it is log(A^w H^(1-w)). Takes and raises what `log_power_mean` does.
     """
-    arithmetic = log_power_mean(log_ratio, mask, 1.0)
-    return weight * arithmetic + (1 - weight) * log_power_mean(log_ratio, mask, -1.0)
+    arithmetic = log_power_mean(log_ratio, mask, 1.0, padded=padded)
+    harmonic = log_power_mean(log_ratio, mask, -1.0, padded=padded)
+    return weight * arithmetic + (1 - weight) * harmonic
 
 
 def ahm_iterate(log_gap: Float[Tensor, "..."], steps: int) -> Float[Tensor, "..."]:
@@ -166,20 +181,12 @@ class _LogPowerMean(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, d: Tensor, mask: Tensor, p: Tensor) -> Tensor:
-        length = _length(mask, d.dtype)
-        anchor, power = _anchored(d, mask, p)
-        total = power.sum(1).masked_fill(~mask.any(1), 1)
+        value, weights = _mean_and_weights(d, mask, p)
         ctx.save_for_backward(
-            power / total.unsqueeze(1) if ctx.needs_input_grad[0] else None,
+            weights if ctx.needs_input_grad[0] else None,
             _slope(d, mask, p) if ctx.needs_input_grad[2] else None,
         )
-        centre, e = _centred(d, mask, length)
-        limit = p.abs() < math.sqrt(torch.finfo(d.dtype).tiny)
-        divisor = p.masked_fill(limit, 1)
-        near, z = _near(p.unsqueeze(1) * e, EXPM1_LIMIT)
-        cumulant = torch.log1p(torch.expm1(z).sum(1) / length)
-        centred = centre + torch.where(limit, e.sum(1) / length, cumulant / divisor)
-        return torch.where(near, centred, anchor + torch.log(total / length) / divisor)
+        return value
 
     @staticmethod
     @once_differentiable
@@ -190,7 +197,9 @@ class _LogPowerMean(torch.autograd.Function):
         return grad_d, None, grad_p
 
 
-def _prepare(log_ratio: Tensor, mask: Tensor, p: float | int | Tensor) -> tuple[Tensor, Tensor]:
+def _prepare(
+    log_ratio: Tensor, mask: Tensor, p: float | int | Tensor, padded: bool = False
+) -> tuple[Tensor, Tensor]:
     """Log ratios with padding set to 0, and one exponent per row, in the computing dtype."""
     if log_ratio.ndim != 2 or log_ratio.shape[1] == 0 or not log_ratio.is_floating_point():
         raise ShapeError(
@@ -212,8 +221,8 @@ def _prepare(log_ratio: Tensor, mask: Tensor, p: float | int | Tensor) -> tuple[
         exponent = p.to(device=log_ratio.device, dtype=dtype).expand(rows)
     else:
         raise ShapeError(f"p: got {tuple(p.shape)}, expected () or ({rows},)")
-    zero = torch.zeros((), dtype=dtype, device=log_ratio.device)
-    return torch.where(mask, log_ratio.to(dtype), zero), exponent
+    d = log_ratio.to(dtype)
+    return d if padded else without_padding(d, mask), exponent
 
 
 def _length(mask: Tensor, dtype: torch.dtype) -> Tensor:
@@ -237,9 +246,43 @@ def _anchored(d: Tensor, mask: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _weights(d: Tensor, mask: Tensor, p: Tensor) -> Tensor:
-    """Token weights softmax(p d); a difference to the anchor rounds less than p d."""
+    """Token weights softmax(p d), differentiable."""
+    if not (d.requires_grad or p.requires_grad):
+        return _mean_and_weights(d, mask, p)[1]
     power = _anchored(d, mask, p)[1]
     return power / power.sum(1, keepdim=True).masked_fill(~mask.any(1, keepdim=True), 1)
+
+
+def _mean_and_weights(d: Tensor, mask: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+    """Log M_p and the token weights softmax(p d) of each row; `d` holds 0 on padding.
+
+    With z = p (d - reference). The reference is the mean of the row or, where some |z| exceeds
+    `EXPM1_LIMIT`, its dominating token, to which a difference is exact. In place and without
+    selecting by the mask, which costs more than the exponentials.
+    """
+    counts = mask.to(d.dtype)
+    tokens = counts.sum(1)
+    length = tokens.clamp(min=1)
+    sign = torch.where(p >= 0, 1.0, -1.0).to(d.dtype)
+    outside = (counts - 1).mul_(torch.finfo(d.dtype).max)
+    anchor = outside.addcmul_(d, sign.unsqueeze(1)).amax(1).mul(sign)
+    del outside
+    centre = d.sum(1) / length
+    e = (d - centre.unsqueeze(1)).mul_(counts)
+    rest = e.sum(1) / length
+    near = torch.maximum(e.amax(1), -e.amin(1)) * p.abs() <= EXPM1_LIMIT
+    reference = torch.where(near, centre, anchor)
+    z = torch.sub(d, reference.unsqueeze(1), out=e).mul_(p.unsqueeze(1)).mul_(counts)
+    power = z.exp().mul_(counts)
+    total = power.sum(1)
+    excess = z.expm1_().sum(1)
+    del counts, e, z
+
+    limit = p.abs() < math.sqrt(torch.finfo(d.dtype).tiny)
+    divisor = p.masked_fill(limit, 1)
+    centred = centre + torch.where(limit, rest, torch.log1p(excess / length) / divisor)
+    value = torch.where(near, centred, anchor + torch.log(total / length) / divisor)
+    return value, power.div_(total.masked_fill(tokens == 0, 1).unsqueeze(1))
 
 
 def _near(z: Tensor, limit: float) -> tuple[Tensor, Tensor]:
@@ -273,37 +316,90 @@ def _slope(d: Tensor, mask: Tensor, p: Tensor) -> Tensor:
     return torch.where(tiny, series, divergence / p.masked_fill(tiny, 1).square())
 
 
-def _ess_root(e: Tensor, mask: Tensor, log_target: Tensor, p_max: float) -> Tensor:
-    """Root x in [0, p_max] of 2K(x) - K(2x) = log_target for centred log ratios e."""
-    length = _length(mask, e.dtype)
+class _Spread(NamedTuple):
+    """Centred log ratios of each row with what the sample sizes need of them."""
 
-    def cumulant(x: Tensor) -> tuple[Tensor, Tensor]:
-        """K(x) and K'(x)."""
-        anchor, power = _anchored(e, mask, x)
-        total = power.sum(1).masked_fill(~mask.any(1), 1)
-        return x * anchor + torch.log(total / length), (power * e).sum(1) / total
+    e: Tensor
+    counts: Tensor
+    length: Tensor
+    top: Tensor
+    reach: Tensor
+    flat: Tensor
 
-    def excess(x: Tensor) -> tuple[Tensor, Tensor]:
-        """2K(x) - K(2x) - log_target, and its derivative in x."""
-        (k1, s1), (k2, s2) = cumulant(x), cumulant(2 * x)
-        return 2 * k1 - k2 - log_target, 2 * (s1 - s2)
+    @classmethod
+    def of(cls, d: Tensor, mask: Tensor) -> "_Spread":
+        """From log ratios with 0 on padding; a row of equal ratios may be off by rounding."""
+        counts = mask.to(d.dtype)
+        length = counts.sum(1).clamp_(min=1)
+        centre = d.sum(1).div_(length)
+        e = (d - centre.unsqueeze(1)).mul_(counts)
+        top = e.amax(1)
+        reach = torch.maximum(top, -e.amin(1))
+        flat = reach <= centre.abs_().mul_(4 * torch.finfo(d.dtype).eps)
+        return cls(e, counts, length, top, reach, flat)
 
-    low, high = torch.zeros_like(log_target), torch.full_like(log_target, p_max)
-    constant = e.masked_fill(~mask, -math.inf).amax(1) <= e.masked_fill(~mask, math.inf).amin(1)
-    at_zero = (log_target == 0) & ~constant
-    at_end = constant | (excess(high)[0] >= 0) & ~at_zero
-    sigma = (e.square().sum(1) / length).sqrt()
-    x = ((-log_target).sqrt() / sigma.masked_fill(sigma == 0, 1)).clamp(max=p_max)
+    def log_ess(self, x: Tensor, near: Tensor | None) -> Tensor:
+        """Minus log of the effective sample size as a share of the tokens, at an exponent x >= 0.
+
+        It is log(1 + CV^2) with CV the weights' coefficient of variation. With u = expm1(x e)
+        that is exact for small x e too; the other rows (`near` tells; None if there are none)
+        use the powers themselves.
+        """
+        z = self.e * x.unsqueeze(1)
+        power = None
+        if near is not None:
+            power = (z - (x * self.top).unsqueeze(1)).exp_().mul_(self.counts)
+        u = z.expm1_()
+        mean = u.sum(1).div_(self.length)
+        square = torch.linalg.vector_norm(u, dim=1).square_().div_(self.length)
+        small = square.addcmul_(mean, mean, value=-1).div_(mean.add_(1).square_()).log1p_()
+        small = small.clamp_(min=0)
+        if near is None or power is None:
+            return small
+        total, norm = power.sum(1), torch.linalg.vector_norm(power, dim=1)
+        large = torch.log(self.length) - 2 * torch.log(total / norm)
+        return torch.where(near, small, large.clamp_(min=0))
+
+
+def _ess_root(spread: _Spread, target: Tensor, p_max: float, relative: bool) -> Tensor:
+    """Root x in [0, p_max] of ESS(x) = target.
+
+    s(x) = sqrt(-log ESS) is nearly linear in x, with slope sigma at 0. The parabola through both
+    ends with that slope is the first guess; from there the secant method, held in a bracket.
+    """
+    left, right = torch.zeros_like(target), torch.full_like(target, p_max)
+    within = spread.reach * p_max <= EXPM1_LIMIT
+    near = None if bool(within.all()) else within
+    end = spread.log_ess(right, near)
+    log_size = torch.log1p((1 - target) * torch.expm1(-end)) if relative else target.log()
+    goal, end = log_size.neg_().sqrt_(), end.sqrt_()
+    done = spread.flat | (end <= goal)
+    if relative:
+        done |= target == 0
+
+    sigma = torch.linalg.vector_norm(spread.e, dim=1).div_(spread.length.sqrt())
+    bend = (end - p_max * sigma).mul_(4 / p_max**2).mul_(goal)
+    root = bend.addcmul_(sigma, sigma).clamp_(min=0).sqrt_()
+    x = torch.minimum(2 * goal / (sigma + root), right)
+    last, gap_before = right, end - goal
+    tolerance = 16 * torch.finfo(target.dtype).eps
     for _ in range(ROOT_STEPS):
-        gap, rate = excess(x)
-        low, high = torch.where(gap > 0, x, low), torch.where(gap > 0, high, x)
-        newton = x - gap / rate
-        inside = (newton >= low) & (newton <= high)
-        last, x = x, torch.where(inside, newton, 0.5 * (low + high))
-        if bool((((x - last).abs() <= ROOT_TOLERANCE * x) | at_zero | at_end).all()):
+        gap = spread.log_ess(x, near).sqrt_().sub_(goal)
+        hit = gap == 0
+        way = x - last
+        step = (gap * way).div_((gap - gap_before).masked_fill_(hit, 1))
+        error = way.mul_(step).abs_()  # of the next x: the secant's is about this times s'' / s'
+        if bool(((error <= tolerance * x.square()) | hit | done).all()):
+            x = torch.clamp(x - step, left, right)
             break
-    x = x.masked_fill(at_zero, 0).masked_fill(at_end, p_max)
-    return x.masked_fill(~sigma.isfinite(), math.nan)
+        left, right = torch.where(gap < 0, x, left), torch.where(gap < 0, right, x)
+        last, gap_before, x = x, gap, x - step
+        inside = (x > left) & (x < right) | hit
+        x = torch.where(inside, x, 0.5 * (left + right))
+    x = torch.where(done, p_max, x)
+    if relative:
+        x.masked_fill_(target == 1, 0)
+    return x.masked_fill_(~spread.reach.isfinite(), math.nan)
 
 
 def _log_tanh_quarter(log_gap: Tensor) -> Tensor:

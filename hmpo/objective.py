@@ -24,8 +24,6 @@ counted in `ratio/clamped`. A non-finite log-prob or advantage that counts gives
 stands in padding reaches neither the value nor the gradient.
 """
 
-import math
-
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -42,6 +40,7 @@ from hmpo.clipping import (
 from hmpo.divergence import exp_minus_tangent, k3, token_kl
 from hmpo.errors import ConfigError, ShapeError
 from hmpo.exponent import matched_exponent
+from hmpo.masking import limited, scaled_gradient, without_padding
 from hmpo.means import Exponent
 from hmpo.objective_config import ObjectiveConfig
 from hmpo.ratio_metrics import clip_metrics, count_metrics, ratio_metrics, row_metrics
@@ -66,6 +65,7 @@ def power_mean_objective(
     *,
     ref_logprobs: Float[Tensor, "N T"] | None = None,
     exponent: Float[Tensor, ""] | Float[Tensor, " N"] | None = None,
+    weights: Float[Tensor, " N"] | Float[Tensor, "N T"] | None = None,
     denominators: Denominators | None = None,
     band: Band | None = None,
 ) -> ObjectiveOutput:
@@ -79,6 +79,10 @@ def power_mean_objective(
         config: the member of the family.
         ref_logprobs: log-probs under the frozen reference; needed if `config.kl_coef` > 0.
         exponent: overrides the config's exponents, for all rows or per row; differentiable.
+        weights: constants that correct for what the sampler did differently (`hmpo.mismatch`):
+            one per response multiplies its advantage; one per token multiplies the gradient of
+            that token's log-prob and leaves the value alone. 0 takes a response or token out of
+            the gradient, not out of the denominators. The KL term is not weighted.
         denominators: counts over the whole minibatch, if these rows are a part of it.
         band: `minibatch_band` of the whole minibatch, if these rows are a part of it and
             `config.needs_band`; measured from these rows otherwise.
@@ -93,7 +97,7 @@ def power_mean_objective(
     """
     inputs = (logprobs, old_logprobs, mask, advantages, config)
     options = {"ref_logprobs": ref_logprobs, "exponent": exponent, "band": band}
-    loss = power_mean_loss(*inputs, **options, denominators=denominators)
+    loss = power_mean_loss(*inputs, **options, weights=weights, denominators=denominators)
     return ObjectiveOutput(loss=loss, metrics=objective_metrics(*inputs, **options))
 
 
@@ -106,14 +110,18 @@ def power_mean_loss(
     *,
     ref_logprobs: Float[Tensor, "N T"] | None = None,
     exponent: Float[Tensor, ""] | Float[Tensor, " N"] | None = None,
+    weights: Float[Tensor, " N"] | Float[Tensor, "N T"] | None = None,
     denominators: Denominators | None = None,
     band: Band | None = None,
 ) -> Float[Tensor, ""]:
     """The loss of `power_mean_objective` alone; same arguments and errors."""
-    _check(logprobs, old_logprobs, mask, advantages, ref_logprobs, exponent)
+    _check(logprobs, old_logprobs, mask, advantages, ref_logprobs, exponent, weights)
+    free, lengths = logprobs, mask.sum(1)
+    if weights is not None and weights.ndim == 2:
+        logprobs = scaled_gradient(logprobs, without_padding(weights.detach(), mask))
     log_ratio = _log_ratio(logprobs, old_logprobs, mask)
-    advantages = _row_advantages(advantages, mask, log_ratio.dtype)
-    omega = _row_weights(mask, config, denominators, log_ratio.dtype)
+    advantages = _row_advantages(advantages, lengths, log_ratio.dtype)
+    omega = _row_weights(lengths, config, denominators, log_ratio.dtype)
     p = _exponent(log_ratio, mask, advantages, config, exponent)
     if config.needs_band and band is None:
         if denominators is not None:
@@ -124,10 +132,15 @@ def power_mean_loss(
             )
         band = measure_band(log_ratio, mask, p, config)
 
-    mean = _limited_mean(log_ratio, logprobs, mask, advantages, p, config, band)
+    bounds = _bounds(lengths, advantages, config, band)
+    log_ratio = _limited_tokens(log_ratio, mask, advantages, config, bounds)
+    mean = _limited_mean(log_ratio, logprobs, mask, p, config, bounds)
+    if weights is not None and weights.ndim == 1:
+        omega = omega * torch.where(lengths > 0, weights.detach(), 0)
     loss = -(omega * advantages * mean).sum()
     if config.kl_coef > 0:
-        loss = loss + config.kl_coef * (omega * _row_kl(logprobs, ref_logprobs, mask, config)).sum()
+        omega = _row_weights(lengths, config, denominators, log_ratio.dtype)
+        loss = loss + config.kl_coef * (omega * _row_kl(free, ref_logprobs, mask, config)).sum()
     return loss
 
 
@@ -148,7 +161,7 @@ def minibatch_band(
 ) -> Band:
     """Centre and scale of the clip band of a whole minibatch, to be handed to its parts."""
     log_ratio = _log_ratio(logprobs, old_logprobs, mask)
-    advantages = _row_advantages(advantages, mask, log_ratio.dtype)
+    advantages = _row_advantages(advantages, mask.sum(1), log_ratio.dtype)
     p = _exponent(log_ratio, mask, advantages, config, exponent)
     return measure_band(log_ratio, mask, p, config)
 
@@ -179,7 +192,7 @@ def objective_metrics(
     """
     _check(logprobs, old_logprobs, mask, advantages, ref_logprobs, exponent)
     log_ratio = _log_ratio(logprobs, old_logprobs, mask)
-    advantages = _row_advantages(advantages, mask, log_ratio.dtype)
+    advantages = _row_advantages(advantages, mask.sum(1), log_ratio.dtype)
     p = _exponent(log_ratio, mask, advantages, config, exponent)
     rows = mask.any(1)
     if config.needs_band and band is None:
@@ -187,8 +200,11 @@ def objective_metrics(
     metrics = count_metrics(mask, log_ratio, config, band if bool(rows.any()) else None)
     if not bool(rows.any()):
         return metrics
-    omega = _row_weights(mask, config, None, log_ratio.dtype)
-    means = _limited_mean(log_ratio, logprobs, mask, advantages, p, config, band)
+    lengths = mask.sum(1)
+    omega = _row_weights(lengths, config, None, log_ratio.dtype)
+    bounds = _bounds(lengths, advantages, config, band)
+    limited_ratio = _limited_tokens(log_ratio, mask, advantages, config, bounds)
+    means = _limited_mean(limited_ratio, logprobs, mask, p, config, bounds)
     metrics |= {
         "pg_loss": -(omega * advantages * means).sum(),
         "kl_loss": log_ratio.new_tensor(0.0),
@@ -208,49 +224,52 @@ def objective_metrics(
     return metrics
 
 
+def _bounds(
+    lengths: Tensor, advantages: Tensor, config: ObjectiveConfig, band: Band | None
+) -> tuple[Tensor, Tensor]:
+    """Lower and upper bound of each row at which its gradient ends."""
+    low, high = row_bounds(lengths.to(advantages.dtype), advantages, config, band)
+    return active_bounds(low, high, advantages, config)
+
+
+def _limited_tokens(
+    log_ratio: Tensor,
+    mask: Tensor,
+    advantages: Tensor,
+    config: ObjectiveConfig,
+    bounds: tuple[Tensor, Tensor],
+) -> Tensor:
+    """What the mean is taken of: the token log ratios clipped, gated, or as they are."""
+    if config.gate == "soft":
+        return soft_gate(log_ratio, mask, advantages, config)
+    return limited(log_ratio, *bounds) if config.clip_level == "token" else log_ratio
+
+
 def _limited_mean(
     log_ratio: Tensor,
     logprobs: Tensor,
     mask: Tensor,
-    advantages: Tensor,
     p: Exponent,
     config: ObjectiveConfig,
-    band: Band | None,
+    bounds: tuple[Tensor, Tensor],
 ) -> Tensor:
-    """M_p(clip(d)) for a token clip, clip(M_p(d)) for a sequence clip, M_p(gate(d)), M_p(d)."""
-    if config.gate == "soft":
-        return exp_linear(log_mean(soft_gate(log_ratio, advantages, config), mask, p, config))
-    lengths = mask.sum(1).clamp(min=1).to(log_ratio.dtype)
-    low, high = row_bounds(lengths, advantages, config, band)
-    low, high = active_bounds(low, high, advantages, config)
-    match config.gate, config.clip_level:
-        case "detached", _:
-            weights = exp_linear(log_ratio.clamp(low[:, None], high[:, None])).detach()
-            return (weights * _counted(logprobs, mask)).sum(1) / lengths
-        case _, "token":
-            clipped = log_ratio.clamp(low[:, None], high[:, None])
-            return exp_linear(log_mean(clipped, mask, p, config))
-        case _, "sequence":
-            return exp_linear(log_mean(log_ratio, mask, p, config).clamp(low, high))
-        case _:
-            return exp_linear(log_mean(log_ratio, mask, p, config))
-
-
-def _counted(x: Tensor, mask: Tensor) -> Tensor:
-    """Padding replaced by 0 before any arithmetic; float32 at least."""
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    return torch.where(mask, x, torch.zeros_like(x))
+    """M_p of what `_limited_tokens` gave, clipped if the clip is on sequences; or detached."""
+    if config.gate == "detached":
+        product = exp_linear(log_ratio.detach()) * without_padding(logprobs, mask)
+        return product.sum(1) / mask.sum(1).clamp(min=1)
+    mean = log_mean(log_ratio, mask, p, config)
+    return exp_linear(mean.clamp(*bounds) if config.clip_level == "sequence" else mean)
 
 
 def _log_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
     """Token log ratios, 0 on padding. An infinite one becomes NaN, as a clip would hide it."""
-    d = _counted(logprobs, mask) - _counted(old_logprobs.detach(), mask)
-    return torch.where(d.isfinite(), d, torch.full_like(d, math.nan))
+    d = without_padding(logprobs, mask) - without_padding(old_logprobs.detach(), mask)
+    return d + 0 * d.detach()  # inf * 0 is NaN, and x + 0 is x
 
 
-def _row_advantages(advantages: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
+def _row_advantages(advantages: Tensor, lengths: Tensor, dtype: torch.dtype) -> Tensor:
     """Advantages as constants, 0 for a row without tokens."""
-    return _counted(advantages.detach(), mask.any(1)).to(dtype)
+    return torch.where(lengths > 0, advantages.detach(), 0).to(dtype)
 
 
 def _row_kl(
@@ -261,30 +280,29 @@ def _row_kl(
         raise ConfigError(
             f"ref_logprobs: got None, expected (N, T) log-probs with kl_coef = {config.kl_coef}"
         )
-    ref_logprobs = _counted(ref_logprobs.detach(), mask)
-    per_token = token_kl(_counted(logprobs, mask), ref_logprobs, config.kl_estimator)
+    ref_logprobs = without_padding(ref_logprobs.detach(), mask)
+    per_token = token_kl(without_padding(logprobs, mask), ref_logprobs, config.kl_estimator)
     return per_token.sum(1) / mask.sum(1).clamp(min=1)
 
 
 def _row_weights(
-    mask: Tensor, config: ObjectiveConfig, denominators: Denominators | None, dtype: torch.dtype
+    lengths: Tensor, config: ObjectiveConfig, denominators: Denominators | None, dtype: torch.dtype
 ) -> Tensor:
     """omega_i; 0 for a row without tokens."""
-    lengths = mask.sum(1).to(dtype)
     if denominators is None:
-        sequences, tokens = mask.any(1).sum().clamp(min=1), mask.sum().clamp(min=1)
+        sequences, tokens = (lengths > 0).sum().clamp(min=1), lengths.sum().clamp(min=1)
     else:
         sequences, tokens = max(denominators.sequences, 1), max(denominators.tokens, 1)
     match config.reduction:
         case "sequence_mean":
-            return mask.any(1).to(dtype) / sequences
+            return (lengths > 0).to(dtype) / sequences
         case "token_mean":
-            return lengths / tokens
+            return lengths.to(dtype) / tokens
         case "length_sum":
-            return lengths / sequences
+            return lengths.to(dtype) / sequences
         case _:
             assert config.max_length is not None, "checked by ObjectiveConfig"
-            return lengths / (sequences * config.max_length)
+            return lengths.to(dtype) / (sequences * config.max_length)
 
 
 def _exponent(
@@ -314,6 +332,7 @@ def _check(
     advantages: Tensor,
     ref_logprobs: Tensor | None,
     exponent: Tensor | None,
+    weights: Tensor | None = None,
 ) -> None:
     """Shapes and dtypes, for callers without the test hook."""
     if logprobs.ndim != 2 or logprobs.shape[1] == 0:
@@ -325,6 +344,7 @@ def _check(
         "advantages": (advantages, [rows]),
         "ref_logprobs": (ref_logprobs, [shape]),
         "exponent": (exponent, [torch.Size(), rows]),
+        "weights": (weights, [rows, shape]),
     }
     for name, (tensor, shapes) in tensors.items():
         if tensor is not None and not (tensor.shape in shapes and tensor.is_floating_point()):

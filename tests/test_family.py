@@ -99,7 +99,7 @@ def test_apmpo_limits_of_equal_rewards_and_refusals():
 
 @pytest.mark.parametrize("saturation", [1.0, 0.6])
 def test_family_equals_pmpo_reconstruction(saturation):
-    """Newton's steps stop at 1e-10, so that p itself is far closer, and the loss closer still."""
+    """The root is found to rounding; the loss hardly depends on what is left of its error."""
     source = ExponentConfig(kind="matched", saturation=saturation)
     config = dataclasses.replace(members.pmpo(), exponent=source)
     low, high = config.log_bounds
@@ -114,7 +114,7 @@ def test_family_equals_pmpo_reconstruction(saturation):
 
     loss, grad = loss_and_gradient(config, d, mask, advantages)
     given = loss_and_gradient(members.grpo(), d, mask, advantages, exponent=p)
-    assert torch.equal(loss, given[0]) and torch.equal(grad, given[1])
+    torch.testing.assert_close((loss, grad), given, rtol=1e-14, atol=1e-16)
     value, slopes = oracle.pmpo(rows, advantages.tolist(), low, high, saturation)
     assert loss.item() == pytest.approx(value, rel=1e-12)
     for row, keep, slope in zip(grad, mask, slopes, strict=True):

@@ -278,6 +278,27 @@ def test_effective_sample_size_and_its_inverse():
             assert not p.requires_grad
 
 
+def test_a_relative_target_lies_between_the_size_at_the_largest_exponent_and_one():
+    generator = torch.Generator().manual_seed(8)
+    rows = [
+        (s * torch.randn(n, generator=generator)).double().tolist()
+        for s, n in ((0.02, 64), (0.3, 7), (2.0, 300), (0.5, 2))
+    ]
+    d, mask = ragged(rows)
+    for sign in (1, -1):
+        for share in (0.0, 0.01, 0.4, 0.99, 1.0):
+            p = solve_exponent(d, mask, share, p_max=2.0, sign=sign, relative=True)
+            if share in (0.0, 1.0):
+                assert p.tolist() == [sign * 2.0 * (1 - share)] * 4
+            for row, found in zip(rows, p.tolist(), strict=True):
+                least = oracle.ess(row, sign * 2.0)
+                reached = oracle.ess(row, found)
+                assert reached == pytest.approx(least + share * (1 - least), rel=1e-11)
+    assert solve_exponent(d, mask, 0.4, p_max=2.0, relative=True).tolist() == pytest.approx(
+        solve_exponent(d.float(), mask, 0.4, p_max=2.0, relative=True).tolist(), rel=2e-6
+    )
+
+
 def test_solve_exponent_corner_cases():
     d, mask = ragged([[0.3, -0.2, 0.5], [0.2, 0.2], [0.7], []])
     assert solve_exponent(d, mask, 1.0, p_max=3.0).tolist() == [0.0, 3.0, 3.0, 3.0]
