@@ -1,12 +1,16 @@
 """`hmpo doctor`: versions and devices, and what MuonClip finds in a model."""
 
+import itertools
+import re
+
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
 from hmpo.config import PolicyConfig
 from hmpo.environment import describe_environment
 from hmpo.models import load_policy
-from hmpo.optim.sites import ClipTarget, find_sites
+from hmpo.optim.sites import AttentionSite, ClipTarget, find_sites
 
 
 def show(model: str | None) -> int:
@@ -27,19 +31,38 @@ def show(model: str | None) -> int:
         console.print("give a model to see what QK-clip finds in it: hmpo doctor tiny-sort")
         return 0
     loaded = load_policy(PolicyConfig(path=model))
+    rows = attention_rows(loaded.model)
+    if not rows:
+        console.print("no attention was found that QK-clip knows how to watch")
+        return 0
     sites = Table(title=f"attention of {model}", title_justify="left")
     for column in ("layer", "heads", "how it is clipped, or why not"):
         sites.add_column(column)
-    found, missed = find_sites(loaded.model)
-    for site in found:
-        module = site.module()
-        target = "the module is gone" if module is None else site.resolve(module)
-        heads = f"{site.heads} query, {site.kv_heads} key"
-        fine = isinstance(target, ClipTarget)
-        sites.add_row(site.name, heads, "rows of q and k, head by head" if fine else str(target))
-    for name in missed:
-        sites.add_row(name, "-", "not watched")
-    console.print(
-        sites if found or missed else "no attention was found that QK-clip knows how to watch"
-    )
+    for row in rows:
+        sites.add_row(*row)
+    console.print(sites)
     return 0
+
+
+def attention_rows(model: nn.Module) -> list[tuple[str, str, str]]:
+    """Layer, heads, and how QK-clip acts there or why it cannot; one row for a run of equal layers.
+
+    Example: ("model.layers.0.self_attn to model.layers.27.self_attn (28)", "28 query, 4 key",
+    "rows of q and k, head by head").
+    """
+    found, missed = find_sites(model)
+    rows = [(s.name, f"{s.heads} query, {s.kv_heads} key", _how(s)) for s in found]
+    for line in missed:
+        name, _, reason = line.partition(": ")
+        rows.append((name, "-", f"not watched: {reason}"))
+    merged = []
+    for _, run in itertools.groupby(rows, lambda row: (re.sub(r"\d+", "#", row[0]), *row[1:])):
+        first, *rest = run
+        name = f"{first[0]} to {rest[-1][0]} ({len(rest) + 1})" if rest else first[0]
+        merged.append((name, *first[1:]))
+    return merged
+
+
+def _how(site: AttentionSite) -> str:
+    target = site.target()
+    return target.how if isinstance(target, ClipTarget) else f"not clippable: {target}"

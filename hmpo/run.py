@@ -44,7 +44,7 @@ from hmpo.evaluation import Evaluation, Evaluator, gather_columns
 from hmpo.models import LoadedPolicy, load_policy, save_policy, stop_token_ids
 from hmpo.observer import Observer as Observer
 from hmpo.observer import RunResult as RunResult
-from hmpo.optim.build import build_optimizer, layer_logits
+from hmpo.optim.build import build_optimizer, clip_lists, clip_timing
 from hmpo.policy_state import load_trained_state
 from hmpo.randomness import (
     random_state_kept,
@@ -345,9 +345,11 @@ class _Run:
         self.observer.on_rollout(trainer.step, trainer.samples)
 
     def _report_update(self, record: dict[str, Any], timing: dict[str, float]) -> None:
-        layers = [] if record["update_skipped"] else layer_logits(self.trainer.optimizer)
-        by_layer = {"qk/max_by_layer": layers} if layers else {}
-        written = step_record(self.run_id, record | by_layer)
+        lists: dict[str, list[float]] = {}
+        if not record["update_skipped"]:
+            lists = clip_lists(self.trainer.optimizer)
+            timing |= clip_timing(self.trainer.optimizer)
+        written = step_record(self.run_id, record | lists)
         self.telemetry.write(written)
         self.extra.write(written)
         self.timing.write(time_record(self.run_id, record["step"], timing))

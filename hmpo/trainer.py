@@ -30,7 +30,7 @@ from hmpo.nonfinite import (
 )
 from hmpo.objective import objective_metrics, power_mean_loss
 from hmpo.objective_config import ObjectiveConfig
-from hmpo.optim import MuonClip, MuonClipConfig, with_qk_clip
+from hmpo.optim import MuonClip, MuonClipConfig, discard_qk_readings, with_qk_clip
 from hmpo.optim.build import clip_metrics, join_clip_state, split_clip_state
 from hmpo.policy_state import load_trained_state, trained_state
 from hmpo.rewards import Rewards
@@ -291,6 +291,7 @@ class PowerMeanTrainer:
         if fault is None:
             self.skipped_in_a_row = 0
             return
+        discard_qk_readings(self.optimizer)
         self.skipped_in_a_row += 1
         self.totals["nonfinite_total"] += 1
         self.totals["optim/skipped_total"] += 1

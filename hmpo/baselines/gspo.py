@@ -30,7 +30,7 @@ from hmpo.nonfinite import (
     optimizer_fault,
     weights_fault,
 )
-from hmpo.optim import MuonClip, MuonClipConfig, with_qk_clip
+from hmpo.optim import MuonClip, MuonClipConfig, discard_qk_readings, with_qk_clip
 from hmpo.optim.build import clip_metrics, join_clip_state, split_clip_state
 from hmpo.policy_state import load_trained_state, trained_state
 from hmpo.rewards import Rewards
@@ -260,6 +260,7 @@ class GSPOTrainer:
         if fault is None:
             self.skipped_in_a_row = 0
             return
+        discard_qk_readings(self.optimizer)
         self.skipped_in_a_row += 1
         self.totals["nonfinite_total"] += 1
         self.totals["optim/skipped_total"] += 1

@@ -6,6 +6,7 @@ from hmpo.optim.muon_clip import (
     MuonClip,
     MuonClipConfig,
     detach_qk_clip,
+    discard_qk_readings,
     qk_clip_stats,
     with_qk_clip,
 )
@@ -22,6 +23,7 @@ __all__ = [
     "MuonWithAdamW",
     "QKClip",
     "detach_qk_clip",
+    "discard_qk_readings",
     "qk_clip_stats",
     "split_param_groups",
     "with_qk_clip",

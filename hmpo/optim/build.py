@@ -68,10 +68,24 @@ def clip_metrics(optimizer: torch.optim.Optimizer) -> dict[str, float | int]:
         "qk/exact_frac": stats.exact_heads / stats.heads,
         "qk/nonfinite": stats.nonfinite,
         "qk/unclippable": stats.missed_heads,
+        "qk/unread": stats.unread_heads,
+        "qk/fallbacks": len(stats.fallbacks),
     }
 
 
-def layer_logits(optimizer: torch.optim.Optimizer) -> list[float]:
-    """Largest attention logit of each layer at the last step; empty where nothing is watched."""
+def clip_lists(optimizer: torch.optim.Optimizer) -> dict[str, list[float]]:
+    """Largest finite logit of each layer and of each head at the last step, by telemetry name.
+
+    Layer after layer, and within one head after head; empty where nothing is watched.
+    """
     stats = qk_clip_stats(optimizer)
-    return [] if stats is None else list(stats.max_by_layer.values())
+    if stats is None or not stats.max_by_layer:
+        return {}
+    heads = [value for row in stats.max_by_head.values() for value in row]
+    return {"qk/max_by_layer": list(stats.max_by_layer.values()), "qk/max_by_head": heads}
+
+
+def clip_timing(optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """Seconds that the last step's clip took, by telemetry name; empty without one."""
+    stats = qk_clip_stats(optimizer)
+    return {} if stats is None else {"time/qk_clip_s": stats.seconds}

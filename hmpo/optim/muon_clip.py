@@ -4,7 +4,6 @@ Both clip once after each optimizer step, from the logits of the forward passes 
 exception in the step or in the clip reaches the caller; no step is ever repeated.
 """
 
-import dataclasses
 import logging
 import weakref
 from collections.abc import Callable, Mapping
@@ -20,7 +19,7 @@ from hmpo.config import require
 from hmpo.errors import ConfigError, ModelError
 from hmpo.optim.logit_tracker import LogitTracker
 from hmpo.optim.param_groups import MuonWithAdamW, split_param_groups
-from hmpo.optim.qk_clip import ClipStats, QKClip
+from hmpo.optim.qk_clip import GQA_RULES, ClipStats, Masters, QKClip
 
 AnyOptimizer = TypeVar("AnyOptimizer", bound=Optimizer)
 logger = logging.getLogger(__name__)
@@ -36,36 +35,46 @@ class MuonClipConfig:
     """Threshold tau on a head's largest attention logit (softmax input, natural units)."""
     alpha: float = 0.5
     """Share of the queries in a scaling, in [0, 1]."""
-    gqa: Literal["balanced", "query"] = "balanced"
-    """Query heads that share a key head: "balanced" scales both sides, "query" queries only."""
+    gqa: Literal["balanced", "query", "group"] = "balanced"
+    """Query heads that share a key head: "balanced" scales both sides and "query" queries only,
+    each head by its own factor; "group" scales all heads of a group by the smallest."""
     source: Literal["auto", "exact", "bound"] = "auto"
     """Where readings come from, see `LogitTracker`."""
+    scale_frozen: bool = False
+    """Also scale weights that are not trained: the base under LoRA, frozen gains. They have to be
+    saved with the adapter then. False: such layers are reported and left alone."""
     weight_norm_fallback: bool = False
-    """Not available: must be False. Norms of weights say nothing about logits without their
-    inputs, and clipping by them shrinks healthy layers."""
+    """Clip layers whose logits cannot be read by an upper bound from their weights. It shrinks
+    healthy layers too; each use is counted in `ClipStats.fallbacks` and warned about once."""
 
     def __post_init__(self) -> None:
         tau = self.max_qk_score
         require(0 < tau < torch.inf, "max_qk_score", tau, "a finite number > 0")
         require(0 <= self.alpha <= 1, "alpha", self.alpha, "a number in [0, 1]")
-        require(self.gqa in ("balanced", "query"), "gqa", self.gqa, '"balanced" or "query"')
+        require(self.gqa in GQA_RULES, "gqa", self.gqa, " or ".join(map(repr, GQA_RULES)))
         known = ("auto", "exact", "bound")
         require(self.source in known, "source", self.source, '"auto", "exact" or "bound"')
-        require(
-            self.weight_norm_fallback is False,
-            "weight_norm_fallback",
-            self.weight_norm_fallback,
-            "False; layers without readings are left alone and counted in ClipStats.unread_heads",
-        )
+        for name in ("scale_frozen", "weight_norm_fallback"):
+            require(isinstance(getattr(self, name), bool), name, getattr(self, name), "a bool")
 
 
 class _Clipper:
     """QK-clip of one model with what has to survive a checkpoint."""
 
-    def __init__(self, model: nn.Module, config: MuonClipConfig) -> None:
+    def __init__(
+        self, model: nn.Module, config: MuonClipConfig, masters: Masters | None = None
+    ) -> None:
         self.config = config
         self.tracker = LogitTracker(model, config.max_qk_score, config.source)
-        self.clip = QKClip(self.tracker, config.max_qk_score, config.alpha, config.gqa)
+        self.clip = QKClip(
+            self.tracker,
+            config.max_qk_score,
+            config.alpha,
+            config.gqa,
+            scale_frozen=config.scale_frozen,
+            fallback=config.weight_norm_fallback,
+            masters=masters,
+        )
         self.stats: ClipStats | None = None
         self.steps = 0
 
@@ -76,16 +85,14 @@ class _Clipper:
     def state(self) -> dict[str, Any]:
         stats: dict[str, Any] | None = None
         if self.stats is not None:
-            stats = dataclasses.asdict(self.stats) | {"unclippable": [*self.stats.unclippable]}
+            stats = self.stats.state()
         return {"steps": self.steps, "readings": self.tracker.state_dict(), "stats": stats}
 
     def load(self, state: Mapping[str, Any]) -> None:
         self.tracker.load_state_dict(state["readings"])
         self.steps = int(state["steps"])
         stats: dict[str, Any] | None = state["stats"]
-        if stats is not None:
-            stats = stats | {"unclippable": tuple(stats["unclippable"])}
-        self.stats = None if stats is None else ClipStats(**stats)
+        self.stats = None if stats is None else ClipStats.from_state(stats)
 
 
 class MuonClip(Optimizer):
@@ -155,8 +162,12 @@ class MuonClip(Optimizer):
         optimizer.attach(model)
         return optimizer
 
-    def attach(self, model: nn.Module) -> None:
+    def attach(self, model: nn.Module, masters: Masters | None = None) -> None:
         """Read the logits of `model` from now on; attaching the same model again does nothing.
+
+        Args:
+            model: the model that the optimizer trains.
+            masters: finds the float32 copy that the optimizer keeps of a parameter, see `QKClip`.
 
         Raises:
             ModelError: another model is attached.
@@ -172,7 +183,7 @@ class MuonClip(Optimizer):
                     "attached one; call detach() first"
                 )
             self.detach()
-        clipper = _Clipper(model, self.config)
+        clipper = _Clipper(model, self.config, masters)
         if self._loaded is not None:
             clipper.load(self._loaded)
         self._clipper, self._loaded = clipper, None
@@ -275,6 +286,8 @@ class _Attachment:
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is None or not bool(found_inf):  # a fused optimizer skips inside its step
             self.clipper.apply()
+        else:
+            self.clipper.tracker.reset()
 
     def after_state_dict(self, optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
         return {**state, STATE_KEY: self.clipper.state()}
@@ -296,12 +309,22 @@ _attached: weakref.WeakKeyDictionary[Optimizer, _Attachment] = weakref.WeakKeyDi
 
 
 def with_qk_clip(
-    optimizer: AnyOptimizer, model: nn.Module, config: MuonClipConfig | None = None
+    optimizer: AnyOptimizer,
+    model: nn.Module,
+    config: MuonClipConfig | None = None,
+    *,
+    masters: Masters | None = None,
 ) -> AnyOptimizer:
     """Clip after every step of `optimizer`, reading `model` from now on; returns `optimizer`.
 
     Calling it again for the same model changes the settings and piles nothing up. The clip's
     state travels in the optimizer's `state_dict()`. A `MuonClip` gets the model attached.
+
+    Args:
+        optimizer: any optimizer over the model's parameters.
+        model: the model to read and to clip.
+        config: the clip's settings.
+        masters: finds the float32 copy that the optimizer keeps of a parameter, see `QKClip`.
 
     Raises:
         ConfigError: `optimizer` is a `MuonClip` with other settings.
@@ -310,7 +333,7 @@ def with_qk_clip(
     config = config or MuonClipConfig()
     if isinstance(optimizer, MuonClip):
         require(optimizer.config == config, "config", config, f"the wrapper's {optimizer.config}")
-        optimizer.attach(model)
+        optimizer.attach(model, masters)
         return optimizer
     old = _attached.get(optimizer)
     if old is not None:
@@ -323,7 +346,7 @@ def with_qk_clip(
                 "attached one; call detach_qk_clip(optimizer) first"
             )
         detach_qk_clip(optimizer)
-    attachment = _Attachment(_Clipper(model, config), [])
+    attachment = _Attachment(_Clipper(model, config, masters), [])
     attachment.handles = [
         optimizer.register_step_post_hook(attachment.after_step),
         optimizer.register_state_dict_post_hook(attachment.after_state_dict),
@@ -347,3 +370,15 @@ def qk_clip_stats(optimizer: Optimizer) -> ClipStats | None:
         return optimizer.last_stats
     attachment = _attached.get(optimizer)
     return None if attachment is None else attachment.clipper.stats
+
+
+def discard_qk_readings(optimizer: Optimizer) -> None:
+    """Forget what was read since the last step: for a loop that skips a step by itself.
+
+    Does nothing for an optimizer without a clip.
+    """
+    attachment = _attached.get(optimizer)
+    clipper = optimizer._clipper if isinstance(optimizer, MuonClip) else None
+    clipper = clipper if attachment is None else attachment.clipper
+    if clipper is not None:
+        clipper.tracker.reset()

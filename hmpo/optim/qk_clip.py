@@ -6,10 +6,13 @@ weights (else the logits are not), and where several query heads share a key hea
 chosen so that every head of the group gets exactly its own gamma (`head_factors`).
 """
 
+import dataclasses
 import logging
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -17,9 +20,14 @@ from torch import Tensor
 
 from hmpo.config import require
 from hmpo.optim.logit_tracker import LogitTracker, MaxLogits
-from hmpo.optim.sites import AttentionSite, ClipTarget, HeadRows
+from hmpo.optim.norm_bound import weight_norm_bound
+from hmpo.optim.sites import AttentionSite, ClipTarget, HeadRows, hidden_sites
 
 logger = logging.getLogger(__name__)
+
+GQA_RULES = ("balanced", "query", "group")
+Masters = Callable[[Tensor], Tensor | None]
+"""Gives the float32 copy that an optimizer keeps of a parameter, of the same shape, or None."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +38,8 @@ class ClipStats:
     """Largest finite logit over all heads; NaN if nothing was read."""
     max_by_layer: dict[str, float]
     """The same for each layer that was read."""
+    max_by_head: dict[str, tuple[float, ...]]
+    """The reading of each head of each layer, finite or not."""
     heads: int
     """Query heads watched."""
     exact_heads: int
@@ -40,6 +50,8 @@ class ClipStats:
     """Heads with no reading: no forward pass with gradients ran since the last clip."""
     nonfinite: int
     """Heads whose reading is NaN or +inf; they are never scaled."""
+    negative: int
+    """Heads whose largest logit is below 0; they are never scaled."""
     clipped_heads: int
     """Heads above tau that were scaled."""
     missed_heads: int
@@ -50,29 +62,56 @@ class ClipStats:
     """Smallest gamma applied; 1 if none was."""
     unclippable: tuple[str, ...]
     """Attention layers where QK-clip cannot act, as "name: reason"."""
+    fallbacks: tuple[str, ...] = ()
+    """Layers that nobody can read, scaled by a bound from their weights where that is allowed."""
+    seconds: float = field(default=0.0, compare=False)
+    """Wall time of the clip, waiting for the readings included; not part of the state."""
+
+    def state(self) -> dict[str, Any]:
+        """Plain containers, for a checkpoint."""
+        state = dataclasses.asdict(self)
+        del state["seconds"]
+        for name in ("unclippable", "fallbacks"):
+            state[name] = [*state[name]]
+        return state | {"max_by_head": {k: [*v] for k, v in self.max_by_head.items()}}
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> "ClipStats":
+        """What `state()` gave."""
+        texts = {name: tuple(state[name]) for name in ("unclippable", "fallbacks")}
+        heads = {name: tuple(row) for name, row in state["max_by_head"].items()}
+        values: dict[str, Any] = state | texts | {"max_by_head": heads}
+        return cls(**values)
 
 
 def head_factors(
     gamma: Float[Tensor, " H"], kv_heads: int, alpha: float, gqa: str
 ) -> tuple[Float[Tensor, " H"], Float[Tensor, " G"]]:
-    """Factors for each query head and key head whose product is gamma for each query head.
+    """Factors for each query head and key head; their product is gamma for each query head.
 
-    "query" leaves the keys alone. "balanced" moves both sides by the least weighted sum of
-    squared log changes, weight 1 - alpha on queries and alpha on keys: with g = log gamma and n
-    query heads on a key head, log c_k = (1 - alpha) sum(g) / (n (1 - alpha) + alpha), and
-    c_q = gamma / c_k. For n = 1 that is K2's gamma^alpha, gamma^(1 - alpha); for alpha = 1/2 it is
-    c_k = prod(gamma)^(1 / (n + 1)). Heads under tau in such a group keep their logits, through
-    c_q > 1. A group with gamma = 1 throughout gets exactly 1.
+    "query" leaves the keys alone. "group" gives every head of a group the smallest gamma of the
+    group, as gamma^alpha and gamma^(1 - alpha).
+
+    "balanced" moves both sides by the least weighted sum of squared log changes, weight 1 - alpha
+    on queries and alpha on keys: with g = log gamma and n query heads on a key head,
+    log c_k = (1 - alpha) sum(g) / (n (1 - alpha) + alpha), and c_q = gamma / c_k. For n = 1 that
+    is K2's gamma^alpha, gamma^(1 - alpha); for alpha = 1/2 it is c_k = prod(gamma)^(1 / (n + 1)).
+    Heads under tau in such a group keep their logits, through c_q > 1. A group with gamma = 1
+    throughout gets exactly 1.
 
     Args:
         gamma: wanted factor of each head's logits, in (0, 1], float64.
         kv_heads: key heads G; H is a multiple of it.
         alpha: share of the queries, in [0, 1].
-        gqa: the rule.
+        gqa: the rule, one of `GQA_RULES`. Under "group" the product is the group's smallest gamma.
     """
     if gqa == "query":
         return gamma, gamma.new_ones(kv_heads)
-    logs = gamma.log().view(kv_heads, -1)
+    groups = gamma.view(kv_heads, -1)
+    if gqa == "group":
+        least = groups.min(1).values
+        return (least**alpha).repeat_interleave(groups.shape[1]), least ** (1 - alpha)
+    logs = groups.log()
     weight = (1 - alpha) / (logs.shape[1] * (1 - alpha) + alpha)
     key = (weight * logs.sum(1)).exp()
     return gamma / key.repeat_interleave(logs.shape[1]), key
@@ -87,6 +126,12 @@ class QKClip:
         tau: largest logit allowed, natural units (softmax input).
         alpha: share of the queries in a scaling, in [0, 1].
         gqa: rule for query heads that share a key head, see `head_factors`.
+        scale_frozen: also scale weights that are not trained: the base under LoRA, norm gains.
+            They have to be saved with the adapter then.
+        fallback: clip layers whose logits cannot be read by an upper bound from their weights,
+            see `weight_norm_bound`. It shrinks healthy layers too; each use is counted.
+        masters: finds the float32 copies that an optimizer keeps, which are scaled as well;
+            without them the next step would undo the clip.
 
     Raises:
         ConfigError: a setting is out of range.
@@ -102,6 +147,10 @@ class QKClip:
         tau: float = 100.0,
         alpha: float = 0.5,
         gqa: str = "balanced",
+        *,
+        scale_frozen: bool = False,
+        fallback: bool = False,
+        masters: Masters | None = None,
     ) -> None:
         require(
             tracker.tau <= tau < math.inf,
@@ -110,47 +159,79 @@ class QKClip:
             f"a finite number >= the tracker's tau ({tracker.tau}), which its bounds certify",
         )
         require(0 <= alpha <= 1, "alpha", alpha, "a number in [0, 1]")
-        require(gqa in ("balanced", "query"), "gqa", gqa, '"balanced" or "query"')
+        require(gqa in GQA_RULES, "gqa", gqa, " or ".join(map(repr, GQA_RULES)))
         self.tracker, self.tau, self.alpha, self.gqa = tracker, float(tau), alpha, gqa
+        self.scale_frozen, self.fallback, self.masters = scale_frozen, fallback, masters
         self._warned: set[str] = set()
 
     def apply(self) -> ClipStats:
         """Consume the readings, scale, and tell. One wait for the device."""
+        start = time.perf_counter()
         readings = self.tracker.consume()
-        targets = {site.name: site.target() for site in self.tracker.sites}
+        targets = {site.name: site.target(frozen=self.scale_frozen) for site in self.tracker.sites}
         clippable = [
             (site, readings[site.name].value.double(), target)
             for site in self.tracker.sites
             if isinstance(target := targets[site.name], ClipTarget)
         ]
-        self._scale(clippable)
+        bounded = self._bounded() if self.fallback else []
+        self._scale([*clippable, *bounded])
         reasons = {name: t for name, t in targets.items() if isinstance(t, str)}
         stats = _stats(readings, reasons, self.tracker.unread, self.tau)
         if stats.missed_heads:
-            self._warn(stats.unclippable)
-        return stats
+            self._warn("a logit exceeds tau but QK-clip cannot act", stats.unclippable)
+        used = tuple(site.name for site, bound, _ in bounded if bool((bound > self.tau).any()))
+        self._warn("clipped by a bound from its weights, nobody can read its logits", used)
+        seconds = time.perf_counter() - start
+        return dataclasses.replace(stats, fallbacks=used, seconds=seconds)
+
+    def _bounded(self) -> list[tuple[AttentionSite, Tensor, ClipTarget]]:
+        """Layers that nobody can read, with the bound of their logits where there is one."""
+        model = self.tracker.model
+        found = []
+        for site in () if model is None else hidden_sites(model):
+            target = site.target(frozen=self.scale_frozen)
+            bound = None if model is None else weight_norm_bound(model, site)
+            if isinstance(target, ClipTarget) and isinstance(bound, Tensor):
+                at_tau = bound.cpu() <= self.tau * (1 + 1e-5)  # where an earlier clip put it
+                found.append((site, bound.cpu().masked_fill(at_tau, 0.0), target))
+        return found
 
     def _scale(self, clippable: list[tuple[AttentionSite, Tensor, ClipTarget]]) -> None:
         """Apply every site's factors; a parameter shared between sites is scaled once."""
-        joint: dict[tuple[int, ...], Tensor] = {}
+        joint: dict[tuple, Tensor] = {}
         for _, value, target in clippable:
-            key = _identity(target)
-            joint[key] = torch.maximum(joint.get(key, value), value)
-        planned: dict[int, tuple[HeadRows, Tensor]] = {}
+            key, gamma = _identity(target), gammas(value, self.tau)
+            joint[key] = torch.minimum(joint.get(key, gamma), gamma)
+        planned: dict[tuple, tuple[HeadRows, Tensor]] = {}
         for site, _, target in clippable:
-            gamma = gammas(joint[_identity(target)], self.tau)
-            query, key = head_factors(gamma, site.kv_heads, self.alpha, self.gqa)
-            sides = [*((rows, query) for rows in target.query), *((r, key) for r in target.key)]
-            for rows, factors in sides:
-                _, other = planned.get(id(rows.parameter), (rows, factors))
-                planned[id(rows.parameter)] = rows, torch.minimum(other, factors)
+            gamma = joint[_identity(target)]
+            if bool((gamma == 1).all()):
+                continue
+            for rows, factors in self._factors(site, target, gamma):
+                _, other = planned.get(rows.key, (rows, factors))
+                planned[rows.key] = rows, torch.minimum(other, factors)
         for rows, factors in planned.values():
-            if bool((factors != 1).any()):
-                rows.scale(factors)
+            rows.scale(factors)
+            master = None if self.masters is None else self.masters(rows.parameter)
+            if master is not None:
+                rows.scale(factors, like=master)
 
-    def _warn(self, lines: Iterable[str]) -> None:
+    def _factors(
+        self, site: AttentionSite, target: ClipTarget, gamma: Tensor
+    ) -> Iterator[tuple[HeadRows, Tensor]]:
+        kv_heads = site.kv_heads if target.per_head else 1
+        if not target.per_head:
+            gamma = gamma.min().view(1)
+        gqa = self.gqa if target.key else "query"
+        query, key = head_factors(gamma, kv_heads, self.alpha, gqa)
+        both = query * key.repeat_interleave(len(query) // kv_heads)
+        for pieces, factors in ((target.query, query), (target.key, key), (target.both, both)):
+            yield from ((rows, factors) for rows in pieces)
+
+    def _warn(self, what: str, lines: Iterable[str]) -> None:
         for line in set(lines) - self._warned:
-            logger.warning("a logit exceeds %g but QK-clip cannot act: %s", self.tau, line)
+            logger.warning("%s: %s", what, line)
             self._warned.add(line)
 
 
@@ -159,8 +240,8 @@ def gammas(value: Float[Tensor, " H"], tau: float) -> Float[Tensor, " H"]:
     return tau / value.masked_fill(~value.isfinite(), tau).clamp_min(tau)
 
 
-def _identity(target: ClipTarget) -> tuple[int, ...]:
-    return tuple(id(rows.parameter) for rows in (*target.query, *target.key))
+def _identity(target: ClipTarget) -> tuple:
+    return tuple(rows.key for rows in target.rows)
 
 
 def _stats(
@@ -178,11 +259,13 @@ def _stats(
     return ClipStats(
         max_logit=_largest(value),
         max_by_layer={name: top for name, top in by_layer.items() if not math.isnan(top)},
+        max_by_head={name: tuple(r.value.tolist()) for name, r in readings.items()},
         heads=len(value),
         exact_heads=int((finite & exact).sum()),
         bound_heads=int((finite & ~exact).sum()),
         unread_heads=int(silent.sum()),
         nonfinite=int((~finite & ~silent).sum()),
+        negative=int((finite & (value < 0)).sum()),
         clipped_heads=int((over & able).sum()),
         missed_heads=int((over & ~able).sum()),
         clip_rate=int((over & able).sum()) / max(1, len(value)),

@@ -21,6 +21,7 @@ from hmpo.optim import (
     MuonClipConfig,
     QKClip,
     detach_qk_clip,
+    discard_qk_readings,
     qk_clip_stats,
     with_qk_clip,
 )
@@ -258,11 +259,14 @@ def test_muonclip_failure_is_loud():
         {"max_qk_score": 0.0},
         {"max_qk_score": math.nan},
         {"alpha": 2.0},
-        {"weight_norm_fallback": True},
     ):
         with pytest.raises(ConfigError, match=next(iter(settings))):
             MuonClipConfig(**settings)
-    for settings in ({"gqa": "group"}, {"source": "flash"}):  # past the tests' type checker
+    for settings in (
+        {"gqa": "min"},
+        {"source": "flash"},
+        {"scale_frozen": 1},
+    ):  # past the tests' type checker
         fields = SimpleNamespace(**dataclasses.asdict(CONFIG) | settings)
         with pytest.raises(ConfigError, match=next(iter(settings))):
             MuonClipConfig.__post_init__(fields)
@@ -385,12 +389,31 @@ def test_step_skipped_by_the_scaler_is_not_clipped(maker, fused):
     scaler.step(optimizer)
     scaler.update()
     assert same(model, reference) and qk_clip_stats(optimizer) is None
+    if fused and maker == "hooked":  # the optimizer was called, so its clip knows of the skip
+        readings = optimizer.state_dict()["qk_clip"]["readings"]
+        assert all((layer["exact"] == -math.inf).all() for layer in readings.values())
     optimizer.zero_grad()
     scaler.scale(loss_of(model, ids)).backward()
     scaler.step(optimizer)
     scaler.update()
     assert not same(model, reference) and qk_clip_stats(optimizer).clipped_heads > 0
     detach_qk_clip(optimizer)
+
+
+@pytest.mark.parametrize("maker", MAKERS)
+def test_readings_of_a_step_left_out_are_discarded(maker):
+    model, reference = make(), make()
+    optimizer, other = MAKERS[maker](model, lr=0.0), MAKERS[maker](reference, lr=0.0)
+    with torch.no_grad():
+        attentions(model)[0].q_proj.weight.mul_(10)
+    loss_of(model, batch()[0]).backward()  # not finite, say: this step is left out
+    with torch.no_grad():
+        attentions(model)[0].q_proj.weight.div_(10)
+    discard_qk_readings(optimizer)
+    discard_qk_readings(adamw(reference))  # nothing to discard
+    for m, o in ((model, optimizer), (reference, other)):
+        train(m, o, 1)
+    assert qk_clip_stats(optimizer).max_logit == pytest.approx(qk_clip_stats(other).max_logit)
 
 
 @pytest.mark.parametrize("maker", MAKERS)

@@ -127,6 +127,7 @@ def test_odd_readings_never_scale(row):
     assert all(torch.equal(new, old[name]) for name, new in parameters(model).items())
     assert stats.nonfinite == sum(math.isnan(v) or v == math.inf for v in row)
     assert stats.unread_heads == row.count(-math.inf)
+    assert stats.negative == sum(-math.inf < v < 0 for v in row)
     finite = [v for v in row if math.isfinite(v)]
     if finite:
         assert stats.max_logit == max(finite)
@@ -151,7 +152,7 @@ def test_odd_readings_do_not_stop_their_neighbours():
     st.integers(1, 4),
     st.integers(1, 4),
     st.floats(0, 1),
-    st.sampled_from(["balanced", "query"]),
+    st.sampled_from(["balanced", "query", "group"]),
     st.integers(0, 2**31),
 )
 def test_factors_multiply_to_gamma(groups, share, alpha, gqa, seed):
@@ -159,7 +160,10 @@ def test_factors_multiply_to_gamma(groups, share, alpha, gqa, seed):
     value = torch.rand(groups * share, generator=generator, dtype=torch.float64) * 300
     gamma = gammas(value, 100.0)
     query, key = head_factors(gamma, groups, alpha, gqa)
-    torch.testing.assert_close(query * key.repeat_interleave(share), gamma)
+    wanted = gamma
+    if gqa == "group":
+        wanted = gamma.view(groups, share).min(1).values.repeat_interleave(share)
+    torch.testing.assert_close(query * key.repeat_interleave(share), wanted)
     idle = (gamma.view(groups, share) == 1).all(1)
     assert (key[idle] == 1).all() and (query.view(groups, share)[idle] == 1).all()
     if gqa == "query":
@@ -229,16 +233,23 @@ def test_frozen_projection_is_reported(caplog):
     assert all(torch.equal(new, old[name]) for name, new in parameters(model).items())
 
 
-def test_qk_norm_is_reported_and_left_alone():
+def test_qk_norm_is_clipped_by_its_gains_and_reported_where_they_are_frozen():
     model = make("qwen3", num_hidden_layers=1)
     with torch.no_grad():
         attentions(model)[0].q_norm.weight.fill_(100.0)
     ids, _ = batch()
+    attentions(model)[0].q_norm.weight.requires_grad_(False)
     old = parameters(model)
     stats = clip_once(model, ids)
     assert stats.max_logit > 100 and stats.missed_heads > 0 and stats.clipped_heads == 0
-    assert "QK-norm" in stats.unclippable[0]
+    assert stats.unclippable == ("model.layers.0.self_attn: the q norm.weight is frozen",)
     assert all(torch.equal(new, old[name]) for name, new in parameters(model).items())
+    attentions(model)[0].q_norm.weight.requires_grad_(True)
+    stats = clip_once(model, ids)
+    assert stats.missed_heads == 0 and stats.clipped_heads > 0
+    assert float(values(model, ids).max()) == pytest.approx(100.0, rel=1e-4)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert torch.equal(parameters(model)[name], old[name])
 
 
 def test_unreadable_attention_is_unclippable():

@@ -1,0 +1,116 @@
+"""QK-norm: queries or keys normalised after their projection, so that only gains set their size."""
+
+import copy
+import inspect
+import weakref
+
+import torch
+from torch import Tensor, nn
+
+from hmpo.optim.sites.projections import Block, blocked
+from hmpo.optim.sites.rows import HeadRows
+
+PAIRS = (
+    ("q_norm", "k_norm"),
+    ("q_layernorm", "k_layernorm"),
+    ("query_layernorm", "key_layernorm"),
+)
+"""Children that normalise queries and keys after the projection, which undoes scaling it."""
+
+_offsets: "weakref.WeakKeyDictionary[nn.Module, float | str]" = weakref.WeakKeyDictionary()
+
+
+def find_norms(module: nn.Module) -> tuple[nn.Module | None, nn.Module | None] | str:
+    """The norms of queries and keys, None for a side without; or why they are not understood."""
+    children = {
+        name: child
+        for name, child in module.named_children()
+        if "norm" in name and not isinstance(child, nn.Identity)
+    }
+    known = {name: pair for pair in PAIRS for name in pair}
+    for name in children.keys() - known.keys():
+        if name.startswith(("q", "k")):
+            return f"{name} normalises queries or keys in a way that is not known"
+    pairs = {known[name] for name in children if name in known}
+    if len(pairs) > 1:
+        return f"norms {sorted(children)} are more than one pair"
+    query, key = next(iter(pairs), PAIRS[0])
+    return children.get(query), children.get(key)
+
+
+def norm_rows(
+    norm: nn.Module, name: str, heads: int, width: int, frozen: bool
+) -> tuple[list[HeadRows], bool] | str:
+    """Rows of a norm's gain (and bias), and whether each head has its own.
+
+    A gain of one head's width is shared by all heads; one of all heads' width, or of shape
+    (heads, width), has a part for each.
+    """
+    own = dict(norm.named_parameters())
+    gain = own.get("weight")
+    if gain is None or not own.keys() <= {"weight", "bias"}:
+        return f"{name} has parameters {sorted(own)}, expected a gain called weight"
+    shape = tuple(gain.shape)
+    blocks = {
+        (width,): Block(heads=1, length=width),
+        (heads, width): Block(heads=heads, length=1),
+        (heads * width,): Block(heads=heads, length=width),
+    }
+    if shape not in blocks:
+        return f"{name} has a gain of shape {shape}, expected one of {[*blocks]}"
+    offset = gain_offset(norm, name)
+    if isinstance(offset, str):
+        return offset
+    rows = [
+        blocks[shape].rows(parameter, offset=offset if label == "weight" else 0.0)
+        for label, parameter in own.items()
+    ]
+    for label, piece in zip(own, rows, strict=True):
+        if (fault := blocked(piece, f"{name}.{label}", frozen)) is not None:
+            return fault
+    return rows, shape != (width,) or heads == 1
+
+
+def gain_offset(norm: nn.Module, name: str) -> float | str:
+    """0 if the norm multiplies by its weight w, 1 if by 1 + w, or why it does neither.
+
+    Found by asking the norm itself: its output at w = 0, 1 and 2 on a fixed input.
+    """
+    if norm not in _offsets:
+        _offsets[norm] = _probe(norm)
+    found = _offsets[norm]
+    return f"{name} {found}" if isinstance(found, str) else found
+
+
+@torch.no_grad()
+def _probe(norm: nn.Module) -> float | str:
+    needed = [
+        p
+        for p in inspect.signature(norm.forward).parameters.values()
+        if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    ]
+    if len(needed) != 1:
+        return f"takes {len(needed)} inputs, expected one"
+    zero, one, two = (_output(norm, gain) for gain in (0.0, 1.0, 2.0))
+    unit = one - zero
+    for offset in (0.0, 1.0):
+        if _close(zero, offset * unit) and _close(two, (offset + 2) * unit):
+            return offset
+    return "is not linear in its gain"
+
+
+def _output(norm: nn.Module, gain: float) -> Tensor:
+    """What the norm makes of a fixed input with every gain set to `gain`; no hooks run."""
+    probe = copy.copy(norm)
+    values = {
+        name: torch.full(p.shape, gain if name == "weight" else 0.0, dtype=p.dtype, device=p.device)
+        for name, p in norm.named_parameters(recurse=False)
+    }
+    probe.__dict__["_parameters"] = values
+    weight = values["weight"]
+    x = torch.linspace(-1.0, 2.0, weight.numel(), device=weight.device).view(1, *weight.shape)
+    return probe.forward(x.to(weight.dtype)).float()
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    return bool(torch.isclose(a, b, rtol=0.02, atol=1e-3).all())

@@ -1,0 +1,106 @@
+"""Attention with a q_proj and a k_proj (Llama, Mistral, Qwen, Gemma, OLMo and their kin)."""
+
+import weakref
+
+from torch import nn
+
+from hmpo.optim.sites.norms import find_norms, norm_rows
+from hmpo.optim.sites.projections import Block, out_features, projection_rows
+from hmpo.optim.sites.rows import HeadRows
+from hmpo.optim.sites.site import AttentionSite, ClipTarget, hidden_reason
+
+
+def separate_projections(name: str, module: nn.Module) -> AttentionSite | str | None:
+    """A site for a module with q_proj and k_proj, or q_proj and the keys of an earlier layer."""
+    children = dict(module.named_children())
+    borrows = _keys_are_read_elsewhere(module) and "k_proj" not in children
+    if "q_proj" not in children or not ("k_proj" in children or borrows):
+        return None
+    width = getattr(module, "head_dim", None)
+    if not isinstance(width, int) or width < 1:
+        return f"{type(module).__name__} has no head_dim"
+    sides = ("q_proj",) if borrows else ("q_proj", "k_proj")
+    rows = [out_features(children[side]) for side in sides]
+    if any(r == 0 or r % width for r in rows):
+        return f"{' and '.join(sides)} give {rows} features, expected multiples of {width}"
+    share = getattr(module, "num_key_value_groups", None)
+    heads = rows[0] // width
+    kv_heads = rows[-1] // width if not borrows else heads // (share or 1)
+    if isinstance(share, int) and not borrows and kv_heads * share < heads:
+        heads = kv_heads * share  # q_proj gives more than queries, for example a gate
+    if heads % kv_heads:
+        return f"{heads} query heads do not divide into {kv_heads} key heads"
+    hidden = hidden_reason(module)
+    return AttentionSite(name, heads, kv_heads, weakref.ref(module), resolve, hidden)
+
+
+def resolve(module: nn.Module, site: AttentionSite, frozen: bool) -> ClipTarget | str:
+    """What to scale: gains where queries or keys are normalised, else rows of the projections."""
+    clamp = getattr(getattr(module, "config", None), "clip_qkv", None)
+    if clamp is not None:
+        return f"clip_qkv={clamp} clamps the projections, so logits are not linear in them"
+    norms = find_norms(module)
+    if isinstance(norms, str):
+        return norms
+    if norms == (None, None):
+        return _rows_of_projections(module, site, frozen)
+    return _gains(module, site, norms, frozen)
+
+
+def _keys_are_read_elsewhere(module: nn.Module) -> bool:
+    """Whether the layer stores its keys for later layers, or reads those of an earlier one.
+
+    Scaling such keys would move other layers' logits, so the queries take all of gamma.
+    """
+    return bool(
+        getattr(module, "is_kv_shared_layer", False)
+        or getattr(module, "store_full_length_kv", False)
+    )
+
+
+def _rows_of_projections(module: nn.Module, site: AttentionSite, frozen: bool) -> ClipTarget | str:
+    children, width = dict(module.named_children()), module.head_dim
+    assert isinstance(width, int), "checked by `separate_projections`"
+    alone = _keys_are_read_elsewhere(module)
+    sides: list[tuple[HeadRows, ...]] = []
+    for name, heads in (("q_proj", site.heads), ("k_proj", site.kv_heads))[: 1 if alone else 2]:
+        projection = children[name]
+        if out_features(projection) != heads * width:
+            return f"{name} gives {out_features(projection)} features, expected {heads} heads"
+        found = projection_rows(projection, name, (Block(heads=heads, length=width),), frozen)
+        if isinstance(found, str):
+            return found
+        sides.append(tuple(found[0]))
+    if alone:
+        how = "rows of q, head by head; other layers read the same keys"
+        return ClipTarget(query=sides[0], key=(), how=how)
+    return ClipTarget(query=sides[0], key=sides[1], how="rows of q and k, head by head")
+
+
+def _gains(
+    module: nn.Module,
+    site: AttentionSite,
+    norms: tuple[nn.Module | None, nn.Module | None],
+    frozen: bool,
+) -> ClipTarget | str:
+    width = module.head_dim
+    assert isinstance(width, int), "checked by `separate_projections`"
+    alone = _keys_are_read_elsewhere(module)
+    sides, per_head, plus_one = [], True, False
+    for norm, side, heads in zip(norms, "qk", (site.heads, site.kv_heads), strict=True):
+        if side == "k" and alone:
+            continue
+        if norm is None:
+            return f"only one of queries and keys is normalised ({side} is not)"
+        found = norm_rows(norm, f"the {side} norm", heads, width, frozen)
+        if isinstance(found, str):
+            return found
+        rows, own = found
+        sides.append(tuple(rows))
+        per_head, plus_one = per_head and own, plus_one or rows[0].offset != 0
+    what = "gains of the q norm" if alone else "gains of the q and k norms"
+    form = f"{what}, as 1 + w" if plus_one else what
+    how = f"{form}, {'head by head' if per_head else 'the layer as a whole'}"
+    if not per_head and any(rows[0].heads > 1 for rows in sides):
+        return "one norm is shared by all heads and the other is not"
+    return ClipTarget(query=sides[0], key=() if alone else sides[1], how=how, per_head=per_head)

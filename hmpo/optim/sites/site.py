@@ -1,0 +1,87 @@
+"""What is known about one attention module: its heads, and the weights that make its logits."""
+
+import inspect
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import nn
+
+from hmpo.optim.attention_tap import IMPLEMENTATIONS, INTERFACE
+from hmpo.optim.sites.rows import HeadRows
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ClipTarget:
+    """The parameters that make one site's queries and keys; logits are linear in both sides."""
+
+    query: tuple[HeadRows, ...]
+    """Rows whose factor is the query's share of a head's gamma."""
+    key: tuple[HeadRows, ...]
+    """Rows whose factor is the key's share; empty where the keys are read by other layers too."""
+    both: tuple[HeadRows, ...] = ()
+    """Query rows that meet keys nobody may scale: they take all of gamma."""
+    how: str
+    """In words, for people: "rows of q and k, head by head"."""
+    per_head: bool = True
+    """False where all heads share one gain: the layer is scaled as one head."""
+
+    @property
+    def rows(self) -> tuple[HeadRows, ...]:
+        """All of them."""
+        return (*self.query, *self.key, *self.both)
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionSite:
+    """One attention module.
+
+    It holds its module weakly and looks the weights up when asked, so that replaced parameters
+    (adapters, `load_state_dict(assign=True)`) are found.
+    """
+
+    name: str
+    """Qualified module name, for example "model.layers.0.self_attn"."""
+    heads: int
+    """Query heads H."""
+    kv_heads: int
+    """Key heads G; query head h reads key head h // (H // G)."""
+    module: "weakref.ref[nn.Module]"
+    resolve: "Callable[[nn.Module, AttentionSite, bool], ClipTarget | str]"
+    """Gives what to scale, or the reason why nothing can be scaled."""
+    hidden: str = ""
+    """Why its logits cannot be read; "" where they can."""
+
+    def target(self, *, frozen: bool = False) -> ClipTarget | str:
+        """What to scale now, or why nothing can be scaled.
+
+        Args:
+            frozen: whether weights without gradients may be scaled too.
+        """
+        module = self.module()
+        return (
+            "the module no longer exists" if module is None else self.resolve(module, self, frozen)
+        )
+
+
+def uses_interface(module: nn.Module) -> bool:
+    """Whether the module's forward pass looks its attention up where the tracker listens."""
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    return INTERFACE in getattr(code, "co_names", ())
+
+
+def hidden_reason(module: nn.Module) -> str:
+    """Why the logits of a module that uses the interface cannot be read, or ""."""
+    config = getattr(module, "config", None)
+    implementation = getattr(config, "_attn_implementation", None)
+    if implementation not in (*IMPLEMENTATIONS, None):
+        return (
+            f"attention implementation {implementation!r} hides its logits; "
+            'load the model with attn_implementation="sdpa"'
+        )
+    if implementation == "eager" and getattr(module, "reorder_and_upcast_attn", False):
+        return (
+            "reorder_and_upcast_attn bypasses the attention functions; "
+            'load the model with attn_implementation="sdpa"'
+        )
+    return ""
