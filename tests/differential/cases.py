@@ -110,4 +110,13 @@ def with_empty_row() -> Case:
     return Case("empty_row", base.new, base.old, kept, base.advantages)
 
 
+def dual_tie() -> Case:
+    """A ratio of exactly 2 with A < 0, and one of 1."""
+    old = torch.full((1, 2), -2 * LN2, dtype=torch.float64)
+    new = old.clone()
+    new[0, 0] = -LN2
+    kept = torch.ones(1, 2, dtype=torch.bool)
+    return Case("dual_tie", new, old, kept, -torch.ones(1, dtype=torch.float64))
+
+
 BY_NAME = {make().name: make for make in (ragged, ties, on_policy, large, overflow)}

@@ -1,14 +1,16 @@
 """What the test of each peer asserts."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 
-from tests.differential import compare
-from tests.differential.compare import Comparison, Difference
+from hmpo import members
+from tests.differential import cases, compare
+from tests.differential.compare import Comparison, Difference, Function
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 
@@ -49,6 +51,15 @@ def check_robustness(peer: ModuleType, name: str) -> None:
         for setting, (function, config) in peer.ROBUSTNESS.items()
     }
     assert measured == facts["robustness"]
+
+
+def check_dual_tie(function: Function, share: float) -> None:
+    """Exactly on the dual clip the peer keeps this share of the gradient, and ours all of it."""
+    case, config = cases.dual_tie(), replace(members.grpo(), dual_clip=2.0)
+    loss, gradient = function(case, config)
+    assert loss == 1.5 and gradient.tolist() == [[share, 0.5]]
+    mine, slope = compare.ours(case, config)
+    assert mine == 1.5 and slope.tolist() == [[1.0, 0.5]]
 
 
 def _skip_other_version(peer: ModuleType, facts: dict[str, Any]) -> None:

@@ -24,3 +24,7 @@ def test_one_bad_number_does_what_the_page_says():
 
 def test_committed_results_are_of_these_comparisons():
     checks.check_committed(peer, "openrlhf")
+
+
+def test_openrlhf_halves_the_gradient_exactly_on_the_dual_clip():
+    checks.check_dual_tie(peer.openrlhf(**peer.SAMPLE), 0.5)

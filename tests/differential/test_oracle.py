@@ -2,7 +2,8 @@
 
 import pytest
 
-from tests.differential import checks
+from hmpo import members
+from tests.differential import checks, compare
 from tests.differential import peer_oracle as peer
 
 
@@ -22,3 +23,10 @@ def test_one_bad_number_does_what_the_page_says():
 
 def test_committed_results_are_of_these_comparisons():
     checks.check_committed(peer, "oracle")
+
+
+@pytest.mark.parametrize("name", members.BY_NAME)
+def test_padding_never_matters_and_a_bad_token_never_passes(name):
+    found = compare.robustness(compare.ours, members.BY_NAME[name]())
+    for place, effect in found.items():
+        assert effect == ("same" if "padding" in place else "loss and gradient"), place

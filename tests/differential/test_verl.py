@@ -45,3 +45,7 @@ def test_geo_mean_multiplies_the_gradient_by_the_number_of_micro_batches(parts):
     ]
     assert sum(loss for loss, _ in split) == pytest.approx(whole[0], abs=1e-14)
     torch.testing.assert_close(torch.cat([g for _, g in split]), whole[1], rtol=0, atol=1e-14)
+
+
+def test_verl_halves_the_gradient_exactly_on_the_dual_clip():
+    checks.check_dual_tie(peer.verl("vanilla", peer.SEQUENCE), 0.5)
