@@ -14,8 +14,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-BLOCK_ELEMENTS = 1 << 22
-"""Scores held at once by `exact_max` (16 MiB of float32)."""
+BLOCK_ELEMENTS = 1 << 19
+"""Scores held at once by `exact_max` (2 MiB of float32)."""
+NORM_ELEMENTS = 1 << 16
+"""Entries of half-precision queries or keys that are cast to float32 at once for their norms."""
 BLOCK_ROWS = 128
 """Query rows held at once: without a mask, keys after the block are skipped."""
 MASKED_BELOW = -1e4
@@ -40,14 +42,20 @@ class AttentionCall:
     """Without a mask: does query i see keys 0..i only? Ignored when there is a mask."""
     scale: float
     """Positive factor on q . k."""
+    lse: Float[Tensor, "B H Q"] | None = None
+    """Log-sum-exp of the visible logits of each row, where the kernel kept it. A row that sees
+    nothing has any value."""
+    borrowed: bool = False
+    """May the tensors be overwritten after the call? True inside compiled graphs."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the queries and keys."""
-        return self.query.nbytes + self.key.nbytes
+        """Bytes of the queries, keys and log-sum-exps."""
+        return self.query.nbytes + self.key.nbytes + (0 if self.lse is None else self.lse.nbytes)
 
 
-def _seen(mask: Tensor) -> Tensor:
+def seen(mask: Tensor) -> Tensor:
+    """The pairs that a mask lets through."""
     return mask if mask.dtype == torch.bool else mask > MASKED_BELOW
 
 
@@ -57,7 +65,7 @@ def real_rows(call: AttentionCall) -> Bool[Tensor, "b h Q"] | None:
     if call.mask is None or keys < queries:
         return None
     diagonal = call.mask[..., :keys].diagonal(offset=keys - queries, dim1=-2, dim2=-1)
-    return _seen(diagonal)
+    return seen(diagonal)
 
 
 def _seen_keys(call: AttentionCall) -> Tensor:
@@ -75,21 +83,50 @@ def logit_bound(call: AttentionCall) -> Float[Tensor, " H"]:
     Rounded upwards, so that it is never below the exact value of the same tensors (entries
     between 1e-19 and 1e19, or zero). -inf for a head without any visible pair.
     """
-    heads, width = call.query.shape[1], call.query.shape[3]
-    dtype = torch.promote_types(call.query.dtype, torch.float32)
-    query = torch.linalg.vector_norm(call.query, dim=-1, dtype=dtype)
-    key = torch.linalg.vector_norm(call.key, dim=-1, dtype=dtype)
-    key = key.repeat_interleave(heads // key.shape[1], dim=1)
-    rows = real_rows(call)
-    if rows is not None:
-        query = query.masked_fill(~rows, -torch.inf)
+    width = call.query.shape[3]
+    query, key = _norms(call.query), _norms(call.key)
     if call.mask is not None:
-        key = key.masked_fill(~_seen_keys(call), -torch.inf)
+        rows, keys = real_rows(call), _seen_keys(call)
+        query = query if rows is None else query.masked_fill_(~rows, -torch.inf)
+        if keys.shape[1] > 1:  # a mask for each head
+            key = key.repeat_interleave(keys.shape[1] // key.shape[1], dim=1)
+        key = key.masked_fill_(~keys, -torch.inf)
     query, key = query.amax(-1), key.amax(-1)
+    query = query.unflatten(1, (key.shape[1], -1))
     rounding = 1.0 + (width + 8) * torch.finfo(torch.float32).eps
-    empty = (query == -torch.inf) | (key == -torch.inf)
-    bound = (query * key * (call.scale * rounding)).masked_fill(empty, -torch.inf)
-    return bound.amax(0).float()
+    bound = query * key.unsqueeze(-1) * (call.scale * rounding)
+    if call.mask is not None:
+        empty = (query == -torch.inf) | (key == -torch.inf).unsqueeze(-1)
+        bound = bound.masked_fill(empty, -torch.inf)
+    return bound.amax(0).flatten().float()
+
+
+def norm_bound(call: AttentionCall) -> Float[Tensor, " H"]:
+    """Upper bound of each head's |q| |k|, times the scale, over all rows, hidden or not.
+
+    Cheaper and looser than `logit_bound`: one maximum for all prompts, and no look at the mask.
+    """
+    query, key = _longest(call.query), _longest(call.key)
+    rounding = 1.0 + (call.query.shape[3] + 8) * torch.finfo(torch.float32).eps
+    bound = query.view(len(key), -1) * key.mul_(call.scale * rounding)[:, None]
+    return bound.flatten().float()
+
+
+def _longest(x: Float[Tensor, "B h S D"]) -> Float[Tensor, " h"]:
+    """Norm of the longest row of each head."""
+    if x.stride(1) < x.stride(2):  # as projections leave it: half the time in memory's order
+        return _norms(x.transpose(1, 2)).flatten(0, 1).amax(0)
+    return _norms(x).amax(2).amax(0)
+
+
+def _norms(x: Float[Tensor, "B h S D"]) -> Float[Tensor, "B h S"]:
+    """Norms of the rows in float32 or better, without a float32 copy of a half-precision `x`."""
+    if x.dtype in (torch.float32, torch.float64) or x.device.type != "cpu":
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        return torch.linalg.vector_norm(x, dim=-1, dtype=dtype)
+    step = max(1, NORM_ELEMENTS * x.shape[2] // max(1, x.numel()))
+    parts = [torch.linalg.vector_norm(p.float(), dim=-1) for p in x.split(step, dim=2)]
+    return torch.cat(parts, dim=2)
 
 
 def exact_max(call: AttentionCall, heads: Int[Tensor, " N"] | None = None) -> Float[Tensor, " _"]:
@@ -147,5 +184,5 @@ class _Visible:
 
     def block(self, b: int, size: int, start: int, stop: int, last: int) -> Tensor:
         one = slice(None) if self.mask.shape[0] == 1 else slice(b, b + size)
-        seen = _seen(self.mask[one, :, start:stop, :last])
-        return seen if self.rows is None else seen & self.rows[one, :, start:stop, None]
+        pairs = seen(self.mask[one, :, start:stop, :last])
+        return pairs if self.rows is None else pairs & self.rows[one, :, start:stop, None]

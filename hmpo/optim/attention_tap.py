@@ -5,6 +5,9 @@ interface object of the modeling file, "eager" in the file's own globals. Both p
 wrapped under the name they already have: a new name would lose the attention mask, because
 masks are made by the same name. A wrapper adds nothing for modules nobody listens to, and is
 taken out again when the last listener leaves.
+
+Inside `torch.compile` the call is one opaque operator, so that the graph does not break; it hands
+the listener the same queries and keys when the graph runs. The log-sum-exp stays in the graph.
 """
 
 import functools
@@ -15,10 +18,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hmpo.errors import ModelError
 from hmpo.optim.attention_max import AttentionCall
+from hmpo.optim.lse import call_with_lse, rows_of
 
 Listener = Callable[[AttentionCall], None]
 
@@ -27,7 +31,9 @@ EAGER = "eager_attention_forward"
 IMPLEMENTATIONS = ("sdpa", "eager")
 """Attention implementations that are wrapped."""
 
-_listeners: weakref.WeakKeyDictionary[nn.Module, list[Listener]] = weakref.WeakKeyDictionary()
+_listeners: dict[int, list[Listener]] = {}
+"""By id of the module, which a compiler can look up; a module that dies takes its entry along."""
+_finalizers: dict[int, weakref.finalize] = {}
 _taps: dict[tuple[int, str], "_Tap"] = {}
 
 
@@ -60,8 +66,15 @@ def listen(module: nn.Module, listener: Listener) -> Callable[[], None]:
     names = modeling_globals(module)
     places = [(names[INTERFACE], "sdpa"), (names, EAGER)]
     taps = [_acquire(place, name) for place, name in places if name in place]
-    _listeners.setdefault(module, []).append(listener)
+    if id(module) not in _listeners:
+        _listeners[id(module)] = []
+        _finalizers[id(module)] = weakref.finalize(module, _forget, id(module))
+    _listeners[id(module)].append(listener)
     return _Release(weakref.ref(module), listener, taps)
+
+
+def _forget(key: int) -> None:
+    del _listeners[key], _finalizers[key]
 
 
 @dataclass(eq=False)
@@ -73,9 +86,10 @@ class _Release:
     def __call__(self) -> None:
         module = self.module()
         if self.taps and module is not None:
-            _listeners[module].remove(self.listener)
-            if not _listeners[module]:
-                del _listeners[module]
+            _listeners[id(module)].remove(self.listener)
+            if not _listeners[id(module)]:
+                _finalizers[id(module)].detach()
+                _forget(id(module))
         while self.taps:
             _give_back(self.taps.pop())
 
@@ -117,31 +131,72 @@ def _wrap(original: Callable, name: str) -> Callable:
         *args: Any,
         **kw: Any,
     ) -> Any:
-        if module in _listeners and torch.is_grad_enabled() and query.numel():
-            if args:
-                raise ModelError(
-                    f"{type(module).__name__} passes {len(args)} positional options to {name}; "
-                    "expected keywords; detach the logit tracker from this model"
-                )
-            call = _describe(module, query, key, attention_mask, kw, eager=name == EAGER)
-            for listener in tuple(_listeners[module]):
-                listener(call)
-        return original(module, query, key, value, attention_mask, *args, **kw)
+        heard = _listeners.get(id(module)) and torch.is_grad_enabled() and query.numel() > 0
+        if not heard:
+            return original(module, query, key, value, attention_mask, *args, **kw)
+        if args:
+            raise ModelError(
+                f"{type(module).__name__} passes {len(args)} positional options to {name}; "
+                "expected keywords; detach the logit tracker from this model"
+            )
+        call = functools.partial(original, module, query, key, value, attention_mask, **kw)
+        scale, causal = _scale_and_causal(module, query, kw, eager=name == EAGER)
+        if torch.compiler.is_compiling():
+            mask = None if attention_mask is None else attention_mask.detach()
+            args_of_op = query.detach(), key.detach(), mask, _pulse, scale, causal, id(module)
+            torch.ops.hmpo.observe_logits(*args_of_op)
+            return call()
+        result, raw = (call(), None) if name == EAGER else call_with_lse(call)
+        usable = attention_mask is None or attention_mask.dtype == torch.bool
+        usable = usable and kw.get("position_bias") is None  # else it is not of the logits alone
+        seen = AttentionCall(
+            query=query.detach(),
+            key=key.detach(),
+            mask=None if attention_mask is None else attention_mask.detach(),
+            causal=causal,
+            scale=scale,
+            lse=rows_of(raw, *query.shape[:3]) if usable else None,
+        )
+        _tell(id(module), seen)
+        return result
 
     return attention
 
 
-def _describe(
-    module: nn.Module, query: Any, key: Any, mask: Any, options: dict[str, Any], *, eager: bool
-) -> AttentionCall:
-    """The call as data. Without a mask, eager attends to everything and sdpa causally."""
+def _scale_and_causal(
+    module: nn.Module, query: Any, options: dict[str, Any], *, eager: bool
+) -> tuple[float, bool]:
+    """What the call will do. Without a mask, eager attends to everything and sdpa causally."""
     scale, causal = options.get("scaling"), options.get("is_causal")
     if causal is None:
         causal = getattr(module, "is_causal", True)
-    return AttentionCall(
-        query=query.detach(),
-        key=key.detach(),
-        mask=None if mask is None else mask.detach(),
-        causal=bool(causal) and query.shape[2] > 1 and not eager,
-        scale=query.shape[-1] ** -0.5 if scale is None else float(scale),
-    )
+    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    return scale, bool(causal) and query.shape[2] > 1 and not eager
+
+
+def _tell(key: int, call: AttentionCall) -> None:
+    for listener in tuple(_listeners.get(key, ())):
+        listener(call)
+
+
+_pulse = torch.zeros(1)
+"""Written by `observe_logits`, so that no compiler takes it for an operator without effect."""
+
+
+@torch.library.custom_op("hmpo::observe_logits", mutates_args=("pulse",))
+def _observe_logits(
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    pulse: Tensor,
+    scale: float,
+    causal: bool,
+    module: int,
+) -> None:
+    call = AttentionCall(query=query, key=key, mask=mask, causal=causal, scale=scale, borrowed=True)
+    _tell(module, call)
+
+
+@_observe_logits.register_fake
+def _(*args: Any) -> None:
+    return None
