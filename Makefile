@@ -1,16 +1,19 @@
 # Needs python3 (3.11 or newer), git and make. Every line can also be typed by hand.
 PYTHON ?= python3
 VENV ?= .venv
+PEERS ?= .venv-peers
 JOBS ?= 2
 export OMP_WAIT_POLICY ?= PASSIVE
 HASH = import hashlib, os, sys; print(hashlib.sha256(os.getcwd().encode() + b"".join(open(f, "rb").read() for f in sys.argv[1:])).hexdigest()[:16])
 RUN := $(VENV)/run-$(shell $(PYTHON) -c '$(HASH)' requirements.txt).stamp
 DEV := $(VENV)/dev-$(shell $(PYTHON) -c '$(HASH)' requirements.txt requirements-dev.txt).stamp
+PEER := $(PEERS)/peers-$(shell $(PYTHON) -c '$(HASH)' requirements-peers.txt pyproject.toml).stamp
+PEER_TESTS = $(wildcard tests/adapters/test_verl.py tests/differential)
 
-.PHONY: demo test check bench docs clean
+.PHONY: demo test check peers peers-test bench docs clean
 demo: $(RUN) # trains the bundled policy; makes .venv first where needed
 	$(VENV)/bin/hmpo demo
-test: $(DEV) # the whole gate; makes .venv first where needed
+test: $(DEV) peers-test # the whole gate; makes .venv and .venv-peers first where needed
 	PATH="$(abspath $(VENV)/bin):$$PATH" $(MAKE) check
 check: docs # the whole gate in the present environment
 	ruff format --check .
@@ -18,6 +21,9 @@ check: docs # the whole gate in the present environment
 	pyrefly check
 	lint-imports
 	OMP_NUM_THREADS=1 python -m pytest -q -n $(JOBS)
+peers: $(PEER) # the second environment, .venv-peers: verl and OpenRLHF
+peers-test: $(PEER) # what is compared with them and runs inside them
+	OMP_NUM_THREADS=1 $(PEERS)/bin/python -m pytest -q -n $(JOBS) $(PEER_TESTS)
 bench: # timings in the present environment
 	for f in benchmarks/bench_*.py; do python $$f || exit 1; done
 docs: # the site, in site/
@@ -36,4 +42,11 @@ $(RUN):
 $(DEV): $(RUN)
 	rm -f $(VENV)/dev-*.stamp
 	$(VENV)/bin/python -m pip install -q -r requirements-dev.txt
+	@touch $@
+$(PEER):
+	rm -f $(PEERS)/*.stamp
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install -q torch==2.13.0
+	$(PEERS)/bin/python -m pip install -q --no-deps -r requirements-peers.txt
+	$(PEERS)/bin/python -m pip install -q --no-deps --no-build-isolation -e .
 	@touch $@
