@@ -22,6 +22,7 @@ from trl import GRPOConfig, GRPOTrainer, TrlParser
 
 from hmpo import members
 from hmpo.adapters.trl import PowerMeanGRPOConfig, PowerMeanGRPOTrainer
+from hmpo.adapters.trl_log import Rows, join_rows
 from hmpo.config import to_dict
 from hmpo.errors import CheckpointError, ConfigError, NonFiniteError, ShapeError
 from hmpo.objective import power_mean_loss
@@ -40,8 +41,6 @@ from tests.adapters.gradients import (
     trl_gradient,
     with_old,
 )
-
-pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
 
 ROOT = Path(__file__).parents[2]
 PLAIN = {"use_cpu": True, "bf16": False, "activation_checkpointing": False}
@@ -341,6 +340,24 @@ def test_one_update_per_generation_warns_that_p_is_without_effect(tmp_path: Path
 
 
 # ----------------------------------------------------------------------------- whole updates
+
+
+def test_rows_of_micro_batches_are_padded_to_the_longest() -> None:
+    def rows(count: int, length: int) -> Rows:
+        values = torch.ones(count, length)
+        return Rows(
+            logprobs=values,
+            old_logprobs=2 * values,
+            mask=values.bool(),
+            advantages=torch.arange(float(count)),
+            entropy=3 * values,
+        )
+
+    found = join_rows([rows(2, 3), rows(1, 5)])
+    assert found.mask.sum(1).tolist() == [3, 3, 5]
+    assert found.logprobs.shape == (3, 5) and found.advantages.tolist() == [0.0, 1.0, 0.0]
+    assert found.ref_logprobs is None
+    assert torch.equal(found.entropy, 3 * found.mask.float())
 
 
 def train(folder: Path, resume: bool = False, **settings: Any) -> PowerMeanGRPOTrainer:
