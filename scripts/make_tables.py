@@ -120,12 +120,26 @@ def kill_and_resume() -> str:
     )
 
 
+def trl_versions() -> str:
+    """Gradients through TRL."""
+    result = load("trl_versions")
+    versions = [row["version"] for row in result["rows"]]
+    lines = ["| setting | " + " | ".join(f"TRL {version}" for version in versions) + " |"]
+    lines.append("|---" * (len(versions) + 1) + "|")
+    for name in result["rows"][0]["errors"]:
+        values = [f"{row['errors'][name]:.1e}" for row in result["rows"]]
+        label = name.replace("|", "and")
+        lines.append(f"| {label} | " + " | ".join(values) + " |")
+    return "\n".join([*lines, "", source(result)])
+
+
 MAKERS: dict[str, Callable[[], str]] = {
     "demo": demo,
     "smollm2": smollm2,
     "aggregation": aggregation,
     "sampling": sampling,
     "kill_and_resume": kill_and_resume,
+    "trl_versions": trl_versions,
 }
 
 

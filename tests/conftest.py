@@ -25,3 +25,9 @@ settings.load_profile("ci")
 @pytest.fixture(autouse=True)
 def _fixed_seed() -> None:
     torch.manual_seed(0)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """TRL 1.16 itself reads a name that transformers has deprecated."""
+    message = "ignore:.*gradient_checkpointing.*is deprecated:FutureWarning"
+    config.addinivalue_line("filterwarnings", message)

@@ -132,6 +132,16 @@ def test_a_log_prob_that_is_not_finite_is_named(tmp_path: Path) -> None:
     assert trl_gradient(trainer, padding).isfinite().all()
 
 
+def test_the_committed_check_of_other_versions_holds() -> None:
+    """python scripts/check_trl_versions.py makes the file; the settings are those of today."""
+    path = ROOT / "benchmarks" / "results" / "trl_versions.json"
+    rows = {row["version"]: row["errors"] for row in json.loads(path.read_text())["rows"]}
+    assert rows.keys() >= {"1.16.0", "1.14.2", "1.9.2"}
+    for errors in rows.values():
+        assert errors.keys() >= MEMBERS.keys()
+        assert max(errors.values()) < 1e-6
+
+
 # ---------------------------------------------------------------------- what remains of TRL's own
 
 
