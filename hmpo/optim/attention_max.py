@@ -45,6 +45,8 @@ class AttentionCall:
     lse: Float[Tensor, "B H Q"] | None = None
     """Log-sum-exp of the visible logits of each row, where the kernel kept it. A row that sees
     nothing has any value."""
+    own_tokens: bool = True
+    """Are query i and key i the same token? Else the mask's diagonal says nothing of padding."""
     borrowed: bool = False
     """May the tensors be overwritten after the call? True inside compiled graphs."""
 
@@ -62,7 +64,7 @@ def seen(mask: Tensor) -> Tensor:
 def real_rows(call: AttentionCall) -> Bool[Tensor, "b h Q"] | None:
     """Query rows that are no padding, or None if the call says nothing about padding."""
     queries, keys = call.query.shape[2], call.key.shape[2]
-    if call.mask is None or keys < queries:
+    if call.mask is None or keys < queries or not call.own_tokens:
         return None
     diagonal = call.mask[..., :keys].diagonal(offset=keys - queries, dim1=-2, dim2=-1)
     return seen(diagonal)

@@ -66,11 +66,26 @@ def listen(module: nn.Module, listener: Listener) -> Callable[[], None]:
     names = modeling_globals(module)
     places = [(names[INTERFACE], "sdpa"), (names, EAGER)]
     taps = [_acquire(place, name) for place, name in places if name in place]
-    if id(module) not in _listeners:
-        _listeners[id(module)] = []
-        _finalizers[id(module)] = weakref.finalize(module, _forget, id(module))
-    _listeners[id(module)].append(listener)
-    return _Release(weakref.ref(module), listener, taps)
+    return _Release(attend(module, listener), taps)
+
+
+def attend(module: nn.Module, listener: Listener) -> Callable[[], None]:
+    """Enter a listener of `module`; returns what strikes it off, once."""
+    key = id(module)
+    if key not in _listeners:
+        _listeners[key] = []
+        _finalizers[key] = weakref.finalize(module, _forget, key)
+    mine = _listeners[key]
+    mine.append(listener)
+
+    def strike() -> None:
+        if listener in mine:
+            mine.remove(listener)
+            if not mine and _listeners.get(key) is mine:
+                _finalizers[key].detach()
+                _forget(key)
+
+    return strike
 
 
 def _forget(key: int) -> None:
@@ -79,17 +94,11 @@ def _forget(key: int) -> None:
 
 @dataclass(eq=False)
 class _Release:
-    module: "weakref.ref[nn.Module]"
-    listener: Listener
+    strike: Callable[[], None]
     taps: list[_Tap]
 
     def __call__(self) -> None:
-        module = self.module()
-        if self.taps and module is not None:
-            _listeners[id(module)].remove(self.listener)
-            if not _listeners[id(module)]:
-                _finalizers[id(module)].detach()
-                _forget(id(module))
+        self.strike()
         while self.taps:
             _give_back(self.taps.pop())
 
@@ -143,8 +152,7 @@ def _wrap(original: Callable, name: str) -> Callable:
         scale, causal = _scale_and_causal(module, query, kw, eager=name == EAGER)
         if torch.compiler.is_compiling():
             mask = None if attention_mask is None else attention_mask.detach()
-            args_of_op = query.detach(), key.detach(), mask, _pulse, scale, causal, id(module)
-            torch.ops.hmpo.observe_logits(*args_of_op)
+            report(id(module), query.detach(), key.detach(), mask, scale, causal)
             return call()
         result, raw = (call(), None) if name == EAGER else call_with_lse(call)
         usable = attention_mask is None or attention_mask.dtype == torch.bool
@@ -157,7 +165,7 @@ def _wrap(original: Callable, name: str) -> Callable:
             scale=scale,
             lse=rows_of(raw, *query.shape[:3]) if usable else None,
         )
-        _tell(id(module), seen)
+        tell(id(module), seen)
         return result
 
     return attention
@@ -174,7 +182,15 @@ def _scale_and_causal(
     return scale, bool(causal) and query.shape[2] > 1 and not eager
 
 
-def _tell(key: int, call: AttentionCall) -> None:
+def report(
+    key: int, query: Tensor, the_keys: Tensor, mask: Tensor | None, scale: float, causal: bool
+) -> None:
+    """Tell the listeners of the module with id `key` about a call, inside a compiled graph too."""
+    torch.ops.hmpo.observe_logits(query, the_keys, mask, _pulse, scale, causal, key)
+
+
+def tell(key: int, call: AttentionCall) -> None:
+    """Hand a call to the listeners of the module with id `key`."""
     for listener in tuple(_listeners.get(key, ())):
         listener(call)
 
@@ -194,7 +210,7 @@ def _observe_logits(
     module: int,
 ) -> None:
     call = AttentionCall(query=query, key=key, mask=mask, causal=causal, scale=scale, borrowed=True)
-    _tell(module, call)
+    tell(module, call)
 
 
 @_observe_logits.register_fake

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from hmpo.config import require
 from hmpo.errors import CheckpointError
 from hmpo.optim import readings as tiers
-from hmpo.optim.attention_tap import listen
+from hmpo.optim.attention_tap import Listener, listen
+from hmpo.optim.projection_tap import listen_outside
 from hmpo.optim.readings import SOURCES, Budget, Reading, resolve, settle, to_host
 from hmpo.optim.sites import AttentionSite, find_sites
 from hmpo.optim.weight_bound import weight_bound
@@ -44,7 +45,8 @@ class MaxLogits:
     value: Float[Tensor, " H"]
     """Largest logit of each query head, or an upper bound of it; -inf where nothing was read."""
     exact: Bool[Tensor, " H"]
-    """True where `value` is the maximum itself, False where it is an upper bound."""
+    """True where `value` is the maximum itself, False where it is an upper bound (or, for the
+    layers in `LogitTracker.projected`, the maximum before a rotary embedding)."""
 
 
 class LogitTracker:
@@ -76,27 +78,32 @@ class LogitTracker:
         """Layers that are read."""
         self.unread: list[str]
         """Attention modules that cannot be read, as "name: reason"."""
+        self.projected: list[str]
+        """Layers read from the outputs of their projections: before any rotary embedding, with
+        every pair of tokens counted. Without such an embedding that is an upper bound."""
         self.tiers: Counter[str] = Counter()
         """Readings (one per call and head) of the last `consume()` by tier, on this rank."""
         self.seconds = 0.0
         """Host seconds that reading took up to the last `consume()`, on this rank."""
         self.sites, self.unread = find_sites(model)
+        self.projected = [site.name for site in self.sites if site.tap == "projections"]
         self._model = weakref.ref(model)
         budget = Budget(tiers.KEEP_BYTES)
         self._readings: dict[str, Reading] = {}
         for site in self.sites:
             module = site.module()
             weights = None if module is None else weight_bound(model, module, site.heads)
-            self._readings[site.name] = Reading(site.heads, self.tau, source, budget, weights)
+            projected = site.tap == "projections"
+            self._readings[site.name] = Reading(
+                site.heads, self.tau, source, budget, weights, projected
+            )
         settle(self._readings.values())
-        ends = [
-            listen(module, self._readings[site.name].record)
-            for site in self.sites
-            if (module := site.module()) is not None
-        ]
+        ends = [_listen(site, self._readings[site.name].record) for site in self.sites]
         self._close = weakref.finalize(self, _call_all, ends)
         for line in self.unread:
             logger.warning("attention not read, QK-clip cannot act here: %s", line)
+        for name in self.projected:
+            logger.info("logits of %s are read from its projections, before any rotation", name)
         if not self.sites and not self.unread:
             logger.warning("no attention found in %s: nothing to read", type(model).__name__)
 
@@ -170,6 +177,13 @@ class LogitTracker:
             name: MaxLogits(torch.maximum(exact, bound), ~(exact < bound))
             for name, exact, bound in pairs
         }
+
+
+def _listen(site: AttentionSite, listener: Listener) -> Callable[[], None]:
+    module = site.module()
+    if module is None or site.tap != "interface":
+        return listen_outside(site, listener)
+    return listen(module, listener)
 
 
 def _largest_of_ranks(host: list[Tensor], group: Any) -> list[Tensor]:

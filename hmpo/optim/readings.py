@@ -5,7 +5,8 @@ Cheapest first, each only for what the one before leaves above tau:
 1. "weights": with QK-norm, a bound that needs no activations at all;
 2. "norms": Cauchy-Schwarz from the row norms of queries and keys;
 3. "lse": the log-sum-exp that the attention kernel computed anyway;
-4. "exact": the maximum itself, by branch and bound over the log-sum-exps, or block by block.
+4. "exact": the maximum itself, by branch and bound over the log-sum-exps, or block by block;
+   "projections" where only projections can be heard.
 
 On an accelerator asking which heads are left would stall the queue, so calls are kept, within a
 budget, until the step asks once for all layers.
@@ -62,11 +63,19 @@ class Reading:
     """Running maxima of one layer. It must not hold the module (see `listen`)."""
 
     def __init__(
-        self, heads: int, tau: float, source: str, budget: Budget, weights: WeightBound | None
+        self,
+        heads: int,
+        tau: float,
+        source: str,
+        budget: Budget,
+        weights: WeightBound | None,
+        projected: bool = False,
     ) -> None:
         self.heads, self.tau, self.source, self.budget = heads, tau, source, budget
         self.weights = weights
         """The bound from the weights, or None."""
+        self.projected = projected
+        """Are calls read from projections? Their maxima are then no exact logits."""
         self.settled = False
         """Did the weights' bound certify every head when the host last looked?"""
         self.kept: list[Kept] = []
@@ -149,8 +158,12 @@ class Reading:
         self.tiers.subtract({"norms" if call.lse is None else "lse": len(heads)})
 
     def _add_exact(self, found: Tensor, heads: int | None = None) -> None:
-        self.exact = torch.maximum(self.exact.to(found.device), found)
-        self.tiers["exact"] += self.heads if heads is None else heads
+        if self.projected:
+            self.bound = torch.maximum(self.bound.to(found.device), found)
+        else:
+            self.exact = torch.maximum(self.exact.to(found.device), found)
+        tier = "projections" if self.projected else "exact"
+        self.tiers[tier] += self.heads if heads is None else heads
 
     def _add_bound(self, bound: Tensor, tier: str) -> None:
         self.bound = torch.maximum(self.bound.to(bound.device), bound)

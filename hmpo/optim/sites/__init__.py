@@ -10,6 +10,7 @@ from torch import nn
 
 from hmpo.optim.sites.fused import fused_projection
 from hmpo.optim.sites.latent import latent_attention
+from hmpo.optim.sites.plain import plain_attention
 from hmpo.optim.sites.rows import HeadRows
 from hmpo.optim.sites.separate import separate_projections
 from hmpo.optim.sites.site import AttentionSite, ClipTarget, uses_interface
@@ -44,4 +45,8 @@ def _scan(model: nn.Module) -> list[tuple[str, AttentionSite | str]]:
             site = next((s for s in built if s is not None), None)
             unknown = f"{type(module).__name__} has no q_proj and k_proj, nor a fused projection"
             found.append((name or type(module).__name__, unknown if site is None else site))
+        else:
+            site = plain_attention(name, module, getattr(model, "config", None))
+            if site is not None:
+                found.append((name or type(module).__name__, site))
     return found

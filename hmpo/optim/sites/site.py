@@ -51,6 +51,10 @@ class AttentionSite:
     """Gives what to scale, or the reason why nothing can be scaled."""
     hidden: str = ""
     """Why its logits cannot be read; "" where they can."""
+    tap: str = "interface"
+    """Where they are read: "interface", the attention function itself; "multihead",
+    `nn.MultiheadAttention` with its masks; "projections", before any rotary embedding and with
+    every pair of tokens, since that is all there is to hear."""
 
     def target(self, *, frozen: bool = False) -> ClipTarget | str:
         """What to scale now, or why nothing can be scaled.

@@ -1,0 +1,22 @@
+"""What MuonClip costs. Each part prints its rows and writes a result file of its own.
+
+python benchmarks/bench_muonclip.py [part ...]      all parts, or some of PARTS by name
+"""
+
+import sys
+
+import tracker_cost
+from common import one_thread
+
+PARTS = {"tracker": tracker_cost.main}
+
+
+def main() -> None:
+    """Run the parts that were named."""
+    one_thread()
+    for name in sys.argv[1:] or PARTS:
+        PARTS[name]()
+
+
+if __name__ == "__main__":
+    main()
