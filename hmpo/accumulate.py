@@ -7,8 +7,9 @@ from torch import Tensor, nn
 from hmpo.collect import autocast
 from hmpo.config import TrainerConfig
 from hmpo.logprobs import token_logprobs_and_entropy
+from hmpo.mismatch import join_weights, on_policy_rows
 from hmpo.objective import count_denominators, minibatch_band, power_mean_loss
-from hmpo.objective_config import ObjectiveConfig
+from hmpo.objective_config import MismatchConfig, ObjectiveConfig
 from hmpo.types import Batch
 
 
@@ -18,6 +19,7 @@ def accumulate(
     config: TrainerConfig,
     objective: ObjectiveConfig,
     exponent: Float[Tensor, ""] | None,
+    mismatch: MismatchConfig | None = None,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "M T"], Float[Tensor, "M T"]]:
     """Back-propagate a minibatch in micro-batches.
 
@@ -30,6 +32,8 @@ def accumulate(
         config: micro-batch size, precision and temperature.
         objective: the member of the family in force.
         exponent: overrides the objective's own exponent.
+        mismatch: its off-policy mask, which looks at the policy in training; the other
+            corrections come with the batch.
 
     Returns:
         (loss (), log-probs (M, T), entropy (M, T)), all detached.
@@ -49,6 +53,11 @@ def accumulate(
     losses, logprobs, entropies = [], [], []
     for part in parts:
         new, entropy = _forward(policy, batch, part, config)
+        weights = None if batch.weights is None else batch.weights[part]
+        if mismatch is not None:
+            drawn = batch.rollout.sampling_logprobs[part]
+            kept = on_policy_rows(new.detach(), drawn, mask[part], advantages[part], mismatch)
+            weights = join_weights(weights, kept)
         loss = power_mean_loss(
             new,
             old[part],
@@ -57,6 +66,7 @@ def accumulate(
             objective,
             ref_logprobs=None if batch.ref_logprobs is None else batch.ref_logprobs[part],
             exponent=exponent,
+            weights=weights,
             denominators=denominators,
             band=band,
         )

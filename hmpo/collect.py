@@ -1,5 +1,6 @@
 """From prompts to scored responses: everything of a rollout that precedes its advantages."""
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -53,6 +54,8 @@ class Collector:
     rewards: Rewards
     tokenizer: Any = None
     stop: tuple[str, ...] = ()
+    recompute: bool = False
+    """Whether old log-probs come from the policy's own forward pass, not from the sampler."""
 
     @property
     def device(self) -> torch.device:
@@ -86,6 +89,10 @@ class Collector:
                 top_p=config.top_p,
                 generator=keyed_generator(config.seed, "rollout", index),
             )
+        if self.recompute:
+            rollout = dataclasses.replace(
+                rollout, old_logprobs=self._logprobs(self.policy, rollout)
+            )
         scored = self._score(texts, rollout, columns, step)
         rewards, by_function, samples, events = scored
         valid = rewards.isfinite()
@@ -95,7 +102,7 @@ class Collector:
             rollout=rollout,
             rewards=rewards,
             valid=valid,
-            ref_logprobs=self._reference(rollout),
+            ref_logprobs=None if self.ref is None else self._logprobs(self.ref, rollout),
             metrics=self._describe(rollout, rewards, by_function),
             samples=samples,
             events=events,
@@ -164,15 +171,13 @@ class Collector:
         total = torch.tensor(result.total, device=self.device)
         return total, result.by_function, samples, events
 
-    def _reference(self, rollout: Rollout) -> Tensor | None:
-        """Log-probs under the frozen reference."""
-        if self.ref is None:
-            return None
+    def _logprobs(self, model: nn.Module, rollout: Rollout) -> Tensor:
+        """Log-probs of the responses by a model's own forward pass, without gradient."""
         size = self.config.micro_batch_size or len(rollout.finished)
         with torch.no_grad(), autocast(self.device, self.config):
             parts = [
                 token_logprobs(
-                    self.ref,
+                    model,
                     rollout.input_ids[start : start + size],
                     rollout.attention_mask[start : start + size],
                     rollout.response_ids.shape[1],

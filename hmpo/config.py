@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from hmpo.errors import require, require_positive
-from hmpo.objective_config import ExponentConfig, ObjectiveConfig
+from hmpo.objective_config import ExponentConfig, MismatchConfig, ObjectiveConfig
 
 __all__ = [
     "CheckpointConfig",
@@ -22,6 +22,7 @@ __all__ = [
     "ExponentConfig",
     "GSPOConfig",
     "HMPOConfig",
+    "MismatchConfig",
     "ObjectiveConfig",
     "OptimizerConfig",
     "PolicyConfig",
@@ -170,6 +171,8 @@ class PowerMeanConfig(TrainerConfig):
     """Both clip half-widths, in the unit of the objective's `clip_space`; None keeps them."""
     objective: ObjectiveConfig | None = None
     """The whole objective; excludes the three short forms above."""
+    mismatch: MismatchConfig = field(default_factory=MismatchConfig)
+    """Corrections where sampler and trainer disagree."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -188,7 +191,13 @@ class PowerMeanConfig(TrainerConfig):
                 self.power_p,
                 f'None with mean_type = {self.mean_type!r} (set mean_type = "power")',
             )
-        self.resolved_objective  # noqa: B018  (validates the short forms now, not at first use)
+        objective = self.resolved_objective  # validates the short forms now, not at first use
+        require(
+            objective.clip_share is None or self.updates_per_rollout > 1,
+            "clip_share",
+            objective.clip_share,
+            "None with one update per rollout, where no ratio differs from 1",
+        )
 
     @property
     def resolved_objective(self) -> ObjectiveConfig:
@@ -381,6 +390,7 @@ class RunConfig:
     rewards: RewardConfig = field(default_factory=RewardConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    mismatch: MismatchConfig = field(default_factory=MismatchConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

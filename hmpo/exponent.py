@@ -1,4 +1,4 @@
-"""Where the exponent p comes from: fixed, a schedule, learned, matched to each response, rewards.
+"""Where the exponent p comes from: fixed, scheduled, learned, matched, from rewards, controlled.
 
 `matched_exponent` is a pure rule inside the objective (PMPO). The others are sources: small
 objects that a trainer asks for p before each update, and that keep what they have learned.
@@ -118,6 +118,36 @@ class LinearExponent(ExponentSource):
         """Exponent of the 0-based update."""
         share = min(1.0, update / (self.updates - 1))
         return (1 - share) * self.objective.p + share * self.objective.exponent.end
+
+
+class ControllerExponent(ExponentSource):
+    """`objective.p` until a controller sets another exponent."""
+
+    def __init__(self, objective: ObjectiveConfig) -> None:
+        super().__init__(objective)
+        self.p = objective.p
+
+    def set(self, p: float) -> None:
+        """Use `p` from the next update on.
+
+        Raises:
+            ConfigError: `p` is not finite.
+        """
+        if not math.isfinite(p):
+            raise ConfigError(f"p: got {p!r} from a controller, expected a finite number")
+        self.p = float(p)
+
+    def value(self, update: int) -> float:
+        """Exponent that was set last."""
+        return self.p
+
+    def state_dict(self) -> dict[str, Any]:
+        """The exponent in force."""
+        return {"p": self.p}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue exactly where `state_dict` was taken."""
+        self.p = state["p"]
 
 
 class RewardExponent(ExponentSource):
@@ -279,5 +309,7 @@ def exponent_source(
             return LearnableExponent(objective, device)
         case "reward":
             return RewardExponent(objective)
+        case "controller":
+            return ControllerExponent(objective)
         case _:
             return ExponentSource(objective)

@@ -49,6 +49,7 @@ from hmpo.types import Band, Denominators, ObjectiveOutput
 __all__ = [
     "EXP_LIMIT",
     "count_denominators",
+    "exponent_in_force",
     "minibatch_band",
     "objective_metrics",
     "power_mean_loss",
@@ -122,7 +123,7 @@ def power_mean_loss(
     log_ratio = _log_ratio(logprobs, old_logprobs, mask)
     advantages = _row_advantages(advantages, lengths, log_ratio.dtype)
     omega = _row_weights(lengths, config, denominators, log_ratio.dtype)
-    p = _exponent(log_ratio, mask, advantages, config, exponent)
+    p = exponent_in_force(log_ratio, mask, advantages, config, exponent)
     if config.needs_band and band is None:
         if denominators is not None:
             raise ConfigError(
@@ -162,8 +163,36 @@ def minibatch_band(
     """Centre and scale of the clip band of a whole minibatch, to be handed to its parts."""
     log_ratio = _log_ratio(logprobs, old_logprobs, mask)
     advantages = _row_advantages(advantages, mask.sum(1), log_ratio.dtype)
-    p = _exponent(log_ratio, mask, advantages, config, exponent)
+    p = exponent_in_force(log_ratio, mask, advantages, config, exponent)
     return measure_band(log_ratio, mask, p, config)
+
+
+def exponent_in_force(
+    log_ratio: Float[Tensor, "N T"],
+    mask: Bool[Tensor, "N T"],
+    advantages: Float[Tensor, " N"],
+    config: ObjectiveConfig,
+    exponent: Float[Tensor, ""] | Float[Tensor, " N"] | None,
+) -> Exponent:
+    """The exponent that the objective uses: one number, or one per row.
+
+    Args:
+        log_ratio: token log ratios (nat), 0 on padding.
+        mask: True on response tokens.
+        advantages: one per response.
+        config: the member of the family.
+        exponent: what a source says, which then is the answer; None leaves it to `config`.
+    """
+    if exponent is not None:
+        return exponent
+    if config.exponent.kind == "matched":
+        return matched_exponent(log_ratio, mask, advantages, config)
+    positive, negative = config.exponent_for(positive=True), config.exponent_for(positive=False)
+    if positive == negative:
+        return positive
+    return torch.where(
+        advantages >= 0, advantages.new_tensor(positive), advantages.new_tensor(negative)
+    )
 
 
 @torch.no_grad()
@@ -193,7 +222,7 @@ def objective_metrics(
     _check(logprobs, old_logprobs, mask, advantages, ref_logprobs, exponent)
     log_ratio = _log_ratio(logprobs, old_logprobs, mask)
     advantages = _row_advantages(advantages, mask.sum(1), log_ratio.dtype)
-    p = _exponent(log_ratio, mask, advantages, config, exponent)
+    p = exponent_in_force(log_ratio, mask, advantages, config, exponent)
     rows = mask.any(1)
     if config.needs_band and band is None:
         band = measure_band(log_ratio, mask, p, config)
@@ -303,26 +332,6 @@ def _row_weights(
         case _:
             assert config.max_length is not None, "checked by ObjectiveConfig"
             return lengths.to(dtype) / (sequences * config.max_length)
-
-
-def _exponent(
-    log_ratio: Tensor,
-    mask: Tensor,
-    advantages: Tensor,
-    config: ObjectiveConfig,
-    exponent: Tensor | None,
-) -> Exponent:
-    """The exponent in force: one number, or one per row."""
-    if exponent is not None:
-        return exponent
-    if config.exponent.kind == "matched":
-        return matched_exponent(log_ratio, mask, advantages, config)
-    positive, negative = config.exponent_for(positive=True), config.exponent_for(positive=False)
-    if positive == negative:
-        return positive
-    return torch.where(
-        advantages >= 0, advantages.new_tensor(positive), advantages.new_tensor(negative)
-    )
 
 
 def _check(

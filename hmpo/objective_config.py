@@ -14,11 +14,12 @@ from hmpo.errors import require, require_positive
 class ExponentConfig:
     """Where the exponent p comes from (see `hmpo.exponent`)."""
 
-    kind: Literal["fixed", "linear", "learnable", "matched", "reward"] = "fixed"
+    kind: Literal["fixed", "linear", "learnable", "matched", "reward", "controller"] = "fixed"
     """fixed: the objective's `p`, `p_positive` and `p_negative`. linear: from `p` to `end` over
     `updates`. learnable: a parameter that starts at `p` and follows `criterion`. matched: one for
     each response, from its share of clipped tokens (PMPO). reward: exp(-gamma * mean reward) of
-    the rollout, and the upper clip bound with it (APMPO)."""
+    the rollout, and the upper clip bound with it (APMPO). controller: `p` until a controller
+    sets another."""
     end: float = -2.0
     """linear: the exponent of the last update."""
     updates: int | None = None
@@ -61,6 +62,56 @@ class ExponentConfig:
         for name in ("gamma", "clip_gain"):
             value = getattr(self, name)
             require(math.isfinite(value) and value >= 0, name, value, "a finite number >= 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MismatchConfig:
+    """Corrections for a sampler whose probabilities are not the trainer's (see `hmpo.mismatch`).
+
+    rho = pi_old / pi_sampled is the ratio of a token or, as the product over its tokens, of a
+    response. All thresholds are ratios.
+    """
+
+    recompute: bool = False
+    """Compute the old log-probs anew by the trainer's own forward pass, once per rollout; needed
+    where the sampler computes differently. Without it only top-k and top-p make a difference."""
+    correction: Literal["none", "truncate", "mask"] = "none"
+    """Weigh the gradient by rho held between `low` and `high` (TIS), or by rho where it lies
+    between them and by 0 elsewhere (IcePop, MIS)."""
+    level: Literal["token", "sequence"] = "token"
+    """Whether each token has its own rho, or the whole response one."""
+    low: float = 0.0
+    """Least rho."""
+    high: float = 2.0
+    """Largest rho."""
+    sequence_low: float | None = None
+    """Leave out responses whose geometric mean of rho over tokens is below this; None keeps."""
+    sequence_high: float | None = None
+    """Leave out responses whose geometric mean of rho over tokens is above this; None keeps."""
+    off_policy_low: float | None = None
+    """Leave out responses with advantage < 0 whose geometric mean of pi / pi_sampled has fallen
+    below this ratio (DeepSeek-V3.2's off-policy mask with delta = -log of it); None keeps."""
+
+    def __post_init__(self) -> None:
+        require(0 <= self.low <= 1, "low", self.low, "a ratio in [0, 1]")
+        high = self.high
+        require(math.isfinite(high) and high >= 1, "high", high, "a finite ratio >= 1")
+        for name in ("sequence_low", "off_policy_low"):
+            value = getattr(self, name)
+            require(value is None or 0 < value <= 1, name, value, "a ratio in (0, 1]")
+        top = self.sequence_high
+        require(
+            top is None or (math.isfinite(top) and top >= 1),
+            "sequence_high",
+            top,
+            "a finite ratio >= 1",
+        )
+
+    @property
+    def corrects(self) -> bool:
+        """Whether anything of it changes the gradient."""
+        limits = (self.sequence_low, self.sequence_high, self.off_policy_low)
+        return self.correction != "none" or any(limit is not None for limit in limits)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +158,12 @@ class ObjectiveConfig:
     clip_center: Literal["one", "drift"] = "one"
     """Centre of a sequence clip: 1, or the minibatch's mean of M_p / M_1 (in log space), around
     which the mean of p != 1 lies even where nothing was learned."""
+    clip_share: float | None = None
+    """Calibrate the half-widths so that this share of the units clips (0.05 to 0.2 is usual),
+    from the updates after the first of the first `clip_rollouts` rollouts; their proportion
+    stays. None keeps them as they are. Acts in the trainer."""
+    clip_rollouts: int = 2
+    """clip_share: rollouts to calibrate on; until then the half-widths hold as they are."""
     sign_convention: Literal["bound", "paper"] = "bound"
     """Asymmetric bounds for advantages < 0: the lower one limits falling ratios (PPO, verl, TRL);
     or, as in GMPO's formula for ratio^sign, the upper one does, mirrored: 1/r <= upper."""
@@ -157,6 +214,13 @@ class ObjectiveConfig:
                 value,
                 f'"{plain}" with clip_level = "{level}"',
             )
+        if self.clip_share is not None:
+            share, kind = self.clip_share, self.exponent.kind
+            require(0 < share < 1, "clip_share", share, "a number in (0, 1)")
+            require(level != "none", "clip_share", share, 'None with clip_level = "none"')
+            plain = kind not in ("reward", "matched")
+            require(plain, "clip_share", share, f'None with exponent.kind = "{kind}"')
+        require(self.clip_rollouts >= 1, "clip_rollouts", self.clip_rollouts, "an integer >= 1")
         if self.clip_width == "z":
             require(self.clip_space == "log", "clip_space", self.clip_space, '"log" with z widths')
         if self.dual_clip is not None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hmpo.clipping import EXP_LIMIT, active_bounds, exp_linear, log_mean, row_bounds
-from hmpo.means import effective_sample_size, log_power_mean
+from hmpo.means import effective_sample_size, log_power_mean, power_mean_weights
 from hmpo.objective_config import ObjectiveConfig
 from hmpo.types import Band
 
@@ -69,12 +69,15 @@ def ratio_metrics(
         "ratio/d_var": d.var(correction=0),
         "ratio/d_min": d.min(),
         "ratio/d_max": d.max(),
+        **_quantiles(d),
+        "ratio/chi2_tok": (2 * d).clamp(max=EXP_LIMIT).exp().mean() - 1,
         "ratio/m_mean": m.mean(),
         "ratio/m_std": m.std(correction=0),
         "ratio/m_min": m.min(),
         "ratio/m_max": m.max(),
         "ratio/clamped": (log_m > EXP_LIMIT).sum(),
         "ratio/ess_tok": effective_sample_size(log_ratio, mask, p).mean(),
+        "ratio/w_entropy": _weight_entropy(log_ratio, mask, p),
         "ratio/ess_seq": whole.sum().square() / (whole.numel() * whole.square().sum()),
     }
 
@@ -105,6 +108,25 @@ def clip_metrics(
         "clip/frac_neg": _share(below & negative, negative),
         "clip/frac_band": _share(above | below, every),
     }
+
+
+QUANTILE_LIMIT = 2**24
+"""Most values that `torch.quantile` takes; of more, every n-th is looked at."""
+
+
+def _quantiles(d: Tensor) -> dict[str, Tensor]:
+    """Three quantiles of the token log ratios."""
+    d = d[:: -(-d.numel() // QUANTILE_LIMIT)]
+    low, middle, high = torch.quantile(d, d.new_tensor([0.05, 0.5, 0.95]))
+    return {"ratio/d_p05": low, "ratio/d_p50": middle, "ratio/d_p95": high}
+
+
+def _weight_entropy(log_ratio: Tensor, mask: Tensor, p: Tensor) -> Tensor:
+    """Row mean of the token weights' entropy over log L; 1 for a row of one token."""
+    weights = power_mean_weights(log_ratio, mask, p)
+    entropy = torch.special.entr(weights).sum(1)
+    most = mask.sum(1).to(entropy.dtype).log()
+    return torch.where(most > 0, entropy / most.masked_fill(most == 0, 1), 1).mean()
 
 
 def _share(part: Tensor, whole: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from hmpo import members
-from hmpo.config import GSPOConfig, PowerMeanConfig, RunConfig, require, to_dict
+from hmpo.config import GSPOConfig, MismatchConfig, PowerMeanConfig, RunConfig, require, to_dict
 from hmpo.errors import ConfigError
 
 T = TypeVar("T")
@@ -119,8 +119,16 @@ def trainer_config(config: RunConfig, **changes: Any) -> PowerMeanConfig | GSPOC
             bounds.name,
             'member = "gspo" with algorithm = "gspo"',
         )
+        plain = config.mismatch == MismatchConfig()
+        require(plain, "mismatch", config.mismatch, 'its defaults with algorithm = "gspo"')
+        require(
+            bounds.clip_share is None,
+            "objective.clip_share",
+            bounds.clip_share,
+            'None with algorithm = "gspo"',
+        )
         return GSPOConfig(epsilon_low=bounds.clip_low, epsilon_high=bounds.clip_high, **shared)
-    return PowerMeanConfig(objective=config.objective, **shared)
+    return PowerMeanConfig(objective=config.objective, mismatch=config.mismatch, **shared)
 
 
 def config_hash(config: RunConfig) -> str:

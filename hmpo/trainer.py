@@ -16,10 +16,12 @@ from torch import Tensor, nn
 
 from hmpo.accumulate import accumulate
 from hmpo.advantages import group_advantages, zero_variance_groups
+from hmpo.calibration import ClipCalibration
 from hmpo.collect import Collector, Prompts
 from hmpo.config import HMPOConfig, PowerMeanConfig
 from hmpo.errors import ConfigError, NonFiniteError
 from hmpo.exponent import exponent_source
+from hmpo.mismatch import mismatch_metrics, mismatch_weights
 from hmpo.nonfinite import (
     Fault,
     fault_text,
@@ -28,14 +30,14 @@ from hmpo.nonfinite import (
     optimizer_fault,
     weights_fault,
 )
-from hmpo.objective import objective_metrics, power_mean_loss
+from hmpo.objective import exponent_in_force, objective_metrics, power_mean_loss
 from hmpo.objective_config import ObjectiveConfig
 from hmpo.optim import MuonClip, MuonClipConfig, discard_qk_readings, with_qk_clip
 from hmpo.optim.build import clip_metrics, join_clip_state, split_clip_state
 from hmpo.policy_state import load_trained_state, trained_state
 from hmpo.rewards import Rewards
 from hmpo.sampling import minibatch_rows
-from hmpo.types import Batch, Event, Metrics
+from hmpo.types import Batch, Event, Metrics, Rollout
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +80,7 @@ class PowerMeanTrainer:
         objective = config.resolved_objective
         self.device = next(policy_model.parameters()).device
         self.exponent = exponent_source(objective, self.device, config.total_updates)
+        self.calibration = ClipCalibration(objective)
         rewards = (
             reward_fn
             if isinstance(reward_fn, Rewards)
@@ -90,6 +93,7 @@ class PowerMeanTrainer:
             rewards=rewards,
             tokenizer=tokenizer,
             stop=tuple(stop),
+            recompute=config.mismatch.recompute,
         )
         if self.objective.kl_coef > 0 and ref_model is None:
             raise ConfigError(
@@ -147,8 +151,8 @@ class PowerMeanTrainer:
 
     @property
     def objective(self) -> ObjectiveConfig:
-        """The objective in force; a reward-adaptive exponent moves its upper bound."""
-        return self.exponent.objective
+        """The objective in force; rewards or a calibration may have moved its bounds."""
+        return self.calibration.apply(self.exponent.objective)
 
     def begin_rollout(self, prompts: Prompts, columns: Mapping[str, Sequence[Any]]) -> None:
         """Sample responses, score them, and form advantages."""
@@ -160,12 +164,14 @@ class PowerMeanTrainer:
             std_ddof=self.config.std_ddof,
             valid=collected.valid,
         )
+        weights, mismatch = self._mismatch(collected.rollout, collected.valid)
         self.batch = Batch(
             rollout=collected.rollout,
             rewards=collected.rewards,
             advantages=advantages,
             valid=collected.valid,
             ref_logprobs=collected.ref_logprobs,
+            weights=weights,
         )
         self.exponent.observe(collected.rewards[collected.valid])
         self.cursor = 0
@@ -173,7 +179,8 @@ class PowerMeanTrainer:
         dead = zero_variance_groups(
             collected.rewards, self.config.group_size, valid=collected.rewards.isfinite()
         )
-        self.rollout_metrics = collected.metrics | {"adv/zero_frac": float(dead.double().mean())}
+        self.rollout_metrics = collected.metrics | mismatch
+        self.rollout_metrics["adv/zero_frac"] = float(dead.double().mean())
         self.samples = collected.samples
         self.events += collected.events
         self.totals["num_tokens"] += int(self.batch.rollout.attention_mask.sum())
@@ -202,7 +209,9 @@ class PowerMeanTrainer:
         self._set_lr()
         p = self.exponent.value(self.step)
         exponent = None if p is None else torch.tensor(p, dtype=torch.float64)
-        loss, logprobs, entropy = accumulate(self.policy, batch, config, self.objective, exponent)
+        loss, logprobs, entropy = accumulate(
+            self.policy, batch, config, self.objective, exponent, config.mismatch
+        )
         norm = self._clip_gradient()
         fault = (
             forward_fault(batch, loss, logprobs)
@@ -214,6 +223,9 @@ class PowerMeanTrainer:
             self.optimizer.step()
             self._check_step()
             learned = self._learn_exponent(batch, logprobs)
+        record_of = self._objective_record(batch, logprobs, entropy, exponent)
+        if fault is None:
+            self._calibrate(batch, logprobs, exponent)
         self.optimizer.zero_grad(set_to_none=True)
         record = {
             "step": self.step,
@@ -227,7 +239,7 @@ class PowerMeanTrainer:
             "grad_norm_clipped": min(float(norm), config.max_grad_norm or math.inf),
             "update_skipped": int(fault is not None),
             "nonfinite": int(fault is not None),
-            **self._objective_record(batch, logprobs, entropy, exponent),
+            **record_of,
             **learned,
             **self.rollout_metrics,
             **(clip_metrics(self.optimizer) if fault is None else {}),
@@ -262,6 +274,40 @@ class PowerMeanTrainer:
 
         log_ratio = torch.where(mask, logprobs - old, torch.zeros_like(old))
         return self.exponent.learn(log_ratio, mask, advantages, surrogate)
+
+    def _mismatch(self, rollout: Rollout, valid: Tensor) -> tuple[Tensor | None, Metrics]:
+        """Weights of a rollout where sampler and trainer may differ, and how much they do."""
+        settings, sampling = self.config.mismatch, self.config.top_k > 0 or self.config.top_p < 1
+        if not (settings.recompute or settings.corrects or sampling):
+            return None, {}
+        mask = rollout.response_mask & valid[:, None]
+        drawn = rollout.old_logprobs, rollout.sampling_logprobs, mask
+        weights = mismatch_weights(*drawn, settings)
+        metrics = mismatch_metrics(*drawn, weights)
+        return weights, {name: float(value) for name, value in metrics.items()}
+
+    def _calibrate(self, batch: Batch, logprobs: Tensor, exponent: Tensor | None) -> None:
+        """Let the clip's calibration see an applied update of the first rollouts."""
+        base = self.exponent.objective
+        if base.clip_share is None:
+            return
+        mask = batch.rollout.response_mask & batch.valid[:, None]
+        log_ratio = torch.where(mask, logprobs - batch.rollout.old_logprobs, 0)
+        p = exponent_in_force(log_ratio, mask, batch.advantages, base, exponent)
+        settled = self.calibration.observe(
+            log_ratio,
+            mask,
+            batch.advantages,
+            p,
+            base,
+            rollout=self.rollouts - 1,
+            staleness=self.cursor,
+        )
+        if settled:
+            low, high = self.objective.log_bounds
+            data = {"scale": self.calibration.scale, "log_low": low, "log_high": high}
+            self.events.append(Event(name="clip_calibrated", step=self.step, data=data))
+            logger.info("clip half-widths calibrated: log bounds %.3g and %.3g", low, high)
 
     def _clip_gradient(self) -> Tensor:
         """Global L2 norm of the gradient, before clipping it to `max_grad_norm`.
@@ -340,6 +386,7 @@ class PowerMeanTrainer:
                 "totals": dict(self.totals),
                 "rollout_metrics": dict(self.rollout_metrics),
                 "exponent": self.exponent.state_dict(),
+                "calibration": self.calibration.state_dict(),
                 "batch": None if self.batch is None else self.batch.state_dict(),
             },
         }
@@ -354,6 +401,7 @@ class PowerMeanTrainer:
         self.totals = dict(mine["totals"])
         self.rollout_metrics = dict(mine["rollout_metrics"])
         self.exponent.load_state_dict(mine.get("exponent", {}))  # absent before there were any
+        self.calibration.load_state_dict(mine.get("calibration", {}))  # likewise
         self.batch = (
             None if mine["batch"] is None else Batch.from_state_dict(mine["batch"], self.device)
         )

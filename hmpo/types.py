@@ -83,6 +83,8 @@ class Batch:
     """False for rows left out of the loss: dropped reward, masked truncation."""
     ref_logprobs: Float[Tensor, "N T"] | None = None
     """Log-probs of the frozen reference, where a KL term is used."""
+    weights: Float[Tensor, " N"] | Float[Tensor, "N T"] | None = None
+    """Corrections of a train/inference mismatch, per response or per token; None where all 1."""
 
     def select(self, rows: Int[Tensor, " M"]) -> "Batch":
         """The given rows."""
@@ -114,8 +116,11 @@ class Batch:
         }
         parts |= {n: getattr(rollout, n)[:, left:] for n in ("prompt_ids", "prompt_mask")}
         ref = None if self.ref_logprobs is None else self.ref_logprobs[:, :length]
+        weights = self.weights
+        if weights is not None and weights.ndim == 2:
+            weights = weights[:, :length]
         rollout = dataclasses.replace(rollout, **parts)
-        return dataclasses.replace(self, rollout=rollout, ref_logprobs=ref)
+        return dataclasses.replace(self, rollout=rollout, ref_logprobs=ref, weights=weights)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -191,6 +191,20 @@ def test_schedule_and_rewards_set_the_exponent_of_each_update():
     assert other.objective == trainer.objective and other.exponent.p == trainer.exponent.p
 
 
+def test_a_controller_sets_the_exponent_of_the_next_updates_and_a_checkpoint_keeps_it():
+    objective = ObjectiveConfig(p=-1.0, exponent=ExponentConfig(kind="controller"))
+    trainer = trainer_for(tiny_llama(), settings(objective=objective))
+    trainer.begin_rollout(PROMPTS, {})
+    assert trainer.next_update()["ratio/p"] == -1.0
+    trainer.exponent.set(0.25)
+    assert trainer.next_update()["ratio/p"] == 0.25
+    other = trainer_for(tiny_llama(), settings(objective=objective))
+    other.load_state_dict(copy.deepcopy(trainer.state_dict()))
+    assert other.exponent.value(0) == 0.25
+    with pytest.raises(ConfigError, match="p: got nan from a controller"):
+        trainer.exponent.set(math.nan)
+
+
 def test_sources_by_name():
     kinds = {}
     for make in members.BY_NAME.values():

@@ -188,11 +188,15 @@ _RATIO = (
     _float("ratio/log_gap_p50", "nat", "Its median over responses.", 0.0),
     _float("ratio/log_gap_p95", "nat", "Its 95th percentile over responses.", 0.0),
     _float("ratio/log_gap_max", "nat", "Its maximum over responses.", 0.0),
-    _float("ratio/log_skew_mean", "nat", "Response mean of log M_1 + log M_-1 - 2 log M_0."),
+    _float("ratio/log_skew_mean", "nat", "Response mean of (log M_1 + log M_-1) / 2 - log M_0."),
     _float("ratio/d_mean", "nat", "Token mean of d."),
     _float("ratio/d_var", "nat^2", "Token variance of d.", 0.0),
     _float("ratio/d_min", "nat", "Smallest d."),
     _float("ratio/d_max", "nat", "Largest d."),
+    _float("ratio/d_p05", "nat", "5th percentile of d over tokens."),
+    _float("ratio/d_p50", "nat", "Median of d over tokens."),
+    _float("ratio/d_p95", "nat", "95th percentile of d over tokens."),
+    _float("ratio/chi2_tok", "1", "Token mean of exp(2 d) less 1: chi-square, new to old.", -1.0),
     _float("ratio/m_mean", "1", "Response mean of the M_p in use, unclipped.", 0.0),
     _float("ratio/m_std", "1", "Its standard deviation over responses.", 0.0),
     _float("ratio/m_min", "1", "Its minimum.", 0.0),
@@ -200,6 +204,10 @@ _RATIO = (
     _count("ratio/clamped", "Responses with log M_p > 20, where exp goes on as its tangent."),
     _frac(
         "ratio/ess_tok", "Response mean of 1 / (L sum of squared token weights) at the p in use."
+    ),
+    _frac(
+        "ratio/w_entropy",
+        "Response mean of the token weights' entropy over log L, at the p in use.",
     ),
     _frac("ratio/ess_seq", "(sum W)^2 / (n sum W^2), W = exp(sum of d, clamped to +-20)."),
     _float("ratio/p", "1", "Exponent in force, or its mean over responses."),
@@ -234,6 +242,26 @@ _CLIP = (
     _float("clip/lo", "nat", "Lower bound of the log ratio in force."),
     _float("clip/hi", "nat", "Upper bound of the log ratio in force."),
     _float("clip/center", "nat", "Centre of the band."),
+)
+
+_MISMATCH = (
+    _float("mismatch/k1", "nat/token", "Token mean of -log rho: KL(sampler || old policy)."),
+    _float("mismatch/k3", "nat/token", "Token mean of rho - 1 - log rho: the same.", 0.0),
+    _float(
+        "mismatch/ppl_gap",
+        "nat/token",
+        "Response mean of log perplexity under the old policy less that under the sampler.",
+    ),
+    _float("mismatch/rho_mean", "1", "Token mean of rho = pi_old / pi_sampling.", 0.0),
+    _float("mismatch/rho_min", "1", "Smallest rho.", 0.0),
+    _float("mismatch/rho_p01", "1", "1st percentile of rho over tokens.", 0.0),
+    _float("mismatch/rho_p99", "1", "99th percentile of rho over tokens.", 0.0),
+    _float("mismatch/rho_max", "1", "Largest rho.", 0.0),
+    _frac("mismatch/ess", "(sum rho)^2 / (n sum rho^2) over tokens."),
+    _float("mismatch/chi2_tok", "1", "Token mean of rho^2 less 1.", -1.0),
+    _float("mismatch/chi2_seq", "1", "Response mean of (prod rho)^2 less 1.", -1.0),
+    _frac("mismatch/masked_frac", "Tokens (or responses, as the weights) of weight 0."),
+    _frac("mismatch/truncated_frac", "Of the same, those whose weight was held at a bound."),
 )
 
 _REWARD = (
@@ -328,6 +356,7 @@ GROUPS: dict[str, tuple[Field, ...]] = {
     "Loss and optimizer": _OPTIMIZER,
     "Importance ratios": _RATIO,
     "Clipping": _CLIP,
+    "Train/inference mismatch": _MISMATCH,
     "Advantages, rewards, responses": _REWARD,
     "Attention logits (QK-clip)": _QK,
     "Evaluation": _EVAL,
