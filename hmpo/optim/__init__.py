@@ -10,7 +10,7 @@ from hmpo.optim.muon_clip import (
     qk_clip_stats,
     with_qk_clip,
 )
-from hmpo.optim.param_groups import MuonWithAdamW, split_param_groups
+from hmpo.optim.param_groups import MuonWithAdamW, describe_groups, split_param_groups
 from hmpo.optim.qk_clip import ClipStats, QKClip
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "MuonClipConfig",
     "MuonWithAdamW",
     "QKClip",
+    "describe_groups",
     "detach_qk_clip",
     "discard_qk_readings",
     "qk_clip_stats",

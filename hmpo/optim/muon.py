@@ -1,96 +1,33 @@
 """Muon: momentum, orthogonalised by Newton-Schulz iterations, for matrices.
 
-Sources: K. Jordan's Muon (iteration and coefficients), Moonlight (arXiv 2502.16982: decoupled
-weight decay, update RMS 0.2 * sqrt(max(n, m)) so that AdamW's learning rates carry over), Polar
-Express (arXiv 2505.16932: coefficients). The momentum is torch.optim.Muon's moving average; the
-iteration does not see its scale. Deviation: equally shaped small matrices are iterated as one
-batch.
+Sources: K. Jordan's Muon, Moonlight (arXiv 2502.16982: decoupled weight decay, update RMS
+0.2 * sqrt(max(n, m)) so that AdamW's learning rates carry over), Kimi K2 (arXiv 2507.20534: the
+momentum as a sum), GLM-5 and Kimi K3 (the blocks of heads orthogonalised apart).
+Deviation: equally shaped small matrices are iterated as one batch. Sharded matrices (DTensor) are
+gathered once each, and every rank iterates on them.
 """
 
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate
 from torch.optim import Optimizer
 
 from hmpo.config import require
 from hmpo.errors import ConfigError, ShapeError
+from hmpo.optim.newton_schulz import fast_dtype, ns_triples, polar_factor
 
-Triple = tuple[float, float, float]
+LAYOUT: dict[str, Any] = {"split_sizes": None, "split_repeats": 1, "transposed": False}
+"""How the matrices of a group divide into maps of their own; `Muon` says what each key means."""
 
-NS_COEFFICIENTS: dict[str, tuple[Triple, ...]] = {
-    "jordan": ((3.4445, -4.7750, 2.0315),),
-    "you": (
-        (4.0848, -6.8946, 2.9270),
-        (3.9505, -6.3029, 2.6377),
-        (3.7418, -5.5913, 2.3037),
-        (2.8769, -3.1427, 1.2046),
-        (2.8366, -3.0525, 1.2012),
-    ),
-    "polar_express": tuple(
-        (a / 1.01, b / 1.01**3, c / 1.01**5)
-        for a, b, c in (
-            (8.28721201814563, -23.595886519098837, 17.300387312530933),
-            (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
-            (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
-            (3.3184196573706015, -2.488488024314874, 0.51004894012372),
-            (2.300652019954817, -1.6689039845749518, 0.4188073119525673),
-        )
-    ),
-}
-"""Named (a, b, c) of x -> a x + b (x x') x + c (x x')^2 x; the last triple repeats."""
-
-BATCH_ELEMENTS = 1 << 22
-"""Elements of equally shaped matrices that are iterated together. One larger matrix goes alone."""
-
-
-def ns_triples(coefficients: str | Sequence[Any], steps: int) -> tuple[Triple, ...]:
-    """One triple for each step, from a name, one triple, or a sequence of triples.
-
-    Raises:
-        ConfigError: unknown name, or not triples of numbers.
-    """
-    require(isinstance(steps, int) and 0 < steps < 100, "ns_steps", steps, "an integer in 1..99")
-    if isinstance(coefficients, str):
-        known = ", ".join(NS_COEFFICIENTS)
-        require(coefficients in NS_COEFFICIENTS, "ns_coefficients", coefficients, f"one of {known}")
-        triples = NS_COEFFICIENTS[coefficients]
-    elif coefficients and all(isinstance(c, (int, float)) for c in coefficients):
-        triples = (tuple(coefficients),)
-    else:
-        triples = tuple(tuple(t) for t in coefficients)
-    if not triples or any(len(t) != 3 for t in triples):
-        raise ConfigError(f"ns_coefficients: got {coefficients!r}, expected triples (a, b, c)")
-    return tuple(triples[min(i, len(triples) - 1)] for i in range(steps))
-
-
-def newton_schulz(
-    matrices: Float[Tensor, "... n m"],
-    triples: Sequence[Triple],
-    eps: float = 1e-7,
-    dtype: torch.dtype = torch.float32,
-) -> Float[Tensor, "... n m"]:
-    """Approximate the orthogonal polar factor U V' of each matrix U S V'.
-
-    Args:
-        matrices: one matrix (n, m) or a batch (b, n, m).
-        triples: coefficients, one triple for each iteration.
-        eps: least Frobenius norm to divide by.
-        dtype: precision of the iteration and of the result.
-    """
-    x = matrices.to(dtype, copy=True)
-    tall = x.shape[-2] > x.shape[-1]
-    x = x.mT if tall else x
-    x.div_(torch.linalg.matrix_norm(x, keepdim=True).clamp(min=eps))
-    addmm = torch.addmm if x.ndim == 2 else torch.baddbmm
-    for a, b, c in triples:
-        gram = x @ x.mT
-        x = addmm(x, addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.mT if tall else x
+CPU_MATRIX, CPU_BATCH = 1 << 16, 1 << 19
+"""On a CPU: elements up to which a matrix is batched, and of a batch (it should fit a cache)."""
+DEVICE_BATCH = 1 << 24
+"""Elements of a batch elsewhere, where it saves launches."""
 
 
 class Muon(Optimizer):
@@ -100,20 +37,33 @@ class Muon(Optimizer):
         params: matrices, or parameter groups of them.
         lr: learning rate; with the default `update_rms`, AdamW's values fit.
         weight_decay: decoupled, multiplied by `lr`.
-        momentum: decay of the moving average of gradients.
+        momentum: decay of the gradients' average or sum.
         nesterov: look ahead by mixing the gradient in once more.
-        ns_coefficients: "jordan", "you", "polar_express", one triple, or one triple per step.
+        ns_coefficients: "jordan", "you", "polar_express", "cans", "deepseek_v4", one triple, or
+            one triple per step.
         eps: least norm to divide by.
-        ns_steps: Newton-Schulz iterations.
-        update_rms: the orthogonalised update is multiplied by update_rms * sqrt(max(n, m)), so
-            that its root mean square is about `update_rms` at full rank (and smaller for
-            gradients of low rank, which five iterations do not lift to 1).
-        ns_dtype: precision of the iterations; None means bfloat16 on CUDA, float32 elsewhere
-            (deterministic, and bfloat16 is slow on CPUs without instructions for it).
+        ns_steps: Newton-Schulz iterations; None means 5, 10 for "deepseek_v4", and the length of
+            a list.
+        update_rms: root mean square that an update should have, before `lr`.
+        momentum_form: "ema", torch.optim.Muon's moving average, or "sum", K2's. The iteration
+            does not see the scale, so at a constant `momentum` both give the same updates.
+        update_scale: "formula" multiplies by update_rms * sqrt(max(n, m)), right where all
+            singular values become 1, and too little for gradients of low rank, which five steps
+            do not lift to 1 (0.4 of it on a power law). "measured" divides by the update's own
+            root mean square. "original" is Jordan's sqrt(max(1, outputs / inputs)), without
+            `update_rms`.
+        ns_dtype: precision of the iterations; None asks the machine (`fast_dtype`) when a group
+            is added. The answer is kept in the group and its `state_dict`, so that a run goes on
+            with it elsewhere.
+
+    A group may say how its matrices divide: `split_sizes`, numbers of output rows that are
+    orthogonalised apart (heads; query, key and value), as a pattern that comes `split_repeats`
+    times, the same part of every repeat being one map; and `transposed`, for weights whose outputs
+    are columns. `split_param_groups` fills these in.
 
     Raises:
         ConfigError: a setting is out of range.
-        ShapeError: a parameter is no matrix.
+        ShapeError: a parameter is no matrix, or does not divide as its group says.
     """
 
     def __init__(
@@ -125,9 +75,11 @@ class Muon(Optimizer):
         nesterov: bool = True,
         ns_coefficients: str | Sequence[Any] = "jordan",
         eps: float = 1e-7,
-        ns_steps: int = 5,
+        ns_steps: int | None = None,
         update_rms: float = 0.2,
         *,
+        momentum_form: Literal["ema", "sum"] = "ema",
+        update_scale: Literal["formula", "measured", "original"] = "formula",
         ns_dtype: torch.dtype | None = None,
     ) -> None:
         defaults = {
@@ -139,18 +91,23 @@ class Muon(Optimizer):
             "eps": eps,
             "ns_steps": ns_steps,
             "update_rms": update_rms,
-            "ns_dtype": None if ns_dtype is None else str(ns_dtype).removeprefix("torch."),
+            "momentum_form": momentum_form,
+            "update_scale": update_scale,
+            "ns_dtype": None if ns_dtype is None else _dtype_name(ns_dtype),
         }
-        super().__init__(params, defaults)
+        super().__init__(params, defaults | LAYOUT)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of matrices; its settings are checked like the constructor's."""
         super().add_param_group(param_group)
+        group = self.param_groups[-1]
         try:
-            check_muon_group(self.param_groups[-1])
+            check_muon_group(group)
         except (ConfigError, ShapeError):
             self.param_groups.pop()
             raise
+        if group["ns_dtype"] is None:
+            group["ns_dtype"] = _dtype_name(fast_dtype(group["params"][0].device.type))
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -167,31 +124,47 @@ class Muon(Optimizer):
         muon_update(group, self.state)
 
 
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def check_muon_group(group: dict[str, Any]) -> None:
     """Raise `ConfigError` or `ShapeError` for a group that Muon cannot train."""
     for name in ("lr", "weight_decay", "momentum", "eps", "update_rms"):
         value = float(group[name])
         require(math.isfinite(value) and value >= 0, name, group[name], "a finite number >= 0")
     require(float(group["momentum"]) < 1, "momentum", group["momentum"], "a number < 1")
+    form, scale = group["momentum_form"], group["update_scale"]
+    require(form in ("ema", "sum"), "momentum_form", form, '"ema" or "sum"')
+    scales = ("formula", "measured", "original")
+    require(scale in scales, "update_scale", scale, " or ".join(scales))
     ns_triples(group["ns_coefficients"], group["ns_steps"])
     known = ("float16", "bfloat16", "float32", "float64", None)
     require(group["ns_dtype"] in known, "ns_dtype", group["ns_dtype"], f"one of {known}")
+    sizes, repeats = group["split_sizes"], group["split_repeats"]
     for parameter in group["params"]:
+        shape = tuple(parameter.shape)
         if parameter.ndim != 2 or parameter.is_complex():
             raise ShapeError(
-                f"Muon: got a {parameter.dtype} parameter of shape {tuple(parameter.shape)}, "
+                f"Muon: got a {parameter.dtype} parameter of shape {shape}, "
                 "expected real matrices; use split_param_groups to give the rest to AdamW"
+            )
+        rows = shape[1] if group["transposed"] else shape[0]
+        if sizes is not None and (min(sizes, default=0) < 1 or sum(sizes) * repeats != rows):
+            raise ShapeError(
+                f"split_sizes: got {tuple(sizes)} x {repeats} for a parameter of shape {shape}, "
+                f"expected positive numbers that sum to its {rows} outputs"
             )
 
 
-def _fast_dtype(device: torch.device) -> str:
-    return "bfloat16" if device.type == "cuda" else "float32"
+Entry = tuple[Tensor, Tensor, Tensor | None]
+"""A block of a parameter, of its gradient (or its direction), and of its momentum (or None)."""
 
 
 @torch.no_grad()
 def muon_update(group: dict[str, Any], state: dict[Tensor, dict[str, Any]]) -> None:
     """Update the parameters of one group in place, with their momentum in `state`."""
-    buckets: dict[tuple[Any, ...], list[tuple[Tensor, Tensor]]] = defaultdict(list)
+    buckets: dict[tuple[Any, ...], list[Entry]] = defaultdict(list)
     for parameter in group["params"]:
         grad = parameter.grad
         if grad is None:
@@ -201,21 +174,100 @@ def muon_update(group: dict[str, Any], state: dict[Tensor, dict[str, Any]]) -> N
         own = state[parameter]
         if "momentum_buffer" not in own:
             own["momentum_buffer"] = torch.zeros_like(grad)
-        buffer = own["momentum_buffer"].lerp_(grad, 1 - group["momentum"])
-        mixed = grad.lerp(buffer, group["momentum"]) if group["nesterov"] else buffer
-        buckets[mixed.shape, mixed.device, mixed.dtype].append((parameter, mixed))
+        if isinstance(parameter, DTensor):
+            _update_sharded(group, parameter, grad, own["momentum_buffer"])
+            continue
+        parts = (_blocks(x, group) for x in (parameter, grad, own["momentum_buffer"]))
+        for entry in zip(*parts, strict=True):
+            buckets[entry[0].shape, grad.device, grad.dtype].append(entry)
+    for entries in buckets.values():
+        _orthogonal_step(group, entries)
+
+
+def _blocks(matrix: Tensor, group: dict[str, Any]) -> list[Tensor]:
+    """Views of the maps in a matrix, outputs first: (n, m), or (repeats, n, m) if they repeat."""
+    x = matrix.mT if group["transposed"] else matrix
+    sizes, repeats = group["split_sizes"], group["split_repeats"]
+    if sizes is None:
+        return [x]
+    if repeats == 1:
+        return list(x.split(list(sizes)))
+    return list(x.unflatten(0, (repeats, sum(sizes))).split(list(sizes), 1))
+
+
+def _advance(group: dict[str, Any], grad: Tensor, buffer: Tensor, out: Tensor) -> Tensor:
+    """Advance the momentum; returns what is to be orthogonalised: `out`, overwritten, or it."""
+    decay = group["momentum"]
+    if group["momentum_form"] == "ema":
+        buffer.lerp_(grad, 1 - decay)
+        return torch.lerp(grad, buffer, decay, out=out) if group["nesterov"] else buffer
+    buffer.mul_(decay).add_(grad)
+    return torch.add(grad, buffer, alpha=decay, out=out) if group["nesterov"] else buffer
+
+
+def _orthogonal_step(group: dict[str, Any], entries: Sequence[Entry]) -> None:
+    """Decay each block and subtract lr * scale * its polar factor; all blocks have one shape."""
     triples = ns_triples(group["ns_coefficients"], group["ns_steps"])
-    lr, decay = float(group["lr"]), 1 - float(group["lr"]) * group["weight_decay"]
-    for (shape, device, _), entries in buckets.items():
-        dtype = getattr(torch, group["ns_dtype"] or _fast_dtype(device))
-        scale = -lr * group["update_rms"] * math.sqrt(max(shape))
-        size = max(1, BATCH_ELEMENTS // max(1, shape.numel()))
-        for start in range(0, len(entries), size):
-            chunk = entries[start : start + size]
-            if len(chunk) == 1:
-                updates = [newton_schulz(chunk[0][1], triples, group["eps"], dtype)]
-            else:
-                batch = torch.stack([mixed for _, mixed in chunk])
-                updates = newton_schulz(batch, triples, group["eps"], dtype).unbind()
-            for (parameter, _), update in zip(chunk, updates, strict=True):
-                parameter.mul_(decay).add_(update, alpha=scale)
+    dtype = getattr(torch, group["ns_dtype"])
+    lr, measured = float(group["lr"]), group["update_scale"] == "measured"
+    shape, grad = entries[0][0].shape, entries[0][1]
+    rows, columns = shape[:-1].numel(), shape[-1]
+    size = _batch_size(rows * columns, grad.device)
+    # Filled matrix by matrix: stacking would pass over everything twice more.
+    precise = (
+        grad.dtype if dtype == torch.float16 else dtype
+    )  # its range is too small for gradients
+    batch = grad.new_empty((min(size, len(entries)), *shape), dtype=precise)
+    scratch = grad.new_empty(shape)
+    for start in range(0, len(entries), size):
+        chunk = entries[start : start + size]
+        for place, (_, part, buffer) in zip(batch, chunk, strict=False):
+            place.copy_(part if buffer is None else _advance(group, part, buffer, scratch))
+        x = batch[: len(chunk)].reshape(len(chunk), rows, columns)
+        single = len(chunk) == 1
+        updates = polar_factor(x[0] if single else x, triples, group["eps"], dtype)
+        updates = updates.reshape(len(chunk), *shape)
+        updates = _of_rms(updates, group["update_rms"]) if measured else updates
+        for (target, _, _), update in zip(chunk, updates, strict=True):
+            target.mul_(1 - lr * group["weight_decay"])
+            target.add_(update, alpha=-lr * _scale(group, rows, columns))
+
+
+def _scale(group: dict[str, Any], rows: int, columns: int) -> float:
+    if group["update_scale"] == "formula":
+        return group["update_rms"] * math.sqrt(max(rows, columns))
+    return math.sqrt(max(1.0, rows / columns)) if group["update_scale"] == "original" else 1.0
+
+
+def _batch_size(elements: int, device: torch.device) -> int:
+    """Matrices that are iterated together: on CPUs only small ones gain."""
+    if device.type != "cpu":
+        return max(1, DEVICE_BATCH // max(1, elements))
+    return CPU_BATCH // max(1, elements) if elements <= CPU_MATRIX else 1
+
+
+def _of_rms(updates: Tensor, rms: float) -> Tensor:
+    """Scaled so that the root mean square of each is `rms`; zeros stay zeros."""
+    wide = updates if updates.dtype == torch.float64 else updates.float()
+    axes = tuple(range(1, wide.ndim))
+    own = wide.square().mean(axes, keepdim=True).sqrt()
+    return wide * (rms / own.clamp(min=torch.finfo(wide.dtype).tiny))
+
+
+def _update_sharded(
+    group: dict[str, Any], parameter: DTensor, grad: Tensor, buffer: Tensor
+) -> None:
+    """One gather of the whole direction; each rank keeps its own part of the update."""
+    direction = _advance(group, grad, buffer, torch.empty_like(grad))
+    assert isinstance(direction, DTensor), "a sharded parameter has a sharded gradient"
+    whole = direction.full_tensor()
+    change = torch.zeros_like(whole, dtype=torch.promote_types(whole.dtype, torch.float32))
+    buckets: dict[torch.Size, list[Entry]] = defaultdict(list)
+    for target, part in zip(_blocks(change, group), _blocks(whole, group), strict=True):
+        buckets[target.shape].append((target, part, None))
+    for entries in buckets.values():
+        _orthogonal_step(group, entries)
+    mesh = parameter.device_mesh
+    copies = DTensor.from_local(change, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    parameter.mul_(1 - float(group["lr"]) * group["weight_decay"])
+    parameter.add_(copies.redistribute(mesh, parameter.placements))

@@ -1,10 +1,12 @@
 """Which parameter goes to Muon and which to AdamW, and one optimizer that runs both.
 
 Muon is for the matrices of hidden linear layers. Embeddings, the output head (often tied to
-them), norms, biases and everything else that is not such a matrix go to AdamW. Vectors are
-never decayed.
+them), norms, biases and everything else that is not such a matrix (fused experts, convolutions)
+go to AdamW. Vectors are never decayed.
 """
 
+import re
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -14,7 +16,9 @@ from torch.optim.adamw import adamw
 
 from hmpo.config import require
 from hmpo.errors import ConfigError, ModelError
+from hmpo.optim.head_layout import HeadLayout, head_layouts
 from hmpo.optim.muon import Muon, muon_update
+from hmpo.optim.sites.projections import CONV1D
 
 HEAD_NAMES = ("lm_head", "embed_out", "output_head", "score")
 """Module names of output heads, which are no hidden layers."""
@@ -27,6 +31,8 @@ def split_param_groups(
     weight_decay: float = 0.1,
     adamw_lr: float | None = None,
     head_names: Iterable[str] = HEAD_NAMES,
+    per_head: bool = False,
+    split_fused: bool = True,
 ) -> list[dict[str, Any]]:
     """Parameter groups of every trainable parameter, each exactly once, for `MuonWithAdamW`.
 
@@ -36,19 +42,50 @@ def split_param_groups(
         weight_decay: for matrices and embeddings; vectors get 0.
         adamw_lr: learning rate of embeddings, head, norms and biases.
         head_names: last parts of the names of output heads.
+        per_head: orthogonalise every attention head's query, key and value rows apart.
+        split_fused: orthogonalise query, key and value apart where one matrix holds them.
 
     Returns:
-        Up to three groups with "algorithm" "muon" or "adamw"; empty ones are left out.
+        Groups with "algorithm" "muon", one for each way in which matrices divide, the undivided
+        ones first, and up to two with "adamw"; empty ones are left out.
 
     Raises:
         ModelError: the model has no trainable parameter.
     """
-    heads = set(head_names)
-    hidden = {
-        id(module.weight)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name.rpartition(".")[2] not in heads
-    }
+    hidden = _hidden_matrices(model, set(head_names))
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    if not trainable:
+        raise ModelError(
+            f"{type(model).__name__}: got no trainable parameter, expected at least one; "
+            "set requires_grad before building the optimizer"
+        )
+    layouts = head_layouts(model, per_head=per_head, split_fused=split_fused)
+    matrices: dict[HeadLayout, list[nn.Parameter]] = {HeadLayout(): []}
+    rest = []
+    for parameter in trainable:
+        if id(parameter) in hidden:
+            layout = layouts.get(id(parameter), HeadLayout())
+            matrices.setdefault(layout, []).append(parameter)
+        else:
+            rest.append(parameter)
+    other_lr = lr if adamw_lr is None else adamw_lr
+    groups = [
+        *(_group("muon", p, lr, weight_decay) | k.group_settings() for k, p in matrices.items()),
+        _group("adamw", [p for p in rest if p.ndim >= 2], other_lr, weight_decay),
+        _group("adamw", [p for p in rest if p.ndim < 2], other_lr, 0.0),
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def _hidden_matrices(model: nn.Module, heads: set[str]) -> set[int]:
+    """`id` of each weight that only hidden linear layers use."""
+    hidden = set()
+    for name, module in model.named_modules():
+        linear = isinstance(module, nn.Linear) or type(module).__name__ == CONV1D
+        if linear and name.rpartition(".")[2] not in heads:
+            hidden.add(id(module.weight))
+        elif isinstance(module, nn.MultiheadAttention):
+            hidden |= {id(p) for p in module.parameters(recurse=False) if p.ndim == 2}
     hidden -= {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     hidden -= {
         id(p)
@@ -56,27 +93,46 @@ def split_param_groups(
         if name.rpartition(".")[2] in heads
         for p in module.parameters()
     }
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    if not trainable:
-        raise ModelError(
-            f"{type(model).__name__}: got no trainable parameter, expected at least one; "
-            "set requires_grad before building the optimizer"
-        )
-    matrices = [p for p in trainable if id(p) in hidden and p.ndim == 2]
-    rest = [p for p in trainable if not (id(p) in hidden and p.ndim == 2)]
-    other_lr = lr if adamw_lr is None else adamw_lr
-    groups = [
-        _group("muon", matrices, lr, weight_decay),
-        _group("adamw", [p for p in rest if p.ndim >= 2], other_lr, weight_decay),
-        _group("adamw", [p for p in rest if p.ndim < 2], other_lr, 0.0),
-    ]
-    return [group for group in groups if group["params"]]
+    return {id(p) for p in model.parameters() if id(p) in hidden and p.ndim == 2}
 
 
 def _group(
     algorithm: str, params: list[nn.Parameter], lr: float, weight_decay: float
 ) -> dict[str, Any]:
     return {"algorithm": algorithm, "params": params, "lr": lr, "weight_decay": weight_decay}
+
+
+def describe_groups(
+    model: nn.Module, groups: Iterable[dict[str, Any]]
+) -> list[tuple[str, str, str]]:
+    """Name, shape and rule of each parameter; one row for the equal ones of a stack of layers.
+
+    Args:
+        model: the model, for the names; tied parameters go by their first.
+        groups: from `split_param_groups`, or an optimizer's `param_groups`.
+
+    Example: ("model.layers.#.self_attn.q_proj.weight (2)", "32 x 32", "Muon, 4 blocks of 8").
+    """
+    rules = {id(p): _rule(group) for group in groups for p in group["params"]}
+    counts: Counter[tuple[str, str, str]] = Counter()
+    for name, p in model.named_parameters():
+        shape = " x ".join(map(str, p.shape)) or "1"
+        counts[re.sub(r"\.\d+\.", ".#.", name), shape, rules.get(id(p), "not trained")] += 1
+    return [
+        (f"{name} ({count})" if count > 1 else name, shape, rule)
+        for (name, shape, rule), count in counts.items()
+    ]
+
+
+def _rule(group: dict[str, Any]) -> str:
+    if group["algorithm"] == "adamw":
+        return "AdamW" if group["weight_decay"] else "AdamW, no decay"
+    layout = HeadLayout(
+        sizes=None if group["split_sizes"] is None else tuple(group["split_sizes"]),
+        repeats=group["split_repeats"],
+        transposed=group["transposed"],
+    )
+    return f"Muon, {layout}"
 
 
 class MuonWithAdamW(Muon):
