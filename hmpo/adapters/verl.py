@@ -5,7 +5,7 @@
     +actor_rollout_ref.actor.policy_loss.member=gmpo
 
 The first line makes every worker import this module and build the config, which carries a member
-and what differs from it. `VERL_USE_EXTERNAL_MODULES` registers the loss as well; then, without
+and what differs from it. The entry point `verl.plugins` registers the loss as well; then, without
 `_target_`, it is HMPO with its own values, as verl's plain config has no place for others.
 
 Counts of the whole minibatch come from verl, so that the losses of micro-batches and of

@@ -383,6 +383,7 @@ assert "power_mean" in known
     ("script", "variables"),
     [
         (TARGET, {"VERL_USE_EXTERNAL_PLUGINS": "none"}),
+        (REGISTERED, {"VERL_USE_EXTERNAL_PLUGINS": "hmpo"}),
         (
             REGISTERED,
             {
@@ -391,7 +392,7 @@ assert "power_mean" in known
             },
         ),
     ],
-    ids=["target", "module"],
+    ids=["target", "entry point", "module"],
 )
 def test_each_route_registers_the_loss_in_a_fresh_process(script: str, variables: dict) -> None:
     run = subprocess.run(
