@@ -188,7 +188,7 @@ class PowerMeanGRPOTrainer(GRPOTrainer):
         )
         metrics: Metrics = {name: float(value) for name, value in found.items()}
         if self.beta != 0:
-            del metrics["kl_loss"]  # TRL's term, in TRL's log
+            metrics.pop("kl_loss", None)  # TRL's term, in TRL's log; absent where no row counts
         tokens = max(1, int(rows.mask.sum()))
         metrics["entropy"] = float((rows.entropy * rows.mask).sum(dtype=torch.float64)) / tokens
         skipped = bool(self.accelerator.optimizer_step_was_skipped)
@@ -215,7 +215,7 @@ class PowerMeanGRPOTrainer(GRPOTrainer):
         self._rollout |= rollout_metrics(buffers)
         self.last_record = {
             "step": self.state.global_step,
-            "loss": float(torch.stack(self._losses).sum()),
+            "loss": float(self.accelerator.gather(torch.stack(self._losses).sum()).mean()),
             "lr": self._bare_optimizer.param_groups[0]["lr"],
             "update_skipped": skipped,
             **self._rollout,
