@@ -82,7 +82,6 @@ def gain_offset(norm: nn.Module, name: str) -> float | str:
     return f"{name} {found}" if isinstance(found, str) else found
 
 
-@torch.no_grad()
 def _probe(norm: nn.Module) -> float | str:
     needed = [
         p
@@ -91,7 +90,9 @@ def _probe(norm: nn.Module) -> float | str:
     ]
     if len(needed) != 1:
         return f"takes {len(needed)} inputs, expected one"
-    zero, one, two = (_output(norm, gain) for gain in (0.0, 1.0, 2.0))
+    weight = dict(norm.named_parameters(recurse=False))["weight"]
+    x = torch.linspace(-1.0, 2.0, weight.numel()).view(1, *weight.shape)
+    zero, one, two = (output_at(norm, gain, x) for gain in (0.0, 1.0, 2.0))
     unit = one - zero
     for offset in (0.0, 1.0):
         if _close(zero, offset * unit) and _close(two, (offset + 2) * unit):
@@ -99,17 +100,19 @@ def _probe(norm: nn.Module) -> float | str:
     return "is not linear in its gain"
 
 
-def _output(norm: nn.Module, gain: float) -> Tensor:
-    """What the norm makes of a fixed input with every gain set to `gain`; no hooks run."""
+@torch.no_grad()
+def output_at(norm: nn.Module, gain: float, x: Tensor) -> Tensor:
+    """What the norm makes of `x` with every gain set to `gain`, float32.
+
+    A copy with whole weights is asked: no hooks run, and sharded weights stay where they are.
+    """
     probe = copy.copy(norm)
     values = {
         name: torch.full(p.shape, gain if name == "weight" else 0.0, dtype=p.dtype, device=p.device)
         for name, p in norm.named_parameters(recurse=False)
     }
     probe.__dict__["_parameters"] = values
-    weight = values["weight"]
-    x = torch.linspace(-1.0, 2.0, weight.numel(), device=weight.device).view(1, *weight.shape)
-    return probe.forward(x.to(weight.dtype)).float()
+    return probe.forward(x.to(values["weight"])).float()
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
