@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from hmpo.optim.sites.projections import Block, blocked
 from hmpo.optim.sites.rows import HeadRows
+from hmpo.optim.sites.site import AttentionSite, ClipTarget
 
 PAIRS = (
     ("q_norm", "k_norm"),
@@ -69,6 +70,44 @@ def norm_rows(
         if (fault := blocked(piece, f"{name}.{label}", frozen)) is not None:
             return fault
     return rows, shape != (width,) or heads == 1
+
+
+def gain_target(
+    site: AttentionSite,
+    norms: tuple[nn.Module | None, nn.Module | None],
+    width: int,
+    frozen: bool,
+    *,
+    alone: bool = False,
+) -> ClipTarget | str:
+    """The gains of a site's norms, or why they cannot be scaled.
+
+    Args:
+        site: says how many heads there are.
+        norms: of queries and keys, as `find_norms` gives them.
+        width: of a head.
+        frozen: whether weights without gradients may be scaled too.
+        alone: whether only the queries may be scaled.
+    """
+    sides, own, plus_one = [], [], False
+    for norm, side, heads in zip(norms, "qk", (site.heads, site.kv_heads), strict=True):
+        if side == "k" and alone:
+            continue
+        if norm is None:
+            return f"only one of queries and keys is normalised ({side} is not)"
+        found = norm_rows(norm, f"the {side} norm", heads, width, frozen)
+        if isinstance(found, str):
+            return found
+        sides.append(tuple(found[0]))
+        own.append(found[1])
+        plus_one = plus_one or found[0][0].offset != 0
+    per_head = all(own)
+    if not per_head and any(rows[0].heads > 1 for rows in sides):
+        return "one norm is shared by all heads and the other is not"
+    what = "gains of the q norm" if alone else "gains of the q and k norms"
+    form = f"{what}, as 1 + w" if plus_one else what
+    how = f"{form}, {'head by head' if per_head else 'the layer as a whole'}"
+    return ClipTarget(query=sides[0], key=() if alone else sides[1], how=how, per_head=per_head)
 
 
 def gain_offset(norm: nn.Module, name: str) -> float | str:
