@@ -94,6 +94,9 @@ def test_equals_the_optimizer_then_the_clip(maker):
             assert stats.clipped_heads > 0
             assert qk_clip_stats(optimizer) == stats
             assert same(model, reference)
+            moments = (optimizer.state_dict()["state"], plain.state_dict()["state"])
+            for mine, theirs in zip(*(m.values() for m in moments), strict=True):
+                assert all(torch.equal(mine[key], theirs[key]) for key in theirs)
     detach_qk_clip(optimizer)
 
 
