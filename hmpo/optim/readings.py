@@ -34,6 +34,7 @@ SETTLED = 0.9
 """An accelerator's layer skips its activations while its weights' bound is below this part of
 tau; checked at each `consume()`."""
 SOURCES = ("auto", "lse", "exact", "bound")
+TIERS = ("weights", "norms", "lse", "exact")
 
 
 @dataclass

@@ -57,6 +57,26 @@ def build(kind):
     return model
 
 
+@pytest.mark.parametrize("kind", ["phi3", "gpt2", "gpt_neox"])
+def test_fused_qkv_monitored(kind):
+    # One token: rotary embedding does nothing there, so the projection's output tells the logit.
+    model, heard = family(kind), []
+    label = {"phi3": "qkv_proj", "gpt2": "c_attn", "gpt_neox": "query_key_value"}[kind]
+    fused = next(m for name, m in model.named_modules() if name.endswith(label))
+    fused.register_forward_hook(lambda module, args, out: heard.append(out[:, 0]))
+    ids, _ = batch(rows=5, length=1)
+    read = values(model, ids)[0]
+    (out,) = heard
+    if kind == "gpt_neox":
+        query, key = out.view(5, 4, 3, 8)[:, :, 0], out.view(5, 4, 3, 8)[:, :, 1]
+    else:
+        kv_heads = 2 if kind == "phi3" else 4
+        query, key = out[:, :32].view(5, 4, 8), out[:, 32 : 32 + 8 * kv_heads].view(5, -1, 8)
+        key = key.repeat_interleave(4 // kv_heads, dim=1)
+    wanted = ((query * key).sum(-1) * 8**-0.5).amax(0)
+    torch.testing.assert_close(read, wanted)
+
+
 @pytest.mark.parametrize("kind", MORE)
 def test_clip_then_rerun_beyond_the_eleven(kind):
     model = build(kind)
