@@ -63,7 +63,8 @@ def naive_max(call: AttentionCall) -> torch.Tensor:
     scores = call.query @ key.transpose(-1, -2) * call.scale
     visible = call.mask
     if visible is None:
-        visible = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
+        shape, device = scores.shape[-2:], scores.device
+        visible = torch.ones(shape, dtype=torch.bool, device=device).tril()
     return scores.masked_fill(~visible, -torch.inf).amax((0, 2, 3))
 
 
