@@ -113,6 +113,19 @@ def test_layers_that_share_keys_are_scaled_by_their_queries_alone():
     torch.testing.assert_close(float(values(model, ids)[0].max()), tau, rtol=1e-4, atol=0)
 
 
+def test_stored_keys_of_plain_projections_stay_too():
+    model = family("qwen2")
+    module = model.model.layers[0].self_attn
+    module.store_full_length_kv = True
+    ids, _ = batch()
+    before, old = values(model, ids), parameters(model)
+    tau = float(before.median())
+    clip_once(model, ids, tau=tau)
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, old[name])}
+    assert {name.split(".")[-2] for name in moved} == {"q_proj"}
+    torch.testing.assert_close(values(model, ids), before.clamp_max(tau), rtol=1e-4, atol=0)
+
+
 def test_a_norm_is_asked_what_it_does_with_its_gain():
     class Odd(nn.Module):
         def __init__(self, power):
