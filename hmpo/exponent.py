@@ -28,7 +28,7 @@ from torch import Tensor
 from hmpo.clipping import active_bounds, row_bounds
 from hmpo.errors import ConfigError
 from hmpo.masking import limited
-from hmpo.means import log_power_mean, solve_exponent
+from hmpo.means import log_power_mean, solve_size
 from hmpo.objective_config import ObjectiveConfig
 from hmpo.types import Metrics
 
@@ -70,7 +70,7 @@ def matched_exponent(
     phi = share.div_(config.exponent.saturation).clamp_(max=1)
     if config.exponent.matching == "closed_form":
         return (1 - phi).sqrt()
-    return solve_exponent(clipped, mask, phi, p_max=1.0, relative=True, padded=True)
+    return solve_size(clipped, mask, phi, p_max=1.0, relative=True)
 
 
 class ExponentSource:

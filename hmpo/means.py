@@ -94,7 +94,6 @@ def solve_exponent(
     p_max: float,
     sign: int = 1,
     relative: bool = False,
-    padded: bool = False,
 ) -> Float[Tensor, " B"]:
     """Exponent of the given sign whose effective sample size is `target` (no gradient).
 
@@ -111,7 +110,6 @@ def solve_exponent(
         sign: 1 or -1.
         relative: `target`, in [0, 1], is the share of the way from the size at `p_max` to 1;
             0 gives sign * p_max and 1 gives 0, exactly.
-        padded: as in `log_power_mean`.
 
     Raises:
         ShapeError: shapes do not fit.
@@ -122,13 +120,11 @@ def solve_exponent(
     if not (math.isfinite(p_max) and p_max > 0):
         raise ConfigError(f"p_max: got {p_max!r}, expected a finite number > 0")
     with torch.no_grad():
-        d, goal = _prepare(log_ratio, mask, target, padded)
+        d, goal = _prepare(log_ratio, mask, target)
         inside = goal >= 0 if relative else goal > 0
         if not bool(inside.logical_and_(goal <= 1).all()):
             raise ConfigError(f"target: got {target!r}, expected numbers in (0, 1]")
-        spread = _Spread.of(d if sign == 1 else -d, mask)
-        root = _ess_root(spread, goal, float(p_max), relative)
-        return root if sign == 1 else -root
+        return sign * solve_size(sign * d, mask, goal, p_max=float(p_max), relative=relative)
 
 
 def ahm_mean(
@@ -362,12 +358,21 @@ class _Spread(NamedTuple):
         return torch.where(near, small, large.clamp_(min=0))
 
 
-def _ess_root(spread: _Spread, target: Tensor, p_max: float, relative: bool) -> Tensor:
-    """Root x in [0, p_max] of ESS(x) = target.
+def solve_size(
+    log_ratio: Float[Tensor, "B T"],
+    mask: Bool[Tensor, "B T"],
+    target: Float[Tensor, " B"],
+    *,
+    p_max: float,
+    relative: bool,
+) -> Float[Tensor, " B"]:
+    """`solve_exponent` without its checks: an exponent x in [0, p_max] with ESS(x) = target.
 
-    s(x) = sqrt(-log ESS) is nearly linear in x, with slope sigma at 0. The parabola through both
-    ends with that slope is the first guess; from there the secant method, held in a bracket.
+    `log_ratio` holds 0 on padding. s(x) = sqrt(-log ESS) is nearly linear in x, with slope sigma
+    at 0. The parabola through both ends with that slope is the first guess; from there the secant
+    method, held in a bracket.
     """
+    spread = _Spread.of(log_ratio, mask)
     right = torch.full_like(target, p_max)
     within = spread.reach * p_max <= EXPM1_LIMIT
     near = None if bool(within.all()) else within
