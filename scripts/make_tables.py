@@ -162,9 +162,9 @@ def muonclip_tracker() -> str:
         cells = [row["case"], row["logits"], str(row["step_cpu_ms"]), *costs]
         lines.append("| " + " | ".join([*cells, f"{row['auto_inside']} %", *shares]) + " |")
     note = (
-        "Medians over pairs of steps with and without; on a busy machine they scatter by one percent "
-        "for `auto` and by four for the others, which had fewer pairs. The share of time inside the "
-        "tracker, measured by itself, scatters less. Memory in percent of attention's own. "
+        "Medians over pairs of steps with and without; on a busy machine they scatter by one "
+        "percent for `auto` and by four for the others, which had fewer pairs. The share of time "
+        "inside the tracker, measured by itself, scatters less. Memory in percent of attention's own. "
     )
     return "\n".join([*lines, "", note + source(result)])
 
