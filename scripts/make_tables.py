@@ -164,7 +164,8 @@ def muonclip_tracker() -> str:
     note = (
         "Medians over pairs of steps with and without; on a busy machine they scatter by one "
         "percent for `auto` and by four for the others, which had fewer pairs. The share of time "
-        "inside the tracker, measured by itself, scatters less. Memory in percent of attention's own. "
+        "inside the tracker, measured by itself, scatters less. Memory in percent of "
+        "attention's own. "
     )
     return "\n".join([*lines, "", note + source(result)])
 
