@@ -29,7 +29,22 @@ EXP_LIMIT = 20.0
 
 def exp_linear(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
     """The exponential up to x = 20, its tangent there beyond."""
-    return torch.exp(x.clamp(max=EXP_LIMIT)) * (1 + torch.relu(x - EXP_LIMIT))
+    return _ExpLinear.apply(x)
+
+
+class _ExpLinear(torch.autograd.Function):
+    """Its slope is exp(min(x, 20)), which is all it keeps."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        slope = x.clamp(max=EXP_LIMIT).exp_()
+        ctx.save_for_backward(slope)
+        return (x - EXP_LIMIT).relu_().add_(1).mul_(slope)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):  # type: ignore[override]  (one output, one gradient)
+        return grad * ctx.saved_tensors[0]
 
 
 def log_mean(

@@ -140,7 +140,7 @@ def power_mean_loss(
     mean = _limited_mean(clipped, logprobs, mask, p, config, bounds)
     if weights is not None and weights.ndim == 1:
         omega = omega * torch.where(lengths > 0, weights.detach(), 0)
-    loss = -(omega * advantages * mean).sum()
+    loss = -torch.dot(omega * advantages, mean)
     if config.kl_coef > 0:
         omega = _row_weights(lengths, config, denominators, mean.dtype)
         loss = loss + config.kl_coef * (omega * _row_kl(free, ref_logprobs, mask, config)).sum()
