@@ -164,6 +164,12 @@ _PROGRESS = (
     _count("n_groups", "Prompts among these responses."),
     _count("num_tokens", "Prompt and response tokens since the start.", trl="num_tokens"),
     _count("curriculum/level", "Task level that was sampled from."),
+    Field(
+        name="approx",
+        kind="bool",
+        unit="",
+        definition="Read from a log of others without per-response means: the gap is an estimate.",
+    ),
 )
 
 _OPTIMIZER = (
