@@ -24,8 +24,9 @@ check: docs # the whole gate in the present environment
 peers: $(PEER) # the second environment, .venv-peers: verl and OpenRLHF
 peers-test: $(PEER) # what is compared with them and runs inside them
 	OMP_NUM_THREADS=1 $(PEERS)/bin/python -m pytest -q -n $(JOBS) $(PEER_TESTS)
-bench: # timings in the present environment
+bench: $(PEER) # timings in the present environment, and beside verl in .venv-peers
 	for f in benchmarks/bench_*.py; do python $$f || exit 1; done
+	$(PEERS)/bin/python benchmarks/objective.py
 docs: # the site, in site/
 	zensical build --clean --strict
 clean:

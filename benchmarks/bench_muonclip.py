@@ -6,9 +6,10 @@ python benchmarks/bench_muonclip.py [part ...]      all parts, or some of PARTS 
 import sys
 
 import tracker_cost
+import tracker_kernels
 from common import one_thread
 
-PARTS = {"tracker": tracker_cost.main}
+PARTS = {"tracker": tracker_cost.main, "kernels": tracker_kernels.main}
 
 
 def main() -> None:

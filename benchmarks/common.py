@@ -32,11 +32,15 @@ def alternate(sides: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str,
 
 
 def commit() -> str:
-    """The commit that was measured, with a mark where the tree has changes."""
-    done = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True
-    )
-    return done.stdout.strip() or "unknown"
+    """The commit that was measured, with a mark where more than results and pages has changed."""
+    name = _git("describe", "--always", "--abbrev=12")
+    changed = _git("status", "--porcelain", "--", ".", ":!benchmarks/results", ":!docs")
+    return (name + ("-dirty" if changed else "")) or "unknown"
+
+
+def _git(*arguments: str) -> str:
+    """What git says, or nothing."""
+    return subprocess.run(["git", *arguments], capture_output=True, text=True).stdout.strip()
 
 
 def save(name: str, command: str, rows: list[dict[str, Any]]) -> Path:

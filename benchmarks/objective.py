@@ -9,15 +9,22 @@ metrics, on a minibatch of the demo's shape as a part of one of its updates.
 """
 
 import argparse
-import time
+import json
+import statistics
+import tempfile
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import torch
 from common import alternate, one_thread, save
 
+from hmpo.config import EvalConfig
+from hmpo.demo import demo_config
 from hmpo.members import BY_NAME
 from hmpo.objective import power_mean_loss, power_mean_objective
 from hmpo.objective_config import ObjectiveConfig
+from hmpo.run import train
 
 SEQUENCES = 64
 SIGMA = 0.1
@@ -97,21 +104,25 @@ def members(lengths: list[int], repeats: int) -> list[dict]:
     return rows
 
 
-def demo_share() -> dict:
-    """The objective's part of an update of the demo."""
-    from hmpo.demo import demo_config
-    from hmpo.run import prepare
-
-    config = demo_config()
-    trainer, prompts = prepare(config)
-    began = time.process_time()
-    trainer.update_step(*prompts)
-    update = (time.process_time() - began) / config.trainer.minibatches
+def demo_share(repeats: int) -> dict:
+    """The objective's part, metrics included, of an update of the demo."""
+    with tempfile.TemporaryDirectory() as out:
+        config = demo_config(updates=12, out=Path(out), name="demo")
+        config = replace(config, threads=1, eval=EvalConfig(prompts=2, final_prompts=2))
+        folder = train(config).folder
+        lines = (folder / "timing.jsonl").read_text().splitlines()
+    steps = [json.loads(line) for line in lines]
+    update = statistics.median(r["time/step_s"] for r in steps if "time/step_s" in r)
     rows = config.prompts_per_rollout * config.trainer.group_size // config.trainer.minibatches
     data = batch(rows, config.trainer.max_length)
-    seconds = alternate({"objective": partial(with_metrics, data, config.objective)}, repeats=30)
-    share = seconds["objective"] / update
-    return {"side": "demo", "update_cpu_ms": round(1e3 * update, 1), "share": round(share, 5)}
+    seconds = alternate({"demo": partial(with_metrics, data, config.objective)}, repeats=repeats)
+    return {
+        "tokens": config.trainer.max_length,
+        "side": "demo: objective and metrics of an update",
+        "cpu_ms": round(1e3 * seconds["demo"], 3),
+        "update_ms": round(1e3 * update, 1),
+        "share": round(seconds["demo"] / update, 5),
+    }
 
 
 def main() -> None:
@@ -122,7 +133,7 @@ def main() -> None:
     arguments = parser.parse_args()
     one_thread()
     rows = members(arguments.lengths, arguments.repeats)
-    save("objective", "python benchmarks/objective.py", [*rows])
+    save("objective", "python benchmarks/objective.py", [*rows, demo_share(arguments.repeats)])
 
 
 if __name__ == "__main__":

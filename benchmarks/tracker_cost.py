@@ -63,7 +63,8 @@ def naive_max(call: AttentionCall) -> torch.Tensor:
     scores = call.query @ key.transpose(-1, -2) * call.scale
     visible = call.mask
     if visible is None:
-        visible = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
+        shape, device = scores.shape[-2:], scores.device
+        visible = torch.ones(shape, dtype=torch.bool, device=device).tril()
     return scores.masked_fill(~visible, -torch.inf).amax((0, 2, 3))
 
 
@@ -124,7 +125,7 @@ def compare(model: nn.Module, ids: Any, mask: Any, repeats: int) -> dict[str, fl
     result: dict[str, float] = {}
     bare: list[float] = []
     for side in SIDES:
-        runs = repeats if side == "auto" else max(3, repeats // 4)
+        runs = repeats if side == "auto" else max(3, repeats // 8)
         ratios = []
         tracked(model, side, step)
         for turn in range(runs):
@@ -208,8 +209,8 @@ def cases() -> list[tuple[str, nn.Module, torch.Tensor, torch.Tensor | None, int
     ids = torch.randint(3, 16, (192, 24), generator=generator)
     mask = torch.ones_like(ids)
     mask[::2, :6] = 0
-    made.append(("tiny-sort, 192 x 24", policy, ids, mask, 31))
-    for rows, length, pairs in ((8, 128, 31), (1, 1024, 21), (1, 4096, 7)):
+    made.append(("tiny-sort, 192 x 24", policy, ids, mask, 25))
+    for rows, length, pairs in ((8, 128, 25), (1, 1024, 15), (1, 4096, 5)):
         ids = torch.randint(3, 2048, (rows, length), generator=generator)
         made.append((f"llama 4 x 256, {rows} x {length}", llama(), ids, None, pairs))
     return made

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import logsigmoid
+from torch.nn.functional import softplus
 
 from hmpo.masking import without_padding
 from hmpo.means import Exponent, ahm_mean, log_power_mean
@@ -29,7 +29,22 @@ EXP_LIMIT = 20.0
 
 def exp_linear(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
     """The exponential up to x = 20, its tangent there beyond."""
-    return torch.exp(x.clamp(max=EXP_LIMIT)) * (1 + torch.relu(x - EXP_LIMIT))
+    return _ExpLinear.apply(x)
+
+
+class _ExpLinear(torch.autograd.Function):
+    """Its slope is exp(min(x, 20)), which is all it keeps."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        slope = x.clamp(max=EXP_LIMIT).exp_()
+        ctx.save_for_backward(slope)
+        return (x - EXP_LIMIT).relu_().add_(1).mul_(slope)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):  # type: ignore[override]  (one output, one gradient)
+        return grad * ctx.saved_tensors[0]
 
 
 def log_mean(
@@ -124,10 +139,13 @@ class _SoftGate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, d: Tensor, mask: Tensor, tau: Tensor) -> Tensor:
         slope = d.clamp(max=EXP_LIMIT).exp_()
-        x = (1 + (d - EXP_LIMIT).relu_()).mul_(slope).sub_(1).mul_(tau)
+        x = (d - EXP_LIMIT).relu_().add_(1).mul_(slope).sub_(1).mul_(tau).neg_()
         if ctx.needs_input_grad[0]:
-            ctx.save_for_backward(slope.mul_(tau).mul_(torch.sigmoid(-x)))
-        return without_padding(logsigmoid(x).add_(torch.log(4 / tau)), mask)
+            ctx.save_for_backward(slope.mul_(x.sigmoid()).mul_(tau))
+        # log sigmoid(-x) = -log(1 + e^x), which is -x to rounding above 40
+        gate = softplus(x, threshold=40).neg_()
+        del x
+        return without_padding(gate.add_(torch.log(4 / tau)), mask)
 
     @staticmethod
     @once_differentiable

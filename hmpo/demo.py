@@ -14,7 +14,6 @@ from hmpo.config import (
     TaskConfig,
     TrainerConfig,
 )
-from hmpo.lab.report import write_report
 from hmpo.members import hmpo as hmpo_member
 from hmpo.run import train
 from hmpo.screen import Screen, outcome_table
@@ -56,6 +55,8 @@ def run_demo(
     *, seed: int = 0, updates: int | None = None, out: Path = Path("runs"), quiet: bool = False
 ) -> int:
     """Train, show, report; returns the exit code."""
+    from hmpo.lab.report import write_report  # plots cost a second to import
+
     config = demo_config(seed=seed, updates=updates, out=out, name=free_name(out))
     with Screen(quiet=quiet) as screen:
         result = train(config, observer=screen)

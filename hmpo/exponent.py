@@ -28,7 +28,7 @@ from torch import Tensor
 from hmpo.clipping import active_bounds, row_bounds
 from hmpo.errors import ConfigError
 from hmpo.masking import limited
-from hmpo.means import log_power_mean, solve_exponent
+from hmpo.means import log_power_mean, solve_size
 from hmpo.objective_config import ObjectiveConfig
 from hmpo.types import Metrics
 
@@ -42,6 +42,7 @@ def matched_exponent(
     mask: Bool[Tensor, "N T"],
     advantages: Float[Tensor, " N"],
     config: ObjectiveConfig,
+    clipped: Float[Tensor, "N T"] | None = None,
 ) -> Float[Tensor, " N"]:
     """An exponent in [0, 1] for each response from its share f of clipped tokens; no gradient.
 
@@ -59,15 +60,17 @@ def matched_exponent(
         mask: True on response tokens.
         advantages: one per response; their sign decides which bound clips.
         config: the member of the family, with a token clip.
+        clipped: the log ratios after that clip, where they are known already.
     """
     lengths = mask.sum(1).clamp(min=1).to(log_ratio.dtype)
-    low, high = active_bounds(*row_bounds(lengths, advantages, config, None), advantages, config)
-    clipped = limited(log_ratio, low, high)
+    if clipped is None:
+        bounds = row_bounds(lengths, advantages, config, None)
+        clipped = limited(log_ratio, *active_bounds(*bounds, advantages, config))
     share = ((clipped != log_ratio) & mask).sum(1) / lengths
-    phi = (share / config.exponent.saturation).clamp(max=1)
+    phi = share.div_(config.exponent.saturation).clamp_(max=1)
     if config.exponent.matching == "closed_form":
         return (1 - phi).sqrt()
-    return solve_exponent(clipped, mask, phi, p_max=1.0, relative=True, padded=True)
+    return solve_size(clipped, mask, phi, p_max=1.0, relative=True)
 
 
 class ExponentSource:

@@ -21,6 +21,17 @@ def without_padding(x: Float[Tensor, "N T"], mask: Bool[Tensor, "N T"]) -> Float
     return _WithoutPadding.apply(x.to(torch.promote_types(x.dtype, torch.float32)), mask)
 
 
+def masked_difference(
+    x: Float[Tensor, "N T"], y: Float[Tensor, "N T"], mask: Bool[Tensor, "N T"]
+) -> Float[Tensor, "N T"]:
+    """X - y where `mask` holds and 0 elsewhere; float32 at least, differentiable in `x`.
+
+    A difference that is not finite is NaN, as a limit would hide an infinite one.
+    """
+    dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
+    return _MaskedDifference.apply(x.to(dtype), y.detach().to(dtype), mask)
+
+
 def limited(
     x: Float[Tensor, "N T"], low: Float[Tensor, " N"], high: Float[Tensor, " N"]
 ) -> Float[Tensor, "N T"]:
@@ -60,6 +71,20 @@ class _WithoutPadding(torch.autograd.Function):
         return _kept(grad, ctx.saved_tensors[0]), None
 
 
+class _MaskedDifference(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
+        ctx.save_for_backward(mask)
+        full = _full(mask, x.dtype)
+        d = _and(x, full).sub_(_and(y, full))
+        return d.add_(d * 0)  # inf * 0 is NaN, and z + 0 is z
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):  # type: ignore[override]  (one output, one gradient)
+        return _kept(grad, ctx.saved_tensors[0]), None, None
+
+
 class _Limited(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
@@ -75,5 +100,14 @@ class _Limited(torch.autograd.Function):
 
 def _kept(x: Tensor, mask: Tensor) -> Tensor:
     """The bits of `x` where `mask` holds, no bits (which is +0) elsewhere."""
-    bits = _BITS[x.dtype]
-    return mask.to(bits).neg_().bitwise_and_(x.contiguous().view(bits)).view(x.dtype)
+    return _and(x, _full(mask, x.dtype))
+
+
+def _full(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """All bits of a number of `dtype` where `mask` holds, none elsewhere."""
+    return mask.to(_BITS[dtype]).neg_()
+
+
+def _and(x: Tensor, bits: Tensor) -> Tensor:
+    """The common bits, as a new tensor like `x`."""
+    return torch.bitwise_and(x.contiguous().view(bits.dtype), bits).view(x.dtype)

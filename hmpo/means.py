@@ -94,7 +94,6 @@ def solve_exponent(
     p_max: float,
     sign: int = 1,
     relative: bool = False,
-    padded: bool = False,
 ) -> Float[Tensor, " B"]:
     """Exponent of the given sign whose effective sample size is `target` (no gradient).
 
@@ -111,7 +110,6 @@ def solve_exponent(
         sign: 1 or -1.
         relative: `target`, in [0, 1], is the share of the way from the size at `p_max` to 1;
             0 gives sign * p_max and 1 gives 0, exactly.
-        padded: as in `log_power_mean`.
 
     Raises:
         ShapeError: shapes do not fit.
@@ -122,13 +120,11 @@ def solve_exponent(
     if not (math.isfinite(p_max) and p_max > 0):
         raise ConfigError(f"p_max: got {p_max!r}, expected a finite number > 0")
     with torch.no_grad():
-        d, goal = _prepare(log_ratio, mask, target, padded)
-        inside = (goal >= 0 if relative else goal > 0) & (goal <= 1)
-        if not bool(inside.all()):
+        d, goal = _prepare(log_ratio, mask, target)
+        inside = goal >= 0 if relative else goal > 0
+        if not bool(inside.logical_and_(goal <= 1).all()):
             raise ConfigError(f"target: got {target!r}, expected numbers in (0, 1]")
-        spread = _Spread.of(d if sign == 1 else -d, mask)
-        root = _ess_root(spread, goal, float(p_max), relative)
-        return root if sign == 1 else -root
+        return sign * solve_size(sign * d, mask, goal, p_max=float(p_max), relative=relative)
 
 
 def ahm_mean(
@@ -263,7 +259,7 @@ def _mean_and_weights(d: Tensor, mask: Tensor, p: Tensor) -> tuple[Tensor, Tenso
     counts = mask.to(d.dtype)
     tokens = counts.sum(1)
     length = tokens.clamp(min=1)
-    sign = torch.where(p >= 0, 1.0, -1.0).to(d.dtype)
+    sign = torch.ones_like(p).copysign_(p)
     outside = (counts - 1).mul_(torch.finfo(d.dtype).max)
     anchor = outside.addcmul_(d, sign.unsqueeze(1)).amax(1).mul(sign)
     del outside
@@ -350,9 +346,10 @@ class _Spread(NamedTuple):
         if near is not None:
             power = (z - (x * self.top).unsqueeze(1)).exp_().mul_(self.counts)
         u = z.expm1_()
-        mean = u.sum(1).div_(self.length)
-        square = torch.linalg.vector_norm(u, dim=1).square_().div_(self.length)
-        small = square.addcmul_(mean, mean, value=-1).div_(mean.add_(1).square_()).log1p_()
+        total = u.sum(1)
+        square = torch.linalg.vector_norm(u, dim=1).square_().mul_(self.length)
+        spread = square.addcmul_(total, total, value=-1)
+        small = spread.div_(total.add_(self.length).square_()).log1p_()
         small = small.clamp_(min=0)
         if near is None or power is None:
             return small
@@ -361,35 +358,45 @@ class _Spread(NamedTuple):
         return torch.where(near, small, large.clamp_(min=0))
 
 
-def _ess_root(spread: _Spread, target: Tensor, p_max: float, relative: bool) -> Tensor:
-    """Root x in [0, p_max] of ESS(x) = target.
+def solve_size(
+    log_ratio: Float[Tensor, "B T"],
+    mask: Bool[Tensor, "B T"],
+    target: Float[Tensor, " B"],
+    *,
+    p_max: float,
+    relative: bool,
+) -> Float[Tensor, " B"]:
+    """`solve_exponent` without its checks: an exponent x in [0, p_max] with ESS(x) = target.
 
-    s(x) = sqrt(-log ESS) is nearly linear in x, with slope sigma at 0. The parabola through both
-    ends with that slope is the first guess; from there the secant method, held in a bracket.
+    `log_ratio` holds 0 on padding. s(x) = sqrt(-log ESS) is nearly linear in x, with slope sigma
+    at 0. The parabola through both ends with that slope is the first guess; from there the secant
+    method, held in a bracket.
     """
-    left, right = torch.zeros_like(target), torch.full_like(target, p_max)
+    spread = _Spread.of(log_ratio, mask)
+    right = torch.full_like(target, p_max)
     within = spread.reach * p_max <= EXPM1_LIMIT
     near = None if bool(within.all()) else within
     end = spread.log_ess(right, near)
     log_size = torch.log1p((1 - target) * torch.expm1(-end)) if relative else target.log()
     goal, end = log_size.neg_().sqrt_(), end.sqrt_()
-    done = spread.flat | (end <= goal)
-    if relative:
-        done |= target == 0
+    done = spread.flat | (target == 0 if relative else end <= goal)
 
     sigma = torch.linalg.vector_norm(spread.e, dim=1).div_(spread.length.sqrt())
-    bend = (end - p_max * sigma).mul_(4 / p_max**2).mul_(goal)
-    root = bend.addcmul_(sigma, sigma).clamp_(min=0).sqrt_()
+    bend = (end / p_max - sigma).mul_(4 / p_max)
+    root = torch.addcmul(sigma * sigma, bend, goal).clamp_(min=0).sqrt_()
     x = torch.minimum(2 * goal / (sigma + root), right)
-    last, gap_before = right, end - goal
+    left, last, gap_before = torch.zeros_like(x), right, end - goal
+    # The next error of the secant method is the last two errors times s'' / 2 s', which the
+    # parabola puts at bend / (4 sigma); 0.1 covers what it does not see.
+    curvature = bend.abs_().div_(sigma).add_(0.1 / p_max)
     tolerance = 16 * torch.finfo(target.dtype).eps
     for _ in range(ROOT_STEPS):
         gap = spread.log_ess(x, near).sqrt_().sub_(goal)
         hit = gap == 0
         way = x - last
         step = (gap * way).div_((gap - gap_before).masked_fill_(hit, 1))
-        error = way.mul_(step).abs_()  # of the next x: the secant's is about this times s'' / s'
-        if bool(((error <= tolerance * x.square()) | hit | done).all()):
+        error = way.mul_(step).abs_().mul_(curvature)
+        if bool(((error <= tolerance * x) | hit | done).all()):
             x = torch.clamp(x - step, left, right)
             break
         left, right = torch.where(gap < 0, x, left), torch.where(gap < 0, right, x)
@@ -399,7 +406,7 @@ def _ess_root(spread: _Spread, target: Tensor, p_max: float, relative: bool) -> 
     x = torch.where(done, p_max, x)
     if relative:
         x.masked_fill_(target == 1, 0)
-    return x.masked_fill_(~spread.reach.isfinite(), math.nan)
+    return x.add_(0 * spread.reach)  # a row with a NaN or an infinity gives NaN
 
 
 def _log_tanh_quarter(log_gap: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from hmpo.divergence import exp_minus_tangent
-from hmpo.masking import without_padding
+from hmpo.masking import masked_difference
 from hmpo.objective_config import MismatchConfig
 
 SUM_LIMIT = 20.0
@@ -144,7 +144,7 @@ def _thinned(values: Tensor) -> Tensor:
 
 def _log_rho(numerator: Tensor, sampling_logprobs: Tensor, mask: Tensor) -> Tensor:
     """Token log ratios to the sampler, 0 on padding."""
-    return without_padding(numerator, mask) - without_padding(sampling_logprobs, mask)
+    return masked_difference(numerator, sampling_logprobs, mask)
 
 
 def _token_mean(log_rho: Tensor, mask: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ from hmpo.clipping import (
 from hmpo.divergence import exp_minus_tangent, k3, token_kl
 from hmpo.errors import ConfigError, ShapeError
 from hmpo.exponent import matched_exponent
-from hmpo.masking import limited, scaled_gradient, without_padding
+from hmpo.masking import limited, masked_difference, scaled_gradient, without_padding
 from hmpo.means import Exponent
 from hmpo.objective_config import ObjectiveConfig
 from hmpo.ratio_metrics import clip_metrics, count_metrics, ratio_metrics, row_metrics
@@ -120,10 +120,9 @@ def power_mean_loss(
     free, lengths = logprobs, mask.sum(1)
     if weights is not None and weights.ndim == 2:
         logprobs = scaled_gradient(logprobs, without_padding(weights.detach(), mask))
-    log_ratio = _log_ratio(logprobs, old_logprobs, mask)
+    log_ratio = masked_difference(logprobs, old_logprobs, mask)
     advantages = _row_advantages(advantages, lengths, log_ratio.dtype)
     omega = _row_weights(lengths, config, denominators, log_ratio.dtype)
-    p = exponent_in_force(log_ratio, mask, advantages, config, exponent)
     if config.needs_band and band is None:
         if denominators is not None:
             raise ConfigError(
@@ -131,16 +130,19 @@ def power_mean_loss(
                 f"minibatch with clip_center = {config.clip_center!r}, "
                 f"clip_width = {config.clip_width!r}"
             )
+        p = exponent_in_force(log_ratio, mask, advantages, config, exponent)
         band = measure_band(log_ratio, mask, p, config)
 
     bounds = _bounds(lengths, advantages, config, band)
-    log_ratio = _limited_tokens(log_ratio, mask, advantages, config, bounds)
-    mean = _limited_mean(log_ratio, logprobs, mask, p, config, bounds)
+    clipped = _limited_tokens(log_ratio, mask, advantages, config, bounds)
+    p = exponent_in_force(log_ratio, mask, advantages, config, exponent, clipped)
+    del log_ratio  # a (N, T) tensor less while the mean is taken
+    mean = _limited_mean(clipped, logprobs, mask, p, config, bounds)
     if weights is not None and weights.ndim == 1:
         omega = omega * torch.where(lengths > 0, weights.detach(), 0)
-    loss = -(omega * advantages * mean).sum()
+    loss = -torch.dot(omega * advantages, mean)
     if config.kl_coef > 0:
-        omega = _row_weights(lengths, config, denominators, log_ratio.dtype)
+        omega = _row_weights(lengths, config, denominators, mean.dtype)
         loss = loss + config.kl_coef * (omega * _row_kl(free, ref_logprobs, mask, config)).sum()
     return loss
 
@@ -161,7 +163,7 @@ def minibatch_band(
     exponent: Float[Tensor, ""] | Float[Tensor, " N"] | None = None,
 ) -> Band:
     """Centre and scale of the clip band of a whole minibatch, to be handed to its parts."""
-    log_ratio = _log_ratio(logprobs, old_logprobs, mask)
+    log_ratio = masked_difference(logprobs, old_logprobs, mask)
     advantages = _row_advantages(advantages, mask.sum(1), log_ratio.dtype)
     p = exponent_in_force(log_ratio, mask, advantages, config, exponent)
     return measure_band(log_ratio, mask, p, config)
@@ -173,6 +175,7 @@ def exponent_in_force(
     advantages: Float[Tensor, " N"],
     config: ObjectiveConfig,
     exponent: Float[Tensor, ""] | Float[Tensor, " N"] | None,
+    clipped: Float[Tensor, "N T"] | None = None,
 ) -> Exponent:
     """The exponent that the objective uses: one number, or one per row.
 
@@ -182,11 +185,12 @@ def exponent_in_force(
         advantages: one per response.
         config: the member of the family.
         exponent: what a source says, which then is the answer; None leaves it to `config`.
+        clipped: the log ratios after a token clip, where they are known already.
     """
     if exponent is not None:
         return exponent
     if config.exponent.kind == "matched":
-        return matched_exponent(log_ratio, mask, advantages, config)
+        return matched_exponent(log_ratio, mask, advantages, config, clipped)
     positive, negative = config.exponent_for(positive=True), config.exponent_for(positive=False)
     if positive == negative:
         return positive
@@ -220,7 +224,7 @@ def objective_metrics(
     Arguments and errors are those of `power_mean_objective`.
     """
     _check(logprobs, old_logprobs, mask, advantages, ref_logprobs, exponent)
-    log_ratio = _log_ratio(logprobs, old_logprobs, mask)
+    log_ratio = masked_difference(logprobs, old_logprobs, mask)
     advantages = _row_advantages(advantages, mask.sum(1), log_ratio.dtype)
     p = exponent_in_force(log_ratio, mask, advantages, config, exponent)
     rows = mask.any(1)
@@ -290,12 +294,6 @@ def _limited_mean(
     return exp_linear(mean.clamp(*bounds) if config.clip_level == "sequence" else mean)
 
 
-def _log_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
-    """Token log ratios, 0 on padding. An infinite one becomes NaN, as a clip would hide it."""
-    d = without_padding(logprobs, mask) - without_padding(old_logprobs.detach(), mask)
-    return d + 0 * d.detach()  # inf * 0 is NaN, and x + 0 is x
-
-
 def _row_advantages(advantages: Tensor, lengths: Tensor, dtype: torch.dtype) -> Tensor:
     """Advantages as constants, 0 for a row without tokens."""
     return torch.where(lengths > 0, advantages.detach(), 0).to(dtype)
@@ -318,20 +316,17 @@ def _row_weights(
     lengths: Tensor, config: ObjectiveConfig, denominators: Denominators | None, dtype: torch.dtype
 ) -> Tensor:
     """omega_i; 0 for a row without tokens."""
+    counted = lengths > 0
     if denominators is None:
-        sequences, tokens = (lengths > 0).sum().clamp(min=1), lengths.sum().clamp(min=1)
+        total = lengths.sum() if config.reduction == "token_mean" else counted.sum()
+        total = total.clamp(min=1)
     else:
-        sequences, tokens = max(denominators.sequences, 1), max(denominators.tokens, 1)
-    match config.reduction:
-        case "sequence_mean":
-            return (lengths > 0).to(dtype) / sequences
-        case "token_mean":
-            return lengths.to(dtype) / tokens
-        case "length_sum":
-            return lengths.to(dtype) / sequences
-        case _:
-            assert config.max_length is not None, "checked by ObjectiveConfig"
-            return lengths.to(dtype) / (sequences * config.max_length)
+        sequences, tokens = denominators.sequences, denominators.tokens
+        total = max(tokens if config.reduction == "token_mean" else sequences, 1)
+    if config.reduction == "constant":
+        assert config.max_length is not None, "checked by ObjectiveConfig"
+        total = total * config.max_length
+    return (counted if config.reduction == "sequence_mean" else lengths).to(dtype) / total
 
 
 def _check(

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from hmpo.masking import limited, scaled_gradient, without_padding
+from hmpo.masking import limited, masked_difference, scaled_gradient, without_padding
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
@@ -27,6 +27,17 @@ def test_a_counted_nan_stays_and_a_view_is_not_touched():
     assert wide[0, 2] == 3.0
 
 
+def test_a_masked_difference_minds_neither_padding_nor_hides_an_infinity():
+    x = torch.tensor([[1.5, math.nan, -2.0, -math.inf]], requires_grad=True)
+    y = torch.tensor([[0.25, 1.0, math.inf, 3.0]], dtype=torch.bfloat16)
+    d = masked_difference(x, y, torch.tensor([[True, False, False, True]]))
+    assert d.dtype == torch.float32
+    assert d[0, :3].tolist() == [1.25, 0.0, 0.0]
+    assert d[0, 3].isnan()
+    d.sum().backward()
+    assert x.grad.tolist() == [[1.0, 0.0, 0.0, 1.0]]
+
+
 def test_limits_equal_a_clamp_in_value_and_gradient_also_on_the_bound():
     x = torch.tensor([[-2.0, -1.0, 0.5, 1.0, 3.0], [9.0, -9.0, 0.0, 0.25, -0.25]])
     low, high = torch.tensor([-1.0, -math.inf]), torch.tensor([1.0, 0.25])
@@ -44,8 +55,9 @@ def test_gradients_are_those_of_the_functions():
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(3, 4, dtype=torch.float64, generator=generator).requires_grad_()
     mask = torch.rand(3, 4, generator=generator) < 0.6
-    bound = torch.full((3,), 0.8, dtype=torch.float64)
+    bound, fixed = torch.full((3,), 0.8, dtype=torch.float64), x.detach() - 1
     assert gradcheck(lambda v: without_padding(v, mask), (x,))
+    assert gradcheck(lambda v: masked_difference(v, fixed, mask), (x,))
     assert gradcheck(lambda v: limited(v, -bound, bound), (x,))
 
 

@@ -9,6 +9,7 @@ one is logged as `pg_loss`.
 
 import dataclasses
 import functools
+import logging
 import warnings
 from pathlib import Path
 from typing import Any
@@ -36,11 +37,15 @@ except ImportError as error:
 from hmpo.adapters.surrogate import surrogate_advantages
 from hmpo.adapters.trl_config import PowerMeanGRPOConfig
 from hmpo.adapters.trl_log import Rows, TelemetryLog, gather_rows, join_rows, rollout_metrics
+from hmpo.calibration import ClipCalibration
 from hmpo.exponent import ExponentSource, exponent_source
-from hmpo.objective import objective_metrics, power_mean_loss
+from hmpo.objective import exponent_in_force, objective_metrics, power_mean_loss
+from hmpo.objective_config import ObjectiveConfig
 from hmpo.optim import MuonClipConfig, with_qk_clip
 from hmpo.optim.build import clip_metrics
 from hmpo.types import Metrics
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["PowerMeanGRPOConfig", "PowerMeanGRPOTrainer"]
 
@@ -87,6 +92,8 @@ class PowerMeanGRPOTrainer(GRPOTrainer):
         self._losses: list[Tensor] = []
         self._grad_norm: Tensor | float | None = None
         self._rollout: Metrics = {}
+        self._rollouts = self._staleness = 0
+        self.calibration = ClipCalibration(args.resolved_objective)
         self.last_record: Metrics = {}
         super().__init__(model, reward_funcs, args=args, **more)
         # The objective's own means and bounds stand in the advantages; of TRL's loss there remain
@@ -107,6 +114,11 @@ class PowerMeanGRPOTrainer(GRPOTrainer):
         """Where p comes from; made when training starts, as a schedule needs its length."""
         device = self.accelerator.device
         return exponent_source(self.args.resolved_objective, device, self.state.max_steps or None)
+
+    @property
+    def present_objective(self) -> ObjectiveConfig:
+        """The objective in force; rewards or a calibration may have moved its bounds."""
+        return self.calibration.apply(self.exponent.objective)
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         """TRL's loss on a copy of `inputs`, which it uses again in later iterations."""
@@ -139,7 +151,7 @@ class PowerMeanGRPOTrainer(GRPOTrainer):
             ref_logprobs=inputs.get("ref_per_token_logps"),
         )
         tensors = (rows.logprobs, rows.old_logprobs, rows.mask, rows.advantages)
-        weights = surrogate_advantages(*tensors, self.exponent.objective, self._exponent())
+        weights = surrogate_advantages(*tensors, self.present_objective, self._exponent())
         if not bool(weights.isfinite().all()):
             row, token = (~weights.isfinite()).nonzero()[0].tolist()
             raise NonFiniteError(
@@ -167,6 +179,7 @@ class PowerMeanGRPOTrainer(GRPOTrainer):
         """TRL's rewards, of which a reward-adaptive exponent takes note."""
         rewards = super()._calculate_rewards(*args, **options)
         if self.model.training:
+            self._rollouts, self._staleness = self._rollouts + 1, 0
             scored = ~rewards.isnan().all(1)
             total = (rewards * self.reward_weights.to(rewards.device)).nansum(1)
             self.exponent.observe(total[scored])
@@ -179,7 +192,7 @@ class PowerMeanGRPOTrainer(GRPOTrainer):
         rows = gather_rows(join_rows(self._window), self.accelerator)
         self._window = []
         tensors = (rows.logprobs, rows.old_logprobs, rows.mask, rows.advantages)
-        objective, exponent = self.exponent.objective, self._exponent()
+        objective, exponent = self.present_objective, self._exponent()
         found = objective_metrics(
             *tensors,
             dataclasses.replace(objective, kl_coef=0.0),
@@ -188,21 +201,38 @@ class PowerMeanGRPOTrainer(GRPOTrainer):
         )
         metrics: Metrics = {name: float(value) for name, value in found.items()}
         if self.beta != 0:
-            del metrics["kl_loss"]  # TRL's term, in TRL's log
+            metrics.pop("kl_loss", None)  # TRL's term, in TRL's log; absent where no row counts
         tokens = max(1, int(rows.mask.sum()))
         metrics["entropy"] = float((rows.entropy * rows.mask).sum(dtype=torch.float64)) / tokens
         skipped = bool(self.accelerator.optimizer_step_was_skipped)
         if not skipped:
+            self._calibrate(rows, exponent)
             metrics |= self._learn(rows)
             metrics |= clip_metrics(self._bare_optimizer) if self.args.qk_clip else {}
         self._log_update(metrics, skipped)
+        self._staleness += 1
+
+    def _calibrate(self, rows: Rows, exponent: Tensor | None) -> None:
+        """Let a calibrated clip see the update, and say where that settles it."""
+        base = self.exponent.objective
+        if base.clip_share is None:
+            return
+        log_ratio = (rows.logprobs - rows.old_logprobs).masked_fill(~rows.mask, 0.0)
+        units = (log_ratio, rows.mask, rows.advantages)
+        p = exponent_in_force(*units, base, exponent)
+        settled = self.calibration.observe(
+            *units, p, base, rollout=self._rollouts - 1, staleness=self._staleness
+        )
+        if settled:
+            low, high = self.present_objective.log_bounds
+            logger.info("clip half-widths calibrated: log bounds %.3g and %.3g", low, high)
 
     def _learn(self, rows: Rows) -> Metrics:
         """Let a learnable exponent follow the update."""
 
         def surrogate(p: Tensor) -> Tensor:
             tensors = (rows.logprobs, rows.old_logprobs, rows.mask, rows.advantages)
-            return power_mean_loss(*tensors, self.exponent.objective, exponent=p)
+            return power_mean_loss(*tensors, self.present_objective, exponent=p)
 
         log_ratio = (rows.logprobs - rows.old_logprobs).masked_fill(~rows.mask, 0.0)
         return self.exponent.learn(log_ratio, rows.mask, rows.advantages, surrogate)
@@ -215,7 +245,9 @@ class PowerMeanGRPOTrainer(GRPOTrainer):
         self._rollout |= rollout_metrics(buffers)
         self.last_record = {
             "step": self.state.global_step,
-            "loss": float(torch.stack(self._losses).sum()),
+            "rollout": max(0, self._rollouts - 1),
+            "staleness": self._staleness,
+            "loss": float(self.accelerator.gather(torch.stack(self._losses).sum()).mean()),
             "lr": self._bare_optimizer.param_groups[0]["lr"],
             "update_skipped": skipped,
             **self._rollout,
@@ -265,7 +297,12 @@ class PowerMeanGRPOTrainer(GRPOTrainer):
         super()._save_checkpoint(model, trial)
         if self.args.should_save:
             folder = Path(self._get_output_dir(trial=trial))
-            state = {"exponent": self.exponent.state_dict(), "telemetry": self.telemetry.offset()}
+            state = {
+                "exponent": self.exponent.state_dict(),
+                "calibration": self.calibration.state_dict(),
+                "rollouts": self._rollouts,
+                "telemetry": self.telemetry.offset(),
+            }
             torch.save(state, folder / f"checkpoint-{self.state.global_step}" / STATE_FILE)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -281,6 +318,8 @@ class PowerMeanGRPOTrainer(GRPOTrainer):
         if path.exists():
             state = torch.load(path, map_location=self.accelerator.device, weights_only=True)
             self.exponent.load_state_dict(state["exponent"])
+            self.calibration.load_state_dict(state["calibration"])
+            self._rollouts = state["rollouts"]
             self.telemetry.resume_at = state["telemetry"]
         elif self.exponent.state_dict():
             raise CheckpointError(

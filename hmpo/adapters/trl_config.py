@@ -189,6 +189,10 @@ class PowerMeanGRPOConfig(GRPOConfig):
             for name in ("clip_low", "clip_high"):
                 value = getattr(self, name)
                 require(value is None, name, value, f"it unset: {objective.name} has no clip")
+        if objective.clip_share is not None:
+            expected = "it unset with one update per generation, where no ratio differs from 1"
+            enough = self.updates_per_generation > 1
+            require(enough, "clip_share", objective.clip_share, expected)
         if objective.needs_band:
             split = self.gradient_accumulation_steps > 1 or self.world_size > 1
             require(

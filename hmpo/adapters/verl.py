@@ -5,7 +5,7 @@
     +actor_rollout_ref.actor.policy_loss.member=gmpo
 
 The first line makes every worker import this module and build the config, which carries a member
-and what differs from it. `VERL_USE_EXTERNAL_MODULES` registers the loss as well; then, without
+and what differs from it. The entry point `verl.plugins` registers the loss as well; then, without
 `_target_`, it is HMPO with its own values, as verl's plain config has no place for others.
 
 Counts of the whole minibatch come from verl, so that the losses of micro-batches and of
@@ -27,6 +27,7 @@ from hmpo.errors import ConfigError, ShapeError, require
 from hmpo.members import BY_NAME
 from hmpo.objective import objective_metrics, power_mean_loss
 from hmpo.objective_config import ObjectiveConfig
+from hmpo.settings import from_dict
 from hmpo.types import Denominators
 
 LOSS_MODE = "power_mean"
@@ -64,7 +65,8 @@ METRICS = {
 """verl's metric names and the telemetry names behind them; averaged over micro-batches by verl."""
 
 _UNUSED = ("clip_ratio", "clip_ratio_low", "clip_ratio_high", "clip_ratio_c", "tau_pos", "tau_neg")
-_NEED_PROGRESS = {
+_WITHIN_A_CALL = ("fixed", "matched")
+_NOT_WITHIN_A_CALL = {
     "learnable": "verl's optimizer holds only the model's parameters",
     "linear": "verl does not tell a loss how far the run is",
     "reward": "verl does not tell a loss the rewards",
@@ -130,14 +132,14 @@ class PowerMeanLossConfig(PolicyLossConfig):
         member = BY_NAME[self.member]()
         offered = {f.name for f in dataclasses.fields(PowerMeanLossConfig)}
         names = [f.name for f in dataclasses.fields(ObjectiveConfig) if f.name in offered]
-        changes: dict[str, Any] = {n: self[n] for n in names if self[n] is not None}
-        source = {
+        values = dataclasses.asdict(member)
+        values |= {name: self[name] for name in names if self[name] is not None}
+        values["exponent"] |= {
             name: self[f"exponent_{name}"]
             for name in ("kind", "saturation", "matching")
             if self[f"exponent_{name}"] is not None
         }
-        changes["exponent"] = dataclasses.replace(member.exponent, **source)
-        objective = dataclasses.replace(member, **changes)
+        objective = from_dict(ObjectiveConfig, values, "policy_loss")
         _check_objective(objective)
         return objective
 
@@ -191,10 +193,11 @@ def power_mean(
 def _check_objective(objective: ObjectiveConfig) -> None:
     """Refuse what needs more than one micro-batch and no memory can give."""
     kind = objective.exponent.kind
-    if kind in _NEED_PROGRESS:
+    if kind not in _WITHIN_A_CALL:
+        reason = _NOT_WITHIN_A_CALL.get(kind, "verl's loss is a function without a state")
         raise ConfigError(
             f"policy_loss.exponent_kind: got {kind!r} (member {objective.name!r}), expected "
-            f'"fixed" or "matched", as {_NEED_PROGRESS[kind]}; a fixed p is '
+            f'"fixed" or "matched", as {reason}; a fixed p is '
             "policy_loss.exponent_kind=fixed policy_loss.p=..."
         )
     for name, plain in (("clip_center", "one"), ("clip_width", "absolute")):

@@ -12,8 +12,11 @@ from torch import Tensor
 
 from hmpo.optim.attention_max import AttentionCall, real_rows, seen
 
-FIRST_ROWS = 4
-"""Rows computed before anything is sorted."""
+FIRST_ROWS = 8
+"""Rows computed one by one, best first, before the rest is taken in blocks."""
+TIED = 1e-6
+"""A row whose limit is above the best by no more than this part of it is not computed: that is
+float32 rounding."""
 BLOCK_SCORES = 1 << 16
 """Scores held at once (256 KiB of float32)."""
 BLOCK_KEYS = 2048
@@ -29,33 +32,43 @@ def max_by_lse(
     Args:
         call: an attention call with its log-sum-exp.
         heads: query heads to look at.
-        slack: per head, how far a row's log-sum-exp may be below its true value.
+        slack: per head, how far a row's log-sum-exp may be below its true value, beyond the
+            rounding of a float32 product.
 
     Asks the device a few times for each head.
     """
     assert call.lse is not None
+    limit = call.lse[:, heads].add_(slack[heads][:, None])
+    limit.masked_fill_(limit.isnan(), torch.inf)  # says nothing: to be computed
     rows = real_rows(call)
+    if rows is not None:
+        limit.masked_fill_(~(rows[:, heads] if rows.shape[1] > 1 else rows), -torch.inf)
     found, computed = [], 0
     with torch.autocast(call.query.device.type, enabled=False):
-        for head in heads.tolist():
-            limit = call.lse[:, head] + slack[head]
-            limit = limit.masked_fill(limit.isnan(), torch.inf)  # says nothing: to be computed
-            if rows is not None:
-                limit = limit.masked_fill(~rows[:, head if rows.shape[1] > 1 else 0], -torch.inf)
-            best, count = _head_max(call, head, limit)
+        for n, head in enumerate(heads.tolist()):
+            best, count = _head_max(call, head, limit[:, n])
             found.append(best)
             computed += count
     return torch.tensor(found, dtype=torch.float32, device=call.query.device), computed
 
 
 def _head_max(call: AttentionCall, head: int, limit: Tensor) -> tuple[float, int]:
-    """One head: prompts in the order of their largest limit; limit (B, Q)."""
-    tops = limit.amax(1).tolist()
-    best, computed = -torch.inf, 0
+    """One head: a few rows one by one, then prompt by prompt what is left; limit (B, Q)."""
+    left, best = limit.contiguous(), -torch.inf
+    flat = left.view(-1)
+    for computed in range(min(FIRST_ROWS, len(flat))):
+        index = int(flat.argmax())
+        if _no_better(float(flat[index]), best):
+            return best, computed
+        b, i = divmod(index, limit.shape[1])
+        best = _larger(best, _rows_max(call, b, head, slice(i, i + 1), i + 1))
+        flat[index] = -torch.inf
+    computed = min(FIRST_ROWS, len(flat))
+    tops = left.amax(1).tolist()
     for b in sorted(range(len(tops)), key=lambda b: -tops[b]):
-        if best != best or tops[b] <= best:
+        if _no_better(tops[b], best):
             break
-        best, count = _prompt_max(call, b, head, limit[b], best)
+        best, count = _prompt_max(call, b, head, left[b], best)
         computed += count
     return best, computed
 
@@ -63,22 +76,24 @@ def _head_max(call: AttentionCall, head: int, limit: Tensor) -> tuple[float, int
 def _prompt_max(
     call: AttentionCall, b: int, head: int, limit: Tensor, best: float
 ) -> tuple[float, int]:
-    """One head of one prompt: the first few rows, then blocks of what is left; limit (Q,)."""
-    first = limit.topk(min(FIRST_ROWS, len(limit))).indices
-    best = _larger(best, _rows_max(call, b, head, first))
-    computed = len(first)
-    left = limit.index_fill(0, first, -torch.inf)
-    rows = (left > best).nonzero().flatten()
-    rows = rows[left[rows].argsort(descending=True)]
-    limits = left[rows].tolist()
+    """One head of one prompt, in blocks of rows with falling limits (Q,)."""
+    rows = (limit > best).nonzero().flatten()
+    rows = rows[limit[rows].argsort(descending=True)]
+    limits = limit[rows].tolist()
     step = max(1, BLOCK_SCORES // min(BLOCK_KEYS, call.key.shape[2]))
+    computed = 0
     for start in range(0, len(rows), step):
-        if limits[start] <= best:
+        if _no_better(limits[start], best):
             break
         block = rows[start : start + step]
-        best = _larger(best, _rows_max(call, b, head, block))
+        best = _larger(best, _rows_max(call, b, head, block, int(block.max()) + 1))
         computed += len(block)
     return best, computed
+
+
+def _no_better(limit: float, best: float) -> bool:
+    """Is there nothing to gain below `limit`? Not after NaN either."""
+    return best != best or limit <= best + (TIED * abs(best) if abs(best) < torch.inf else 0.0)
 
 
 def _larger(a: float, b: float) -> float:
@@ -86,24 +101,32 @@ def _larger(a: float, b: float) -> float:
     return a if a != a or b <= a else b
 
 
-def _rows_max(call: AttentionCall, b: int, head: int, rows: Int[Tensor, " n"]) -> float:
-    """Largest visible logit of some rows, block of keys by block of keys."""
+def _rows_max(call: AttentionCall, b: int, head: int, rows: Tensor | slice, last: int) -> float:
+    """Largest visible logit of some rows, block of keys by block of keys.
+
+    Args:
+        call: the attention call.
+        b: prompt.
+        head: query head.
+        rows: query rows, or a slice of one row.
+        last: without a mask and causal, keys from this one on are seen by none of the rows.
+    """
     dtype = torch.promote_types(call.query.dtype, torch.float32)
     query = call.query[b, head, rows].to(dtype)
     key = call.key[b, head // (call.query.shape[1] // call.key.shape[1])]
     causal = call.mask is None and call.causal
-    last = int(rows.max()) + 1 if causal else key.shape[0]
+    last = min(last, key.shape[0]) if causal else key.shape[0]
     best = None
-    for start in range(0, min(last, key.shape[0]), BLOCK_KEYS):
-        stop = min(last, key.shape[0], start + BLOCK_KEYS)
+    for start in range(0, last, BLOCK_KEYS):
+        stop = min(last, start + BLOCK_KEYS)
         scores = query @ key[start:stop].to(dtype).T
-        if causal:
-            columns = torch.arange(start, stop, device=rows.device)
-            scores.masked_fill_(columns > rows[:, None], -torch.inf)
-        elif call.mask is not None:
+        if call.mask is not None:
             mask = call.mask[b if call.mask.shape[0] > 1 else 0]
             mask = mask[head if mask.shape[0] > 1 else 0]
             scores.masked_fill_(~seen(mask[rows, start:stop]), -torch.inf)
+        elif causal and isinstance(rows, Tensor):
+            columns = torch.arange(start, stop, device=rows.device)
+            scores.masked_fill_(columns > rows[:, None], -torch.inf)
         top = scores.amax()
         best = top if best is None else torch.maximum(best, top)
     assert best is not None, "attention has keys"

@@ -10,6 +10,7 @@ from hmpo.config import OptimizerConfig
 from hmpo.errors import ModelError
 from hmpo.optim.muon_clip import STATE_KEY, qk_clip_stats
 from hmpo.optim.param_groups import MuonWithAdamW, split_param_groups
+from hmpo.optim.readings import TIERS
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
@@ -70,6 +71,7 @@ def clip_metrics(optimizer: torch.optim.Optimizer) -> dict[str, float | int]:
         "qk/unclippable": stats.missed_heads,
         "qk/unread": stats.unread_heads,
         "qk/fallbacks": len(stats.fallbacks),
+        **{f"qk/tier/{name}": stats.tiers.get(name, 0) for name in TIERS},
     }
 
 

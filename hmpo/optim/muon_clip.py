@@ -20,6 +20,7 @@ from hmpo.errors import ConfigError, ModelError
 from hmpo.optim.logit_tracker import LogitTracker
 from hmpo.optim.param_groups import MuonWithAdamW, split_param_groups
 from hmpo.optim.qk_clip import GQA_RULES, ClipStats, Masters, QKClip
+from hmpo.optim.readings import SOURCES
 
 AnyOptimizer = TypeVar("AnyOptimizer", bound=Optimizer)
 logger = logging.getLogger(__name__)
@@ -38,7 +39,7 @@ class MuonClipConfig:
     gqa: Literal["balanced", "query", "group"] = "balanced"
     """Query heads that share a key head: "balanced" scales both sides and "query" queries only,
     each head by its own factor; "group" scales all heads of a group by the smallest."""
-    source: Literal["auto", "exact", "bound"] = "auto"
+    source: Literal["auto", "lse", "exact", "bound"] = "auto"
     """Where readings come from, see `LogitTracker`."""
     scale_frozen: bool = False
     """Also scale weights that are not trained: the base under LoRA, frozen gains. They have to be
@@ -52,8 +53,7 @@ class MuonClipConfig:
         require(0 < tau < torch.inf, "max_qk_score", tau, "a finite number > 0")
         require(0 <= self.alpha <= 1, "alpha", self.alpha, "a number in [0, 1]")
         require(self.gqa in GQA_RULES, "gqa", self.gqa, " or ".join(map(repr, GQA_RULES)))
-        known = ("auto", "exact", "bound")
-        require(self.source in known, "source", self.source, '"auto", "exact" or "bound"')
+        require(self.source in SOURCES, "source", self.source, " or ".join(map(repr, SOURCES)))
         for name in ("scale_frozen", "weight_norm_fallback"):
             require(isinstance(getattr(self, name), bool), name, getattr(self, name), "a bool")
 

@@ -62,10 +62,12 @@ class ClipStats:
     """Smallest gamma applied; 1 if none was."""
     unclippable: tuple[str, ...]
     """Attention layers where QK-clip cannot act, as "name: reason"."""
+    tiers: dict[str, int] = field(default_factory=dict)
+    """Readings (one for each forward pass and head) by what settled them, see `LogitTracker`."""
     fallbacks: tuple[str, ...] = ()
     """Layers that nobody can read, scaled by a bound from their weights where that is allowed."""
     seconds: float = field(default=0.0, compare=False)
-    """Wall time of the clip, waiting for the readings included; not part of the state."""
+    """Host time of the clip and of the readings it used; not part of the state."""
 
     def state(self) -> dict[str, Any]:
         """Plain containers, for a checkpoint."""
@@ -182,8 +184,9 @@ class QKClip:
             self._warn("a logit exceeds tau but QK-clip cannot act", stats.unclippable)
         used = tuple(site.name for site, bound, _ in bounded if bool((bound > self.tau).any()))
         self._warn("clipped by a bound from its weights, nobody can read its logits", used)
-        seconds = time.perf_counter() - start
-        return dataclasses.replace(stats, fallbacks=used, seconds=seconds)
+        seconds = time.perf_counter() - start + self.tracker.seconds
+        tiers = dict(self.tracker.tiers)
+        return dataclasses.replace(stats, tiers=tiers, fallbacks=used, seconds=seconds)
 
     def _bounded(self) -> list[tuple[AttentionSite, Tensor, ClipTarget]]:
         """Layers that nobody can read, with the bound of their logits where there is one."""

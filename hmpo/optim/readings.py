@@ -23,7 +23,7 @@ from torch import Tensor
 
 from hmpo.optim.attention_max import AttentionCall, exact_max, logit_bound, norm_bound, real_rows
 from hmpo.optim.branch_and_bound import max_by_lse
-from hmpo.optim.lse import kernel_error, lse_bound
+from hmpo.optim.lse import kernel_error, lse_bound, reduced_precision
 from hmpo.optim.weight_bound import WeightBound
 
 KEEP_BYTES = 256 << 20
@@ -34,6 +34,7 @@ SETTLED = 0.9
 """An accelerator's layer skips its activations while its weights' bound is below this part of
 tau; checked at each `consume()`."""
 SOURCES = ("auto", "lse", "exact", "bound")
+TIERS = ("weights", "norms", "lse", "exact")
 
 
 @dataclass
@@ -119,11 +120,12 @@ class Reading:
     def _by_activations(self, call: AttentionCall) -> None:
         if call.lse is None or self.source == "bound":
             bound, tier = logit_bound(call), "norms"
-            slack = bound
+            slack = bound  # not used: without a log-sum-exp nothing is searched by it
         else:
             norms, tier = norm_bound(call), "lse"
-            slack = norms * kernel_error(call.query.shape[-1])
-            bound = lse_bound(call.lse, real_rows(call), slack).fmin(norms)
+            error = norms * kernel_error(call.query.shape[-1])
+            bound = lse_bound(call.lse, real_rows(call), error).fmin(norms)
+            slack = norms * reduced_precision()
         if self.source == "auto":
             over = ~(bound <= self.tau)
             if not self._defer(over, slack, call):

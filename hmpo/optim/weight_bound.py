@@ -11,6 +11,9 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from hmpo.optim.sites.norms import output_at
 
 NORMED = (
     "Qwen3Attention",
@@ -36,11 +39,16 @@ class WeightBound:
 
     @torch.no_grad()
     def __call__(self, dtype: torch.dtype) -> Float[Tensor, " H"] | None:
-        """The bound of each head for queries and keys rounded to `dtype`; None without module."""
+        """The bound of each head for queries and keys rounded to `dtype`.
+
+        None without module, and where weights are shards: whole ones would have to be gathered.
+        In a forward pass of FSDP2 they are whole.
+        """
         module = self.module()
-        if module is None:
+        norms = () if module is None else _norms(module)
+        if module is None or any(isinstance(p, DTensor) for n in norms for p in n.parameters()):
             return None
-        query, key = (_longest(norm, self.offset, module) for norm in _norms(module))
+        query, key = (_longest(norm, self.offset, module) for norm in norms)
         factor = max([1.0, *(_rotary_factor(r) for ref in self.rotaries if (r := ref()))])
         query, key = (g.repeat_interleave(self.heads // len(g)) for g in (query, key))
         width = int(module.head_dim)  # type: ignore[arg-type]
@@ -69,7 +77,6 @@ def _norms(module: nn.Module) -> tuple[nn.Module, nn.Module]:
     return children["q_norm"], children["k_norm"]
 
 
-@torch.no_grad()
 def _offset(norm: nn.Module) -> float | None:
     """0 or 1, as the norm multiplies by its weight or by 1 + weight; None if by neither.
 
@@ -78,12 +85,12 @@ def _offset(norm: nn.Module) -> float | None:
     weight = dict(norm.named_parameters()).get("weight")
     if weight is None or weight.ndim != 1 or len(weight) % 2 or len(list(norm.parameters())) > 1:
         return None
-    signs = weight.new_ones(len(weight))
+    signs = torch.ones(len(weight), device=weight.device)
     signs[1::2] = -1
-    gain = norm(signs) * signs
+    gain = output_at(norm, 0.5, signs) * signs
     near = 8 * torch.finfo(weight.dtype).eps + 1e-4
     for offset in (0.0, 1.0):
-        if torch.allclose(gain, weight + offset, rtol=near, atol=near):
+        if torch.allclose(gain, torch.full_like(gain, 0.5 + offset), rtol=near, atol=near):
             return offset
     return None
 

@@ -57,7 +57,7 @@ class Task(Protocol):
         ...
 
     def reward(
-        self, prompts: list, completions: list, completion_ids: list, **columns: list
+        self, prompts: list, completions: list, completion_ids: list, **columns: Any
     ) -> list[float]:
         """1.0 for each right completion, else 0.0; the signature of reward functions."""
         ...
@@ -188,7 +188,7 @@ class GeneratedTask:
         return min(len(self._found), 1024)
 
     def reward(
-        self, prompts: list, completions: list, completion_ids: list, **columns: list
+        self, prompts: list, completions: list, completion_ids: list, **columns: Any
     ) -> list[float]:
         """1.0 for each right completion, else 0.0; what follows the stop does not count."""
         return check_rows(self.check, completions, columns, self.stop, self.name)

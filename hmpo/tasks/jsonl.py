@@ -82,7 +82,7 @@ class JsonlTask:
         return self._with_shots(self._heldout[index], f"heldout/{index}")
 
     def reward(
-        self, prompts: list, completions: list, completion_ids: list, **columns: list
+        self, prompts: list, completions: list, completion_ids: list, **columns: Any
     ) -> list[float]:
         """1.0 where the completion is the answer, else 0.0; needs answers in the file."""
         if not self._has_answers:

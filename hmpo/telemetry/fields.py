@@ -164,6 +164,12 @@ _PROGRESS = (
     _count("n_groups", "Prompts among these responses."),
     _count("num_tokens", "Prompt and response tokens since the start.", trl="num_tokens"),
     _count("curriculum/level", "Task level that was sampled from."),
+    Field(
+        name="approx",
+        kind="bool",
+        unit="",
+        definition="Read from a log of others without per-response means: the gap is an estimate.",
+    ),
 )
 
 _OPTIMIZER = (
@@ -300,6 +306,7 @@ _QK = (
     _frac("qk/exact_frac", "Heads whose largest logit was measured, not bounded."),
     _count("qk/nonfinite", "Heads whose largest logit is not finite."),
     _count("qk/unclippable", "Heads above the threshold that cannot be rescaled."),
+    _count("qk/tier/<tier>", "Readings settled by that tier, one for each forward and head."),
     _count("qk/unread", "Heads of which no logit was read in this update."),
     _count("qk/fallbacks", "Layers clipped by a bound from their weights, nobody can read them."),
     Field(
@@ -338,7 +345,7 @@ _TIME = ("time",)
 _TIMING = (
     _float("time/rollout_s", "s", "Sampling and rewards.", 0.0, records=_TIME),
     _float("time/train_s", "s", "Forward, backward and step.", 0.0, records=_TIME),
-    _float("time/qk_clip_s", "s", "QK-clip, its readings included.", 0.0, records=_TIME),
+    _float("time/qk_clip_s", "s", "QK-clip and its readings, on the host.", 0.0, records=_TIME),
     _float("time/eval_s", "s", "Evaluation.", 0.0, records=_TIME),
     _float("time/save_s", "s", "Checkpoint.", 0.0, records=_TIME),
     _float("time/step_s", "s", "The whole update.", 0.0, records=_TIME, trl="step_time"),

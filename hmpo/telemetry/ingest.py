@@ -2,12 +2,13 @@
 
 import gzip
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from hmpo.errors import TelemetryError
+from hmpo.telemetry.csvlog import is_csv, read_csv
 from hmpo.telemetry.records import RECORD_TYPES, check_schema, decode, validate
 
 MALFORMED_SHARE = 0.01
@@ -43,6 +44,10 @@ class RunLog:
     end: Record | None = None
     """The last `end` record; None for a run that crashed or is still going."""
     problems: tuple[Problem, ...] = ()
+    adapter: str = "hmpo"
+    """The kind of log it was read from (`hmpo.telemetry.foreign`)."""
+    notes: tuple[str, ...] = ()
+    """What a log of others lacks, and what stands for it."""
 
     def count(self, kind: str) -> int:
         """Problems of one kind."""
@@ -50,7 +55,7 @@ class RunLog:
 
 
 def read_run(path: Path | str, strict: bool = False) -> RunLog:
-    """Read telemetry.jsonl or telemetry.jsonl.gz of our own schema.
+    """Read telemetry of our own schema: JSON lines or CSV, gzipped or not.
 
     Unknown keys and unknown record types are ignored.
 
@@ -108,7 +113,7 @@ def read_timing(path: Path | str) -> tuple[tuple[Record, ...], tuple[Record, ...
 def read_records(
     path: Path | str, non_finite: bool = True
 ) -> tuple[list[tuple[int, Record]], list[Problem], int]:
-    """JSON records of any .jsonl or .jsonl.gz file: numbered records, problems, lines read.
+    """Records of any .jsonl or .csv file, also .gz: numbered records, problems, lines read.
 
     Args:
         path: the file.
@@ -117,6 +122,13 @@ def read_records(
     records: list[tuple[int, Record]] = []
     problems: list[Problem] = []
     number = 0
+    if is_csv(Path(path)):
+        for number, row in read_csv(Path(path)):
+            if isinstance(row, TelemetryError):
+                problems.append(Problem(line=number, kind="malformed", message=str(row)))
+            else:
+                records.append((number, row))
+        return records, problems, number
     for number, line in _lines(Path(path)):
         if not line.strip():
             continue
@@ -150,6 +162,12 @@ def _read(path: Path) -> tuple[list[tuple[int, Record]], list[Problem]]:
             problems.append(Problem(line=number, kind="malformed", message=str(error)))
             continue
         records.append((number, record))
+    refuse_malformed(path, problems, lines)
+    return records, problems
+
+
+def refuse_malformed(path: Path, problems: Sequence[Problem], lines: int) -> None:
+    """Raise a TelemetryError if more than 1 % of a log's lines are malformed."""
     malformed = [problem for problem in problems if problem.kind == "malformed"]
     if len(malformed) > MALFORMED_SHARE * lines:
         first = malformed[0]
@@ -157,7 +175,6 @@ def _read(path: Path) -> tuple[list[tuple[int, Record]], list[Problem]]:
             f"{path}: {len(malformed)} of {lines} lines are malformed, expected at most 1 %; "
             f"the first is line {first.line}: {first.message}"
         )
-    return records, problems
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:

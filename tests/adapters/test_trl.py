@@ -17,7 +17,7 @@ import torch
 pytest.importorskip("trl")
 
 from datasets import Dataset
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer, TrlParser
 
 from hmpo import members
@@ -319,6 +319,7 @@ WRONG = {
         "objective": {"clip_level": "sequence", "clip_center": "drift"},
         "gradient_accumulation_steps": 2,
     },
+    "clip_share": {"objective": {"member": "hmpo", "clip_share": 0.1}},
     "max_qk_score": {"max_qk_score": -1.0},
 }
 
@@ -452,6 +453,43 @@ def test_a_checkpoint_without_the_exponents_state_is_refused(tmp_path: Path) -> 
         train(tmp_path, resume=True, **settings)
 
 
+def test_an_update_in_which_no_response_counts_is_told_and_harmless(tmp_path: Path) -> None:
+    trainer = make_trainer(str(tmp_path), exponent="learnable", max_steps=2)
+    batch = with_old(trainer.model, make_batch())
+    empty = batch | {"completion_mask": torch.zeros_like(batch["completion_mask"])}
+    trainer._prepare_inputs = lambda _: empty
+    before = weights(trainer)
+    trainer.train()
+    last = trainer.last_record
+    assert (last["n_seq"], last["n_tokens"], last["loss"]) == (0, 0, 0.0)
+    assert trainer.exponent.value(0) == pytest.approx(-1.0)
+    assert torch.equal(weights(trainer), before)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("member", ["hmpo", "dapo"])
+def test_two_processes_train_and_measure_as_one(tmp_path: Path, member: str) -> None:
+    def run(*launcher: str) -> list[dict[str, Any]]:
+        folder = str(tmp_path / str(len(launcher)))
+        done = subprocess.run(
+            [sys.executable, *launcher, "-m", "tests.adapters.processes", folder, member],
+            cwd=ROOT,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        return [json.loads(text) for text in re.findall(r"\{\"weights.*?\}\}", done.stdout)]
+
+    (alone,) = run()
+    both = run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    assert len(both) == 2
+    assert both[0] == both[1]
+    assert both[0]["weights"] == pytest.approx(alone["weights"], rel=1e-6)
+    for name, value in alone["record"].items():
+        assert both[0]["record"][name] == pytest.approx(value, rel=1e-3, abs=1e-5), name
+
+
 def test_linear_schedule_runs_over_trls_steps(tmp_path: Path) -> None:
     train(tmp_path, objective="holder", max_steps=5)
     found = [record["ratio/p"] for record in records(tmp_path)[1:-1]]
@@ -466,6 +504,34 @@ def test_reward_exponent_takes_note_of_trls_rewards(tmp_path: Path) -> None:
     gamma = trainer.args.resolved_objective.exponent.gamma
     wanted = torch.tensor(-gamma * 0.5).exp().item()
     assert trainer.last_record["ratio/p"] == pytest.approx(wanted, rel=1e-6)
+
+
+def test_a_calibrated_clip_settles_and_resumes(tmp_path: Path) -> None:
+    objective = {"member": "hmpo", "clip_share": 0.2, "clip_rollouts": 1}
+    settings = {"objective": objective, "save_strategy": "steps", "save_steps": 4.0}
+    trainer = train(tmp_path, max_steps=6, **settings)
+    found = [(r["rollout"], r["staleness"], r["clip/hi"]) for r in records(tmp_path)[1:-1]]
+    assert [pair[:2] for pair in found] == [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1)]
+    before, after = found[2][2], found[3][2]
+    assert before == pytest.approx(0.4) and 0 < after < 0.4 and found[-1][2] == after
+    assert trainer.calibration.scale == pytest.approx(after / 0.4)
+    (tmp_path / "checkpoint-6").rename(tmp_path / "aside")
+    resumed = train(tmp_path, resume=True, max_steps=6, **settings)
+    assert resumed.calibration.state_dict() == trainer.calibration.state_dict()
+    assert torch.equal(weights(resumed), weights(trainer))
+
+
+def test_a_callback_sets_the_exponent_of_a_controller(tmp_path: Path) -> None:
+    class Controller(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            seen.append(trainer.last_record["ratio/p"])
+            trainer.exponent.set(seen[-1] - 0.5)
+
+    seen: list[float] = []
+    trainer = make_trainer(str(tmp_path), exponent="controller", max_steps=3)
+    trainer.add_callback(Controller())
+    trainer.train()
+    assert seen == [-1.0, -1.5, -2.0]
 
 
 def test_qk_clip_follows_each_optimizer_step_and_can_be_left_out(tmp_path: Path) -> None:

@@ -278,6 +278,9 @@ def test_advantages_that_vary_within_a_response_are_refused(case: Case) -> None:
         ({"member": "gspo", "clip_space": "log", "clip_width": "z"}, "micro-batches"),
         ({"kl_coef": 0.1}, "actor.use_kl_loss"),
         ({"clip_low": -1.0}, "clip_low: got -1.0"),
+        ({"clip_level": "tokens"}, "policy_loss.clip_level: got 'tokens', expected one of"),
+        ({"exponent_kind": "adaptive"}, "policy_loss.exponent.kind: got 'adaptive'"),
+        ({"p": math.inf}, "policy_loss.p: got inf"),
         ({"member": "dr_grpo", "max_length": 0}, "max_length"),
     ],
 )
@@ -383,6 +386,7 @@ assert "power_mean" in known
     ("script", "variables"),
     [
         (TARGET, {"VERL_USE_EXTERNAL_PLUGINS": "none"}),
+        (REGISTERED, {"VERL_USE_EXTERNAL_PLUGINS": "hmpo"}),
         (
             REGISTERED,
             {
@@ -391,7 +395,7 @@ assert "power_mean" in known
             },
         ),
     ],
-    ids=["target", "module"],
+    ids=["target", "entry point", "module"],
 )
 def test_each_route_registers_the_loss_in_a_fresh_process(script: str, variables: dict) -> None:
     run = subprocess.run(

@@ -26,7 +26,9 @@ from hmpo.optim import (
     with_qk_clip,
 )
 from hmpo.optim.attention_tap import _listeners, _taps
+from hmpo.optim.build import clip_lists, clip_metrics, clip_timing
 from hmpo.optim.muon_clip import _attached
+from hmpo.telemetry.fields import lookup
 from tests.optim.tiny import KINDS, attentions, batch, loss_of, make, values
 
 CONFIG = MuonClipConfig(max_qk_score=5.0)
@@ -94,6 +96,9 @@ def test_equals_the_optimizer_then_the_clip(maker):
             assert stats.clipped_heads > 0
             assert qk_clip_stats(optimizer) == stats
             assert same(model, reference)
+            moments = (optimizer.state_dict()["state"], plain.state_dict()["state"])
+            for mine, theirs in zip(*(m.values() for m in moments), strict=True):
+                assert all(torch.equal(mine[key], theirs[key]) for key in theirs)
     detach_qk_clip(optimizer)
 
 
@@ -456,3 +461,23 @@ def test_clip_holds_the_logits_under_a_violent_optimizer():
     train(held, tight, 40)
     assert loose.last_stats.max_logit > 100
     assert tight.last_stats.max_logit < 40
+
+
+def test_telemetry_of_a_clip():
+    model = make()
+    optimizer = hooked(model)
+    assert clip_metrics(optimizer) == {} == clip_lists(optimizer) == clip_timing(optimizer)
+    train(model, optimizer, 1)
+    stats = qk_clip_stats(optimizer)
+    metrics, lists = clip_metrics(optimizer), clip_lists(optimizer)
+    assert metrics["qk/clipped_heads"] == stats.clipped_heads > 0
+    assert metrics["qk/unread"] == 0 == metrics["qk/fallbacks"]
+    settled = {name: n for name, n in metrics.items() if name.startswith("qk/tier/")}
+    assert len(settled) == 4 and sum(settled.values()) >= stats.heads == 8
+    assert len(lists["qk/max_by_layer"]) == 2 and len(lists["qk/max_by_head"]) == 8
+    assert max(lists["qk/max_by_head"]) == stats.max_logit == max(lists["qk/max_by_layer"])
+    assert clip_timing(optimizer)["time/qk_clip_s"] == stats.seconds > 0
+    for name in {**metrics, **lists, **clip_timing(optimizer)}:
+        assert lookup(name) is not None
+    again = type(stats).from_state(stats.state())
+    assert again == stats and again.seconds == 0.0  # a clock is no part of a run's state

@@ -240,6 +240,17 @@ def test_layers_are_exact_each_for_its_own_input():
             torch.testing.assert_close(reading.value, wanted, rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize("kind", ["llama", "olmo2", "phi3"])
+def test_balanced_keeps_heads_under_tau_where_their_shared_key_moves(kind):
+    model = family(kind)
+    ids, mask = batch()
+    before = values(model, ids, mask)[0]
+    tau, top = taus(before)[0], int(before.argmax())
+    clip_once(model, ids, mask, tau=tau)
+    after, others = values(model, ids, mask)[0], torch.arange(4) != top
+    torch.testing.assert_close(after[others], before[others], rtol=1e-5, atol=0)
+
+
 def test_settings_of_a_clip_reach_every_family():
     for kind in ("phi3", "deepseek_v3"):
         model = family(kind)

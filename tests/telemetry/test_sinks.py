@@ -1,8 +1,11 @@
 import builtins
+import contextlib
 import errno
 import io
 import json
+import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -265,3 +268,60 @@ def test_make_sinks_makes_what_the_config_names(tmp_path):
     assert sinks.make_sinks([], tmp_path, {"name": "demo"}).sinks == ()
     with pytest.raises(ConfigError, match="got 'mlflow', expected tensorboard, trackio or wandb"):
         sinks.make_sinks(["mlflow"], tmp_path, {"name": "demo"})
+
+
+# --- the trackers themselves, offline, in a process of their own ------------------------------
+
+TRACK = """
+import sys
+from hmpo.telemetry.records import eval_record, step_record
+from hmpo.telemetry.sinks import WandbShapedSink
+
+sink = WandbShapedSink(sys.argv[1], "hmpo-test", "run-1", {"lr": 0.1, "api_key": "hush"})
+for step in range(3):
+    sink.write(step_record("run-1", {"step": step, "loss": 0.5 * step, "update_skipped": False}))
+sink.write(eval_record("run-1", 3, {"eval/name": "after", "eval/mean": 0.75}))
+sink.close()
+"""
+
+
+def tracked(backend, folder):
+    """Log a few records with the real package; nothing leaves the machine."""
+    pytest.importorskip(backend)
+    env = dict(os.environ, WANDB_MODE="offline", WANDB_DIR=str(folder), TRACKIO_DIR=str(folder))
+    command = [sys.executable, "-c", TRACK, backend]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert b"hush" not in b"".join(p.read_bytes() for p in folder.rglob("*") if p.is_file())
+
+
+@pytest.mark.slow
+def test_trackio_itself_stores_the_numbers_by_step(tmp_path):
+    tracked("trackio", tmp_path)
+    with contextlib.closing(sqlite3.connect(tmp_path / "hmpo-test.db")) as database:
+        rows = database.execute("select step, metrics from metrics order by id").fetchall()
+    stored = [(step, json.loads(metrics)) for step, metrics in rows]
+    assert [step for step, _ in stored] == [0, 1, 2, 3]
+    assert [values.get("loss") for _, values in stored] == [0.0, 0.5, 1.0, None]
+    assert stored[3][1]["eval/mean"] == 0.75
+
+
+@pytest.mark.slow
+def test_wandb_itself_stores_the_numbers_by_step(tmp_path):
+    tracked("wandb", tmp_path)
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, at, stored = next(tmp_path.rglob("*.wandb")).read_bytes(), 7, []
+    assert len(data) < 32768  # one block: each record is whole, behind checksum, length and type
+    while at < len(data):
+        length = int.from_bytes(data[at + 4 : at + 6], "little")
+        record = Record.FromString(data[at + 7 : at + 7 + length])
+        at += 7 + length
+        if record.WhichOneof("record_type") == "history":
+            items = record.history.item
+            stored.append(
+                {i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in items}
+            )
+    assert [row["_step"] for row in stored] == [0, 1, 2, 3]
+    assert [row.get("loss") for row in stored] == [0.0, 0.5, 1.0, None]
+    assert stored[3]["eval/mean"] == 0.75

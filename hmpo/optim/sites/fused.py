@@ -1,7 +1,8 @@
 """Attention with one projection for queries, keys and values.
 
 How the three lie in it cannot be seen from its shape, so the modules are listed by class name:
-one after the other (Phi-3, GPT-2 by columns) or interleaved head by head (GPT-NeoX).
+one after the other (Phi-3, GPT-2 by columns) or interleaved head by head (GPT-NeoX, Persimmon;
+GPT-BigCode does either).
 """
 
 import weakref
@@ -10,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from hmpo.optim.sites.norms import find_norms
+from hmpo.optim.sites.norms import find_norms, gain_target
 from hmpo.optim.sites.projections import Block, out_features, projection_rows
 from hmpo.optim.sites.site import AttentionSite, ClipTarget, hidden_reason
 
@@ -32,12 +33,23 @@ def _gpt_neox(module: Any) -> Layout:
     return "query_key_value", heads, heads, module.head_size, True
 
 
+def _persimmon(module: Any) -> Layout:
+    return "query_key_value", module.num_heads, module.num_heads, module.head_dim, True
+
+
+def _gpt_bigcode(module: Any) -> Layout:
+    many = not module.multi_query
+    return "c_attn", module.num_heads, module.kv_heads, module.head_dim, many
+
+
 LAYOUTS: dict[str, Callable[[nn.Module], Layout]] = {
     "Phi3Attention": _phi3,
     "Phi4MultimodalAttention": _phi3,
     "GPT2Attention": _gpt2,
     "ImageGPTAttention": _gpt2,
     "GPTNeoXAttention": _gpt_neox,
+    "PersimmonAttention": _persimmon,
+    "GPTBigCodeAttention": _gpt_bigcode,
 }
 
 
@@ -60,9 +72,11 @@ def fused_projection(name: str, module: nn.Module) -> AttentionSite | str | None
 def resolve(module: nn.Module, site: AttentionSite, frozen: bool) -> ClipTarget | str:
     """The query rows and the key rows of the one projection, weight and bias."""
     norms = find_norms(module)
-    if norms != (None, None):
-        return norms if isinstance(norms, str) else "a norm behind a fused projection is not known"
+    if isinstance(norms, str):
+        return norms
     label, heads, kv_heads, width, interleaved = LAYOUTS[type(module).__name__](module)
+    if norms != (None, None):
+        return gain_target(site, norms, width, frozen)
     query = Block(heads=heads, length=width, stride=3 * width if interleaved else width)
     key = Block(
         heads=kv_heads,

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from hmpo.optim.sites.projections import Block, blocked
 from hmpo.optim.sites.rows import HeadRows
+from hmpo.optim.sites.site import AttentionSite, ClipTarget
 
 PAIRS = (
     ("q_norm", "k_norm"),
@@ -71,6 +72,44 @@ def norm_rows(
     return rows, shape != (width,) or heads == 1
 
 
+def gain_target(
+    site: AttentionSite,
+    norms: tuple[nn.Module | None, nn.Module | None],
+    width: int,
+    frozen: bool,
+    *,
+    alone: bool = False,
+) -> ClipTarget | str:
+    """The gains of a site's norms, or why they cannot be scaled.
+
+    Args:
+        site: says how many heads there are.
+        norms: of queries and keys, as `find_norms` gives them.
+        width: of a head.
+        frozen: whether weights without gradients may be scaled too.
+        alone: whether only the queries may be scaled.
+    """
+    sides, own, plus_one = [], [], False
+    for norm, side, heads in zip(norms, "qk", (site.heads, site.kv_heads), strict=True):
+        if side == "k" and alone:
+            continue
+        if norm is None:
+            return f"only one of queries and keys is normalised ({side} is not)"
+        found = norm_rows(norm, f"the {side} norm", heads, width, frozen)
+        if isinstance(found, str):
+            return found
+        sides.append(tuple(found[0]))
+        own.append(found[1])
+        plus_one = plus_one or found[0][0].offset != 0
+    per_head = all(own)
+    if not per_head and any(rows[0].heads > 1 for rows in sides):
+        return "one norm is shared by all heads and the other is not"
+    what = "gains of the q norm" if alone else "gains of the q and k norms"
+    form = f"{what}, as 1 + w" if plus_one else what
+    how = f"{form}, {'head by head' if per_head else 'the layer as a whole'}"
+    return ClipTarget(query=sides[0], key=() if alone else sides[1], how=how, per_head=per_head)
+
+
 def gain_offset(norm: nn.Module, name: str) -> float | str:
     """0 if the norm multiplies by its weight w, 1 if by 1 + w, or why it does neither.
 
@@ -82,7 +121,6 @@ def gain_offset(norm: nn.Module, name: str) -> float | str:
     return f"{name} {found}" if isinstance(found, str) else found
 
 
-@torch.no_grad()
 def _probe(norm: nn.Module) -> float | str:
     needed = [
         p
@@ -91,7 +129,9 @@ def _probe(norm: nn.Module) -> float | str:
     ]
     if len(needed) != 1:
         return f"takes {len(needed)} inputs, expected one"
-    zero, one, two = (_output(norm, gain) for gain in (0.0, 1.0, 2.0))
+    weight = dict(norm.named_parameters(recurse=False))["weight"]
+    x = torch.linspace(-1.0, 2.0, weight.numel()).view(1, *weight.shape)
+    zero, one, two = (output_at(norm, gain, x) for gain in (0.0, 1.0, 2.0))
     unit = one - zero
     for offset in (0.0, 1.0):
         if _close(zero, offset * unit) and _close(two, (offset + 2) * unit):
@@ -99,17 +139,19 @@ def _probe(norm: nn.Module) -> float | str:
     return "is not linear in its gain"
 
 
-def _output(norm: nn.Module, gain: float) -> Tensor:
-    """What the norm makes of a fixed input with every gain set to `gain`; no hooks run."""
+@torch.no_grad()
+def output_at(norm: nn.Module, gain: float, x: Tensor) -> Tensor:
+    """What the norm makes of `x` with every gain set to `gain`, float32.
+
+    A copy with whole weights is asked: no hooks run, and sharded weights stay where they are.
+    """
     probe = copy.copy(norm)
     values = {
         name: torch.full(p.shape, gain if name == "weight" else 0.0, dtype=p.dtype, device=p.device)
         for name, p in norm.named_parameters(recurse=False)
     }
     probe.__dict__["_parameters"] = values
-    weight = values["weight"]
-    x = torch.linspace(-1.0, 2.0, weight.numel(), device=weight.device).view(1, *weight.shape)
-    return probe.forward(x.to(weight.dtype)).float()
+    return probe.forward(x.to(values["weight"])).float()
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

@@ -4,7 +4,7 @@ import weakref
 
 from torch import nn
 
-from hmpo.optim.sites.norms import find_norms, norm_rows
+from hmpo.optim.sites.norms import find_norms, gain_target
 from hmpo.optim.sites.projections import Block, out_features, projection_rows
 from hmpo.optim.sites.rows import HeadRows
 from hmpo.optim.sites.site import AttentionSite, ClipTarget, hidden_reason
@@ -16,8 +16,8 @@ def separate_projections(name: str, module: nn.Module) -> AttentionSite | str | 
     borrows = _keys_are_read_elsewhere(module) and "k_proj" not in children
     if "q_proj" not in children or not ("k_proj" in children or borrows):
         return None
-    width = getattr(module, "head_dim", None)
-    if not isinstance(width, int) or width < 1:
+    width = width_of(module)
+    if width < 1:
         return f"{type(module).__name__} has no head_dim"
     sides = ("q_proj",) if borrows else ("q_proj", "k_proj")
     rows = [out_features(children[side]) for side in sides]
@@ -44,7 +44,15 @@ def resolve(module: nn.Module, site: AttentionSite, frozen: bool) -> ClipTarget 
         return norms
     if norms == (None, None):
         return _rows_of_projections(module, site, frozen)
-    return _gains(module, site, norms, frozen)
+    return gain_target(
+        site, norms, width_of(module), frozen, alone=_keys_are_read_elsewhere(module)
+    )
+
+
+def width_of(module: nn.Module) -> int:
+    """Width of a head; 0 if the module does not say."""
+    width = getattr(module, "head_dim", 0)
+    return width if isinstance(width, int) else 0
 
 
 def _keys_are_read_elsewhere(module: nn.Module) -> bool:
@@ -59,8 +67,7 @@ def _keys_are_read_elsewhere(module: nn.Module) -> bool:
 
 
 def _rows_of_projections(module: nn.Module, site: AttentionSite, frozen: bool) -> ClipTarget | str:
-    children, width = dict(module.named_children()), module.head_dim
-    assert isinstance(width, int), "checked by `separate_projections`"
+    children, width = dict(module.named_children()), width_of(module)
     alone = _keys_are_read_elsewhere(module)
     sides: list[tuple[HeadRows, ...]] = []
     for name, heads in (("q_proj", site.heads), ("k_proj", site.kv_heads))[: 1 if alone else 2]:
@@ -75,32 +82,3 @@ def _rows_of_projections(module: nn.Module, site: AttentionSite, frozen: bool) -
         how = "rows of q, head by head; other layers read the same keys"
         return ClipTarget(query=sides[0], key=(), how=how)
     return ClipTarget(query=sides[0], key=sides[1], how="rows of q and k, head by head")
-
-
-def _gains(
-    module: nn.Module,
-    site: AttentionSite,
-    norms: tuple[nn.Module | None, nn.Module | None],
-    frozen: bool,
-) -> ClipTarget | str:
-    width = module.head_dim
-    assert isinstance(width, int), "checked by `separate_projections`"
-    alone = _keys_are_read_elsewhere(module)
-    sides, per_head, plus_one = [], True, False
-    for norm, side, heads in zip(norms, "qk", (site.heads, site.kv_heads), strict=True):
-        if side == "k" and alone:
-            continue
-        if norm is None:
-            return f"only one of queries and keys is normalised ({side} is not)"
-        found = norm_rows(norm, f"the {side} norm", heads, width, frozen)
-        if isinstance(found, str):
-            return found
-        rows, own = found
-        sides.append(tuple(rows))
-        per_head, plus_one = per_head and own, plus_one or rows[0].offset != 0
-    what = "gains of the q norm" if alone else "gains of the q and k norms"
-    form = f"{what}, as 1 + w" if plus_one else what
-    how = f"{form}, {'head by head' if per_head else 'the layer as a whole'}"
-    if not per_head and any(rows[0].heads > 1 for rows in sides):
-        return "one norm is shared by all heads and the other is not"
-    return ClipTarget(query=sides[0], key=() if alone else sides[1], how=how, per_head=per_head)
