@@ -5,11 +5,16 @@ python benchmarks/bench_muonclip.py [part ...]      all parts, or some of PARTS 
 
 import sys
 
+import muon_step
 import tracker_cost
 import tracker_kernels
 from common import one_thread
 
-PARTS = {"tracker": tracker_cost.main, "kernels": tracker_kernels.main}
+PARTS = {
+    "tracker": tracker_cost.main,
+    "kernels": tracker_kernels.main,
+    "muon": muon_step.main,
+}
 
 
 def main() -> None:

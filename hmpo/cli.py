@@ -158,15 +158,16 @@ def fetch_model(name: Positional[str] = "smollm2", /, *, folder: Path | None = N
 
 
 @app.command
-def doctor(model: Positional[str | None] = None, /) -> int:
+def doctor(model: Positional[str | None] = None, /, *, split: bool = False) -> int:
     """Show versions and devices, and what MuonClip finds in a model.
 
     Args:
         model: a Hugging Face folder, `tiny-sort` or `smollm2`.
+        split: also show which weights Muon would train, and which AdamW.
     """
     from hmpo.doctor import show
 
-    return show(model)
+    return show(model, split=split)
 
 
 def _write_report(runs: list[Path], out: Path | None = None) -> None:

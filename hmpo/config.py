@@ -310,6 +310,15 @@ class OptimizerConfig:
     """Decoupled weight decay of matrices; vectors are never decayed."""
     muon_lr: float | None = None
     """Learning rate of Muon's matrices; None means `lr`."""
+    muon_momentum: float = 0.95
+    """Decay of Muon's momentum."""
+    muon_coefficients: Literal["jordan", "you", "polar_express", "cans", "deepseek_v4"] = "jordan"
+    """Coefficients of Muon's iteration: 5 steps, 10 for deepseek_v4."""
+    muon_update_scale: Literal["formula", "measured", "original"] = "formula"
+    """Size of Muon's updates: root mean square 0.2 by a formula (right at full rank) or as
+    measured, or the original sqrt(max(1, outputs / inputs))."""
+    muon_per_head: bool = False
+    """Whether Muon orthogonalises the rows of each attention head apart."""
 
     def __post_init__(self) -> None:
         require_positive("lr", self.lr)
@@ -319,6 +328,7 @@ class OptimizerConfig:
         require(self.weight_decay >= 0, "weight_decay", self.weight_decay, ">= 0")
         if self.muon_lr is not None:
             require_positive("muon_lr", self.muon_lr)
+        require(0 <= self.muon_momentum < 1, "muon_momentum", self.muon_momentum, "in [0, 1)")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,11 +10,16 @@ from torch import nn
 from hmpo.config import PolicyConfig
 from hmpo.environment import describe_environment
 from hmpo.models import load_policy
+from hmpo.optim import describe_groups, split_param_groups
 from hmpo.optim.sites import AttentionSite, ClipTarget, find_sites
 
 
-def show(model: str | None) -> int:
+def show(model: str | None, *, split: bool = False) -> int:
     """Print the tables; returns the exit code.
+
+    Args:
+        model: what to load and look into; None leaves that out.
+        split: also say which weights Muon would train, and which AdamW.
 
     Raises:
         ModelError: the model cannot be loaded.
@@ -30,18 +35,27 @@ def show(model: str | None) -> int:
     if model is None:
         console.print("give a model to see what QK-clip finds in it: hmpo doctor tiny-sort")
         return 0
-    loaded = load_policy(PolicyConfig(path=model))
-    rows = attention_rows(loaded.model)
-    if not rows:
+    loaded = load_policy(PolicyConfig(path=model)).model
+    rows = attention_rows(loaded)
+    if rows:
+        titles = ("layer", "heads", "how it is clipped, or why not")
+        console.print(_table(f"attention of {model}", titles, rows))
+    else:
         console.print("no attention was found that QK-clip knows how to watch")
-        return 0
-    sites = Table(title=f"attention of {model}", title_justify="left")
-    for column in ("layer", "heads", "how it is clipped, or why not"):
-        sites.add_column(column)
-    for row in rows:
-        sites.add_row(*row)
-    console.print(sites)
+    if split:
+        weights = describe_groups(loaded, split_param_groups(loaded))
+        titles = ("weight", "shape", "trained by, under optimizer.name = muon")
+        console.print(_table(f"weights of {model}", titles, weights))
     return 0
+
+
+def _table(title: str, columns: tuple[str, ...], rows: list[tuple[str, str, str]]) -> Table:
+    table = Table(title=title, title_justify="left")
+    for column in columns:
+        table.add_column(column)
+    for row in rows:
+        table.add_row(*row)
+    return table
 
 
 def attention_rows(model: nn.Module) -> list[tuple[str, str, str]]:

@@ -1,9 +1,11 @@
 """What `hmpo doctor` says about the attention of a model."""
 
+import re
+
 import torch
 from torch import nn
 
-from hmpo.doctor import attention_rows
+from hmpo.doctor import attention_rows, show
 from tests.optim.families import family
 
 
@@ -55,3 +57,13 @@ def test_quantised_and_clamped_projections_are_not_clippable():
     model.config.clip_qkv = 8.0
     (row,) = attention_rows(model)
     assert "clip_qkv=8.0 clamps" in row[2]
+
+
+def test_split_is_shown_on_request(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert show("tiny-sort") == 0
+    assert "lm_head" not in (out := capsys.readouterr().out) and "Muon" not in out
+    assert show("tiny-sort", split=True) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"self_attn.q_proj.weight \(4\) +. 128 x 128 +. Muon, whole", out)
+    assert re.search(r"model.embed_tokens.weight +. 56 x 128 +. AdamW", out)

@@ -27,8 +27,16 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
             lr=config.lr if config.muon_lr is None else config.muon_lr,
             weight_decay=config.weight_decay,
             adamw_lr=config.lr,
+            per_head=config.muon_per_head,
         )
-        return MuonWithAdamW(groups, lr=config.lr, betas=config.betas)
+        return MuonWithAdamW(
+            groups,
+            lr=config.lr,
+            betas=config.betas,
+            momentum=config.muon_momentum,
+            ns_coefficients=config.muon_coefficients,
+            update_scale=config.muon_update_scale,
+        )
     trainable = [p for p in model.parameters() if p.requires_grad]
     if not trainable:
         raise ModelError("policy: got no trainable parameter, expected at least one")

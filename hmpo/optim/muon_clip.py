@@ -144,6 +144,7 @@ class MuonClip(Optimizer):
         weight_decay: float = 0.1,
         *,
         adamw_lr: float | None = None,
+        per_head: bool = False,
         config: MuonClipConfig | None = None,
         **options: Any,
     ) -> "MuonClip":
@@ -154,10 +155,13 @@ class MuonClip(Optimizer):
             lr: learning rate of the matrices, see `split_param_groups`.
             weight_decay: for matrices and embeddings.
             adamw_lr: learning rate of the rest; None means `lr`.
+            per_head: whether the rows of each attention head are orthogonalised apart.
             config: the clip's settings.
             options: further options of `MuonWithAdamW`.
         """
-        groups = split_param_groups(model, lr=lr, weight_decay=weight_decay, adamw_lr=adamw_lr)
+        groups = split_param_groups(
+            model, lr=lr, weight_decay=weight_decay, adamw_lr=adamw_lr, per_head=per_head
+        )
         optimizer = cls(MuonWithAdamW(groups, lr, weight_decay, **options), config)
         optimizer.attach(model)
         return optimizer
