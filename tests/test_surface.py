@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import hmpo
+import hmpo.agm
 import hmpo.cli
 import hmpo.optim
 import hmpo.rewards
@@ -21,7 +22,7 @@ import hmpo.tasks
 from hmpo.telemetry.fields import FIELDS
 
 GOLDEN = Path(__file__).parent / "golden"
-ROOMS = (hmpo, hmpo.members, hmpo.optim, hmpo.rewards, hmpo.tasks)
+ROOMS = (hmpo, hmpo.agm, hmpo.members, hmpo.optim, hmpo.rewards, hmpo.tasks)
 
 
 def signatures() -> str:

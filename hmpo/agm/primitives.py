@@ -305,10 +305,10 @@ def robust_z(value: Number, reference: Iterable[Number], floor: Number) -> float
     return (value - middle) / scale
 
 
-def rank(value: Number, reference: Iterable[Number]) -> float:
+def rank(value: float, reference: Iterable[Number]) -> float:
     """Share of the reference that lies below the value, ties by half; 0.5 of an empty one."""
     values = list(reference)
     if not values:
         return 0.5
-    below = sum(v < value for v in values) + 0.5 * sum(v == value for v in values)
-    return below / len(values)
+    below, ties = sum(map(value.__gt__, values)), sum(map(value.__eq__, values))
+    return (below + 0.5 * ties) / len(values)

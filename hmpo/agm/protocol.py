@@ -76,21 +76,25 @@ class Controller:
 
     A child names what it reads and keeps, and writes `_decide`. `update` answers for a missing
     field, and counts non-finite ones, before `_decide` sees the record.
+
+    Args:
+        config: the settings, a dataclass.
+        reads: fields needed of each record type.
     """
 
     SOURCE: ClassVar[str]
     """Name in decision records."""
     VERSION: ClassVar[int] = 1
     """Version of the state."""
-    READS: ClassVar[Mapping[str, tuple[str, ...]]] = {}
-    """Fields needed of each record type; a record of another type is not read."""
     PLAIN: ClassVar[tuple[str, ...]] = ()
     """Attributes that are JSON values and make up the state."""
     PARTS: ClassVar[tuple[str, ...]] = ()
     """Attributes with a `state_dict` of their own."""
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: Any, reads: Mapping[str, tuple[str, ...]]) -> None:
         self.config = config
+        self.reads = reads
+        """Fields needed of each record type; a record of another type is not read."""
         self.counts: dict[str, int] = {"read": 0, "missing": 0, "nonfinite": 0}
         """Records read, refused for a missing field, and read with a non-finite field."""
 
@@ -108,28 +112,32 @@ class Controller:
             raise TelemetryError(f"type: got {kind!r}, expected step or eval")
         if isinstance(step, bool) or not isinstance(step, int) or step < 0:
             raise TelemetryError(f"step: got {step!r}, expected an integer >= 0")
-        names = self.READS.get(kind)
+        names = self.reads.get(kind)
         if names is None:
             return self._decision(record, {}, "not_read")
-        inputs = {name: record.get(name) for name in names}
-        missing = next((name for name, value in inputs.items() if value is None), None)
-        if missing is not None:
-            self.counts["missing"] += 1
-            return Decision(
-                source=self.SOURCE,
-                step=step,
-                values={"decision/insufficient_data": missing},
-                reason="insufficient_data",
-                inputs={name: value for name, value in inputs.items() if value is not None},
-                insufficient_data=missing,
-            )
+        clean = True
+        for name in names:
+            value = record.get(name)
+            if value is None:
+                return self._insufficient(record, name)
+            if not name.startswith("decision/"):
+                number(record, name)  # refuses what is no number
+                clean = clean and math.isfinite(value)
         self.counts["read"] += 1
-        clean = all(
-            isinstance(value, str) or math.isfinite(number(record, name) or 0.0)
-            for name, value in inputs.items()
-        )
         self.counts["nonfinite"] += not clean
         return self._decide(record, clean)
+
+    def _insufficient(self, record: Record, missing: str) -> Decision:
+        self.counts["missing"] += 1
+        names = self.reads[record["type"]]
+        return Decision(
+            source=self.SOURCE,
+            step=record["step"],
+            values={"decision/insufficient_data": missing},
+            reason="insufficient_data",
+            inputs={name: record[name] for name in names if record.get(name) is not None},
+            insufficient_data=missing,
+        )
 
     def commit(self, decision: Decision, applied: Mapping[str, Value] | None = None) -> None:
         """Take note that a decision was applied; one that was not is not committed.
@@ -144,7 +152,7 @@ class Controller:
         raise NotImplementedError
 
     def _decision(self, record: Record, values: Mapping[str, Value], reason: str) -> Decision:
-        names = self.READS.get(record["type"], ())
+        names = self.reads.get(record["type"], ())
         return Decision(
             source=self.SOURCE,
             step=record["step"],

@@ -23,12 +23,11 @@ class Mean(Controller):
     """The mean of the last losses: as small as a controller can be."""
 
     SOURCE = "mean"
-    READS = {"step": ("loss",)}
     PLAIN = ("last",)
     PARTS = ("window",)
 
     def __init__(self, config=None):
-        super().__init__(config or Settings())
+        super().__init__(config or Settings(), {"step": ("loss",)})
         self.window = Window(self.config.size)
         self.last = 0.0
 
