@@ -170,6 +170,62 @@ def muonclip_tracker() -> str:
     return "\n".join([*lines, "", note + source(result)])
 
 
+def muonclip_muon() -> str:
+    """Cost of Muon's step."""
+    result = load("muonclip_muon")
+    lines = [
+        "| matrices | `hmpo.optim.Muon`, CPU ms | `torch.optim.Muon`, CPU ms | times faster | AdamW |",
+        "|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        times = [f"{row[f'{side}_cpu_ms']:.0f}" for side in ("hmpo", "torch", "adamw")]
+        cells = [row["matrices"], *times[:2], f"{row['speedup']:.2f}", times[2]]
+        lines.append("| " + " | ".join(cells) + " |")
+    note = f"Medians over turns, one thread; the probe chose {result['rows'][0]['dtype']}. "
+    return "\n".join([*lines, "", note + source(result)])
+
+
+def explosion() -> str:
+    """Muon with and without the clip."""
+    result = load("explosion")
+    lines = [
+        "| seed | largest logit: no clip | tau = 30 | held-out loss: no clip | tau = 30 "
+        "| heads clipped |",
+        "|---|---|---|---|---|---|",
+    ]
+    rows = {(row["seed"], row["side"]): row for row in result["rows"]}
+    for seed in sorted({seed for seed, _ in rows}):
+        bare, clipped = rows[seed, "no clip"], rows[seed, "tau = 30"]
+        lines.append(
+            f"| {seed} | {bare['max_logit']:.0f} | **{clipped['max_logit']:.0f}** | "
+            f"{bare['eval_loss']:.3f} | **{clipped['eval_loss']:.3f}** | "
+            f"{clipped['clipped_heads']} |"
+        )
+    steps = len(result["rows"][0]["max_logit_by_step"])
+    note = f"{steps} steps; a head clipped at ten steps counts ten times. "
+    return "\n".join([*lines, "", note + source(result)])
+
+
+def attention_stress() -> str:
+    """HMPO under attention stress."""
+    result = load("attention_stress")
+    titles = {"hot": "hot attention, AdamW", "muon": "Muon at lr 0.02"}
+    lines = [
+        "| setting | seed | clip | largest logit: first update | from the 6th on | reward: first "
+        "update | last | success after | skipped updates | non-finite |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        logits = [f"{row[f'max_logit_{end}']:.0f}" for end in ("first", "after_5")]
+        rewards = [f"{row[f'reward_{end}']:.2f}" for end in ("first", "last")]
+        cells = [titles[row["setting"]], str(row["seed"]), row["side"], *logits, *rewards]
+        cells += [f"{row['success']:.3f}", str(row["skipped_updates"]), str(row["nonfinite"])]
+        lines.append("| " + " | ".join(cells) + " |")
+    updates = len(result["rows"][0]["reward_by_step"])
+    note = f"{updates} updates each, success on 256 held-out prompts. "
+    return "\n".join([*lines, "", note + source(result)])
+
+
 MAKERS: dict[str, Callable[[], str]] = {
     "demo": demo,
     "smollm2": smollm2,
@@ -178,6 +234,9 @@ MAKERS: dict[str, Callable[[], str]] = {
     "kill_and_resume": kill_and_resume,
     "trl_versions": trl_versions,
     "muonclip_tracker": muonclip_tracker,
+    "muonclip_muon": muonclip_muon,
+    "explosion": explosion,
+    "attention_stress": attention_stress,
 }
 
 
