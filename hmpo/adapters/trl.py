@@ -38,6 +38,7 @@ from hmpo.adapters.surrogate import surrogate_advantages
 from hmpo.adapters.trl_config import PowerMeanGRPOConfig
 from hmpo.adapters.trl_log import Rows, TelemetryLog, gather_rows, join_rows, rollout_metrics
 from hmpo.calibration import ClipCalibration
+from hmpo.checkpoint import load_checkpoint, save_checkpoint
 from hmpo.exponent import ExponentSource, exponent_source
 from hmpo.objective import exponent_in_force, objective_metrics, power_mean_loss
 from hmpo.objective_config import ObjectiveConfig
@@ -49,7 +50,7 @@ logger = logging.getLogger(__name__)
 
 __all__ = ["PowerMeanGRPOConfig", "PowerMeanGRPOTrainer"]
 
-STATE_FILE = "hmpo_state.pt"
+STATE_FOLDER = "hmpo"
 """In a checkpoint folder: what the exponent has learned, and the length of the log."""
 
 
@@ -303,7 +304,8 @@ class PowerMeanGRPOTrainer(GRPOTrainer):
                 "rollouts": self._rollouts,
                 "telemetry": self.telemetry.offset(),
             }
-            torch.save(state, folder / f"checkpoint-{self.state.global_step}" / STATE_FILE)
+            step = self.state.global_step
+            save_checkpoint(folder / f"checkpoint-{step}" / STATE_FOLDER, step, state, keep=1)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """The host's state, and ours.
@@ -314,9 +316,10 @@ class PowerMeanGRPOTrainer(GRPOTrainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
-        path = Path(checkpoint) / STATE_FILE
-        if path.exists():
-            state = torch.load(path, map_location=self.accelerator.device, weights_only=True)
+        path = Path(checkpoint) / STATE_FOLDER
+        saved = load_checkpoint(path)
+        if saved is not None:
+            state = saved.state
             self.exponent.load_state_dict(state["exponent"])
             self.calibration.load_state_dict(state["calibration"])
             self._rollouts = state["rollouts"]

@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -448,8 +449,8 @@ def test_learnable_exponent_resumes_bit_for_bit(tmp_path: Path) -> None:
 def test_a_checkpoint_without_the_exponents_state_is_refused(tmp_path: Path) -> None:
     settings = {"exponent": "learnable", "save_strategy": "steps", "save_steps": 2.0}
     train(tmp_path, max_steps=2, **settings)
-    (tmp_path / "checkpoint-2" / "hmpo_state.pt").unlink()
-    with pytest.raises(CheckpointError, match=r"hmpo_state\.pt: missing"):
+    shutil.rmtree(tmp_path / "checkpoint-2" / "hmpo")
+    with pytest.raises(CheckpointError, match=r"hmpo: missing"):
         train(tmp_path, resume=True, **settings)
 
 
