@@ -6,17 +6,16 @@ are compared. A rollout's rewards are repeated in each of its updates, so they c
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-from hmpo.agm.protocol import Record, finite
+from hmpo.agm.protocol import Record
+from hmpo.errors import TelemetryError
 
 PLACE = ("rollout", "staleness")
 """The fields that tell where in a run a step record lies."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Beat:
+class Beat(NamedTuple):
     """What is new in one step record.
 
     Example: `Beat(restarted=False, deeper=False, gap=True, reward=False, moved=False)`.
@@ -45,8 +44,17 @@ class Course:
         self.restarts = 0
 
     def follow(self, record: Record) -> Beat:
-        """Place the next record."""
-        step, rollout, staleness = (int(finite(record, name)) for name in ("step", *PLACE))
+        """Place the next record.
+
+        Raises:
+            TelemetryError: rollout or staleness is no integer >= 0.
+        """
+        step, rollout, staleness = record["step"], record["rollout"], record["staleness"]
+        if type(rollout) is not int or type(staleness) is not int or min(rollout, staleness) < 0:
+            name, value = next(
+                (n, record[n]) for n in PLACE if type(record[n]) is not int or record[n] < 0
+            )
+            raise TelemetryError(f"{name}: got {value!r}, expected an integer >= 0")
         restarted = step <= self.step
         if restarted:
             self.restarts += 1

@@ -149,7 +149,7 @@ class AdaptiveAGMFramework(Controller):
         p = number(record, "ratio/p")
         if "decision/p" in values and values["decision/p"] != p:
             return "strategy", reason.get("strategy", "lock")
-        if proposes and any(values[k] != v for k, v in self.adapter.held(record).items()):
+        if any(values.get(name, value) != value for name, value in self.adapter.factors.items()):
             return "learning_rate", wanted or "budget"
         return "none", wanted or reason.get("regime", reason.get("stop", "not_read"))
 

@@ -9,12 +9,11 @@ the last values that were good. What was decided counts only once it is committe
 
 import math
 from collections.abc import Mapping
-from statistics import median
 from typing import Any
 
 from hmpo.agm.course import PLACE, Course
 from hmpo.agm.phase import moved
-from hmpo.agm.primitives import EwStat, Latch, Multiplier, Window, held, trend
+from hmpo.agm.primitives import EwStat, Latch, Multiplier, Window, held, median, trend
 from hmpo.agm.protocol import Controller, Decision, Record, Value, finite, number
 from hmpo.agm.regime import GAP
 from hmpo.agm_config import AdapterConfig
@@ -93,6 +92,12 @@ class AGMHyperparameterAdapter(Controller):
         """The values in force, for whoever overrules a proposal."""
         wanted = self._applied(record)
         return {f"decision/{name}": value for name, value in self._values(wanted).items()}
+
+    @property
+    def factors(self) -> dict[str, float]:
+        """The factors in force, by the names of their decisions."""
+        parts = {"lr": self.lr, "eps": self.eps, "batch": self.batch}
+        return {f"decision/{name}_mult": part.value for name, part in parts.items()}
 
     def _applied(self, record: Record) -> dict[str, float]:
         wanted = {"lr_mult": self.lr.value}

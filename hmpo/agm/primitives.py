@@ -14,8 +14,7 @@ import math
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from statistics import median
+from operator import mul
 from typing import Any
 
 Number = int | float
@@ -40,6 +39,8 @@ class Window:
         self.values: deque[Number] = deque(maxlen=size)
         self.open: list[tuple[Number, Number]] = []
         self.bad = 0
+        self.found: Trend | None = None
+        """The trend of the present entries once somebody asked for it."""
 
     def __len__(self) -> int:
         return len(self.values)
@@ -63,6 +64,7 @@ class Window:
             self.open = []
         self.steps.append(step)
         self.values.append(value)
+        self.found = None
         return True
 
     def clear(self) -> None:
@@ -70,6 +72,7 @@ class Window:
         self.steps.clear()
         self.values.clear()
         self.open = []
+        self.found = None
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values."""
@@ -236,16 +239,11 @@ class Trend:
         return max(0.0, -self.rho) if abs(self.rho) > 2 / math.sqrt(self.n) else 0.0
 
 
-def trend(window: Window, last: int | None = None) -> Trend | None:
-    """Trend of a window or of its last values; None of fewer than three.
-
-    Args:
-        window: steps and values.
-        last: only so many of the newest values.
-    """
-    if last is None or last >= len(window):
-        return line(window.steps, window.values)
-    return line(list(window.steps)[-last:], list(window.values)[-last:])
+def trend(window: Window) -> Trend | None:
+    """Trend of a window, worked out once for its entries; None of fewer than three values."""
+    if window.found is None:
+        window.found = line(window.steps, window.values)
+    return window.found
 
 
 def line(steps: Sequence[Number], values: Sequence[Number]) -> Trend | None:
@@ -256,12 +254,12 @@ def line(steps: Sequence[Number], values: Sequence[Number]) -> Trend | None:
     t_mean, x_mean = math.fsum(steps) / n, math.fsum(values) / n
     t = [s - t_mean for s in steps]
     x = [v - x_mean for v in values]
-    t_square = math.fsum([a * a for a in t])
+    t_square = math.fsum(map(mul, t, t))
     if t_square == 0.0:
         return None
-    slope = math.fsum([a * b for a, b in zip(t, x)]) / t_square
+    slope = math.fsum(map(mul, t, x)) / t_square
     r = [b - slope * a for a, b in zip(t, x)]
-    r_square = math.fsum([a * a for a in r])
+    r_square = math.fsum(map(mul, r, r))
     sd = math.sqrt(r_square / (n - 2))
     span = t[-1] - t[0]
     floor = ROUNDING * max(max(values), -min(values))
@@ -271,7 +269,7 @@ def line(steps: Sequence[Number], values: Sequence[Number]) -> Trend | None:
         certain = math.copysign(CERTAIN, slope) if slope else 0.0
         rise = slope * span
         return Trend(n=n, slope=slope, t=certain, rise=rise, effect=certain, sd=0.0, rho=0.0)
-    rho = math.fsum([a * b for a, b in pairwise(r)]) / r_square
+    rho = math.fsum(map(mul, r, r[1:])) / r_square  # the shorter one ends it
     memory = min(0.95, max(0.0, rho))
     n_eff = max(3.0, n * (1 - memory) / (1 + memory))
     error = sd / math.sqrt(t_square) * math.sqrt(n / n_eff)
@@ -292,7 +290,14 @@ def held(value: Number, limit: Number) -> float:
     return max(-limit, min(limit, value))
 
 
-def centre_and_scale(values: Iterable[Number], floor: Number) -> tuple[float, float]:
+def median(values: Iterable[Number]) -> Number:
+    """Middle value, or the mean of the two middle ones."""
+    ordered = sorted(values)
+    half = len(ordered) // 2
+    return ordered[half] if len(ordered) % 2 else (ordered[half - 1] + ordered[half]) / 2
+
+
+def centre_and_scale(values: Iterable[Number], floor: Number) -> tuple[Number, Number]:
     """Median, and 1.4826 times the median absolute deviation or `floor` if that is more."""
     values = list(values)
     middle = median(values)

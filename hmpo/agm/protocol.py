@@ -120,9 +120,10 @@ class Controller:
             value = record.get(name)
             if value is None:
                 return self._insufficient(record, name)
-            if not name.startswith("decision/"):
-                number(record, name)  # refuses what is no number
+            if type(value) is float:
                 clean = clean and math.isfinite(value)
+            elif type(value) is not int and not name.startswith("decision/"):
+                clean = clean and math.isfinite(number(record, name) or 0.0)  # refuses texts
         self.counts["read"] += 1
         self.counts["nonfinite"] += not clean
         return self._decide(record, clean)

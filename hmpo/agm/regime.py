@@ -8,11 +8,10 @@ convergence_rate 1 - tanh(g / 2) = 1 - (A - H) / (A + H), for display only
 """
 
 import math
-from statistics import median
 from typing import Any
 
 from hmpo.agm.course import PLACE, Course
-from hmpo.agm.primitives import Latch, Trend, Window, robust_z, trend
+from hmpo.agm.primitives import Latch, Trend, Window, median, robust_z, trend
 from hmpo.agm.protocol import Controller, Decision, Record, Value, number
 from hmpo.agm_config import RegimeConfig
 

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import statistics
 
 import pytest
 from hypothesis import given
@@ -16,6 +17,7 @@ from hmpo.agm.primitives import (
     Window,
     centre_and_scale,
     line,
+    median,
     rank,
     robust_z,
     trend,
@@ -99,9 +101,16 @@ def test_values_at_one_step_are_no_trend():
     assert line([3, 3, 3, 3], [1.0, 2.0, 3.0, 4.0]) is None
 
 
-def test_trend_of_the_last_values_alone():
+def test_trend_is_that_of_the_present_entries():
     values = [random.Random(1).random() for _ in range(40)]
-    assert trend(filled(values), last=10) == line(range(30, 40), values[-10:])
+    window = Window(10)
+    for i, value in enumerate(values):
+        window.push(i, value)
+        if i >= 2:
+            first = max(0, i - 9)
+            assert trend(window) == line(range(first, i + 1), values[first : i + 1])
+    window.clear()
+    assert trend(window) is None
 
 
 def test_memory_of_the_residuals_lowers_t():
@@ -194,3 +203,8 @@ def test_state_of_every_part_continues_bit_for_bit():
             push(part, 33 + i, x)
             push(other, 33 + i, x)
         assert other.state_dict() == part.state_dict()
+
+
+@given(st.lists(SMALL, min_size=1, max_size=30))
+def test_median_is_the_known_one(values):
+    assert median(values) == statistics.median(values)

@@ -127,6 +127,13 @@ def test_course_counts_the_stalest_gap_and_each_reward_once():
     assert not any(beat.restarted or beat.moved for beat in beats)
 
 
+@pytest.mark.parametrize("name", ["rollout", "staleness"])
+@pytest.mark.parametrize("value", [1.0, math.nan, -1, True])
+def test_course_needs_whole_places(name, value):
+    with pytest.raises(TelemetryError, match=f"{name}: got {value!r}, expected an integer"):
+        Course().follow({**place(0, 0, 0), name: value})
+
+
 def test_course_notices_a_restart_and_another_level():
     course = Course()
     course.follow(place(5, 5, 0))
