@@ -151,6 +151,9 @@ class AdapterConfig:
     """Distance of the log gap from its target that is left alone."""
     gain: float = 0.15
     """Share of the distance that the log learning rate moves, per rollout of `dwell`."""
+    panic: float = 10.0
+    """Multiple of the target at which the learning rate is halved at once, and again after
+    `dwell` as long as it lasts."""
     step_max: float = 1.25
     """Most that a factor changes at a time, save in an emergency."""
     lr_low: float = 0.25
@@ -197,6 +200,7 @@ class AdapterConfig:
         _positive(self, "gap_target", "dead_band", "gain", "lr_low", "eps_low", "t_hi")
         _at_least(self, 1, "dwell", "median_window", "cooldown", "confirm", "batch_unit")
         _at_least(self, 3, "performance_window")
+        require(self.panic > 1, "panic", self.panic, "a number > 1")
         require(self.step_max > 1, "step_max", self.step_max, "a number > 1")
         for name in ("lr_low", "eps_low"):
             require(getattr(self, name) <= 1, name, getattr(self, name), "at most 1")

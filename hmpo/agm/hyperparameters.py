@@ -3,7 +3,8 @@
     u = median of log g over the last rollouts - log target,   g ~ 2 KL
     |u| > dead band:  log lr moves by -gain dwell clip(u, +-2), by at most log step_max
 
-An unstable regime halves the learning rate once, a falling performance after a change takes back
+An unstable regime halves the learning rate once, a gap far above the target at once and again as
+long as it lasts, a falling performance after a change takes back
 the last values that were good. What was decided counts only once it is committed.
 """
 
@@ -83,7 +84,9 @@ class AGMHyperparameterAdapter(Controller):
         if unstable:
             self.timers["unstable"] = self.beats
         bad = not clean or number(record, "nonfinite") != 0
-        wanted, reason = self._wanted(record, unstable, bad)
+        gap = finite_or_none(record, GAP)
+        far = gap is not None and gap > self.config.panic * self.config.gap_target
+        wanted, reason = self._wanted(record, unstable, bad, far)
         values = self._values(wanted) | {"skip_update": bad}
         self.proposed = {"step": record["step"], "reason": reason}
         return self._decision(record, values, reason)
@@ -110,13 +113,18 @@ class AGMHyperparameterAdapter(Controller):
             wanted["p"] = p
         return wanted
 
-    def _wanted(self, record: Record, unstable: bool, bad: bool) -> tuple[dict[str, float], str]:
+    def _wanted(
+        self, record: Record, unstable: bool, bad: bool, far: bool
+    ) -> tuple[dict[str, float], str]:
         """The values to propose and the most important reason."""
         wanted = self._applied(record)
         since_change = self.beats - self.timers["change"]
         locked = self.beats - self.timers["lock"] < self.config.cooldown
-        cut_lately = self.beats - self.timers["cut"] < self.config.cooldown
-        if (unstable or bad) and not cut_lately and "lr" in self.config.controls:
+        since_cut = self.beats - self.timers["cut"]
+        cut_lately = since_cut < self.config.cooldown
+        cut = (unstable or bad) and not cut_lately
+        cut = cut or (far and since_cut >= self.config.dwell)
+        if cut and "lr" in self.config.controls:
             sane = min(self.lr.value, self.good.get("lr_mult", self.lr.value))
             wanted["lr_mult"] = max(self.config.lr_low, CUT * sane)
             reason = "nonfinite" if bad else "emergency"

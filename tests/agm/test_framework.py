@@ -186,9 +186,8 @@ def test_a_collapse_is_braked_and_then_stopped():
     for record in records:
         told.append(run.feed(record))
     actions = [decision["action"] for decision in told]
-    assert actions[61] == "emergency" and told[61]["lr_mult"] == pytest.approx(
-        0.5 * told[60]["lr_mult"]
-    )
+    assert actions[60] == "emergency"
+    assert told[60]["lr_mult"] == pytest.approx(0.5 * told[59]["lr_mult"])
     assert actions[-1] == "stop" and told[-1]["stop"] == "diverged"
     assert told[-1]["fault"] is True and told[-1].reason == "stop: diverged"
 

@@ -59,7 +59,7 @@ def test_steady_state_keeps_base_lr():
 
 
 def test_a_change_is_limited_and_waits():
-    _, factors = plant(8.0)
+    _, factors = plant(4.0)
     changes = [i for i in range(1, 300) if factors[i] != factors[i - 1]]
     assert all(b - a >= 5 for a, b in pairwise(changes))
     for i in changes:
@@ -107,6 +107,15 @@ def test_emergency_halves_once_and_rests():
         factors.append((decision.reason, decision["lr_mult"]))
     assert factors[0] == ("emergency", 0.5)
     assert set(factors[1:]) == {("cooldown", 0.5)}
+
+
+def test_far_over_budget_is_cut_at_once_and_again():
+    adapter, factors = AGMHyperparameterAdapter(), []
+    for i in range(30):
+        decision = adapter.update(record(i, gap=11 * TARGET))
+        adapter.commit(decision)
+        factors.append(decision["lr_mult"])
+    assert factors[:6] == [0.5] * 5 + [0.25] and set(factors[6:]) == {0.25}
 
 
 def test_nan_storm_skips_and_keeps_its_bounds():
