@@ -37,7 +37,7 @@ class RegimeConfig:
     baseline_window: int = 100
     """Gaps that say what is usual."""
     min_samples: int = 10
-    """Gaps before anything but `initialization` is said."""
+    """Gaps before anything but `initialization` is said; twice as many make a baseline."""
     z_hi: float = 4.0
     """Robust standard deviations above the usual that are unstable."""
     z_floor: float = 0.1

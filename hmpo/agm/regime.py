@@ -82,7 +82,7 @@ class AdaptiveAGMController(Controller):
         }
         limit = math.log(config.gap_target or config.gap_floor)
         z = 0.0
-        if len(self.baseline) >= config.min_samples:
+        if len(self.baseline) >= 2 * config.min_samples:
             z = robust_z(log_gap, self.baseline.values, config.z_floor)
             values["dispersion_z"] = z
         self.gaps.push(record["step"], log_gap)
