@@ -11,6 +11,7 @@ from hmpo.config import PolicyConfig
 from hmpo.environment import describe_environment
 from hmpo.models import load_policy
 from hmpo.optim import describe_groups, split_param_groups
+from hmpo.optim.adapter_clip import adapter_target
 from hmpo.optim.sites import AttentionSite, ClipTarget, find_sites
 
 
@@ -79,4 +80,9 @@ def attention_rows(model: nn.Module) -> list[tuple[str, str, str]]:
 
 def _how(site: AttentionSite) -> str:
     target = site.target()
-    return target.how if isinstance(target, ClipTarget) else f"not clippable: {target}"
+    if isinstance(target, ClipTarget):
+        return target.how
+    adapter = adapter_target(site, "balanced")
+    if isinstance(adapter, ClipTarget):
+        return f"LoRA's B alone, as far as the frozen base allows: {adapter.how}"
+    return f"not clippable: {target}"

@@ -3,6 +3,7 @@
 import re
 
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from hmpo.doctor import attention_rows, show
@@ -67,3 +68,13 @@ def test_split_is_shown_on_request(capsys, monkeypatch):
     out = capsys.readouterr().out
     assert re.search(r"self_attn.q_proj.weight \(4\) +. 128 x 128 +. Muon, whole", out)
     assert re.search(r"model.embed_tokens.weight +. 56 x 128 +. AdamW", out)
+
+
+def test_lora_over_a_frozen_base_says_that_the_adapter_alone_is_scaled():
+    config = LoraConfig(r=2, target_modules=["q_proj", "k_proj"])
+    said = {
+        kind: attention_rows(get_peft_model(family(kind), config)) for kind in ("llama", "qwen3")
+    }
+    how = "LoRA's B alone, as far as the frozen base allows: rows of q and k, head by head"
+    assert said["llama"][0][2] == how
+    assert said["qwen3"][0][2] == "not clippable: the q norm.weight is frozen"

@@ -13,7 +13,8 @@ the listener the same queries and keys when the graph runs. The log-sum-exp stay
 import functools
 import inspect
 import weakref
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +36,8 @@ _listeners: dict[int, list[Listener]] = {}
 """By id of the module, which a compiler can look up; a module that dies takes its entry along."""
 _finalizers: dict[int, weakref.finalize] = {}
 _taps: dict[tuple[int, str], "_Tap"] = {}
+_overheard: dict[int, list[AttentionCall]] = {}
+"""By id of a module that is run once more, the calls it makes."""
 
 
 @dataclass(eq=False)
@@ -86,6 +89,20 @@ def attend(module: nn.Module, listener: Listener) -> Callable[[], None]:
                 _forget(key)
 
     return strike
+
+
+@contextmanager
+def overhear(module: nn.Module) -> Iterator[list[AttentionCall]]:
+    """The attention calls that `module`, which must have a listener, makes without gradients.
+
+    They go to this list alone; the listeners hear nothing.
+    """
+    calls: list[AttentionCall] = []
+    _overheard[id(module)] = calls
+    try:
+        yield calls
+    finally:
+        del _overheard[id(module)]
 
 
 def _forget(key: int) -> None:
@@ -142,6 +159,13 @@ def _wrap(original: Callable, name: str) -> Callable:
     ) -> Any:
         heard = _listeners.get(id(module)) and torch.is_grad_enabled() and query.numel() > 0
         if not heard:
+            if id(module) in _overheard:
+                scale, causal = _scale_and_causal(module, query, kw, eager=name == EAGER)
+                _overheard[id(module)].append(
+                    AttentionCall(
+                        query=query, key=key, mask=attention_mask, causal=causal, scale=scale
+                    )
+                )
             return original(module, query, key, value, attention_mask, *args, **kw)
         if args:
             raise ModelError(

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from hmpo.config import require
 from hmpo.errors import CheckpointError
 from hmpo.optim import readings as tiers
+from hmpo.optim.attention_inputs import InputHook, InputStore
 from hmpo.optim.attention_tap import Listener, listen
 from hmpo.optim.projection_tap import listen_outside
 from hmpo.optim.readings import SOURCES, Budget, Reading, resolve, settle, to_host
@@ -99,7 +100,10 @@ class LogitTracker:
             )
         settle(self._readings.values())
         ends = [_listen(site, self._readings[site.name].record) for site in self.sites]
-        self._close = weakref.finalize(self, _call_all, ends)
+        self.inputs = InputStore()
+        """What the watched layers were called with, see `watch_inputs`."""
+        self._ends: list[Callable[[], Any]] = [*ends]
+        self._close = weakref.finalize(self, _call_all, self._ends)
         for line in self.unread:
             logger.warning("attention not read, QK-clip cannot act here: %s", line)
         for name in self.projected:
@@ -111,6 +115,15 @@ class LogitTracker:
     def model(self) -> nn.Module | None:
         """The model, or None once it is gone; the tracker does not keep it alive."""
         return self._model()
+
+    def watch_inputs(self, site: AttentionSite) -> None:
+        """Keep what the layer is called with in `inputs` from now on; once is enough."""
+        module = site.module()
+        if module is None or site.name in self.inputs.armed or not self._close.alive:
+            return
+        self.inputs.arm([site.name], True)
+        hook = InputHook(site.name, self.inputs)
+        self._ends.append(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
 
     def consume(self) -> dict[str, MaxLogits]:
         """The maxima since the last call, on the CPU, by layer name; starts afresh.
@@ -125,7 +138,8 @@ class LogitTracker:
         return values
 
     def reset(self) -> None:
-        """Forget everything read since the last `consume()`."""
+        """Forget everything read since the last `consume()`, and the inputs kept for it."""
+        self.inputs.reset()
         for reading in self._readings.values():
             reading.reset()
 
@@ -195,6 +209,15 @@ def _largest_of_ranks(host: list[Tensor], group: Any) -> list[Tensor]:
     dist.all_reduce(marked, dist.ReduceOp.MAX, group=group)
     flat, nan = marked.cpu().chunk(2)
     return list(flat.masked_fill(nan > 0, torch.nan).split([len(t) for t in host]))
+
+
+def smallest_of_ranks(values: Tensor, group: Any) -> Tensor:
+    """Minima over the ranks of values on the CPU, or the values where there are no ranks."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return values
+    moved = values.to("cuda" if dist.get_backend(group) == "nccl" else "cpu", copy=True)
+    dist.all_reduce(moved, dist.ReduceOp.MIN, group=group)
+    return moved.cpu()
 
 
 def _call_all(ends: list[Callable[[], Any]]) -> None:

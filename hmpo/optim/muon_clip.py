@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from hmpo.config import require
 from hmpo.errors import ConfigError, ModelError
+from hmpo.optim.adapter_clip import LORA_RULES
 from hmpo.optim.logit_tracker import LogitTracker
 from hmpo.optim.param_groups import MuonWithAdamW, split_param_groups
 from hmpo.optim.qk_clip import GQA_RULES, ClipStats, Masters, QKClip
@@ -44,6 +45,10 @@ class MuonClipConfig:
     scale_frozen: bool = False
     """Also scale weights that are not trained: the base under LoRA, frozen gains. They have to be
     saved with the adapter then. False: such layers are reported and left alone."""
+    lora: Literal["adapter", "report"] = "adapter"
+    """LoRA over a frozen base: "adapter" shrinks the adapter alone, as far as the base allows, and
+    keeps the inputs of layers near the threshold from one step to the next (tokens x hidden width
+    each, 1 GiB at most); "report" leaves the layer alone and keeps nothing."""
     weight_norm_fallback: bool = False
     """Clip layers whose logits cannot be read by an upper bound from their weights. It shrinks
     healthy layers too; each use is counted in `ClipStats.fallbacks` and warned about once."""
@@ -54,6 +59,7 @@ class MuonClipConfig:
         require(0 <= self.alpha <= 1, "alpha", self.alpha, "a number in [0, 1]")
         require(self.gqa in GQA_RULES, "gqa", self.gqa, " or ".join(map(repr, GQA_RULES)))
         require(self.source in SOURCES, "source", self.source, " or ".join(map(repr, SOURCES)))
+        require(self.lora in LORA_RULES, "lora", self.lora, " or ".join(map(repr, LORA_RULES)))
         for name in ("scale_frozen", "weight_norm_fallback"):
             require(isinstance(getattr(self, name), bool), name, getattr(self, name), "a bool")
 
@@ -72,6 +78,7 @@ class _Clipper:
             config.alpha,
             config.gqa,
             scale_frozen=config.scale_frozen,
+            lora=config.lora,
             fallback=config.weight_norm_fallback,
             masters=masters,
         )

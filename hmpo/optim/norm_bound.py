@@ -42,7 +42,7 @@ def weight_norm_bound(model: nn.Module, site: AttentionSite) -> Float[Tensor, " 
 
     Float64. The bound is of logits before any soft cap.
     """
-    module, target = site.module(), site.target(frozen=True)
+    module, target = site.module(), site.target("all")
     if module is None or isinstance(target, str):
         return "the module no longer exists" if isinstance(target, ClipTarget) else target
     if type(module).__name__ not in BOUNDED or not target.key:

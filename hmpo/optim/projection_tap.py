@@ -83,7 +83,7 @@ class _Nothing:
         return None
 
 
-class _Hook:
+class Hook:
     """Hooks stay behind when a model is copied or pickled: they belong to one tracker."""
 
     def __deepcopy__(self, memo: Any) -> _Nothing:
@@ -93,7 +93,7 @@ class _Hook:
         return _Nothing, ()
 
 
-class _Side(_Hook):
+class _Side(Hook):
     """Hook on one projection."""
 
     def __init__(self, pair: _Pair, side: int) -> None:
@@ -110,7 +110,7 @@ def _by_head(x: Tensor, heads: int) -> Tensor:
     return x.flatten(0, -4) if x.ndim > 3 else x.unsqueeze(0)
 
 
-class _Multihead(_Hook):
+class _Multihead(Hook):
     """Hook before `nn.MultiheadAttention`."""
 
     def __init__(self, site: AttentionSite) -> None:

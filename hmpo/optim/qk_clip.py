@@ -7,9 +7,11 @@ chosen so that every head of the group gets exactly its own gamma (`head_factors
 """
 
 import dataclasses
+import functools
 import logging
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,12 +21,22 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hmpo.config import require
-from hmpo.optim.logit_tracker import LogitTracker, MaxLogits
+from hmpo.optim.adapter_clip import (
+    LORA_RULES,
+    AdapterClip,
+    adapter_target,
+    clip_adapter,
+    left_alone,
+)
+from hmpo.optim.attention_inputs import KeptInput
+from hmpo.optim.logit_tracker import LogitTracker, MaxLogits, smallest_of_ranks
 from hmpo.optim.norm_bound import weight_norm_bound
-from hmpo.optim.sites import AttentionSite, ClipTarget, HeadRows, hidden_sites
+from hmpo.optim.sites import AttentionSite, ClipTarget, HeadRows, Scope, hidden_sites
 
 logger = logging.getLogger(__name__)
 
+NEAR = 0.5
+"""Part of tau up to which a layer's inputs are not kept: it would have to double in one step."""
 GQA_RULES = ("balanced", "query", "group")
 Masters = Callable[[Tensor], Tensor | None]
 """Gives the float32 copy that an optimizer keeps of a parameter, of the same shape, or None."""
@@ -66,6 +78,8 @@ class ClipStats:
     """Readings (one for each forward pass and head) by what settled them, see `LogitTracker`."""
     fallbacks: tuple[str, ...] = ()
     """Layers that nobody can read, scaled by a bound from their weights where that is allowed."""
+    reread_heads: int = 0
+    """Heads above tau in layers with LoRA that, run again without dropout, are not above it."""
     seconds: float = field(default=0.0, compare=False)
     """Host time of the clip and of the readings it used; not part of the state."""
 
@@ -130,6 +144,9 @@ class QKClip:
         gqa: rule for query heads that share a key head, see `head_factors`.
         scale_frozen: also scale weights that are not trained: the base under LoRA, norm gains.
             They have to be saved with the adapter then.
+        lora: what to do with LoRA over a frozen base. "adapter" shrinks the adapter alone, by the
+            least that brings the head to tau, where the base allows it; for that the tracker
+            keeps the inputs of such layers from one step to the next. "report" leaves it alone.
         fallback: clip layers whose logits cannot be read by an upper bound from their weights,
             see `weight_norm_bound`. It shrinks healthy layers too; each use is counted.
         masters: finds the float32 copies that an optimizer keeps, which are scaled as well;
@@ -151,6 +168,7 @@ class QKClip:
         gqa: str = "balanced",
         *,
         scale_frozen: bool = False,
+        lora: str = "adapter",
         fallback: bool = False,
         masters: Masters | None = None,
     ) -> None:
@@ -162,24 +180,34 @@ class QKClip:
         )
         require(0 <= alpha <= 1, "alpha", alpha, "a number in [0, 1]")
         require(gqa in GQA_RULES, "gqa", gqa, " or ".join(map(repr, GQA_RULES)))
+        require(lora in LORA_RULES, "lora", lora, " or ".join(map(repr, LORA_RULES)))
         self.tracker, self.tau, self.alpha, self.gqa = tracker, float(tau), alpha, gqa
-        self.scale_frozen, self.fallback, self.masters = scale_frozen, fallback, masters
+        self.scope: Scope = "all" if scale_frozen else "trained"
+        self.lora = lora
+        self.fallback, self.masters = fallback, masters
         self._warned: set[str] = set()
+        self._adapters(self._targets())
 
     def apply(self) -> ClipStats:
         """Consume the readings, scale, and tell. One wait for the device."""
         start = time.perf_counter()
+        targets, inputs = self._targets(), self.tracker.inputs.take()
+        adapters = self._adapters(targets)
         readings = self.tracker.consume()
-        targets = {site.name: site.target(frozen=self.scale_frozen) for site in self.tracker.sites}
         clippable = [
             (site, readings[site.name].value.double(), target)
             for site in self.tracker.sites
             if isinstance(target := targets[site.name], ClipTarget)
         ]
         bounded = self._bounded() if self.fallback else []
+        adapted = self._adapted(adapters, readings, inputs)
         self._scale([*clippable, *bounded])
+        for name, clip in adapted.items():
+            for rows, factors in clip.rows(adapters[name]):
+                self._multiply(rows, factors)
         reasons = {name: t for name, t in targets.items() if isinstance(t, str)}
-        stats = _stats(readings, reasons, self.tracker.unread, self.tau)
+        reasons = {name: why for name, why in reasons.items() if name not in adapters}
+        stats = _stats(readings, reasons, adapted, self.tracker.unread, self.tau)
         if stats.missed_heads:
             self._warn("a logit exceeds tau but QK-clip cannot act", stats.unclippable)
         used = tuple(site.name for site, bound, _ in bounded if bool((bound > self.tau).any()))
@@ -193,7 +221,7 @@ class QKClip:
         model = self.tracker.model
         found = []
         for site in () if model is None else hidden_sites(model):
-            target = site.target(frozen=self.scale_frozen)
+            target = site.target(self.scope)
             bound = None if model is None else weight_norm_bound(model, site)
             if isinstance(target, ClipTarget) and isinstance(bound, Tensor):
                 at_tau = bound.cpu() <= self.tau * (1 + 1e-5)  # where an earlier clip put it
@@ -215,10 +243,52 @@ class QKClip:
                 _, other = planned.get(rows.key, (rows, factors))
                 planned[rows.key] = rows, torch.minimum(other, factors)
         for rows, factors in planned.values():
-            rows.scale(factors)
-            master = None if self.masters is None else self.masters(rows.parameter)
-            if master is not None:
-                rows.scale(factors, like=master)
+            self._multiply(rows, factors)
+
+    def _multiply(self, rows: HeadRows, factors: Tensor) -> None:
+        rows.scale(factors)
+        master = None if self.masters is None else self.masters(rows.parameter)
+        if master is not None:
+            rows.scale(factors, like=master)
+
+    def _targets(self) -> dict[str, ClipTarget | str]:
+        return {site.name: site.target(self.scope) for site in self.tracker.sites}
+
+    def _adapters(self, targets: dict[str, ClipTarget | str]) -> dict[str, ClipTarget]:
+        """Layers of which the adapter alone can be scaled; their inputs are kept from now on."""
+        found = {}
+        for site in self.tracker.sites if self.lora == "adapter" else ():
+            target = adapter_target(site, self.gqa) if isinstance(targets[site.name], str) else ""
+            if isinstance(target, ClipTarget):
+                self.tracker.watch_inputs(site)
+                found[site.name] = target
+        return found
+
+    def _adapted(
+        self,
+        adapters: dict[str, ClipTarget],
+        readings: dict[str, MaxLogits],
+        inputs: tuple[dict[str, list[KeptInput]], dict[str, str]],
+    ) -> dict[str, AdapterClip]:
+        """What to do in each layer with LoRA that has a head above tau."""
+        agree = functools.partial(smallest_of_ranks, group=self.tracker.group)
+        uses = Counter(rows.key for target in adapters.values() for rows in target.rows)
+        found, (calls, lost) = {}, inputs
+        for site in self.tracker.sites:
+            if site.name not in adapters:
+                continue
+            value, target = readings[site.name].value, adapters[site.name]
+            over = value.isfinite() & (value > self.tau)
+            if bool(over.any()) and any(uses[rows.key] > 1 for rows in target.rows):
+                found[site.name] = left_alone(site, "its adapter serves other layers too")
+            elif bool(over.any()):
+                mine = lost.get(site.name, calls.get(site.name, []))
+                found[site.name] = clip_adapter(
+                    site, target, over, mine, tau=self.tau, gqa=self.gqa, agree=agree
+                )
+            if bool((value > -torch.inf).any()):
+                self.tracker.inputs.arm([site.name], not bool((value <= self.tau * NEAR).all()))
+        return found
 
     def _factors(
         self, site: AttentionSite, target: ClipTarget, gamma: Tensor
@@ -248,13 +318,22 @@ def _identity(target: ClipTarget) -> tuple:
 
 
 def _stats(
-    readings: dict[str, MaxLogits], reasons: dict[str, str], unread: list[str], tau: float
+    readings: dict[str, MaxLogits],
+    reasons: dict[str, str],
+    adapted: dict[str, AdapterClip],
+    unread: list[str],
+    tau: float,
 ) -> ClipStats:
     none = torch.empty(0)
     value = torch.cat([none, *(r.value for r in readings.values())])
     exact = torch.cat([none.bool(), *(r.exact for r in readings.values())])
-    able = [torch.full_like(r.value, name not in reasons) for name, r in readings.items()]
-    able = torch.cat([none, *able]).bool()
+    acted = {name: torch.full_like(r.value, name not in reasons) for name, r in readings.items()}
+    acted |= {name: clip.clipped for name, clip in adapted.items()}
+    able = torch.cat([none, *acted.values()]).bool()
+    again = {name: torch.zeros_like(r.value) for name, r in readings.items()}
+    again |= {name: clip.reread for name, clip in adapted.items()}
+    reread = torch.cat([none, *again.values()]).bool()
+    reasons = reasons | {name: clip.reason for name, clip in adapted.items() if clip.reason}
     silent, finite = value == -torch.inf, value.isfinite()
     over = finite & (value > tau)
     gamma = gammas(value.double(), tau)[over & able]
@@ -270,7 +349,8 @@ def _stats(
         nonfinite=int((~finite & ~silent).sum()),
         negative=int((finite & (value < 0)).sum()),
         clipped_heads=int((over & able).sum()),
-        missed_heads=int((over & ~able).sum()),
+        missed_heads=int((over & ~able & ~reread).sum()),
+        reread_heads=int(reread.sum()),
         clip_rate=int((over & able).sum()) / max(1, len(value)),
         min_scale=float(gamma.min()) if len(gamma) else 1.0,
         unclippable=(*unread, *(f"{name}: {why}" for name, why in reasons.items())),

@@ -12,6 +12,7 @@ from tests.optim.tiny import batch, values
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
 
 TARGETS = {"gpt2": ["c_attn"], "phi3": ["qkv_proj"], "gpt_neox": ["query_key_value"]}
+TARGETS["deepseek_v3"] = ["q_b_proj", "kv_b_proj"]
 
 
 def adapted(kind, **options):
@@ -40,7 +41,7 @@ def test_lora_over_a_frozen_base_is_reported_and_left_alone(kind):
     ids, mask = batch()
     tau = float(values(model, ids, mask).min()) / 2
     old = parameters(model)
-    stats = clip_once(model, ids, mask, tau=tau)
+    stats = clip_once(model, ids, mask, tau=tau, lora="report")
     assert stats.missed_heads == 4 and stats.clipped_heads == 0
     assert "LoRA over a frozen base" in stats.unclippable[0]
     assert all(torch.equal(p, old[name]) for name, p in model.named_parameters())

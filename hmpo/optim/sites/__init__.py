@@ -11,11 +11,11 @@ from torch import nn
 from hmpo.optim.sites.fused import fused_projection
 from hmpo.optim.sites.latent import latent_attention
 from hmpo.optim.sites.plain import plain_attention
-from hmpo.optim.sites.rows import HeadRows
+from hmpo.optim.sites.rows import HeadRows, Scope
 from hmpo.optim.sites.separate import separate_projections
 from hmpo.optim.sites.site import AttentionSite, ClipTarget, uses_interface
 
-__all__ = ["AttentionSite", "ClipTarget", "HeadRows", "find_sites", "hidden_sites"]
+__all__ = ["AttentionSite", "ClipTarget", "HeadRows", "Scope", "find_sites", "hidden_sites"]
 
 BUILDERS: tuple[Callable[[str, nn.Module], AttentionSite | str | None], ...] = (
     latent_attention,

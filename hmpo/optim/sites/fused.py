@@ -13,6 +13,7 @@ from torch import nn
 
 from hmpo.optim.sites.norms import find_norms, gain_target
 from hmpo.optim.sites.projections import Block, out_features, projection_rows
+from hmpo.optim.sites.rows import Scope
 from hmpo.optim.sites.site import AttentionSite, ClipTarget, hidden_reason
 
 Layout = tuple[str, int, int, int, bool]
@@ -69,14 +70,14 @@ def fused_projection(name: str, module: nn.Module) -> AttentionSite | str | None
     return AttentionSite(name, heads, kv_heads, weakref.ref(module), resolve, hidden)
 
 
-def resolve(module: nn.Module, site: AttentionSite, frozen: bool) -> ClipTarget | str:
+def resolve(module: nn.Module, site: AttentionSite, scope: Scope) -> ClipTarget | str:
     """The query rows and the key rows of the one projection, weight and bias."""
     norms = find_norms(module)
     if isinstance(norms, str):
         return norms
     label, heads, kv_heads, width, interleaved = LAYOUTS[type(module).__name__](module)
     if norms != (None, None):
-        return gain_target(site, norms, width, frozen)
+        return gain_target(site, norms, width, scope)
     query = Block(heads=heads, length=width, stride=3 * width if interleaved else width)
     key = Block(
         heads=kv_heads,
@@ -85,7 +86,7 @@ def resolve(module: nn.Module, site: AttentionSite, frozen: bool) -> ClipTarget 
         stride=query.stride,
     )
     projection = dict(module.named_children())[label]
-    found = projection_rows(projection, label, (query, key), frozen)
+    found = projection_rows(projection, label, (query, key), scope)
     if isinstance(found, str):
         return found
     how = f"rows of q and k inside {label}, head by head"

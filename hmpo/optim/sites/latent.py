@@ -9,6 +9,7 @@ import weakref
 from torch import nn
 
 from hmpo.optim.sites.projections import Block, out_features, projection_rows
+from hmpo.optim.sites.rows import Scope
 from hmpo.optim.sites.site import AttentionSite, ClipTarget, hidden_reason
 
 WIDTHS = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
@@ -31,7 +32,7 @@ def latent_attention(name: str, module: nn.Module) -> AttentionSite | str | None
     return AttentionSite(name, heads, heads, weakref.ref(module), resolve, hidden)
 
 
-def resolve(module: nn.Module, site: AttentionSite, frozen: bool) -> ClipTarget | str:
+def resolve(module: nn.Module, site: AttentionSite, scope: Scope) -> ClipTarget | str:
     """Nope rows of queries and keys share gamma, rope rows of the queries take all of it."""
     children = dict(module.named_children())
     nope, rope, value = (int(getattr(module, width)) for width in WIDTHS)
@@ -40,11 +41,11 @@ def resolve(module: nn.Module, site: AttentionSite, frozen: bool) -> ClipTarget 
         Block(heads=heads, length=nope, stride=nope + rope),
         Block(heads=heads, length=rope, start=nope, stride=nope + rope),
     )
-    query = projection_rows(children[label], label, parts, frozen)
+    query = projection_rows(children[label], label, parts, scope)
     if isinstance(query, str):
         return query
     keys = (Block(heads=heads, length=nope, stride=nope + value),)
-    key = projection_rows(children["kv_b_proj"], "kv_b_proj", keys, frozen)
+    key = projection_rows(children["kv_b_proj"], "kv_b_proj", keys, scope)
     if isinstance(key, str):
         return key
     return ClipTarget(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hmpo.optim.sites.projections import Block, blocked
-from hmpo.optim.sites.rows import HeadRows
+from hmpo.optim.sites.rows import HeadRows, Scope
 from hmpo.optim.sites.site import AttentionSite, ClipTarget
 
 PAIRS = (
@@ -40,7 +40,7 @@ def find_norms(module: nn.Module) -> tuple[nn.Module | None, nn.Module | None] |
 
 
 def norm_rows(
-    norm: nn.Module, name: str, heads: int, width: int, frozen: bool
+    norm: nn.Module, name: str, heads: int, width: int, scope: Scope
 ) -> tuple[list[HeadRows], bool] | str:
     """Rows of a norm's gain (and bias), and whether each head has its own.
 
@@ -67,7 +67,7 @@ def norm_rows(
         for label, parameter in own.items()
     ]
     for label, piece in zip(own, rows, strict=True):
-        if (fault := blocked(piece, f"{name}.{label}", frozen)) is not None:
+        if (fault := blocked(piece, f"{name}.{label}", scope)) is not None:
             return fault
     return rows, shape != (width,) or heads == 1
 
@@ -76,7 +76,7 @@ def gain_target(
     site: AttentionSite,
     norms: tuple[nn.Module | None, nn.Module | None],
     width: int,
-    frozen: bool,
+    scope: Scope,
     *,
     alone: bool = False,
 ) -> ClipTarget | str:
@@ -86,16 +86,18 @@ def gain_target(
         site: says how many heads there are.
         norms: of queries and keys, as `find_norms` gives them.
         width: of a head.
-        frozen: whether weights without gradients may be scaled too.
+        scope: which parameters may be scaled, see `Scope`.
         alone: whether only the queries may be scaled.
     """
+    if scope == "adapters":
+        return "a norm after the projections undoes what an adapter scales"
     sides, own, plus_one = [], [], False
     for norm, side, heads in zip(norms, "qk", (site.heads, site.kv_heads), strict=True):
         if side == "k" and alone:
             continue
         if norm is None:
             return f"only one of queries and keys is normalised ({side} is not)"
-        found = norm_rows(norm, f"the {side} norm", heads, width, frozen)
+        found = norm_rows(norm, f"the {side} norm", heads, width, scope)
         if isinstance(found, str):
             return found
         sides.append(tuple(found[0]))

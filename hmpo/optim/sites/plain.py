@@ -12,7 +12,7 @@ from torch import nn
 
 from hmpo.optim.sites.norms import find_norms
 from hmpo.optim.sites.projections import Block, blocked, out_features, projection_rows
-from hmpo.optim.sites.rows import HeadRows
+from hmpo.optim.sites.rows import HeadRows, Scope
 from hmpo.optim.sites.site import AttentionSite, ClipTarget
 
 PROJECTIONS = (("q_proj", "k_proj"), ("W_q", "W_k"), ("query", "key"), ("q", "k"))
@@ -86,14 +86,14 @@ def _head_width(module: nn.Module, features: int, config: Any) -> int | None:
     return None
 
 
-def _resolve_pair(module: nn.Module, site: AttentionSite, frozen: bool) -> ClipTarget | str:
+def _resolve_pair(module: nn.Module, site: AttentionSite, scope: Scope) -> ClipTarget | str:
     pair, children = projection_pair(module), dict(module.named_children())
     if pair is None:
         return "its projections are gone"
     sides = []
     for name, heads in zip(pair, (site.heads, site.kv_heads), strict=True):
         length = out_features(children[name]) // heads
-        found = projection_rows(children[name], name, (Block(heads=heads, length=length),), frozen)
+        found = projection_rows(children[name], name, (Block(heads=heads, length=length),), scope)
         if isinstance(found, str):
             return found
         sides.append(tuple(found[0]))
@@ -101,7 +101,7 @@ def _resolve_pair(module: nn.Module, site: AttentionSite, frozen: bool) -> ClipT
     return ClipTarget(query=sides[0], key=sides[1], how=how)
 
 
-def _resolve_multihead(module: nn.Module, site: AttentionSite, frozen: bool) -> ClipTarget | str:
+def _resolve_multihead(module: nn.Module, site: AttentionSite, scope: Scope) -> ClipTarget | str:
     assert isinstance(module, nn.MultiheadAttention)
     own = dict(module.named_parameters(recurse=False))
     width, heads = module.embed_dim // site.heads, site.heads
@@ -119,7 +119,7 @@ def _resolve_multihead(module: nn.Module, site: AttentionSite, frozen: bool) -> 
         blocks = places.get(label, ())
         rows = [block.rows(parameter) for block in blocks]
         for piece in rows:
-            if (fault := blocked(piece, label, frozen)) is not None:
+            if (fault := blocked(piece, label, scope)) is not None:
                 return fault
         if len(rows) == 2:
             query.append(rows[0])

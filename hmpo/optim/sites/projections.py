@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from hmpo.optim.sites.rows import HeadRows
+from hmpo.optim.sites.rows import HeadRows, Scope
 
 Part = tuple[str, Tensor, int]
 """Name of a parameter, the parameter, and its axis that counts output features."""
@@ -46,36 +46,38 @@ def out_features(projection: nn.Module | None) -> int:
 
 
 def projection_rows(
-    projection: nn.Module, label: str, blocks: tuple[Block, ...], frozen: bool
+    projection: nn.Module, label: str, blocks: tuple[Block, ...], scope: Scope
 ) -> list[list[HeadRows]] | str:
     """For each block, the rows of every parameter that the block's outputs are linear in.
 
     Returns:
         One list of `HeadRows` for each block, or why the projection cannot be scaled.
     """
-    parts = _parts(projection, label, frozen)
+    parts = _parts(projection, label, scope)
     if isinstance(parts, str):
         return parts
     found = [[block.rows(parameter, axis) for _, parameter, axis in parts] for block in blocks]
     for rows in found:
         for (name, _, _), piece in zip(parts, rows, strict=True):
-            if (fault := blocked(piece, name, frozen)) is not None:
+            if (fault := blocked(piece, name, scope)) is not None:
                 return fault
     return found
 
 
-def blocked(rows: HeadRows, name: str, frozen: bool) -> str | None:
+def blocked(rows: HeadRows, name: str, scope: Scope) -> str | None:
     """Why these rows cannot be scaled, or None."""
-    if not rows.parameter.requires_grad and not frozen and rows.parameter.is_floating_point():
+    if not rows.parameter.requires_grad and scope != "all" and rows.parameter.is_floating_point():
         return f"{name} is frozen"
     fault = rows.fault()
     return None if fault is None else f"{name} {fault}"
 
 
-def _parts(projection: nn.Module, label: str, frozen: bool) -> list[Part] | str:
+def _parts(projection: nn.Module, label: str, scope: Scope) -> list[Part] | str:
     children = dict(projection.named_children())
     if ADAPTER in children:
-        return _adapted(projection, children, label, frozen)
+        return _adapted(projection, children, label, scope)
+    if scope == "adapters":
+        return []
     transposed = type(projection).__name__ == CONV1D
     if not isinstance(projection, nn.Linear) and not transposed:
         return f"{label} is a {type(projection).__name__}, expected nn.Linear"
@@ -90,7 +92,7 @@ def _parts(projection: nn.Module, label: str, frozen: bool) -> list[Part] | str:
 
 
 def _adapted(
-    projection: nn.Module, children: dict[str, nn.Module], label: str, frozen: bool
+    projection: nn.Module, children: dict[str, nn.Module], label: str, scope: Scope
 ) -> list[Part] | str:
     """Parts of a PEFT LoRA layer, y = W x + s B A x, or DoRA, y = m / norm (W + s B A) x.
 
@@ -98,7 +100,7 @@ def _adapted(
     of y already. A bias is added after both and shrinks with them.
     """
     base = children["base_layer"]
-    own = _parts(base, f"{label}.base_layer", frozen)
+    own = _parts(base, f"{label}.base_layer", scope)
     if isinstance(own, str):
         return own
     if getattr(projection, "disable_adapters", False):
@@ -109,10 +111,12 @@ def _adapted(
     active = [n for n in getattr(projection, "active_adapters", ()) if n in adapters]
     variants = getattr(projection, "lora_variant", {})
     special = [n for n in active if n in variants]
+    if special and scope == "adapters":
+        return f"{label} has adapters {special} that are not plain LoRA"
     if not special:
         ups = dict(children["lora_B"].named_children())
         parts = [(f"{label}.lora_B.{n}", up, 0) for n in active for up in ups[n].parameters()]
-        if own and not own[0][1].requires_grad and not frozen:
+        if scope == "trained" and own and not own[0][1].requires_grad:
             return (
                 f"{label} has LoRA over a frozen base; scaling the adapter alone would not scale "
                 "the logits (train DoRA, or allow scale_frozen=True and save the base)"

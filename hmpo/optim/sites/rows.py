@@ -1,11 +1,16 @@
 """Rows of parameters, head by head: what a clip multiplies."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
+
+Scope = Literal["trained", "all", "adapters"]
+"""Which parameters may be scaled: those with gradients; frozen ones too; or only what LoRA adds,
+which leaves the frozen base's own part of queries and keys as it is."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -6,7 +6,7 @@ from torch import nn
 
 from hmpo.optim.sites.norms import find_norms, gain_target
 from hmpo.optim.sites.projections import Block, out_features, projection_rows
-from hmpo.optim.sites.rows import HeadRows
+from hmpo.optim.sites.rows import HeadRows, Scope
 from hmpo.optim.sites.site import AttentionSite, ClipTarget, hidden_reason
 
 
@@ -34,7 +34,7 @@ def separate_projections(name: str, module: nn.Module) -> AttentionSite | str | 
     return AttentionSite(name, heads, kv_heads, weakref.ref(module), resolve, hidden)
 
 
-def resolve(module: nn.Module, site: AttentionSite, frozen: bool) -> ClipTarget | str:
+def resolve(module: nn.Module, site: AttentionSite, scope: Scope) -> ClipTarget | str:
     """What to scale: gains where queries or keys are normalised, else rows of the projections."""
     clamp = getattr(getattr(module, "config", None), "clip_qkv", None)
     if clamp is not None:
@@ -43,10 +43,8 @@ def resolve(module: nn.Module, site: AttentionSite, frozen: bool) -> ClipTarget 
     if isinstance(norms, str):
         return norms
     if norms == (None, None):
-        return _rows_of_projections(module, site, frozen)
-    return gain_target(
-        site, norms, width_of(module), frozen, alone=_keys_are_read_elsewhere(module)
-    )
+        return _rows_of_projections(module, site, scope)
+    return gain_target(site, norms, width_of(module), scope, alone=_keys_are_read_elsewhere(module))
 
 
 def width_of(module: nn.Module) -> int:
@@ -66,7 +64,7 @@ def _keys_are_read_elsewhere(module: nn.Module) -> bool:
     )
 
 
-def _rows_of_projections(module: nn.Module, site: AttentionSite, frozen: bool) -> ClipTarget | str:
+def _rows_of_projections(module: nn.Module, site: AttentionSite, scope: Scope) -> ClipTarget | str:
     children, width = dict(module.named_children()), width_of(module)
     alone = _keys_are_read_elsewhere(module)
     sides: list[tuple[HeadRows, ...]] = []
@@ -74,7 +72,7 @@ def _rows_of_projections(module: nn.Module, site: AttentionSite, frozen: bool) -
         projection = children[name]
         if out_features(projection) != heads * width:
             return f"{name} gives {out_features(projection)} features, expected {heads} heads"
-        found = projection_rows(projection, name, (Block(heads=heads, length=width),), frozen)
+        found = projection_rows(projection, name, (Block(heads=heads, length=width),), scope)
         if isinstance(found, str):
             return found
         sides.append(tuple(found[0]))

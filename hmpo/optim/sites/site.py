@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from hmpo.optim.attention_tap import IMPLEMENTATIONS, INTERFACE
-from hmpo.optim.sites.rows import HeadRows
+from hmpo.optim.sites.rows import HeadRows, Scope
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -47,7 +47,7 @@ class AttentionSite:
     kv_heads: int
     """Key heads G; query head h reads key head h // (H // G)."""
     module: "weakref.ref[nn.Module]"
-    resolve: "Callable[[nn.Module, AttentionSite, bool], ClipTarget | str]"
+    resolve: "Callable[[nn.Module, AttentionSite, Scope], ClipTarget | str]"
     """Gives what to scale, or the reason why nothing can be scaled."""
     hidden: str = ""
     """Why its logits cannot be read; "" where they can."""
@@ -56,16 +56,21 @@ class AttentionSite:
     `nn.MultiheadAttention` with its masks; "projections", before any rotary embedding and with
     every pair of tokens, since that is all there is to hear."""
 
-    def target(self, *, frozen: bool = False) -> ClipTarget | str:
+    def target(self, scope: Scope = "trained") -> ClipTarget | str:
         """What to scale now, or why nothing can be scaled.
 
         Args:
-            frozen: whether weights without gradients may be scaled too.
+            scope: which parameters may be scaled, see `Scope`. Under "adapters" the rows are those
+                of LoRA's B alone: queries and keys are linear in them beside a constant part, and
+                a side without LoRA has no rows.
         """
         module = self.module()
-        return (
-            "the module no longer exists" if module is None else self.resolve(module, self, frozen)
-        )
+        if module is None:
+            return "the module no longer exists"
+        found = self.resolve(module, self, scope)
+        if isinstance(found, ClipTarget) and not found.rows:
+            return "neither queries nor keys have a LoRA adapter"
+        return found
 
 
 def uses_interface(module: nn.Module) -> bool:
