@@ -88,6 +88,7 @@ class Collector:
                 top_k=config.top_k,
                 top_p=config.top_p,
                 generator=keyed_generator(config.seed, "rollout", index),
+                decoder=config.decoder,
             )
         if self.recompute:
             rollout = dataclasses.replace(
@@ -210,6 +211,7 @@ class Collector:
             "len/mean": lengths.mean(),
             "len/max": lengths.max(),
             "len/trunc_frac": (~rollout.finished).double().mean(),
+            "rollout/fast": float(rollout.fast),
         }
         for name, values in by_function.items():
             column = torch.tensor(values, dtype=torch.float64)

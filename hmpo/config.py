@@ -60,6 +60,9 @@ class TrainerConfig:
     """Keep the k most probable tokens while sampling; 0 keeps all."""
     top_p: float = 1.0
     """Keep the smallest set of tokens with this probability mass; 1 keeps all."""
+    decoder: Literal["auto", "module"] = "auto"
+    """Sample by the fast decoder where the policy is one that it knows, or always through the
+    policy's own modules."""
     minibatches: int = 4
     """Optimizer updates per pass over one rollout. With 1 (and epochs = 1) every importance
     ratio is 1 and the exponent p has no effect."""

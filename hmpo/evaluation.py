@@ -162,6 +162,7 @@ class Evaluator:
                 pad_token=self.config.pad_token,
                 temperature=temperature,
                 generator=keyed_generator(self.seed, "evaluation", start),
+                decoder=self.config.decoder,
             )
             completions = decode_responses(
                 self.tokenizer, rollout.response_ids, rollout.response_mask, self.task.stop

@@ -3,22 +3,33 @@
 One uniform number per row and step drives an inverse-CDF draw, taken for every row whether it
 is finished or not; so for a given generator the tokens of a row do not depend on when other
 rows finish. Log-probs of the drawn tokens are recorded from the logits at hand.
+
+Three engines give the next token's logits: the fast decoder (`hmpo.decoder`) for the models that
+it knows, the model's own modules with their cache, and whole sequences for any causal module.
 """
 
+import contextlib
 import hashlib
 import inspect
+import logging
 import warnings
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
 from hmpo.config import require
+from hmpo.decoder import FastDecoder, why_not_fast
+from hmpo.drawing import draw_in_place, draw_tokens
 from hmpo.errors import ShapeError
 from hmpo.logprobs import evaluating, is_hugging_face, position_ids, unwrap
 from hmpo.types import Rollout
+
+__all__ = ["draw_tokens", "keyed_generator", "minibatch_rows", "sample_responses"]
+
+logger = logging.getLogger(__name__)
 
 COMPACT_SHARE = 0.25
 """Finished rows leave the batch once they are this share of it (copying a cache costs time)."""
@@ -39,6 +50,7 @@ def sample_responses(
     top_p: float = 1.0,
     generator: torch.Generator | None = None,
     use_cache: bool = True,
+    decoder: Literal["auto", "module"] = "auto",
 ) -> Rollout:
     """Sample `group_size` responses to each prompt.
 
@@ -56,6 +68,9 @@ def sample_responses(
         top_p: keep the smallest set with this mass; 1 keeps all.
         generator: source of randomness, for repeatable rollouts.
         use_cache: False runs the whole sequence for each token (the slow path, same tokens).
+        decoder: "auto" takes the fast decoder for the models that it knows (`Rollout.fast` says
+            whether, the log says why not), "module" always the model's own modules. In float32
+            the tokens are the same and the log-probs differ by rounding.
 
     Returns:
         A `Rollout` of N = B * G rows. Training flags of the policy are restored.
@@ -66,7 +81,7 @@ def sample_responses(
     """
     if prompt_mask is None:
         prompt_mask = torch.ones_like(prompt_ids, dtype=torch.bool)
-    _check(prompt_ids, prompt_mask, group_size, max_length, temperature, top_k, top_p)
+    _check(prompt_ids, prompt_mask, group_size, max_length, temperature, top_k, top_p, decoder)
     if temperature > 0 and (top_k > 0 or top_p < 1):
         warnings.warn(
             f"top_k={top_k}, top_p={top_p}: responses come from a truncated distribution, while "
@@ -77,22 +92,25 @@ def sample_responses(
         [eos_token] if isinstance(eos_token, int) else list(eos_token), device=prompt_ids.device
     )
     rows = len(prompt_ids) * group_size
-    state = _State(rows, max_length, pad_token, prompt_ids.device)
-    engine = _Cached if use_cache and is_hugging_face(policy) else _Whole
     with evaluating(policy):
-        steps = engine(policy, prompt_ids, prompt_mask, group_size, pad_token)
-        for step in range(max_length):
-            uniform = torch.rand(rows, dtype=torch.float64, generator=generator)
-            uniform = uniform.to(prompt_ids.device)[state.rows]
-            drawn = draw_tokens(
-                steps.logits, uniform, temperature=temperature, top_k=top_k, top_p=top_p
-            )
-            token = state.write(step, *drawn, stop)
-            keep = state.compact()
-            if keep is not None and len(keep) == 0:
-                break
-            if step + 1 < max_length:
-                steps.advance(token, keep)
+        steps = _start(
+            policy, prompt_ids, prompt_mask, group_size, pad_token, max_length, use_cache, decoder
+        )
+        fast = isinstance(steps, FastDecoder)
+        state = _State(rows, max_length, pad_token, steps.logits)
+        with torch.inference_mode() if fast else contextlib.nullcontext():
+            for step in range(max_length):
+                uniform = torch.rand(rows, dtype=torch.float64, generator=generator)
+                uniform = uniform.to(prompt_ids.device)[state.rows]
+                drawn = draw_in_place(
+                    steps.logits, uniform, temperature=temperature, top_k=top_k, top_p=top_p
+                )
+                state.write(step, *drawn, stop)
+                keep = state.compact()
+                if keep is not None and len(keep) == 0:
+                    break
+                if step + 1 < max_length:
+                    steps.advance(drawn[0], keep)
     length = max(1, int(state.mask.sum(1).max()))
     return Rollout(
         prompt_ids=prompt_ids.repeat_interleave(group_size, 0),
@@ -103,6 +121,7 @@ def sample_responses(
         sampling_logprobs=state.sampling[:, :length],
         finished=state.finished,
         group_size=group_size,
+        fast=fast,
     )
 
 
@@ -129,77 +148,22 @@ def minibatch_rows(
     return list(torch.randperm(rows, generator=generator).tensor_split(minibatches))
 
 
-def draw_tokens(
-    logits: Float[Tensor, "N V"],
-    uniform: Float[Tensor, " N"],
-    *,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-) -> tuple[Int[Tensor, " N"], Float[Tensor, " N"], Float[Tensor, " N"]]:
-    """Tokens by inverse CDF, with their untruncated and truncated log-probs.
-
-    Args:
-        logits: unnormalised, any floating dtype; taken in float32 or better.
-        uniform: numbers in [0, 1), one per row, float64.
-        temperature: 0 is greedy.
-        top_k: 0 keeps all.
-        top_p: 1 keeps all.
-
-    Returns:
-        (token, log-prob at the temperature, log-prob of the distribution drawn from).
-    """
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    if temperature == 0:
-        logprobs = functional.log_softmax(logits, dim=-1)
-        token = logits.argmax(-1)
-        picked = logprobs.gather(1, token[:, None])[:, 0]
-        return token, picked, torch.zeros_like(picked)
-    logprobs = functional.log_softmax(logits / temperature, dim=-1)
-    kept = _truncate(logprobs, top_k, top_p)
-    mass = kept.exp().cumsum(-1, dtype=torch.float64)
-    target = uniform[:, None] * mass[:, -1:]
-    token = torch.searchsorted(mass, target, right=True)[:, 0].clamp_max(logits.shape[1] - 1)
-    picked = logprobs.gather(1, token[:, None])[:, 0]
-    if kept is logprobs:
-        return token, picked, picked
-    drawn = kept.gather(1, token[:, None])[:, 0] - mass[:, -1].log().to(kept.dtype)
-    return token, picked, drawn
-
-
-def _truncate(logprobs: Tensor, top_k: int, top_p: float) -> Tensor:
-    """Log-probs with tokens outside top-k and top-p at -inf (not renormalised)."""
-    kept = logprobs
-    if 0 < top_k < logprobs.shape[1]:
-        bound = kept.topk(top_k, dim=-1).values[:, -1:]
-        kept = kept.masked_fill(kept < bound, -torch.inf)
-    if top_p < 1:
-        ordered, index = kept.sort(dim=-1, descending=True)
-        probs = ordered.softmax(-1)
-        # A token stays while the mass before it is below top_p: the first always stays.
-        outside = probs.cumsum(-1) - probs >= top_p
-        kept = kept.masked_fill(outside.gather(1, index.argsort(-1)), -torch.inf)
-    return kept
-
-
 class _State:
     """What has been sampled: full-size buffers, and the rows still in the batch."""
 
-    def __init__(self, rows: int, length: int, pad: int, device: torch.device) -> None:
+    def __init__(self, rows: int, length: int, pad: int, logits: Tensor) -> None:
+        device = logits.device
+        kind = torch.float64 if logits.dtype == torch.float64 else torch.float32
         self.tokens = torch.full((rows, length), pad, device=device)
         self.mask = torch.zeros(rows, length, dtype=torch.bool, device=device)
-        self.old = torch.zeros(rows, length, device=device)
-        self.sampling = torch.zeros(rows, length, device=device)
+        self.old = torch.zeros(rows, length, dtype=kind, device=device)
+        self.sampling = torch.zeros_like(self.old)
         self.finished = torch.zeros(rows, dtype=torch.bool, device=device)
         self.rows = torch.arange(rows, device=device)
         self.alive = torch.ones(rows, dtype=torch.bool, device=device)
 
-    def write(
-        self, step: int, token: Tensor, old: Tensor, drawn: Tensor, stop: Tensor
-    ) -> Int[Tensor, " M"]:
-        """Record one token of every row still alive; returns what the model reads next."""
-        if self.old.dtype != old.dtype:
-            self.old, self.sampling = self.old.to(old.dtype), self.sampling.to(old.dtype)
+    def write(self, step: int, token: Tensor, old: Tensor, drawn: Tensor, stop: Tensor) -> None:
+        """Record one token of every row still alive."""
         rows = self.rows[self.alive]
         self.tokens[rows, step] = token[self.alive]
         self.mask[rows, step] = True
@@ -208,7 +172,6 @@ class _State:
         ended = self.alive & torch.isin(token, stop)
         self.finished[self.rows[ended]] = True
         self.alive = self.alive & ~ended
-        return token
 
     def compact(self) -> Int[Tensor, " K"] | None:
         """Indices of rows to keep in the batch, or None while it stays as it is."""
@@ -220,23 +183,53 @@ class _State:
         return keep
 
 
-class _Cached:
-    """Next-token logits of a Hugging Face model with a key-value cache."""
+def _start(
+    policy: nn.Module,
+    ids: Tensor,
+    mask: Tensor,
+    group_size: int,
+    pad: int,
+    max_length: int,
+    use_cache: bool,
+    decoder: str,
+) -> "FastDecoder | _Cached | _Whole":
+    """The engine for this policy, after it has read the prompts."""
+    if not use_cache or not is_hugging_face(policy):
+        return _Whole(policy, ids, mask, group_size, pad)
+    slow = "the module path was asked for"
+    if decoder == "auto":
+        slow = why_not_fast(policy, ids.shape[1] + max_length)
+    prompts = _Prefill(policy, ids, mask)
+    if slow is None:
+        return FastDecoder(policy, prompts.logits, prompts.cache, mask, group_size, max_length)
+    logger.info("sampling through the modules of %s: %s", type(policy).__name__, slow)
+    return _Cached(prompts, mask, group_size)
 
-    def __init__(
-        self, policy: nn.Module, ids: Tensor, mask: Tensor, group_size: int, pad: int
-    ) -> None:
+
+class _Prefill:
+    """A Hugging Face model's pass over the prompts: logits of the next token, and the cache."""
+
+    def __init__(self, policy: nn.Module, ids: Tensor, mask: Tensor) -> None:
         self.policy = policy
         self.keep: dict[str, Any] = {"use_cache": True, "return_dict": True}
         if "logits_to_keep" in inspect.signature(unwrap(policy).forward).parameters:
             self.keep["logits_to_keep"] = 1
-        positions = position_ids(mask)
-        out = policy(input_ids=ids, attention_mask=mask.long(), position_ids=positions, **self.keep)
-        self.cache = out.past_key_values
+        self.positions = position_ids(mask)
+        out = policy(
+            input_ids=ids, attention_mask=mask.long(), position_ids=self.positions, **self.keep
+        )
+        self.cache, self.logits = out.past_key_values, out.logits[:, -1]
+
+
+class _Cached:
+    """Next-token logits of a Hugging Face model with a key-value cache."""
+
+    def __init__(self, prompts: _Prefill, mask: Tensor, group_size: int) -> None:
+        self.policy, self.keep, self.cache = prompts.policy, prompts.keep, prompts.cache
         self.cache.batch_repeat_interleave(group_size)
-        self.logits = out.logits[:, -1].repeat_interleave(group_size, 0)
+        self.logits = prompts.logits.repeat_interleave(group_size, 0)
         self.mask = mask.long().repeat_interleave(group_size, 0)
-        self.position = positions[:, -1:].repeat_interleave(group_size, 0)
+        self.position = prompts.positions[:, -1:].repeat_interleave(group_size, 0)
 
     def advance(self, token: Tensor, keep: Tensor | None) -> None:
         """Read `token`, after dropping all rows but `keep`."""
@@ -293,6 +286,7 @@ def _check(
     temperature: float,
     top_k: int,
     top_p: float,
+    decoder: str,
 ) -> None:
     """Refuse bad sampling input with one line that names it."""
     if mask.shape != ids.shape:
@@ -307,3 +301,4 @@ def _check(
     require(temperature >= 0, "temperature", temperature, "a number >= 0")
     require(top_k >= 0, "top_k", top_k, "an integer >= 0")
     require(0 < top_p <= 1, "top_p", top_p, "a number in (0, 1]")
+    require(decoder in ("auto", "module"), "decoder", decoder, '"auto" or "module"')

@@ -45,6 +45,8 @@ class Rollout:
     """True where the response ended by itself, False where it was cut at the limit."""
     group_size: int
     """G."""
+    fast: bool = False
+    """Whether the fast decoder made it, not the model's own modules."""
 
     @property
     def lengths(self) -> Int[Tensor, " N"]:

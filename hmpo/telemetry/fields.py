@@ -295,6 +295,7 @@ _REWARD = (
     _float("len/mean", "token", "Mean response length.", 0.0, trl="completions/mean_length"),
     _float("len/max", "token", "Longest response.", 0.0, trl="completions/max_length"),
     _frac("len/trunc_frac", "Responses cut at the limit.", trl="completions/clipped_ratio"),
+    _frac("rollout/fast", "1 where the fast decoder sampled, 0 where the policy's modules did."),
 )
 
 _QK = (
