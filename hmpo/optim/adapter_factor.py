@@ -20,6 +20,8 @@ AIM = 1 - 2e-5
 """Part of tau that is aimed at: what rounding the weights may add stays below tau."""
 OVER = 1 - 1e-5
 """Part of tau above which a pair is over; above `AIM`, so that a root that was reached stays."""
+NEAR = 0.999
+"""Part of tau up to which a pair is not looked at again in float64."""
 
 Agree = Callable[[Tensor], Tensor]
 """Takes the smallest of each factor over all ranks."""
@@ -115,10 +117,12 @@ def _descend(
     c = factor.clamp_min(0).to(device)
     lowest = factor.to(device)
     for a, b, d, visible in _pairs(call, key_factor):
-        at = c[:, None, None]
-        over = ((a + at * (b + at * d)) > tau * OVER) & visible
-        head = over.nonzero()[:, 1]
-        roots = last_root(a[over] - tau * AIM, b[over], d[over], c[head])
+        at = c.to(a)[:, None, None]
+        near = ((a + at * (b + at * d)) > tau * NEAR) & visible
+        head = near.nonzero()[:, 1]
+        a, b, d, at = a[near].double(), b[near].double(), d[near].double(), c[head]
+        over = a + at * (b + at * d) > tau * OVER
+        roots = last_root(a - tau * AIM, b, d, at).where(over, at)
         lowest = lowest.scatter_reduce(0, head, roots, "amin")
     return lowest.cpu()
 
@@ -126,14 +130,13 @@ def _descend(
 def _pairs(
     call: SplitCall, key_factor: Tensor | None
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Bool[Tensor, "..."]]]:
-    """Blocks (b, N, q, K) of a, b and d of all pairs, float64, and which of them are visible."""
+    """Blocks (b, N, q, K) of a, b and d of all pairs, and which of them are visible."""
     (batch, heads, rows, _), keys = call.query.shape, call.key.shape[2]
     step = max(1, min(batch, BLOCK_ELEMENTS // max(1, heads * rows * keys)))
     row_step = max(1, min(rows, BLOCK_ELEMENTS // max(1, step * heads * keys)))
-    key, key_step = call.key, call.key_step
+    key, key_step, fixed = call.key, call.key_step, key_factor is not None
     if key_factor is not None:
         key = key + key_step * key_factor.to(key)[:, None, None]
-        key_step = torch.zeros_like(key_step)
     with torch.autocast(call.query.device.type, enabled=False):
         for start in range(0, batch, step):
             some = slice(start, start + step)
@@ -141,9 +144,10 @@ def _pairs(
             for row in range(0, rows, row_step):
                 part = slice(row, row + row_step)
                 query, query_step = call.query[some, :, part], call.query_step[some, :, part]
-                cross = (query @ left_step).double() + (query_step @ left)
-                products = (query @ left, cross, query_step @ left_step)
-                a, b, d = (x.double() * call.scale for x in products)
+                query, query_step = query * call.scale, query_step * call.scale
+                a, b = query @ left, query_step @ left
+                d = torch.zeros_like(a) if fixed else query_step @ left_step
+                b = b if fixed else b.add_(query @ left_step)
                 yield a, b, d, _visible(call, some, part)
 
 

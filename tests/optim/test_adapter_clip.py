@@ -369,6 +369,31 @@ def test_under_autocast_the_second_run_is_under_autocast_too():
     assert tau * 0.98 <= float(after.max()) <= tau * 1.01  # bfloat16 has 8 bits
 
 
+class Int8Linear(torch.nn.Module):
+    """A frozen linear layer that keeps its weight in 8 bits, a scale for each row."""
+
+    def __init__(self, linear):
+        super().__init__()
+        size = linear.weight.detach().abs().amax(1, keepdim=True) / 127
+        self.register_buffer("codes", (linear.weight.detach() / size).round().to(torch.int8))
+        self.register_buffer("size", size)
+
+    def forward(self, x):
+        return torch.nn.functional.linear(x, self.codes * self.size)
+
+
+def test_a_quantised_base_needs_nothing_more():
+    model = strong("llama")
+    for module in model.modules():
+        if "lora_A" in dict(module.named_children()):
+            module.base_layer = Int8Linear(module.base_layer)
+    ids, mask = batch()
+    tau = between(base_values(model, ids, mask), values(model, ids, mask))
+    stats = clip(model, [(ids, mask)], tau)
+    assert stats.clipped_heads > 0 and stats.missed_heads == 0
+    assert tau * (1 - 1e-4) <= float(values(model, ids, mask).max()) <= tau
+
+
 def test_an_adapter_that_two_layers_share_is_reported():
     model = strong("llama", gain=3.0)
     layers = [m for m in model.modules() if "q_proj" in dict(m.named_children())]
