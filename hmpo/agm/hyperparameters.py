@@ -242,7 +242,7 @@ class AGMHyperparameterAdapter(Controller):
 
     def _forget_rewards(self) -> None:
         self.rewards.clear()
-        self.mean = EwStat(self.config.performance_window / 2)
+        self.mean.clear()
         self.best, self.good, self.falls = None, {}, 0
 
     # --------------------------------------------------------------------------------- committing

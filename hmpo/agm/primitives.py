@@ -97,8 +97,13 @@ class EwStat:
 
     def __init__(self, halflife: Number) -> None:
         self.decay = 2.0 ** (-1.0 / halflife)
+        self.bad = 0
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget the values; the count of bad ones stays."""
         self.weight = self.mean = self.sum = 0.0
-        self.n = self.bad = 0
+        self.n = 0
 
     def push(self, value: Number) -> bool:
         """Take in a value; a non-finite one is only counted."""

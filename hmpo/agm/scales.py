@@ -60,7 +60,7 @@ class AGMTracker:
     def clear(self) -> None:
         """Forget the rewards."""
         self.rewards.clear()
-        self.mean = EwStat(-math.log(2) / math.log(self.mean.decay))
+        self.mean.clear()
         self.best, self.best_step = None, 0
 
     @property

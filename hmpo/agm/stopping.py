@@ -101,7 +101,7 @@ class AGMConvergenceDetector(Controller):
 
     def _forget(self) -> None:
         """Another course or another task: what was best before says nothing."""
-        self.mean = EwStat(self.config.halflife)
+        self.mean.clear()
         self.best, self.stale = None, 0
 
 

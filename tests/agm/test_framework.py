@@ -299,6 +299,20 @@ def test_bounds_are_kept_on_any_stream(records):
 
 
 @settings(max_examples=12, deadline=None)
+@given(streams(), st.floats(0, 1))
+def test_resume_is_bitwise_on_any_stream(records, share):
+    whole, parts = Run(), Run()
+    cut = int(share * len(records))
+    expected = [whole.feed(record) for record in records]
+    found = [parts.feed(record) for record in records[:cut]]
+    resumed = Run()
+    resumed.framework.load_state_dict(json.loads(json.dumps(parts.framework.state_dict())))
+    resumed.p, resumed.level = parts.p, parts.level
+    found += [resumed.feed(record) for record in records[cut:]]
+    assert plain(found) == plain(expected)
+
+
+@settings(max_examples=12, deadline=None)
 @given(st.integers(0, 10**6), st.floats(0, 0.8), st.floats(0.01, 0.4), st.integers(1, 3))
 def test_no_false_stop_and_no_runaway_on_healthy_noise(seed, memory, sd, updates):
     run = Run(AGMConfig())

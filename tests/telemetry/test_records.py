@@ -240,3 +240,10 @@ def test_lookup_knows_families_and_nothing_else():
     assert lookup("reward/exact/mean").name == "reward/<function>/mean"
     assert lookup("reward/mean").name == "reward/mean"
     assert lookup("reward//mean") is None and lookup("reward/exact/max") is None
+
+
+@pytest.mark.parametrize("constant", ["NaN", "Infinity", "-Infinity"])
+def test_schema_rejects_nan(constant):
+    line = f'{{"type":"step","run_id":"r","step":0,"loss":{constant}}}'
+    with pytest.raises(TelemetryError, match="is not JSON; write it as a text"):
+        records.decode(line)
