@@ -45,16 +45,50 @@ def max_by_lse(
         limit.masked_fill_(~(rows[:, heads] if rows.shape[1] > 1 else rows), -torch.inf)
     found, computed = [], 0
     with torch.autocast(call.query.device.type, enabled=False):
+        bests, left = _best_rows(call, heads, limit)
         for n, head in enumerate(heads.tolist()):
-            best, count = _head_max(call, head, limit[:, n])
+            best, count = bests[n], int(bests[n] > -torch.inf)
+            if not _no_better(left[n], best):
+                best, more = _head_max(call, head, limit[:, n], best)
+                count += more
             found.append(best)
             computed += count
     return torch.tensor(found, dtype=torch.float32, device=call.query.device), computed
 
 
-def _head_max(call: AttentionCall, head: int, limit: Tensor) -> tuple[float, int]:
+def _best_rows(
+    call: AttentionCall, heads: Tensor, limit: Tensor
+) -> tuple[list[float], list[float]]:
+    """The row of largest limit of every head, all heads in one product, taken out of `limit`.
+
+    Returns the largest logit of that row, and the largest limit left, of each head. Most searches
+    end here. Where the keys of these rows are many, nothing is computed: the loops come cheaper.
+    """
+    tops = limit.amax(2)
+    keys, width = call.key.shape[2:]
+    if len(heads) * keys * width > BLOCK_SCORES:
+        return [-torch.inf] * len(heads), tops.amax(0).tolist()
+    dtype = torch.promote_types(call.query.dtype, torch.float32)
+    each = torch.arange(len(heads), device=heads.device)
+    top, b = tops.max(0)
+    i = limit[b, each].argmax(1)
+    limit[b, each, i] = -torch.inf
+    tops[b, each] = limit[b, each].amax(1)
+    query = call.query[b, heads, i].to(dtype)
+    key = call.key[b, heads // (call.query.shape[1] // call.key.shape[1])].to(dtype)
+    scores = (key @ query.unsqueeze(2)).squeeze(2)
+    if call.mask is not None:
+        here = (b if call.mask.shape[0] > 1 else 0, heads if call.mask.shape[1] > 1 else 0, i)
+        scores.masked_fill_(~seen(call.mask[here]), -torch.inf)
+    elif call.causal:
+        scores.masked_fill_(torch.arange(keys, device=b.device) > i.unsqueeze(1), -torch.inf)
+    best = (scores.amax(1) * call.scale).float().masked_fill_(top == -torch.inf, -torch.inf)
+    return best.tolist(), tops.amax(0).tolist()
+
+
+def _head_max(call: AttentionCall, head: int, limit: Tensor, best: float) -> tuple[float, int]:
     """One head: a few rows one by one, then prompt by prompt what is left; limit (B, Q)."""
-    left, best = limit.contiguous(), -torch.inf
+    left = limit.contiguous()
     flat = left.view(-1)
     for computed in range(min(FIRST_ROWS, len(flat))):
         index = int(flat.argmax())
