@@ -20,9 +20,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import tyro
 
 import hmpo
+from hmpo import cli_agm
 from hmpo.errors import ConfigError, HmpoError, RunFolderError
 
 app = tyro.extras.SubcommandApp()
+app.command(cli_agm.app, name="agm", help="Adaptive controllers over recorded runs.")
 
 Positional = tyro.conf.Positional
 Settings = Annotated[tuple[str, ...], tyro.conf.arg(name="set", metavar="KEY=VALUE")]

@@ -2,7 +2,8 @@
 
 Standard library only, so that reading a configuration costs no torch. A value out of range
 gives one line that names the field. A default lives here and nowhere else; derived values are
-properties. The objective's own are in `hmpo.objective_config`. `hmpo.settings` reads and writes
+properties. The objective's own are in `hmpo.objective_config`, the controllers' in
+`hmpo.control_config` and `hmpo.agm_config`. `hmpo.settings` reads and writes
 them from TOML and JSON.
 """
 
@@ -13,11 +14,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from hmpo.control_config import ControlConfig
 from hmpo.errors import require, require_positive
 from hmpo.objective_config import ExponentConfig, MismatchConfig, ObjectiveConfig
 
 __all__ = [
     "CheckpointConfig",
+    "ControlConfig",
     "EvalConfig",
     "ExponentConfig",
     "GSPOConfig",
@@ -407,6 +410,7 @@ class RunConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    agm: ControlConfig = field(default_factory=ControlConfig)
 
     def __post_init__(self) -> None:
         check_run_name(self.name)
@@ -429,6 +433,7 @@ class RunConfig:
             self.trainer.minibatches,
             f"at most the {responses} responses of a rollout",
         )
+        self.agm.check(self.algorithm, self.objective)
 
 
 def check_run_name(name: str) -> None:

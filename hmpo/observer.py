@@ -37,7 +37,7 @@ class RunResult:
 
     folder: Path
     status: str
-    """completed, or interrupted (by a signal; resume goes on)."""
+    """completed, early_stop (by its controllers), or interrupted (by a signal; resume goes on)."""
     step: int
     """Updates done."""
     before: Evaluation

@@ -54,6 +54,7 @@ from hmpo.randomness import (
 from hmpo.rewards import Rewards, load_reward
 from hmpo.run_folder import as_stored, check_folder, sweep
 from hmpo.settings import config_hash, trainer_config
+from hmpo.steering import Steering
 from hmpo.tasks import Task, make_task
 from hmpo.telemetry.records import (
     end_record,
@@ -126,6 +127,7 @@ class _Run:
             batch_size=config.eval.batch_size,
             seed=config.seed,
         )
+        self.steering = Steering(config, self.trainer, self.task)
         self.before: dict[str, Any] | None = None
         self.random: dict[str, Any] | None = None
         self.baseline: Evaluation | None = None
@@ -179,6 +181,7 @@ class _Run:
         offsets = {"telemetry": 0, "completions": 0}
         header = self._header()
         self.run_id = header["run_id"]
+        self.steering.start(header)
         if found is not None:
             self._restore(found.state)
             offsets = found.state["run"]["offsets"]
@@ -216,6 +219,7 @@ class _Run:
                 "eps": config.objective.clip_high,
                 "batch": config.prompts_per_rollout * config.trainer.group_size,
                 "p": config.objective.p,
+                **self.steering.base,
             },
         )
 
@@ -239,6 +243,9 @@ class _Run:
         self.before = state["run"]["before"]
         self.run_id = state["run"]["run_id"]  # also where the folder's name or `updates` changed
         self.random = state["run"]["rng"]
+        drawn = self.trainer.rollouts * self.config.prompts_per_rollout
+        plain = {**self.steering.state_dict(), "drawn": drawn, "control": None}
+        self.steering.load_state_dict(state["run"].get("steering", plain))  # absent before it was
 
     def _save(self) -> None:
         began = time.perf_counter()
@@ -252,6 +259,7 @@ class _Run:
                     "completions": self.completions.offset(),
                 },
                 "rng": random,
+                "steering": self.steering.state_dict(),
             }
             self._write_checkpoint(state)
             spent = {"time/save_s": time.perf_counter() - began}
@@ -307,7 +315,7 @@ class _Run:
             restore_random_state(self.random)
         if self.before is None:
             self._evaluate("before", final=True)
-        while trainer.step < config.updates and self.stop_signal is None:
+        while not self._is_over() and self.stop_signal is None:
             timing: dict[str, float] = {}
             began = time.perf_counter()
             if not trainer.pending_updates:
@@ -323,19 +331,23 @@ class _Run:
             timing["tokens_per_s"] = record["n_tokens"] / timing["time/step_s"]
             self._report_update(record, timing)
             self._report_events()
-            done, last = trainer.step, trainer.step >= config.updates
+            done, last = trainer.step, self._is_over()
             if config.eval.every and done % config.eval.every == 0 and not last:
                 self._evaluate("during", final=False)
             if config.checkpoint.every and done % config.checkpoint.every == 0 and not last:
                 self._save()
         return self._end()
 
+    def _is_over(self) -> bool:
+        """Whether all updates are done or the controllers ended the run."""
+        return self.trainer.step >= self.config.updates or self.steering.stopped is not None
+
     def _begin_rollout(self) -> None:
         config, trainer = self.config, self.trainer
-        first = trainer.rollouts * config.prompts_per_rollout
-        examples = [self.task.train(first + i) for i in range(config.prompts_per_rollout)]
+        examples = self.steering.examples()
         columns = gather_columns(examples)
         trainer.begin_rollout([example.prompt for example in examples], columns)
+        self.steering.note_rollout()
         count = len(trainer.samples)
         shown = min(config.samples, count)
         for k in range(shown):
@@ -352,8 +364,15 @@ class _Run:
         written = step_record(self.run_id, record | lists)
         self.telemetry.write(written)
         self.extra.write(written)
+        self._decide(written)
         self.timing.write(time_record(self.run_id, record["step"], timing))
         self.observer.on_update(record, timing)
+
+    def _decide(self, written: dict[str, Any]) -> None:
+        """Let the controllers see a record as the log holds it, and log what they decide."""
+        decision = self.steering.observe(written)
+        if decision is not None:
+            self.telemetry.write(decision)
 
     def _report_events(self) -> None:
         for event in self.trainer.drain_events():
@@ -381,6 +400,8 @@ class _Run:
         record = eval_record(self.run_id, self.trainer.step, metrics)
         self.telemetry.write(record)
         self.extra.write(record)
+        self._decide(record)
+        self._report_events()
         spent = {"time/eval_s": time.perf_counter() - began}
         self.timing.write(time_record(self.run_id, self.trainer.step, spent))
         if name == "before":
@@ -403,10 +424,11 @@ class _Run:
             )
         after = self._evaluate("after", final=True)
         save_policy(self.loaded.model, self.loaded.tokenizer, self.folder / "policy")
-        self.telemetry.write(end_record(self.run_id, self.trainer.step, "completed"))
+        status = "completed" if self.steering.stopped is None else "early_stop"
+        self.telemetry.write(end_record(self.run_id, self.trainer.step, status))
         return RunResult(
             folder=self.folder,
-            status="completed",
+            status=status,
             step=self.trainer.step,
             before=before,
             after=after,

@@ -157,6 +157,8 @@ def _decisive(config: RunConfig) -> dict[str, Any]:
     kept = {"updates"} if ends else set()
     for name in {"name", "out", "sinks", "samples", "checkpoint", "updates"} - kept:
         data.pop(name)
+    if config.agm.mode == "off":  # what nobody asks decides nothing
+        data.pop("agm")
     return data
 
 

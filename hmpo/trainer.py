@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from hmpo.accumulate import accumulate
 from hmpo.advantages import group_advantages, zero_variance_groups
-from hmpo.calibration import ClipCalibration
+from hmpo.calibration import ClipCalibration, scaled_bounds
 from hmpo.collect import Collector, Prompts
 from hmpo.config import HMPOConfig, PowerMeanConfig
 from hmpo.errors import ConfigError, NonFiniteError
@@ -81,6 +81,9 @@ class PowerMeanTrainer:
         self.device = next(policy_model.parameters()).device
         self.exponent = exponent_source(objective, self.device, config.total_updates)
         self.calibration = ClipCalibration(objective)
+        self.lr_scale = self.clip_scale = 1.0
+        """Factors of whoever controls the run on the learning rate and the clip's log bounds;
+        not in the state."""
         rewards = (
             reward_fn
             if isinstance(reward_fn, Rewards)
@@ -151,8 +154,9 @@ class PowerMeanTrainer:
 
     @property
     def objective(self) -> ObjectiveConfig:
-        """The objective in force; rewards or a calibration may have moved its bounds."""
-        return self.calibration.apply(self.exponent.objective)
+        """The objective in force; rewards, a calibration or a controller may move its bounds."""
+        objective = self.calibration.apply(self.exponent.objective)
+        return objective if self.clip_scale == 1 else scaled_bounds(objective, self.clip_scale)
 
     def begin_rollout(self, prompts: Prompts, columns: Mapping[str, Sequence[Any]]) -> None:
         """Sample responses, score them, and form advantages."""
@@ -259,7 +263,7 @@ class PowerMeanTrainer:
     # ------------------------------------------------------------------- the parts of an update
 
     def _set_lr(self) -> None:
-        factor = self.config.lr_factor(self.step)
+        factor = self.config.lr_factor(self.step) * self.lr_scale
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
 

@@ -46,8 +46,8 @@ minibatches = 2
 The same classes serve the library: `hmpo.config.RunConfig` holds one object for each table, and
 `PowerMeanConfig`, `HMPOConfig` and `GSPOConfig` extend the trainer's table for use without a run.
 
-This page is made from `hmpo/config.py` and `hmpo/objective_config.py` by
-`python scripts/make_config_page.py`.
+This page is made from `hmpo/config.py`, `hmpo/objective_config.py`, `hmpo/control_config.py` and
+`hmpo/agm_config.py` by `python scripts/make_config_page.py`.
 """
 
 TITLES = {
@@ -62,19 +62,24 @@ def page() -> str:
     for field in dataclasses.fields(RunConfig):
         if dataclasses.is_dataclass(field.default_factory):
             tables.append((f"[{field.name}]", field.default_factory))
-    for field in dataclasses.fields(config.ObjectiveConfig):
-        if dataclasses.is_dataclass(field.default_factory):
-            at = next(i for i, (title, _) in enumerate(tables) if title == "[objective]") + 1
-            tables.insert(at, (f"[objective.{field.name}]", field.default_factory))
+    for outer, cls in (("objective", config.ObjectiveConfig), ("agm", config.ControlConfig)):
+        at = next(i for i, (title, _) in enumerate(tables) if title == f"[{outer}]") + 1
+        inner = [f for f in dataclasses.fields(cls) if dataclasses.is_dataclass(f.default_factory)]
+        tables[at:at] = [(f"[{outer}.{f.name}]", f.default_factory) for f in inner]
     tables += [(TITLES[c.__name__], c) for c in (config.PowerMeanConfig, config.GSPOConfig)]
     return HEAD + "".join(_table(title, cls) for title, cls in tables)
 
 
 def _table(title: str, cls: type) -> str:
-    """One dataclass: its own fields, without those of its base."""
-    docs = field_docstrings(cls)
+    """One dataclass: its own fields, and those of a base that is no table itself."""
+    owner = dict.fromkeys(field_docstrings(cls), cls)
+    if cls is config.ControlConfig:
+        base = cls.__bases__[0]
+        owner |= dict.fromkeys(field_docstrings(base), base)
+    docs = {name: text for c in set(owner.values()) for name, text in field_docstrings(c).items()}
     rows = [
-        f"| `{field.name}` | {_kind(cls, field.name)} | {_default(field)} | {docs[field.name]} |"
+        f"| `{field.name}` | {_kind(owner[field.name], field.name)} | {_default(field)} "
+        f"| {docs[field.name]} |"
         for field in dataclasses.fields(cls)
         if field.name in docs
     ]

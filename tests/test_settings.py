@@ -192,6 +192,7 @@ def test_the_hash_covers_what_decides_the_numbers_and_nothing_else() -> None:
         "mismatch": {"recompute": True},
         "optimizer": {"lr": 0.5},
         "eval": {"every": 3},
+        "agm": {"mode": "advise"},
     }
     kept = {"name", "out", "sinks", "samples", "updates", "checkpoint"}
     assert {*other, *kept} == {f.name for f in dataclasses.fields(RunConfig)}, "all are covered"

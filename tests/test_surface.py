@@ -16,6 +16,7 @@ import pytest
 import hmpo
 import hmpo.agm
 import hmpo.cli
+import hmpo.cli_agm
 import hmpo.optim
 import hmpo.rewards
 import hmpo.tasks
@@ -84,10 +85,11 @@ def default(field: dataclasses.Field) -> str:
 def commands() -> dict[str, Callable]:
     """The functions that the command line is made of."""
     return {
-        name.replace("_", "-"): function
-        for name, function in sorted(vars(hmpo.cli).items())
+        f"{prefix}{name.replace('_', '-')}": function
+        for prefix, module in (("", hmpo.cli), ("agm ", hmpo.cli_agm))
+        for name, function in sorted(vars(module).items())
         if inspect.isfunction(function)
-        and function.__module__ == "hmpo.cli"
+        and function.__module__ == module.__name__
         and not name.startswith("_")
         and name != "main"
     }
@@ -128,7 +130,7 @@ def test_public_surface_is_the_locked_one(name: str) -> None:
 def test_flags_are_those_that_the_help_shows(capsys) -> None:
     for name, function in commands().items():
         with pytest.raises(SystemExit) as left:
-            hmpo.cli.main([name, "--help"])
+            hmpo.cli.main([*name.split(), "--help"])
         assert left.value.code == 0
         text = capsys.readouterr().out
         for parameter in inspect.signature(function).parameters.values():

@@ -34,7 +34,8 @@ _SMOOTH_ABOVE = 30
 """Points above which a moving average is drawn over the raw line."""
 
 
-def _style(form: str) -> dict[str, Any]:
+def style(form: str) -> dict[str, Any]:
+    """Matplotlib's settings of every plot."""
     ground = "#ffffff" if form == "png" else "none"
     return {
         "figure.facecolor": ground,
@@ -99,7 +100,7 @@ def render(
     panels = [panel for panel in plot.panels if _shown(panel, runs)]
     if not panels:
         return None
-    with matplotlib.rc_context(_style(form)):
+    with matplotlib.rc_context(style(form)):
         width = 6.2 if len(runs) == 1 else 3.6 * len(runs)
         figure = Figure(figsize=(width, 3.7), layout="constrained")
         grid = figure.subplots(
@@ -121,12 +122,12 @@ def render(
             axes.set_xlabel("optimizer updates")
         if form == "png":
             figure.suptitle(plot.title, x=0.01, ha="left", fontsize=12, fontweight="bold")
-        return _save(figure, form)
+        return save(figure, form)
 
 
 def render_comparison(runs: Sequence[RunData], labels: Sequence[str]) -> bytes | None:
     """Success of several runs in one pair of axes, as SVG; None if none was measured."""
-    with matplotlib.rc_context(_style("svg")):
+    with matplotlib.rc_context(style("svg")):
         figure = Figure(figsize=(10.8, 3.4), layout="constrained")
         axes = figure.subplots()
         for i, (run, label) in enumerate(zip(runs, labels)):
@@ -141,7 +142,7 @@ def render_comparison(runs: Sequence[RunData], labels: Sequence[str]) -> bytes |
         axes.set_xlabel("optimizer updates")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
-        return _save(figure, "svg")
+        return save(figure, "svg")
 
 
 def darken(svg: bytes) -> bytes:
@@ -172,7 +173,8 @@ def plain(label: str) -> str:
     return text if len(text) <= 40 else text[:37] + "..."
 
 
-def _save(figure: Figure, form: str) -> bytes:
+def save(figure: Figure, form: str) -> bytes:
+    """The figure's bytes, the same for the same figure."""
     buffer = io.BytesIO()
     metadata = {"Date": None, "Creator": None} if form == "svg" else {"Software": None}
     figure.savefig(buffer, format=form, dpi=144, metadata=metadata)
