@@ -96,6 +96,8 @@ class PowerMeanGRPOTrainer(GRPOTrainer):
         self._rollouts = self._staleness = 0
         self.calibration = ClipCalibration(args.resolved_objective)
         self.last_record: Metrics = {}
+        self.resumed_from: str | None = None
+        """Checkpoint folder that training goes on from."""
         super().__init__(model, reward_funcs, args=args, **more)
         # The objective's own means and bounds stand in the advantages; of TRL's loss there remain
         # the denominator and a ratio without bounds.
@@ -251,6 +253,7 @@ class PowerMeanGRPOTrainer(GRPOTrainer):
             "loss": float(self.accelerator.gather(torch.stack(self._losses).sum()).mean()),
             "lr": self._bare_optimizer.param_groups[0]["lr"],
             "update_skipped": skipped,
+            "nonfinite": int(skipped),
             **self._rollout,
             **metrics,
         }
@@ -314,6 +317,7 @@ class PowerMeanGRPOTrainer(GRPOTrainer):
             CheckpointError: the exponent has a state, and the checkpoint none of it.
         """
         super()._load_optimizer_and_scheduler(checkpoint)
+        self.resumed_from = checkpoint
         if checkpoint is None:
             return
         path = Path(checkpoint) / STATE_FOLDER

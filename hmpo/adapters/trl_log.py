@@ -122,7 +122,7 @@ class TelemetryLog(TrainerCallback):
             return
         _move_aside(self.path)
         self.sink = JsonlSink(self.path)
-        self.sink.write(self._header(args))
+        self.sink.write(self.header(args))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Close the log with how the run ended."""
@@ -133,7 +133,8 @@ class TelemetryLog(TrainerCallback):
         self.sink.close()
         self.sink = None
 
-    def _header(self, args: PowerMeanGRPOConfig) -> dict[str, Any]:
+    def header(self, args: PowerMeanGRPOConfig) -> dict[str, Any]:
+        """The `run` record."""
         objective = args.resolved_objective
         return run_record(
             name=self.name,
