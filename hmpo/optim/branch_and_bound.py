@@ -21,6 +21,8 @@ BLOCK_SCORES = 1 << 16
 """Scores held at once (256 KiB of float32)."""
 BLOCK_KEYS = 2048
 """Keys cast to float32 and multiplied at once."""
+GATHER_SHARE = 1 / 32
+"""Most memory for the keys of every head's best row, as a share of the queries'."""
 
 
 @torch.no_grad()
@@ -62,13 +64,13 @@ def _best_rows(
     """The row of largest limit of every head, all heads in one product, taken out of `limit`.
 
     Returns the largest logit of that row, and the largest limit left, of each head. Most searches
-    end here. Where the keys of these rows are many, nothing is computed: the loops come cheaper.
+    end here. Where the keys of these rows take too much memory, nothing is computed.
     """
     tops = limit.amax(2)
-    keys, width = call.key.shape[2:]
-    if len(heads) * keys * width > BLOCK_SCORES:
-        return [-torch.inf] * len(heads), tops.amax(0).tolist()
     dtype = torch.promote_types(call.query.dtype, torch.float32)
+    gathered = len(heads) * call.key[0, 0].numel() * dtype.itemsize
+    if gathered > call.query.nbytes * GATHER_SHARE:
+        return [-torch.inf] * len(heads), tops.amax(0).tolist()
     each = torch.arange(len(heads), device=heads.device)
     top, b = tops.max(0)
     i = limit[b, each].argmax(1)
