@@ -6,6 +6,7 @@ evaluate the answer as code: those tasks are refused, because model-written text
 executed.
 """
 
+import dataclasses
 import importlib
 import inspect
 import random
@@ -24,6 +25,8 @@ from hmpo.tasks.base import GeneratedTask, Instance
 PREFIX = "reasoning-gym:"
 ITEMS = 100_000
 """Number of items of a generator that prompts are drawn from."""
+FIXED = ("seed", "size")
+"""Settings of a generator that are ours."""
 RUNS_CODE = re.compile(r"(?<![\w.])(eval|exec|compile)\(|parse_expr|sympify|simplify|lambdify")
 
 TERSE = {
@@ -44,6 +47,9 @@ follow; the other tasks ask their question, a line break and the answer follow."
 def gym_task(config: TaskConfig, seed: int) -> GeneratedTask:
     """`reasoning-gym:NAME`, for example `reasoning-gym:chain_sum`.
 
+    A level takes the generator's own curriculum: at level n each attribute is on its n-th step, or
+    its last; options win over it. Without a level the generator's defaults hold.
+
     Options go to the generator, apart from `template`: a format string over the item's
     metadata and `question`, such as "{expression} ="; "{question}" asks in full. White space
     around an answer does not count; the rest is the generator's own check at full score.
@@ -56,7 +62,8 @@ def gym_task(config: TaskConfig, seed: int) -> GeneratedTask:
     name = config.name.removeprefix(PREFIX)
     options = dict(config.options)
     template = options.pop("template", TERSE.get(name, "{question}"))
-    source = _create(gym, name, options)
+    steps, levels = _curriculum(gym, name, config.level)
+    source = _create(gym, name, steps | options)
     _refuse_code(type(source), name, gym)
     stop = config.stop or ("\n",)
     gap = "\n" if template == "{question}" else " "
@@ -82,8 +89,8 @@ def gym_task(config: TaskConfig, seed: int) -> GeneratedTask:
         raise TaskError(f"task {config.name}: answers hold {stop!r}, expected task.stop to differ")
     return GeneratedTask(
         name=config.name,
-        level=1,
-        levels=1,
+        level=config.level or 1,
+        levels=levels,
         stop=stop,
         max_new_tokens=2 * max(len(str(source[i]["answer"])) for i in range(64)) + 2,
         generate=generate,
@@ -106,12 +113,35 @@ def _import_gym() -> ModuleType:
         ) from error
 
 
+def _curriculum(gym: ModuleType, name: str, level: int | None) -> tuple[dict[str, Any], int]:
+    """The generator's settings at a level, and how many levels it has.
+
+    Raises:
+        TaskError: a level that its curriculum does not have.
+    """
+    if level is None or name not in gym.factory.DATASETS:
+        return {}, 1
+    levels, steps = 1, {}
+    if gym.factory.has_curriculum(name):
+        curriculum = gym.factory.create_curriculum(name)
+        sizes = {key: len(a.levels) for key, a in curriculum.attributes.items()}
+        levels = max(sizes.values(), default=1)
+        for key, size in sizes.items():
+            curriculum.set_attr_level(key, max(0, min(level, size) - 1))
+        steps = dataclasses.asdict(curriculum.generate_configuration())
+        fields = inspect.signature(gym.factory.DATASETS[name][1]).parameters
+        steps = {key: v for key, v in steps.items() if key in fields and key not in FIXED}
+    if not 1 <= level <= levels:
+        raise TaskError(f"task.level: got {level}, expected 1 to {levels} for {PREFIX}{name}")
+    return steps, levels
+
+
 def _create(gym: ModuleType, name: str, options: dict[str, Any]) -> Any:
     """The generator, or a one-line TaskError for a wrong name or option."""
     known = gym.factory.DATASETS
     if name not in known:
         raise TaskError(f"task.name: no reasoning-gym task {name!r}; {nearest(name, known)}")
-    fields = [f for f in inspect.signature(known[name][1]).parameters if f not in ("seed", "size")]
+    fields = [f for f in inspect.signature(known[name][1]).parameters if f not in FIXED]
     for key in options:
         if key not in fields:
             raise TaskError(

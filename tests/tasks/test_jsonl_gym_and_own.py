@@ -240,3 +240,16 @@ def test_own_task_is_made_by_module_and_name_and_its_gaps_are_named(tmp_path, mo
     }.items():
         with pytest.raises(TaskError, match=re.escape(words)):
             make_task(TaskConfig(name=name))
+
+
+def test_a_level_of_reasoning_gym_is_a_step_of_its_curriculum():
+    pytest.importorskip("reasoning_gym")
+    easy, hard = (
+        make_task(TaskConfig(name="reasoning-gym:chain_sum", level=level)) for level in (1, 6)
+    )
+    plain = make_task(TaskConfig(name="reasoning-gym:chain_sum"))
+    assert (easy.level, hard.level, plain.levels) == (1, 6, 1) and easy.levels == hard.levels > 6
+    lengths = [max(len(task.train(i).prompt) for i in range(20)) for task in (easy, hard)]
+    assert lengths[0] < lengths[1]
+    with pytest.raises(TaskError, match=r"task.level: got 99, expected 1 to \d+"):
+        make_task(TaskConfig(name="reasoning-gym:chain_sum", level=99))
