@@ -83,7 +83,9 @@ def _best_rows(
         here = (b if call.mask.shape[0] > 1 else 0, heads if call.mask.shape[1] > 1 else 0, i)
         scores.masked_fill_(~seen(call.mask[here]), -torch.inf)
     elif call.causal:
-        scores.masked_fill_(torch.arange(keys, device=b.device) > i.unsqueeze(1), -torch.inf)
+        scores.masked_fill_(
+            torch.arange(key.shape[1], device=b.device) > i.unsqueeze(1), -torch.inf
+        )
     best = (scores.amax(1) * call.scale).float().masked_fill_(top == -torch.inf, -torch.inf)
     return best.tolist(), tops.amax(0).tolist()
 

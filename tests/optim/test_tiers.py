@@ -85,18 +85,18 @@ def test_norm_bound_is_never_below_the_masked_one(made):
     assert (norm_bound(call).double() >= truth).all()
 
 
-@given(calls(), st.sampled_from([1, 8, 1 << 16]))
-def test_branch_and_bound_equals_the_loops(made, block):
+@given(calls(), st.sampled_from([1, 8, 1 << 16]), st.sampled_from([0.0, math.inf]))
+def test_branch_and_bound_equals_the_loops(made, block, share):
+    """With and without all heads' best rows at once; NaN and infinity have their own test."""
     from hmpo.optim import branch_and_bound
 
     call, truth, _ = made
     heads = torch.arange(call.query.shape[1]).flip(0)
-    whole = branch_and_bound.BLOCK_SCORES, branch_and_bound.BLOCK_KEYS
-    branch_and_bound.BLOCK_SCORES, branch_and_bound.BLOCK_KEYS = block, min(block, 16)
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(branch_and_bound, "BLOCK_SCORES", block)
+        patch.setattr(branch_and_bound, "BLOCK_KEYS", min(block, 16))
+        patch.setattr(branch_and_bound, "GATHER_SHARE", share)
         found, computed = max_by_lse(call, heads, slack_of(call))
-    finally:
-        branch_and_bound.BLOCK_SCORES, branch_and_bound.BLOCK_KEYS = whole
     size = float(norm_bound(call).max().clamp_min(1e-30))
     assert_close(found.double(), truth.flip(0), rtol=0, atol=2e-6 * size)
     assert computed <= call.query.shape[:3].numel()
@@ -133,7 +133,11 @@ def test_branch_and_bound_computes_few_rows_where_attention_is_peaked():
     assert all_rows > 4 * peaked
 
 
-def test_nan_and_infinity_survive_branch_and_bound():
+@pytest.mark.parametrize("share", [0.0, math.inf])
+def test_nan_and_infinity_survive_branch_and_bound(monkeypatch, share):
+    from hmpo.optim import branch_and_bound
+
+    monkeypatch.setattr(branch_and_bound, "GATHER_SHARE", share)
     query, key = torch.randn(1, 3, 20, 4), torch.randn(1, 3, 20, 4)
     query[0, 0, 11, 2] = torch.nan
     query[0, 1, 7, 1], key[0, 1, :, 1] = torch.inf, 1.0
