@@ -1,64 +1,226 @@
-"""Group rollouts against Hugging Face `generate` called as TRL calls it (prompts repeated).
+"""Group rollouts against Hugging Face `generate` called as TRL 1.16 calls it.
 
-python benchmarks/bench_sampling.py
+python benchmarks/bench_sampling.py [--only NAME]
 """
 
+import argparse
+import os
+import statistics
+import time
+from dataclasses import dataclass
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
-from common import alternate, one_thread, save
-from transformers import LlamaConfig, LlamaForCausalLM
+from common import one_thread, save
+from torch import Tensor
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from hmpo.sampling import sample_responses
 
-GROUP = 8
-NEVER = 10_000  # no row ends early: both sides make the same number of tokens
+SIZES = {
+    "1M": {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 4},
+    "11M": {
+        "vocab_size": 4096,
+        "hidden_size": 384,
+        "intermediate_size": 1152,
+        "num_hidden_layers": 4,
+    },
+    "58M": {
+        "vocab_size": 32000,
+        "hidden_size": 512,
+        "intermediate_size": 1408,
+        "num_hidden_layers": 8,
+    },
+}
+HEADS = {"1M": 4, "11M": 6, "58M": 8}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One workload: prompts x group, prompt lengths from half of `prompt` to `prompt`."""
+
+    name: str
+    size: str
+    prompts: int
+    group: int
+    prompt: int
+    new: int
+    ends: int = 0
+    """End tokens of the vocabulary; a random model ends with probability ends / vocabulary."""
+    target: float = 1.0
+    repeats: int = 5
+
+
+CASES = (
+    Case("1M", "1M", 16, 8, 64, 64, target=0.50, repeats=5),
+    Case("11M", "11M", 16, 8, 64, 32, target=0.25, repeats=5),
+    Case("58M", "58M", 8, 8, 64, 12, target=0.20, repeats=5),
+    Case("1M, long response", "1M", 16, 8, 32, 256, target=0.55, repeats=3),
+    Case("1M, long prompt", "1M", 8, 16, 256, 32, target=0.15, repeats=5),
+    Case("1M, spread lengths", "1M", 16, 8, 32, 192, ends=11, target=0.25, repeats=5),
+)
+
+
+def build(case: Case) -> tuple[LlamaForCausalLM, Tensor, Tensor]:
+    """(model, prompt ids, prompt mask)."""
+    torch.manual_seed(0)
+    settings = SIZES[case.size] | {"num_attention_heads": HEADS[case.size]}
+    model = LlamaForCausalLM(LlamaConfig(**settings, max_position_embeddings=1024)).eval()
+    ids = torch.randint(16, settings["vocab_size"], (case.prompts, case.prompt))
+    lengths = torch.randint(case.prompt // 2, case.prompt + 1, (case.prompts, 1))
+    lengths[0] = case.prompt
+    mask = torch.arange(case.prompt) >= case.prompt - lengths
+    return model, ids.masked_fill(~mask, 0), mask
+
+
+def sides(case: Case, model: Any, ids: Tensor, mask: Tensor) -> dict[str, Any]:
+    """The sides as functions that return the number of tokens made."""
+    ends = tuple(range(3, 3 + case.ends)) or (10**6,)
+    config = GenerationConfig(
+        max_new_tokens=case.new,
+        do_sample=True,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=list(ends),
+        temperature=1.0,
+        top_p=1.0,
+        top_k=0,
+        repetition_penalty=1.0,
+        disable_compile=True,
+    )
+    wide, wide_mask = (x.repeat_interleave(case.group, 0) for x in (ids, mask))
+
+    def generate() -> int:
+        with torch.no_grad():
+            out = model.generate(
+                input_ids=wide, attention_mask=wide_mask.long(), generation_config=config
+            )[:, case.prompt :]
+        ended = torch.isin(out, torch.tensor(ends)).int().cumsum(1)
+        return int((ended == 0).sum() + (ended.amax(1) > 0).sum())
+
+    def ours(decoder: str) -> int:
+        rollout = sample_responses(
+            model,
+            ids,
+            mask,
+            group_size=case.group,
+            max_length=case.new,
+            eos_token=ends,
+            decoder=decoder,
+        )
+        assert rollout.fast == (decoder == "auto")
+        return int(rollout.response_mask.sum())
+
+    return {"generate": generate, "module": lambda: ours("module"), "fast": lambda: ours("auto")}
+
+
+def ceilings() -> dict[str, float]:
+    """What this machine reaches at its best: 10^9 operations and 10^9 bytes a second."""
+    x, w, big = torch.randn(512, 1024), torch.randn(1024, 1024), torch.randn(32_000_000)
+    out = torch.empty_like(big)
+
+    def best(run: Any) -> float:
+        run()
+        spent = []
+        for _ in range(9):
+            began = time.process_time()
+            run()
+            spent.append(time.process_time() - began)
+        return min(spent)
+
+    return {
+        "gflop_s": round(2 * 512 * 1024 * 1024 / best(lambda: x.mm(w)) / 1e9, 1),
+        "gbyte_s": round(2 * 4 * big.numel() / best(lambda: out.copy_(big)) / 1e9, 1),
+    }
+
+
+def necessary(case: Case, model: Any, ids: Tensor, mask: Tensor) -> dict[str, float]:
+    """10^9 operations and bytes of one rollout, each prompt read once, no finished row kept.
+
+    Bytes: the weights once a step, the keys and values of a prompt once a step for its whole
+    group, those of a response once for each of its later tokens.
+    """
+    ends = tuple(range(3, 3 + case.ends)) or (10**6,)
+    generator = torch.Generator().manual_seed(0)
+    rollout = sample_responses(
+        model,
+        ids,
+        mask,
+        group_size=case.group,
+        max_length=case.new,
+        eos_token=ends,
+        generator=generator,
+    )
+    config = model.config
+    head = model.lm_head.weight.numel()
+    body = sum(p.numel() for p in model.model.layers.parameters())
+    made, prompt = rollout.lengths.double(), mask.sum(1).double()
+    read = made - 1  # the last token is never read
+    own = (read * (read + 1) / 2).sum()
+    shared = (read * prompt.repeat_interleave(case.group)).sum()
+    first = (prompt * (prompt + 1) / 2).sum()
+    width = config.num_hidden_layers * config.hidden_size
+    operations = 2 * body * (prompt.sum() + read.sum()) + 2 * head * (len(prompt) + read.sum())
+    operations = operations + 4 * width * (own + shared + first)
+    steps = rollout.response_mask.view(len(prompt), case.group, -1).any(1)[:, 1:].double()
+    bytes_ = 4 * (body + head) * (1 + read.max())
+    bytes_ = bytes_ + 8 * width * (own + (steps.sum(1) * prompt).sum())
+    return {"gflop": round(float(operations) / 1e9, 2), "gbyte": round(float(bytes_) / 1e9, 3)}
+
+
+def measure(case: Case) -> dict[str, Any]:
+    """Median CPU microseconds per token of each side, run in turn."""
+    model, ids, mask = build(case)
+    runs = sides(case, model, ids, mask)
+    for run in runs.values():
+        run()
+    micros: dict[str, list[float]] = {name: [] for name in runs}
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for repeat in range(case.repeats):
+        for name, run in runs.items():
+            torch.manual_seed(repeat)
+            began = time.process_time()
+            tokens = run()
+            spent = time.process_time() - began
+            seconds[name].append(spent)
+            micros[name].append(1e6 * spent / tokens)
+    middle = {name: statistics.median(values) for name, values in micros.items()}
+    work, top = necessary(case, model, ids, mask), ceilings()
+    floor = max(work["gflop"] / top["gflop_s"], work["gbyte"] / top["gbyte_s"])
+    return {
+        "case": case.name,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "prompts": case.prompts,
+        "group": case.group,
+        "prompt_tokens": case.prompt,
+        "new_tokens": case.new,
+        "cpu_s": {name: round(statistics.median(values), 4) for name, values in seconds.items()},
+        "us_per_token": {name: round(value, 2) for name, value in middle.items()},
+        "module_ratio": round(middle["module"] / middle["generate"], 3),
+        "ratio": round(middle["fast"] / middle["generate"], 3),
+        "target": case.target,
+        "necessary": work,
+        "ceilings": top,
+        "floor_s": round(floor, 4),
+        "share": round(floor / statistics.median(seconds["fast"]), 3),
+    }
 
 
 def main() -> None:
-    """Measure a 1M-parameter model at three workloads."""
+    """Measure every case, or the named one (nothing is written then)."""
     one_thread()
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--only")
+    only = parser.parse_args().only
     rows = []
-    for prompts, prompt_length, new in ((16, 32, 64), (4, 32, 64), (4, 256, 32)):
-        torch.manual_seed(0)
-        model = LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=512,
-                hidden_size=128,
-                intermediate_size=344,
-                num_hidden_layers=4,
-                num_attention_heads=4,
-                max_position_embeddings=1024,
-            )
-        ).eval()
-        ids = torch.randint(3, 512, (prompts, prompt_length))
-        mask = torch.ones_like(ids, dtype=torch.bool)
-
-        def ours(model=model, ids=ids, mask=mask, new=new) -> None:
-            sample_responses(model, ids, mask, group_size=GROUP, max_length=new, eos_token=NEVER)
-
-        def theirs(model=model, ids=ids, mask=mask, new=new) -> None:
-            model.generate(
-                ids.repeat_interleave(GROUP, 0),
-                attention_mask=mask.long().repeat_interleave(GROUP, 0),
-                do_sample=True,
-                max_new_tokens=new,
-                min_new_tokens=new,
-                eos_token_id=2,
-                pad_token_id=0,
-            )
-
-        seconds = alternate({"generate": theirs, "hmpo": ours}, repeats=5)
-        rows.append(
-            {
-                "prompts": prompts,
-                "group": GROUP,
-                "prompt_tokens": prompt_length,
-                "new_tokens": new,
-                "generate_cpu_s": round(seconds["generate"], 3),
-                "hmpo_cpu_s": round(seconds["hmpo"], 3),
-                "ratio": round(seconds["hmpo"] / seconds["generate"], 3),
-            }
-        )
-    save("sampling", "python benchmarks/bench_sampling.py", rows)
+    for case in CASES:
+        if only in (None, case.name):
+            rows.append(measure(case))
+            print(rows[-1], flush=True)
+    if only is None:
+        save("sampling", "python benchmarks/bench_sampling.py", rows)
 
 
 if __name__ == "__main__":
