@@ -107,18 +107,64 @@ def objective() -> str:
 
 
 def sampling() -> str:
-    """Cost of rollouts."""
+    """Cost of rollouts beside generate's, and how far from the machine's limits."""
     result = load("sampling")
     lines = [
-        "| prompts x group | prompt | new tokens | `generate`, CPU s | hmpo, CPU s | ratio |",
-        "|---|---|---|---|---|---|",
+        "| parameters | prompts x group | prompt | new | `generate`, CPU s | modules | fast "
+        "| fast / `generate` | target | limit, CPU s | share reached |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in result["rows"]:
-        lines.append(
-            f"| {row['prompts']} x {row['group']} | {row['prompt_tokens']} | {row['new_tokens']} "
-            f"| {row['generate_cpu_s']} | {row['hmpo_cpu_s']} | {row['ratio']} |"
-        )
+        cpu = [f"{row['cpu_s'][side]:.2f}" for side in ("generate", "module", "fast")]
+        spread = ", spread" if "spread" in row["case"] else ""
+        cells = [
+            f"{row['parameters'] / 1e6:.1f}M",
+            f"{row['prompts']} x {row['group']}",
+            f"<= {row['prompt_tokens']}",
+            f"{row['new_tokens']}{spread}",
+            *cpu,
+            f"**{row['ratio']:.2f}**",
+            f"{row['target']:.2f}",
+            f"{row['floor_s']:.2f}",
+            f"{100 * row['share']:.0f} %",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    top = result["rows"][0]["ceilings"]
+    note = (
+        "Ratios are those of CPU time per token. The limit is the larger of the operations and "
+        "the bytes that one rollout cannot do without, over what the machine reached in the same "
+        f"minute (for the first row {top['gflop_s']:.0f} GFLOP/s and {top['gbyte_s']:.0f} GB/s). "
+    )
+    return "\n".join([*lines, "", note + source(result)])
+
+
+def rollout_parts() -> str:
+    """Where a rollout's time goes."""
+    result = load("rollout_parts")
+    rows = [row for row in result["rows"] if "parts_s" in row]
+    names = list(rows[0]["parts_s"])
+    lines = ["| model | whole, CPU s | " + " | ".join(names) + " |"]
+    lines.append("|---" * (len(names) + 2) + "|")
+    for row in rows:
+        cells = [f"{100 * row['parts_s'][name] / row['whole_s']:.0f} %" for name in names]
+        lines.append(f"| {row['case']} | {row['whole_s']:.2f} | " + " | ".join(cells) + " |")
     return "\n".join([*lines, "", source(result)])
+
+
+def rollout_products() -> str:
+    """Ways to take one product."""
+    rows = [row for row in load("rollout_parts")["rows"] if "product" in row]
+    names = list(rows[0]["gflop_s"])
+    lines = ["| GFLOP/s: rows x inputs x outputs | " + " | ".join(names) + " | copying costs |"]
+    lines.append("|---" * (len(names) + 2) + "|")
+    for row in rows:
+        cells = [str(row["gflop_s"][name]) for name in names]
+        lines.append(
+            f"| {row['product']} | "
+            + " | ".join(cells)
+            + f" | {row['copy_in_products']} products |"
+        )
+    return "\n".join(lines)
 
 
 def kill_and_resume() -> str:
@@ -232,6 +278,8 @@ MAKERS: dict[str, Callable[[], str]] = {
     "smollm2": smollm2,
     "objective": objective,
     "sampling": sampling,
+    "rollout_parts": rollout_parts,
+    "rollout_products": rollout_products,
     "kill_and_resume": kill_and_resume,
     "trl_versions": trl_versions,
     "muonclip_tracker": muonclip_tracker,
