@@ -3,7 +3,7 @@
 python benchmarks/agm_demos.py start                     fit the start policy of part b
 python benchmarks/agm_demos.py a --seed 0 --mode off     one piece: one run, one thread
 python benchmarks/agm_demos.py all --jobs 2              every piece that has no file yet
-python benchmarks/agm_demos.py collect                   merge the pieces, draw the plots
+python benchmarks/agm_demos.py collect                   merge the pieces that there are
 
 a       8 times the default learning rate, warmed up over 20 updates: does `apply` stay alive?
 a-cold  8 times the demo's learning rate, warmed up over 2: is there time to act?
@@ -29,7 +29,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, commit, one_thread, save
+from common import RESULTS, commit, one_thread
 
 from hmpo.agm_config import CurriculumConfig, RegimeConfig
 from hmpo.config import (
@@ -41,6 +41,7 @@ from hmpo.config import (
     TrainerConfig,
 )
 from hmpo.control_config import ControlConfig
+from hmpo.environment import describe_environment
 from hmpo.members import hmpo as hmpo_member
 from hmpo.models import save_policy
 from hmpo.models.pretrain import fit_supervised
@@ -199,14 +200,25 @@ def run_all(jobs: int) -> None:
 
 
 def collect() -> None:
-    """One result file of all pieces."""
+    """One result file of all pieces that there are."""
     files = [PIECES / f"{p}-{s}-{m}.json" for p in PARTS for s in SEEDS for m in MODES]
-    rows = [json.loads(file.read_text()) for file in files]
+    missing = [file.name for file in files if not file.exists()]
+    if missing:
+        print("missing: " + ", ".join(missing))
+    rows = [json.loads(file.read_text()) for file in files if file.exists()]
     for row in rows:
         reached = [point for point in row["curve"] if point["success"] >= TARGET]
         row["tokens_to_target"] = reached[0]["tokens"] if reached and row["part"] == "b" else None
-    facts = {"target": TARGET, "top": TOP, "first": FIRST}
-    save("agm_demos", "python benchmarks/agm_demos.py all", [row | facts for row in rows])
+    facts = {
+        "command": "python benchmarks/agm_demos.py all",
+        "commit": ", ".join(dict.fromkeys(row["commit"] for row in rows)),
+        "environment": describe_environment(),
+        "facts": {"target": TARGET, "top": TOP, "first": FIRST},
+        "rows": rows,
+    }
+    path = RESULTS / "agm_demos.json"
+    path.write_text(json.dumps(facts) + "\n")
+    print(f"written: {path.name}")
 
 
 def main() -> None:

@@ -5,11 +5,14 @@ python scripts/make_tables.py --check   exit 1 if a table is not what the result
 """
 
 import json
+import math
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from hmpo.stats import wilson_interval
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -273,6 +276,62 @@ def attention_stress() -> str:
     return "\n".join([*lines, "", note + source(result)])
 
 
+def agm_demos() -> str:
+    """What the controllers did to whole runs."""
+    result = load("agm_demos")
+    titles = {
+        "a": "8 x the default rate, slow warm-up",
+        "a-cold": "8 x the demo's rate, 2 updates' warm-up",
+        "b": "curriculum, success at the top level",
+        "c": "healthy run",
+    }
+    lines = [
+        "| run | seed | success: `off` | `apply` | difference | applied decisions "
+        "| tokens to target: `off` | `apply` |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    rows = {(row["part"], row["seed"], row["mode"]): row for row in result["rows"]}
+    for part, title in titles.items():
+        done = {seed for name, seed, _ in rows if name == part}
+        seeds = sorted(s for s in done if {(part, s, "off"), (part, s, "apply")} <= rows.keys())
+        sides = [[rows[part, seed, mode] for seed in seeds] for mode in ("off", "apply")]
+        for seed, off, apply in zip(seeds, *sides, strict=True):
+            cells = [title if seed == seeds[0] else "", str(seed), *_rates([off], [apply])]
+            cells += [str(len(apply["applied"]))]
+            cells += [_tokens(row) if part == "b" else "" for row in (off, apply)]
+            lines.append("| " + " | ".join(cells) + " |")
+        lines.append("| | all | " + " | ".join(_rates(*sides)) + " | | | |")
+    note = (
+        "95 % intervals over held-out prompts: Wilson's, and Newcombe's of the difference, which "
+        "takes the two samples as independent and says nothing of the spread between seeds. "
+    )
+    return "\n".join([*lines, "", note + source(result)])
+
+
+def _rates(off: list[dict[str, Any]], apply: list[dict[str, Any]]) -> list[str]:
+    """Final success of both sides, all their trials together, and the difference."""
+    counts = [
+        [sum(row["curve"][-1][f"success_{end}"] for row in side) for end in ("k", "n")]
+        for side in (off, apply)
+    ]
+    (low, high), (low2, high2) = (wilson_interval(k, n) for k, n in counts)
+    first, second = (k / n for k, n in counts)
+    change = second - first
+    below = change - math.hypot(second - low2, high - first)
+    above = change + math.hypot(high2 - second, first - low)
+    return [
+        f"{first:.3f} ({low:.3f} to {high:.3f})",
+        f"{second:.3f} ({low2:.3f} to {high2:.3f})",
+        f"{change:+.3f} ({below:+.3f} to {above:+.3f})",
+    ]
+
+
+def _tokens(row: dict[str, Any]) -> str:
+    """Tokens until the target was reached, or that were spent in vain."""
+    found = row["tokens_to_target"]
+    return f"{found:,}" if found is not None else f"> {row['tokens']:,}"
+
+
 MAKERS: dict[str, Callable[[], str]] = {
     "demo": demo,
     "smollm2": smollm2,
@@ -286,6 +345,7 @@ MAKERS: dict[str, Callable[[], str]] = {
     "muonclip_muon": muonclip_muon,
     "explosion": explosion,
     "attention_stress": attention_stress,
+    "agm_demos": agm_demos,
 }
 
 
