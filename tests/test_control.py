@@ -220,7 +220,7 @@ def test_a_run_without_curriculum_draws_the_prompts_it_always_drew(policy, out):
 # --- live and replayed, stopped and resumed ------------------------------------------------------
 
 
-def test_a_replay_of_the_log_decides_as_the_run_did_to_the_bit(steered):
+def test_offline_equals_online(steered):
     source = load_source(steered)
     decisions = replay(source, Control(source.config, source.log.run))
     assert len(decisions) == len(source.log.decisions) > UPDATES

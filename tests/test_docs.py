@@ -158,7 +158,7 @@ def check_python(words: list[str]) -> None:
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if (ROOT / page).exists()])
-def test_links_between_pages_lead_somewhere(page: str) -> None:
+def test_docs_links(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", text):
         picture = target.endswith(".png") and not (ROOT / "docs" / "assets").exists()

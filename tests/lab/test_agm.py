@@ -53,7 +53,7 @@ def test_replay_under_other_settings_differs_and_says_where(folder, tmp_path, ca
     assert "differs at step" in capsys.readouterr().out
 
 
-def test_replay_is_idempotent_and_replaces_its_output(folder, tmp_path):
+def test_replay_idempotent(folder, tmp_path):
     out = tmp_path / "decisions.jsonl"
     assert hmpo_agm("replay", folder, "--out", out) == 0
     first = out.read_bytes()
@@ -118,7 +118,7 @@ def test_logs_of_others_replay_and_say_what_is_approximate(tmp_path, capsys):
     assert len(read_log(path).steps) == len(in_order(read_log(path)))
 
 
-def test_malformed_lines_are_shown_and_strict_refuses_them(plain, tmp_path, capsys):
+def test_malformed_lines_reported(plain, tmp_path, capsys):
     lines = (plain / "telemetry.jsonl").read_text().splitlines()
     more = [json.dumps(json.loads(lines[-2]) | {"step": 200 + i}) for i in range(60)]
     path = tmp_path / "telemetry.jsonl"
@@ -128,7 +128,7 @@ def test_malformed_lines_are_shown_and_strict_refuses_them(plain, tmp_path, caps
     assert hmpo_agm("replay", path, "--strict") == 2
 
 
-def test_sweep_hands_every_setting_to_the_controllers(plain, tmp_path, capsys):
+def test_sweep_parameters_take_effect(plain, tmp_path, capsys):
     out = tmp_path / "sweep.csv"
     grid = ("adapter.gap_target=1e-5,1.0", "regime.z_hi=3.0,4.0")
     assert hmpo_agm("sweep", plain, "--grid", *grid, "--out", out) == 0

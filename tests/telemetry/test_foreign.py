@@ -153,7 +153,7 @@ def ours():
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_our_telemetry_survives_csv_exactly(tmp_path, ours, packed):
+def test_csv_round_trip(tmp_path, ours, packed):
     path = tmp_path / ("log.csv.gz" if packed else "log.csv")
     data = to_csv(ours).encode()
     path.write_bytes(gzip.compress(data) if packed else data)
