@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.nn import functional
 
 from hmpo.errors import ModelError, ShapeError
+from hmpo.head import head_logprobs, logits_logprobs
 
 _PLAIN_HEAD: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
 
@@ -79,20 +79,20 @@ def token_logprobs_and_entropy(
     with evaluating(policy):
         if not is_hugging_face(policy):
             logits = _plain_logits(policy, input_ids, attention_mask, response_length)
-            picked, entropy = _from_logits(logits[mask], targets, temperature)
+            picked, entropy = logits_logprobs(logits[mask], targets, temperature)
         elif (split := _split_head(policy)) is not None:
             base, head = split
             hidden = base(**_model_inputs(input_ids, attention_mask)).last_hidden_state
             hidden = hidden[:, -response_length - 1 : -1][mask]
-            picked, entropy = _ChunkedLogprobs.apply(
-                hidden, head.weight, head.bias, targets, temperature, chunk
+            picked, entropy = head_logprobs(
+                hidden, head.weight, head.bias, targets, temperature=temperature, chunk=chunk
             )
         else:
             inputs = _model_inputs(input_ids, attention_mask)
             if "logits_to_keep" in inspect.signature(unwrap(policy).forward).parameters:
                 inputs["logits_to_keep"] = response_length + 1
             logits = policy(**inputs).logits[:, -response_length - 1 : -1]
-            picked, entropy = _from_logits(logits[mask], targets, temperature)
+            picked, entropy = logits_logprobs(logits[mask], targets, temperature)
     empty = picked.new_zeros(mask.shape)
     return empty.masked_scatter(mask, picked), empty.masked_scatter(mask, entropy)
 
@@ -182,83 +182,3 @@ def _plain_logits(
     steps = torch.arange(response_length, device=input_ids.device)
     where = (prompts - 1 + steps).clamp_max(input_ids.shape[1] - 1)
     return logits.gather(1, where[:, :, None].expand(-1, -1, logits.shape[2]))
-
-
-def _upcast(logits: Tensor) -> Tensor:
-    return logits if logits.dtype == torch.float64 else logits.float()
-
-
-def _from_logits(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    logprobs = functional.log_softmax(_upcast(logits) / temperature, dim=-1)
-    # exp(logp) * logp is 0 * -inf for tokens that a model rules out by -inf logits.
-    terms = torch.where(logprobs > -torch.inf, logprobs.exp() * logprobs, 0.0)
-    return logprobs.gather(1, targets[:, None])[:, 0], -terms.sum(-1)
-
-
-class _ChunkedLogprobs(torch.autograd.Function):
-    """hidden (n, H), weight (V, H), targets (n,) -> log-probs (n,), entropy (n,).
-
-    The gradient of the logits z of one row, with g and h the incoming gradients of log-prob
-    and entropy H:  dz = (g (1[v = y] - p_v) - h p_v (log p_v + H)) / temperature.
-    """
-
-    @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, temperature, chunk):  # type: ignore[override]
-        device = hidden.device.type
-        compute = weight.dtype
-        if torch.is_autocast_enabled(device):
-            compute = torch.get_autocast_dtype(device)
-        kind = torch.float64 if compute == torch.float64 else torch.float32
-        picked = torch.empty(len(targets), dtype=kind, device=hidden.device)
-        entropy, lse = torch.empty_like(picked), torch.empty_like(picked)
-        with torch.autocast(device, enabled=False):
-            cast, offset = weight.to(compute), None if bias is None else bias.to(compute)
-            for start in range(0, len(targets), chunk):
-                rows = slice(start, start + chunk)
-                logits = _upcast(functional.linear(hidden[rows].to(compute), cast, offset))
-                logits /= temperature
-                lse[rows] = logits.logsumexp(-1)
-                picked[rows] = logits.gather(1, targets[rows, None])[:, 0] - lse[rows]
-                logits -= lse[rows, None]
-                entropy[rows] = -(logits.exp() * logits.clamp_min(torch.finfo(kind).min)).sum(-1)
-        ctx.save_for_backward(hidden, weight, bias, targets, lse, entropy)
-        ctx.temperature, ctx.chunk, ctx.compute = temperature, chunk, compute
-        return picked, entropy
-
-    @staticmethod
-    def backward(ctx, grad_picked, grad_entropy):  # type: ignore[override]
-        hidden, weight, bias, targets, lse, entropy = ctx.saved_tensors
-        compute, chunk = ctx.compute, ctx.chunk
-        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
-        d_hidden = torch.empty_like(hidden) if need_hidden else None
-        d_weight = torch.zeros(weight.shape, dtype=lse.dtype, device=weight.device)
-        d_bias = torch.zeros(len(weight), dtype=lse.dtype, device=weight.device)
-        with torch.autocast(hidden.device.type, enabled=False):
-            cast, offset = weight.to(compute), None if bias is None else bias.to(compute)
-            for start in range(0, len(targets), chunk):
-                rows = slice(start, start + chunk)
-                block = hidden[rows].to(compute)
-                logprobs = _upcast(functional.linear(block, cast, offset)) / ctx.temperature
-                logprobs -= lse[rows, None]
-                gradient = logprobs.exp()
-                logprobs.clamp_(min=torch.finfo(lse.dtype).min)
-                logprobs += entropy[rows, None]
-                scale = grad_picked[rows, None] + grad_entropy[rows, None] * logprobs
-                gradient *= -scale
-                gradient.scatter_add_(1, targets[rows, None], grad_picked[rows, None])
-                gradient /= ctx.temperature
-                narrow = gradient.to(compute)
-                if d_hidden is not None:
-                    d_hidden[rows] = (narrow @ cast).to(hidden.dtype)
-                if need_weight:
-                    d_weight += (narrow.T @ block).to(lse.dtype)
-                if need_bias and bias is not None:
-                    d_bias += gradient.sum(0)
-        return (
-            d_hidden,
-            d_weight.to(weight.dtype) if need_weight else None,
-            d_bias.to(bias.dtype) if need_bias and bias is not None else None,
-            None,
-            None,
-            None,
-        )

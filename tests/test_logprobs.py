@@ -4,9 +4,8 @@ from torch import nn
 from torch.nn import functional
 
 from hmpo.errors import ModelError, ShapeError
+from hmpo.head import head_logprobs
 from hmpo.logprobs import (
-    _ChunkedLogprobs,
-    _from_logits,
     _split_head,
     evaluating,
     token_logprobs,
@@ -72,35 +71,6 @@ def test_logprobs_are_per_token() -> None:
     assert got.shape == rollout.response_ids.shape
 
 
-def test_gradient_of_the_chunked_projection_passes_gradcheck() -> None:
-    torch.manual_seed(0)
-    hidden = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(9, 4, dtype=torch.float64, requires_grad=True)
-    bias = torch.randn(9, dtype=torch.float64, requires_grad=True)
-    targets = torch.randint(0, 9, (6,))
-    assert torch.autograd.gradcheck(
-        lambda h, w, b: _ChunkedLogprobs.apply(h, w, b, targets, 0.8, 4), (hidden, weight, bias)
-    )
-
-
-@pytest.mark.parametrize("chunk", [1, 3, 512])
-def test_block_size_changes_neither_value_nor_gradient(chunk: int) -> None:
-    torch.manual_seed(0)
-    hidden = torch.randn(10, 8, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(30, 8, dtype=torch.float64, requires_grad=True)
-    targets = torch.randint(0, 30, (10,))
-    mix = torch.randn(10, dtype=torch.float64)
-    picked, entropy = _ChunkedLogprobs.apply(hidden, weight, None, targets, 1.3, chunk)
-    got = torch.autograd.grad((picked * mix + entropy * mix.flip(0)).sum(), (hidden, weight))
-    logits = functional.linear(hidden, weight)
-    picked2, entropy2 = _from_logits(logits, targets, 1.3)
-    want = torch.autograd.grad((picked2 * mix + entropy2 * mix.flip(0)).sum(), (hidden, weight))
-    assert torch.allclose(picked, picked2, rtol=0, atol=1e-13)
-    assert torch.allclose(entropy, entropy2, rtol=0, atol=1e-13)
-    for a, b in zip(got, want):
-        assert torch.allclose(a, b, rtol=0, atol=1e-13)
-
-
 def test_left_padding_and_batch_composition_change_nothing() -> None:
     model = tiny_llama().double()
     rollout = rollout_of(model)
@@ -134,7 +104,7 @@ def test_logprobs_float32_under_autocast() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         for token in range(40):
             targets = torch.full((3,), token)
-            total += _ChunkedLogprobs.apply(hidden, weight, None, targets, 1.0, 512)[0].exp()
+            total += head_logprobs(hidden, weight, None, targets)[0].exp()
     assert torch.allclose(total, torch.ones(3), rtol=0, atol=1e-5)
 
 
