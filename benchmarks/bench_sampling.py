@@ -13,7 +13,7 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
-from common import one_thread, save
+from common import ceilings, one_thread, roofline, save
 from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
@@ -116,28 +116,8 @@ def sides(case: Case, model: Any, ids: Tensor, mask: Tensor) -> dict[str, Any]:
     return {"generate": generate, "module": lambda: ours("module"), "fast": lambda: ours("auto")}
 
 
-def ceilings() -> dict[str, float]:
-    """What this machine reaches at its best: 10^9 operations and 10^9 bytes a second."""
-    x, w, big = torch.randn(512, 1024), torch.randn(1024, 1024), torch.randn(32_000_000)
-    out = torch.empty_like(big)
-
-    def best(run: Any) -> float:
-        run()
-        spent = []
-        for _ in range(9):
-            began = time.process_time()
-            run()
-            spent.append(time.process_time() - began)
-        return min(spent)
-
-    return {
-        "gflop_s": round(2 * 512 * 1024 * 1024 / best(lambda: x.mm(w)) / 1e9, 1),
-        "gbyte_s": round(2 * 4 * big.numel() / best(lambda: out.copy_(big)) / 1e9, 1),
-    }
-
-
-def necessary(case: Case, model: Any, ids: Tensor, mask: Tensor) -> dict[str, float]:
-    """10^9 operations and bytes of one rollout, each prompt read once, no finished row kept.
+def necessary(case: Case, model: Any, ids: Tensor, mask: Tensor) -> tuple[float, float]:
+    """Operations and bytes of one rollout, each prompt read once, no finished row kept.
 
     Bytes: the weights once a step, the keys and values of a prompt once a step for its whole
     group, those of a response once for each of its later tokens.
@@ -167,7 +147,7 @@ def necessary(case: Case, model: Any, ids: Tensor, mask: Tensor) -> dict[str, fl
     steps = rollout.response_mask.view(len(prompt), case.group, -1).any(1)[:, 1:].double()
     bytes_ = 4 * (body + head) * (1 + read.max())
     bytes_ = bytes_ + 8 * width * (own + (steps.sum(1) * prompt).sum())
-    return {"gflop": round(float(operations) / 1e9, 2), "gbyte": round(float(bytes_) / 1e9, 3)}
+    return float(operations), float(bytes_)
 
 
 def measure(case: Case) -> dict[str, Any]:
@@ -187,8 +167,7 @@ def measure(case: Case) -> dict[str, Any]:
             seconds[name].append(spent)
             micros[name].append(1e6 * spent / tokens)
     middle = {name: statistics.median(values) for name, values in micros.items()}
-    work, top = necessary(case, model, ids, mask), ceilings()
-    floor = max(work["gflop"] / top["gflop_s"], work["gbyte"] / top["gbyte_s"])
+    work = necessary(case, model, ids, mask)
     return {
         "case": case.name,
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -201,10 +180,7 @@ def measure(case: Case) -> dict[str, Any]:
         "module_ratio": round(middle["module"] / middle["generate"], 3),
         "ratio": round(middle["fast"] / middle["generate"], 3),
         "target": case.target,
-        "necessary": work,
-        "ceilings": top,
-        "floor_s": round(floor, 4),
-        "share": round(floor / statistics.median(seconds["fast"]), 3),
+        **roofline(*work, statistics.median(seconds["fast"]), ceilings()),
     }
 
 
