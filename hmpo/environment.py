@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from hmpo import __version__
+from hmpo.matmul import matmul_library
 
 PACKAGES = (
     "torch",
@@ -34,6 +35,7 @@ def describe_environment() -> dict[str, Any]:
         "processor": processor_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "matmul": matmul_library(),
         "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "packages": installed_versions(),
     }

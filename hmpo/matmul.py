@@ -1,0 +1,119 @@
+"""Products with the vocabulary projection, by the faster of the two libraries in torch for a CPU.
+
+torch multiplies float32 matrices by MKL, which on AMD processors reaches about half of what
+oneDNN does; torch carries oneDNN too, but its float32 product only as an operator without
+gradient. Which one is faster is found out once in a process, by a small product with a wide
+margin, so that the answer is a property of the machine and not of what else runs on it.
+`HMPO_MATMUL` = `mkl`, `onednn` or `auto` decides instead. Anything but float32 on a CPU goes to
+torch, float64 among it.
+"""
+
+import functools
+import os
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hmpo.errors import require
+
+MARGIN = 1.3
+"""oneDNN is chosen where it is this much faster than MKL."""
+CHOICES = ("mkl", "onednn", "auto")
+
+
+def project(
+    x: Float[Tensor, "n H"],
+    weight: Float[Tensor, "V H"],
+    bias: Float[Tensor, " V"] | None,
+    out: Float[Tensor, "n V"] | None = None,
+) -> Float[Tensor, "n V"]:
+    """X @ weight.T + bias, without gradient: in `out` if torch computes it, else a new tensor."""
+    if _onednn(x):
+        return _linear(x, weight, bias)
+    if bias is None:
+        return torch.mm(x, weight.t(), out=out)
+    return torch.addmm(bias, x, weight.t(), out=out)
+
+
+def times(gradient: Float[Tensor, "n V"], weight: Float[Tensor, "V H"]) -> Float[Tensor, "n H"]:
+    """Gradient @ weight, without gradient of its own."""
+    return _linear(gradient, weight.t(), None) if _onednn(gradient) else gradient @ weight
+
+
+def add_outer(
+    total: Float[Tensor, "V H"], gradient: Float[Tensor, "n V"], x: Float[Tensor, "n H"]
+) -> None:
+    """Total += gradient.T @ x; a total of higher precision takes the product as it is rounded."""
+    if total.dtype != x.dtype:
+        total += gradient.t() @ x
+    elif _onednn(x):
+        total += _linear(gradient.t(), x.t(), None)
+    else:
+        total.addmm_(gradient.t(), x)
+
+
+def matmul_library() -> str:
+    """`mkl` or `onednn`: what multiplies float32 matrices with the vocabulary on this CPU."""
+    wanted = os.environ.get("HMPO_MATMUL", "auto")
+    require(wanted in CHOICES, "HMPO_MATMUL", wanted, f"one of {', '.join(CHOICES)}")
+    if wanted == "mkl" or not has_onednn():
+        return "mkl"
+    return wanted if wanted == "onednn" else _faster()
+
+
+@functools.cache
+def has_onednn() -> bool:
+    """Whether this torch has oneDNN, with the operator as it is used here: it is a private one."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    x = torch.ones(2, 3)
+    try:
+        return bool((_linear(x, x, torch.ones(2)) == 4).all())
+    except (AttributeError, RuntimeError):
+        return False
+
+
+def _onednn(x: Tensor) -> bool:
+    served = x.dtype == torch.float32 and x.device.type == "cpu" and len(x) > 0
+    return served and matmul_library() == "onednn"
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+@functools.cache
+def _faster() -> str:
+    """The library that a head of 2048 x 256 and 128 rows says: the three products of a step."""
+    x, weight = torch.full((128, 256), 0.5), torch.full((2048, 256), 0.25)
+    gradient, total = torch.full((128, 2048), 0.125), torch.zeros(2048, 256)
+
+    def mkl() -> None:
+        torch.mm(x, weight.t())
+        torch.mm(gradient, weight)
+        total.addmm_(gradient.t(), x)
+
+    def onednn() -> None:
+        _linear(x, weight, None)
+        _linear(gradient, weight.t(), None)
+        total.add_(_linear(gradient.t(), x.t(), None))
+
+    with torch.no_grad():
+        seconds = _alternate(mkl, onednn)
+    return "onednn" if seconds[0] >= MARGIN * seconds[1] else "mkl"
+
+
+def _alternate(*sides: Callable[[], None], repeats: int = 3) -> list[float]:
+    """Median CPU seconds of each side, after one run that does not count."""
+    spent: list[list[float]] = [[] for _ in sides]
+    for repeat in range(repeats + 1):
+        for side, run in enumerate(sides):
+            began = time.process_time()
+            run()
+            if repeat:
+                spent[side].append(time.process_time() - began)
+    return [statistics.median(values) for values in spent]
