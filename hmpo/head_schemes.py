@@ -52,11 +52,11 @@ class Head:
     buffer: Tensor | None
 
     @classmethod
-    def of(cls, weight: Tensor, bias: Tensor | None, plan: Plan, n: int) -> "Head":
-        """With a buffer for blocks of the plan's rows, or for `n` rows if they are fewer."""
+    def of(cls, weight: Tensor, bias: Tensor | None, plan: Plan, rows: int) -> "Head":
+        """With a buffer for the logits of so many rows."""
         cast = weight.to(plan.compute)
         offset = None if bias is None else bias.to(plan.compute)
-        return cls(plan, cast, offset, cast.new_empty(min(n, plan.rows), len(cast)))
+        return cls(plan, cast, offset, cast.new_empty(rows, len(cast)))
 
     def logits(self, x: Tensor) -> Tensor:
         """Raw logits of rows, in the buffer or, if the library has no use for it, elsewhere."""
@@ -151,7 +151,7 @@ class Logprobs(torch.autograd.Function):
         unit = torch.empty_like(hidden) if plan.scheme == "frozen" else None
         ctx.logits = None
         with torch.autocast(hidden.device.type, enabled=False):
-            head = Head.of(weight, bias, plan, n)
+            head = Head.of(weight, bias, plan, min(n, plan.rows))
             for rows in blocks(n, plan.rows):
                 x, y = hidden[rows].to(plan.compute), targets[rows]
                 logits = head.logits(x)
@@ -205,7 +205,7 @@ def _backward(
             sums.hidden.zero_()
     n = len(known.targets)
     if logits is None:
-        head = Head.of(weight, bias, plan, n)
+        head = Head.of(weight, bias, plan, min(n, plan.rows))
     else:
         head, plan = Head(plan, weight.to(plan.compute), None, None), replace(plan, rows=max(1, n))
     for rows in blocks(n, plan.rows):
