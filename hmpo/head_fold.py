@@ -7,14 +7,18 @@ With raw logits a (n, V), softcap c and temperature tau, everything here is of
 `fold` reduces a row to three numbers and leaves it as it is; `gradient_in_place` turns it into
 the gradient that the next products need. Both compute in float32 (float64 for float64 logits)
 whatever the logits' precision, on a few rows at a time that stay in the processor's cache: the
-five to seven passes over them then cost less than one pass through memory each.
+five to seven passes over them then cost less than one pass through memory each. On CUDA the
+kernels of `hmpo.triton_head` do the same in one pass, where they run.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from hmpo.head_kernels import triton_kernels
 
 CACHED = 1 << 17
 """Logits of one thread that are worked on together: 512 KiB in float32, a part of its cache."""
@@ -35,6 +39,8 @@ def fold(
 
     The logits are not changed.
     """
+    if (kernels := _kernels(logits)) is not None:
+        return kernels.fold(logits, targets, temperature, softcap, with_entropy)
     n, kind = len(logits), statistics_dtype(logits.dtype)
     picked = logits.gather(1, targets[:, None])[:, 0].to(kind)
     picked = _scaled(picked, temperature, softcap, torch.empty_like(picked))
@@ -83,6 +89,10 @@ def gradient_in_place(
         temperature: as in `fold`.
         softcap: as in `fold`.
     """
+    if (kernels := _kernels(logits)) is not None:
+        known = targets, lse, entropy, grad_picked, grad_entropy
+        kernels.gradient_in_place(logits, *known, temperature, softcap)
+        return
     kind = lse.dtype
     own = logits.dtype == kind
     grad_picked = grad_picked.to(kind)[:, None] / temperature
@@ -109,6 +119,11 @@ def gradient_in_place(
             out.mul_(third)
         if not own:
             block.copy_(out)
+
+
+def _kernels(logits: Tensor) -> Any | None:
+    """The Triton kernels where they serve these logits; they compute in float32."""
+    return None if logits.dtype == torch.float64 else triton_kernels(logits.device)
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -47,8 +47,14 @@ def times(gradient: Float[Tensor, "n V"], weight: Float[Tensor, "V H"]) -> Float
 def add_outer(
     total: Float[Tensor, "V H"], gradient: Float[Tensor, "n V"], x: Float[Tensor, "n H"]
 ) -> None:
-    """Total += gradient.T @ x; a total of higher precision takes the product as it is rounded."""
-    if total.dtype != x.dtype:
+    """Total += gradient.T @ x.
+
+    On CUDA the product reaches a total of higher precision as it is accumulated there, in float32;
+    elsewhere as it is rounded to the precision of its factors.
+    """
+    if total.dtype == torch.float32 != x.dtype and total.is_cuda:
+        torch.addmm(total, gradient.t(), x, out_dtype=torch.float32, out=total)
+    elif total.dtype != x.dtype:
         total += gradient.t() @ x
     elif _onednn(x):
         total += _linear(gradient.t(), x.t(), None)

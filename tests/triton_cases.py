@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from hmpo import head_fold, triton_head
+from hmpo.head import head_logprobs
 from hmpo.triton_head import fold, gradient_in_place
 from tests.oracles import vocabulary_head as oracle
 
@@ -151,3 +153,39 @@ def test_without_entropy_the_rest_is_the_same_and_nan_stands_in_its_place() -> N
     whole, part = fold(logits, targets), fold(logits, targets, with_entropy=False)
     assert torch.equal(whole[0], part[0]) and torch.equal(whole[1], part[1])
     assert part[2].isnan().all()
+
+
+@pytest.mark.parametrize("scheme", ["recompute", "store", "frozen"])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_head_gives_the_same_through_the_kernels_as_through_torch(
+    scheme: str, softcap: float | None, dtype, monkeypatch
+) -> None:
+    hidden = torch.randn(9, 16, device=DEVICE).to(dtype).requires_grad_()
+    weight = torch.randn(130, 16, device=DEVICE).to(dtype).requires_grad_(scheme != "frozen")
+    leaves = [x for x in (hidden, weight) if x.requires_grad]
+    targets = torch.randint(130, (9,), device=DEVICE)
+    g, h = torch.randn(2, 9, device=DEVICE)
+    used = []
+
+    def through(kernels: object) -> list[Tensor]:
+        monkeypatch.setattr(head_fold, "triton_kernels", lambda _: used.append(1) or kernels)
+        picked, entropy = head_logprobs(
+            hidden,
+            weight,
+            None,
+            targets,
+            temperature=0.8,
+            softcap=softcap,
+            chunk=4,
+            store=1 << 20 if scheme == "store" else 0,
+        )
+        loss = (g * picked + h * entropy).sum()
+        return [picked, entropy, *torch.autograd.grad(loss, leaves)]
+
+    # A bfloat16 unit is 2^-7 of a number, and a gradient sums some of them.
+    tolerance = 0.03 if dtype == torch.bfloat16 else 2e-5
+    for with_kernels, with_torch in zip(through(triton_head), through(None)):
+        scale = with_torch.float().abs().max()
+        assert (with_kernels - with_torch).float().abs().max() <= tolerance * scale
+    assert used
