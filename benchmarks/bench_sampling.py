@@ -16,6 +16,7 @@ import torch
 from common import ceilings, one_thread, roofline, save
 from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from work import rollout_work
 
 from hmpo.sampling import sample_responses
 
@@ -117,37 +118,17 @@ def sides(case: Case, model: Any, ids: Tensor, mask: Tensor) -> dict[str, Any]:
 
 
 def necessary(case: Case, model: Any, ids: Tensor, mask: Tensor) -> tuple[float, float]:
-    """Operations and bytes of one rollout, each prompt read once, no finished row kept.
-
-    Bytes: the weights once a step, the keys and values of a prompt once a step for its whole
-    group, those of a response once for each of its later tokens.
-    """
-    ends = tuple(range(3, 3 + case.ends)) or (10**6,)
-    generator = torch.Generator().manual_seed(0)
+    """Operations and bytes of one rollout, each prompt read once, no finished row kept."""
     rollout = sample_responses(
         model,
         ids,
         mask,
         group_size=case.group,
         max_length=case.new,
-        eos_token=ends,
-        generator=generator,
+        eos_token=tuple(range(3, 3 + case.ends)) or (10**6,),
+        generator=torch.Generator().manual_seed(0),
     )
-    config = model.config
-    head = model.lm_head.weight.numel()
-    body = sum(p.numel() for p in model.model.layers.parameters())
-    made, prompt = rollout.lengths.double(), mask.sum(1).double()
-    read = made - 1  # the last token is never read
-    own = (read * (read + 1) / 2).sum()
-    shared = (read * prompt.repeat_interleave(case.group)).sum()
-    first = (prompt * (prompt + 1) / 2).sum()
-    width = config.num_hidden_layers * config.hidden_size
-    operations = 2 * body * (prompt.sum() + read.sum()) + 2 * head * (len(prompt) + read.sum())
-    operations = operations + 4 * width * (own + shared + first)
-    steps = rollout.response_mask.view(len(prompt), case.group, -1).any(1)[:, 1:].double()
-    bytes_ = 4 * (body + head) * (1 + read.max())
-    bytes_ = bytes_ + 8 * width * (own + (steps.sum(1) * prompt).sum())
-    return float(operations), float(bytes_)
+    return rollout_work(model, mask.sum(1), rollout.lengths)
 
 
 def measure(case: Case) -> dict[str, Any]:
