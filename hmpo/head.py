@@ -2,8 +2,11 @@
 
 The (n, V) logits are never in memory as a whole: `hmpo.head_schemes` has the ways to take the
 projection, and here is the choice. The projection's own gradient is a (V, H) matrix, in whose
-shadow a buffer of `BUFFER` bytes stands.
+shadow a buffer of `BUFFER` bytes stands. A GPU passes over that matrix for every block, in the
+time of a thousand rows' products, so blocks are larger there.
 """
+
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -19,6 +22,27 @@ LEAST_ROWS = 128
 """A product of fewer rows reads the projection from memory more often than it computes."""
 STORE = 64 << 20
 """Bytes of logits that may wait for the backward pass, which saves computing them again."""
+GPU_ROWS = 8
+"""Rows of a block on CUDA for each that was asked for."""
+
+
+class Limits(NamedTuple):
+    """What a head may hold on a device."""
+
+    buffer: int
+    """Bytes of one block of logits."""
+    store: int
+    """Bytes of logits that wait for the backward pass."""
+    factor: int
+    """Rows of a block for each row asked for."""
+
+
+def limits(device: torch.device) -> Limits:
+    """The constants above on a CPU; a 32nd and a 16th of its memory on a GPU."""
+    if device.type != "cuda":
+        return Limits(BUFFER, STORE, 1)
+    total = torch.cuda.get_device_properties(device).total_memory
+    return Limits(total // 32, total // 16, GPU_ROWS)
 
 
 def head_logprobs(
@@ -31,7 +55,7 @@ def head_logprobs(
     softcap: float | None = None,
     chunk: int = 512,
     with_entropy: bool = True,
-    store: int = STORE,
+    store: int | None = None,
 ) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
     """Log-probs of the targets and entropy, without materialising the (n, V) logits.
 
@@ -42,9 +66,9 @@ def head_logprobs(
         targets: token ids.
         temperature: logits are divided by it, after the softcap.
         softcap: c of a model whose logits are c tanh(logits / c), or None.
-        chunk: the most rows whose logits are in memory together.
+        chunk: the most rows whose logits are in memory together, `GPU_ROWS` times that on CUDA.
         with_entropy: False saves its part where nobody asks for it; it is NaN then.
-        store: bytes of logits that may be kept for the backward pass.
+        store: bytes of logits that may be kept for the backward pass; None takes the device's.
 
     Returns:
         (log-probs, entropy), in nats, differentiable, float32 (float64 for float64 weights).
@@ -53,6 +77,7 @@ def head_logprobs(
     compute = compute_dtype(weight)
     size = len(targets) * len(weight) * compute.itemsize
     tensors = (hidden, weight) if bias is None else (hidden, weight, bias)
+    store = limits(weight.device).store if store is None else store
     scheme = "recompute"
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         frozen = not any(t.requires_grad for t in tensors[1:])
@@ -69,9 +94,10 @@ def head_logprobs(
 
 
 def block_rows(weight: Float[Tensor, "V H"], chunk: int) -> int:
-    """Rows of one block of logits: `chunk`, or as many as the buffer holds."""
+    """Rows of one block of logits: `chunk` by the device's factor, or what its buffer holds."""
+    buffer, _, factor = limits(weight.device)
     row = len(weight) * compute_dtype(weight).itemsize
-    return max(1, min(chunk, max(LEAST_ROWS, BUFFER // row)))
+    return max(1, min(factor * chunk, max(LEAST_ROWS, buffer // row)))
 
 
 def compute_dtype(weight: Float[Tensor, "V H"]) -> torch.dtype:

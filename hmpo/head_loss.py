@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from hmpo.errors import ShapeError
-from hmpo.head import BUFFER, block_rows, compute_dtype
+from hmpo.head import block_rows, compute_dtype, limits
 from hmpo.head_fold import statistics_dtype
 from hmpo.head_schemes import Gradients, Head, Plan, Rows, compacted
 
@@ -60,7 +60,7 @@ def one_pass(
             parts must add up to the whole.
         temperature: logits are divided by it, after the softcap.
         softcap: c of a model whose logits are c tanh(logits / c), or None.
-        chunk: the most rows of one block, unless a single response has more.
+        chunk: as in `head_logprobs`, unless a single response has more rows.
         with_entropy: False saves its part where nobody asks for it.
 
     Raises:
@@ -88,7 +88,7 @@ def one_pass_fits(weight: Float[Tensor, "V H"], lengths: Sequence[int], chunk: i
     """
     longest = max(lengths, default=0)
     row = len(weight) * compute_dtype(weight).itemsize
-    return longest <= block_rows(weight, chunk) or longest * row <= 2 * BUFFER
+    return longest <= block_rows(weight, chunk) or longest * row <= 2 * limits(weight.device).buffer
 
 
 def whole_responses(lengths: Sequence[int], rows: int) -> list[slice]:

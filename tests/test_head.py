@@ -1,9 +1,20 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor
 
 from hmpo import head_schemes
-from hmpo.head import LEAST_ROWS, block_rows, head_logprobs, logits_logprobs
+from hmpo.head import (
+    BUFFER,
+    GPU_ROWS,
+    LEAST_ROWS,
+    STORE,
+    block_rows,
+    head_logprobs,
+    limits,
+    logits_logprobs,
+)
 from hmpo.head_fold import fold, gradient_in_place
 from hmpo.head_schemes import Rows, compacted
 from tests.oracles.head import head_by_loops
@@ -231,3 +242,10 @@ def test_tied_weights_add_both_gradients_and_hooks_see_the_heads() -> None:
     )[0]
     assert torch.allclose(weight.grad, want, rtol=0, atol=1e-13)
     assert len(seen) == 1 and torch.equal(seen[0], weight.grad)
+
+
+def test_a_gpu_holds_more_by_its_memory(monkeypatch) -> None:
+    known = SimpleNamespace(total_memory=64 << 30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: known)
+    assert limits(torch.device("cpu")) == (BUFFER, STORE, 1)
+    assert limits(torch.device("cuda", 0)) == (2 << 30, 4 << 30, GPU_ROWS)
