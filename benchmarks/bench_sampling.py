@@ -98,7 +98,7 @@ def sides(case: Case, model: Any, ids: Tensor, mask: Tensor) -> dict[str, Any]:
             out = model.generate(
                 input_ids=wide, attention_mask=wide_mask.long(), generation_config=config
             )[:, case.prompt :]
-        ended = torch.isin(out, torch.tensor(ends)).int().cumsum(1)
+        ended = torch.isin(out, torch.tensor(ends, device=out.device)).int().cumsum(1)
         return int((ended == 0).sum() + (ended.amax(1) > 0).sum())
 
     def ours(decoder: str) -> int:

@@ -80,6 +80,8 @@ class Case:
     bare: bool = False
     """Whether ours is also run without QK-clip."""
     memory_target: float | None = None
+    device: str = "cpu"
+    """Where both sides run; on cuda under bfloat16 autocast (`bench_gpu.py`)."""
 
     @property
     def sides(self) -> tuple[str, ...]:
@@ -132,7 +134,15 @@ def model_of(case: Case) -> Qwen2ForCausalLM:
     )
     model = Qwen2ForCausalLM(config)
     model.generation_config.eos_token_id = list(end_tokens(case))
-    return model
+    return model.to(case.device)
+
+
+def now(case: Case) -> float:
+    """CPU seconds of this process; on a GPU wall seconds, once it has done what it was given."""
+    if case.device == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def end_tokens(case: Case) -> tuple[int, ...]:
@@ -178,8 +188,8 @@ def trl_trainer(case: Case, updates: int, folder: str, tally: Tally, **more: Any
         "adam_beta2": BETAS[1],
         "weight_decay": 0.0,
         "max_grad_norm": NORM,
-        "use_cpu": True,
-        "bf16": False,
+        "use_cpu": case.device == "cpu",
+        "bf16": case.device != "cpu",
         "gradient_checkpointing": False,
         "shuffle_dataset": False,
         "dataloader_num_workers": 0,
@@ -210,6 +220,7 @@ def our_update(case: Case, tally: Tally, *, clip: bool) -> Callable[[list[str]],
         minibatches=1,
         max_grad_norm=NORM,
         qk_clip=clip,
+        autocast="none" if case.device == "cpu" else "bfloat16",
     )
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=RATE, betas=BETAS, weight_decay=0.0, fused=True
@@ -253,14 +264,14 @@ class Turns(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """TRL has made one update: now ours."""
-        self.note("trl", time.process_time() - self.began)
+        self.note("trl", now(self.case) - self.began)
         done = (state.global_step - 1) * self.case.prompts
         for side, update in self.ours.items():
-            began = time.process_time()
+            began = now(self.case)
             metrics = update(self.prompts[done : done + self.case.prompts])
-            self.note(side, time.process_time() - began)
+            self.note(side, now(self.case) - began)
             assert not metrics["update_skipped"] and metrics["rollout/fast"]
-        self.began = time.process_time()
+        self.began = now(self.case)
 
 
 def trained_tokens(trainer: GRPOTrainer, counts: list[int]) -> None:
@@ -283,7 +294,7 @@ def measure(case: Case) -> dict[str, Any]:
         trained_tokens(trainer, trained)
         trainer.add_callback(turns)
         hook = register_optimizer_step_post_hook(turns.stepped)
-        turns.began = time.process_time()
+        turns.began = now(case)
         trainer.train()
         hook.remove()
     assert trained == turns.tokens["trl"], "TRL trains on other tokens than it sampled"
