@@ -10,6 +10,7 @@ from hmpo.logprobs import token_logprobs_and_entropy
 from hmpo.mismatch import join_weights, on_policy_rows
 from hmpo.objective import count_denominators, minibatch_band, power_mean_loss
 from hmpo.objective_config import MismatchConfig, ObjectiveConfig
+from hmpo.stopwatch import section
 from hmpo.types import Batch
 
 
@@ -58,18 +59,19 @@ def accumulate(
             drawn = batch.rollout.sampling_logprobs[part]
             kept = on_policy_rows(new.detach(), drawn, mask[part], advantages[part], mismatch)
             weights = join_weights(weights, kept)
-        loss = power_mean_loss(
-            new,
-            old[part],
-            mask[part],
-            advantages[part],
-            objective,
-            ref_logprobs=None if batch.ref_logprobs is None else batch.ref_logprobs[part],
-            exponent=exponent,
-            weights=weights,
-            denominators=denominators,
-            band=band,
-        )
+        with section("objective"):
+            loss = power_mean_loss(
+                new,
+                old[part],
+                mask[part],
+                advantages[part],
+                objective,
+                ref_logprobs=None if batch.ref_logprobs is None else batch.ref_logprobs[part],
+                exponent=exponent,
+                weights=weights,
+                denominators=denominators,
+                band=band,
+            )
         if loss.requires_grad:
             loss.backward()
         losses.append(loss.detach())
@@ -83,7 +85,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """Log-probs and entropy (M, T) of some rows under the policy."""
     rollout = batch.rollout
-    with autocast(rollout.response_ids.device, config):
+    with section("logprobs"), autocast(rollout.response_ids.device, config):
         return token_logprobs_and_entropy(
             policy,
             rollout.input_ids[part],

@@ -16,6 +16,7 @@ from hmpo.logprobs import token_logprobs
 from hmpo.models import decode_responses, encode_prompts
 from hmpo.rewards import Rewards
 from hmpo.sampling import keyed_generator, sample_responses
+from hmpo.stopwatch import section
 from hmpo.types import Event, Metrics, Rollout
 
 Prompts = Sequence[str] | Sequence[Sequence[int]] | Tensor
@@ -74,8 +75,8 @@ class Collector:
             step: updates done, for events.
         """
         config = self.config
-        texts, prompt_ids, prompt_mask = self._encode(prompts)
-        with autocast(self.device, config):
+        with section("sampling"), autocast(self.device, config):
+            texts, prompt_ids, prompt_mask = self._encode(prompts)
             rollout = sample_responses(
                 self.policy,
                 prompt_ids,
@@ -94,7 +95,8 @@ class Collector:
             rollout = dataclasses.replace(
                 rollout, old_logprobs=self._logprobs(self.policy, rollout)
             )
-        scored = self._score(texts, rollout, columns, step)
+        with section("rewards"):
+            scored = self._score(texts, rollout, columns, step)
         rewards, by_function, samples, events = scored
         valid = rewards.isfinite()
         if config.mask_truncated:
@@ -175,7 +177,7 @@ class Collector:
     def _logprobs(self, model: nn.Module, rollout: Rollout) -> Tensor:
         """Log-probs of the responses by a model's own forward pass, without gradient."""
         size = self.config.micro_batch_size or len(rollout.finished)
-        with torch.no_grad(), autocast(self.device, self.config):
+        with section("logprobs"), torch.no_grad(), autocast(self.device, self.config):
             parts = [
                 token_logprobs(
                     model,

@@ -4,8 +4,10 @@ Sites: logprob, old_logprob, advantage, loss (before the backward pass), gradien
 optimizer_state and weights. The trainers skip the update or stop; nothing is repaired.
 """
 
+import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,6 +17,64 @@ from hmpo.types import Batch
 
 Fault = dict[str, Any]
 """`site`, and with it `where` (a tensor's name) or `sequence` and `token` (in the minibatch)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Look:
+    """What the host learns of an update before its step.
+
+    Example: `Look(loss=-0.03, norm=0.8, fault=None)`.
+    """
+
+    loss: float
+    norm: float
+    """Global L2 norm of the gradient, before clipping."""
+    fault: Fault | None
+
+
+def look(
+    policy: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    loss: Tensor,
+    logprobs: Tensor,
+    norm: Tensor,
+) -> Look:
+    """Loss, gradient norm and the first fault of an update, at one wait for the device.
+
+    Only where something is not finite it is looked for, one place after the other.
+
+    Args:
+        policy: the model with its gradients.
+        optimizer: before its step.
+        batch: the minibatch.
+        loss: of the whole minibatch.
+        logprobs: of its response tokens (M, T).
+        norm: global L2 norm of the gradient.
+    """
+    old, mask = batch.rollout.old_logprobs, batch.rollout.response_mask
+    probes = [(values.isfinite() | ~mask).all() for values in (logprobs, old)]
+    probes += [batch.advantages.isfinite().all()]
+    probes += probe([tensor for _, tensor in _state_tensors(policy, optimizer)])
+    numbers = [loss, norm, *probes]
+    home = loss.device
+    found = torch.stack([n.to(home, torch.float64) for n in numbers]).tolist()
+    fault = None
+    if not (math.isfinite(found[0]) and math.isfinite(found[1]) and all(found[2:])):
+        fault = (
+            forward_fault(batch, loss, logprobs)
+            or gradient_fault(policy, norm)
+            or optimizer_fault(policy, optimizer)
+        )
+    return Look(loss=found[0], norm=found[1], fault=fault)
+
+
+def step_fault(policy: nn.Module, optimizer: torch.optim.Optimizer) -> Fault | None:
+    """The first weight or optimizer state that a step has left not finite, at one wait."""
+    state = [tensor for _, tensor in _state_tensors(policy, optimizer)]
+    if seem_finite([p.detach() for p in policy.parameters() if p.requires_grad] + state):
+        return None
+    return weights_fault(policy) or optimizer_fault(policy, optimizer)
 
 
 def forward_fault(batch: Batch, loss: Tensor, logprobs: Tensor) -> Fault | None:
@@ -42,14 +102,7 @@ def gradient_fault(policy: nn.Module, norm: Tensor) -> Fault | None:
 
 def optimizer_fault(policy: nn.Module, optimizer: torch.optim.Optimizer) -> Fault | None:
     """The first tensor of the optimizer's state that is not finite."""
-    names: dict[Tensor, str] = {p: name for name, p in policy.named_parameters()}
-    named = (
-        (f"{names.get(parameter, 'unnamed')}.{key}", value)
-        for parameter, state in optimizer.state.items()
-        for key, value in state.items()
-        if isinstance(value, Tensor) and key != "step"
-    )
-    where = _first_bad(named)
+    where = _first_bad(_state_tensors(policy, optimizer))
     return None if where is None else {"site": "optimizer_state", "where": where}
 
 
@@ -64,14 +117,40 @@ def fault_text(fault: Fault) -> str:
     return ", ".join(f"{key} {value}" for key, value in fault.items())
 
 
+def _state_tensors(policy: nn.Module, optimizer: torch.optim.Optimizer) -> list[tuple[str, Tensor]]:
+    """Tensors of the optimizer's state by name, without its step counts."""
+    names: dict[Tensor, str] = {p: name for name, p in policy.named_parameters()}
+    return [
+        (f"{names.get(parameter, 'unnamed')}.{key}", value)
+        for parameter, state in optimizer.state.items()
+        for key, value in state.items()
+        if isinstance(value, Tensor) and key != "step" and value.is_floating_point()
+    ]
+
+
+def probe(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """One flag () for each device and dtype: True only if all these tensors are finite.
+
+    A norm passes over a tensor once and is finite where its elements are, short of an overflow;
+    so False means to look closer.
+    """
+    groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
+    for tensor in tensors:
+        groups[tensor.device, tensor.dtype].append(tensor)
+    return [torch.stack(torch._foreach_norm(group)).isfinite().all() for group in groups.values()]
+
+
+def seem_finite(tensors: Sequence[Tensor]) -> bool:
+    """Whether no norm of these tensors is NaN or infinite, at one look per device."""
+    flags: dict[torch.device, list[Tensor]] = defaultdict(list)
+    for flag in probe(tensors):
+        flags[flag.device].append(flag)
+    return all(bool(torch.stack(group).all()) for group in flags.values())
+
+
 def _first_bad(named: Iterable[tuple[str, Tensor]]) -> str | None:
     """Name of the first floating tensor with a NaN or infinity, at one look per device."""
     tensors = [(name, value) for name, value in named if value.is_floating_point()]
-    sums: dict[torch.device, list[Tensor]] = defaultdict(list)
-    for _, value in tensors:
-        wide = torch.float64 if value.dtype == torch.float64 else torch.float32
-        sums[value.device].append(value.sum(dtype=wide).double())
-    # Sums of finite numbers are finite, short of an overflow; so look closer only if one is not.
-    if all(bool(torch.stack(group).isfinite().all()) for group in sums.values()):
+    if seem_finite([value for _, value in tensors]):
         return None
     return next((name for name, value in tensors if not value.isfinite().all()), None)

@@ -44,7 +44,7 @@ from hmpo.evaluation import Evaluation, Evaluator, gather_columns
 from hmpo.models import LoadedPolicy, load_policy, save_policy, stop_token_ids
 from hmpo.observer import Observer as Observer
 from hmpo.observer import RunResult as RunResult
-from hmpo.optim.build import build_optimizer, clip_lists, clip_timing
+from hmpo.optim.build import build_optimizer, clip_lists
 from hmpo.policy_state import load_trained_state
 from hmpo.randomness import (
     random_state_kept,
@@ -55,6 +55,7 @@ from hmpo.rewards import Rewards, load_reward
 from hmpo.run_folder import as_stored, check_folder, sweep
 from hmpo.settings import config_hash, trainer_config
 from hmpo.steering import Steering
+from hmpo.stopwatch import Stopwatch, section, time_fields
 from hmpo.tasks import Task, make_task
 from hmpo.telemetry.records import (
     end_record,
@@ -132,6 +133,7 @@ class _Run:
         self.random: dict[str, Any] | None = None
         self.baseline: Evaluation | None = None
         self.stop_signal: int | None = None
+        self.watch = Stopwatch()
 
     def _make_trainer(self) -> Trainer:
         config, loaded = self.config, self.loaded
@@ -316,21 +318,8 @@ class _Run:
         if self.before is None:
             self._evaluate("before", final=True)
         while not self._is_over() and self.stop_signal is None:
-            timing: dict[str, float] = {}
-            began = time.perf_counter()
-            if not trainer.pending_updates:
-                self._begin_rollout()
-                timing["time/rollout_s"] = time.perf_counter() - began
-                self._report_events()
-                if self.stop_signal is not None:
-                    break
-            update_began = time.perf_counter()
-            record = trainer.next_update()
-            timing["time/train_s"] = time.perf_counter() - update_began
-            timing["time/step_s"] = time.perf_counter() - began
-            timing["tokens_per_s"] = record["n_tokens"] / timing["time/step_s"]
-            self._report_update(record, timing)
-            self._report_events()
+            if not self._step():
+                break
             done, last = trainer.step, self._is_over()
             if config.eval.every and done % config.eval.every == 0 and not last:
                 self._evaluate("during", final=False)
@@ -338,35 +327,56 @@ class _Run:
                 self._save()
         return self._end()
 
+    def _step(self) -> bool:
+        """One update, after a rollout where one is due; False if a signal came in between."""
+        trainer, timing = self.trainer, {}
+        began = time.perf_counter()
+        with self.watch:
+            if not trainer.pending_updates:
+                self._begin_rollout()
+                timing["time/rollout_s"] = time.perf_counter() - began
+                self._report_events()
+                if self.stop_signal is not None:
+                    return False
+            update_began = time.perf_counter()
+            record = trainer.next_update()
+            timing["time/train_s"] = time.perf_counter() - update_began
+            with section("telemetry"):
+                self._report_update(record)
+        timing |= time_fields(self.watch.take())
+        timing["time/step_s"] = time.perf_counter() - began
+        timing["tokens_per_s"] = record["n_tokens"] / timing["time/step_s"]
+        self.timing.write(time_record(self.run_id, trainer.step - 1, timing))
+        self.observer.on_update(record, timing)
+        self._report_events()
+        return True
+
     def _is_over(self) -> bool:
         """Whether all updates are done or the controllers ended the run."""
         return self.trainer.step >= self.config.updates or self.steering.stopped is not None
 
     def _begin_rollout(self) -> None:
         config, trainer = self.config, self.trainer
-        examples = self.steering.examples()
-        columns = gather_columns(examples)
+        with section("sampling"):
+            examples = self.steering.examples()
+            columns = gather_columns(examples)
         trainer.begin_rollout([example.prompt for example in examples], columns)
-        self.steering.note_rollout()
-        count = len(trainer.samples)
-        shown = min(config.samples, count)
-        for k in range(shown):
-            sample = trainer.samples[k * count // shown]
-            record = {"step": trainer.step, "rollout": trainer.rollouts - 1, **sample}
-            self.completions.write(mask_secrets(record))
+        with section("telemetry"):
+            self.steering.note_rollout()
+            count = len(trainer.samples)
+            shown = min(config.samples, count)
+            for k in range(shown):
+                sample = trainer.samples[k * count // shown]
+                record = {"step": trainer.step, "rollout": trainer.rollouts - 1, **sample}
+                self.completions.write(mask_secrets(record))
         self.observer.on_rollout(trainer.step, trainer.samples)
 
-    def _report_update(self, record: dict[str, Any], timing: dict[str, float]) -> None:
-        lists: dict[str, list[float]] = {}
-        if not record["update_skipped"]:
-            lists = clip_lists(self.trainer.optimizer)
-            timing |= clip_timing(self.trainer.optimizer)
+    def _report_update(self, record: dict[str, Any]) -> None:
+        lists = {} if record["update_skipped"] else clip_lists(self.trainer.optimizer)
         written = step_record(self.run_id, record | lists)
         self.telemetry.write(written)
         self.extra.write(written)
         self._decide(written)
-        self.timing.write(time_record(self.run_id, record["step"], timing))
-        self.observer.on_update(record, timing)
 
     def _decide(self, written: dict[str, Any]) -> None:
         """Let the controllers see a record as the log holds it, and log what they decide."""

@@ -7,8 +7,26 @@ waiting that its own host reads cause.
 """
 
 import time
+from collections.abc import Mapping
 from contextvars import ContextVar, Token
 from types import TracebackType
+
+PARTS = (
+    "sampling",
+    "rewards",
+    "logprobs",
+    "objective",
+    "backward",
+    "optimizer",
+    "qk_clip",
+    "telemetry",
+)
+"""Sections of a training step, in their order; each is `time/<name>_s` in timing.jsonl."""
+
+
+def time_fields(seconds: Mapping[str, float]) -> dict[str, float]:
+    """Times of the parts that ran, by telemetry name."""
+    return {f"time/{name}_s": seconds[name] for name in PARTS if name in seconds}
 
 
 class Stopwatch:

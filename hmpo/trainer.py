@@ -22,14 +22,7 @@ from hmpo.config import HMPOConfig, PowerMeanConfig
 from hmpo.errors import ConfigError, NonFiniteError
 from hmpo.exponent import exponent_source
 from hmpo.mismatch import mismatch_metrics, mismatch_weights
-from hmpo.nonfinite import (
-    Fault,
-    fault_text,
-    forward_fault,
-    gradient_fault,
-    optimizer_fault,
-    weights_fault,
-)
+from hmpo.nonfinite import Fault, Look, fault_text, look, step_fault
 from hmpo.objective import exponent_in_force, objective_metrics, power_mean_loss
 from hmpo.objective_config import ObjectiveConfig
 from hmpo.optim import MuonClip, MuonClipConfig, discard_qk_readings, with_qk_clip
@@ -37,6 +30,7 @@ from hmpo.optim.build import clip_metrics, join_clip_state, split_clip_state
 from hmpo.policy_state import load_trained_state, trained_state
 from hmpo.rewards import Rewards
 from hmpo.sampling import minibatch_rows
+from hmpo.stopwatch import section
 from hmpo.types import Batch, Event, Metrics, Rollout
 
 logger = logging.getLogger(__name__)
@@ -160,6 +154,10 @@ class PowerMeanTrainer:
 
     def begin_rollout(self, prompts: Prompts, columns: Mapping[str, Sequence[Any]]) -> None:
         """Sample responses, score them, and form advantages."""
+        with section("rewards"):  # less the sections inside: sampling and log-probs
+            self._begin_rollout(prompts, columns)
+
+    def _begin_rollout(self, prompts: Prompts, columns: Mapping[str, Sequence[Any]]) -> None:
         collected = self.collector.collect(prompts, columns, index=self.rollouts, step=self.step)
         advantages = group_advantages(
             collected.rewards,
@@ -202,54 +200,46 @@ class PowerMeanTrainer:
         assert self.batch is not None and self.pending_updates, "begin_rollout comes first"
         config = self.config
         epoch, part = divmod(self.cursor, config.minibatches)
-        rows = minibatch_rows(
-            len(self.batch.rewards),
-            config.minibatches,
-            seed=config.seed,
-            rollout=self.rollouts - 1,
-            epoch=epoch,
-        )[part].to(self.device)
-        batch = self.batch.select(rows).trimmed()
         self._set_lr()
         p = self.exponent.value(self.step)
         exponent = None if p is None else torch.tensor(p, dtype=torch.float64)
-        loss, logprobs, entropy = accumulate(
-            self.policy, batch, config, self.objective, exponent, config.mismatch
-        )
-        norm = self._clip_gradient()
-        fault = (
-            forward_fault(batch, loss, logprobs)
-            or gradient_fault(self.policy, norm)
-            or optimizer_fault(self.policy, self.optimizer)
-        )
+        with section("logprobs"):
+            batch = self._minibatch(epoch, part)
+        with section("backward"):  # less the sections inside: log-probs and objective
+            loss, logprobs, entropy = accumulate(
+                self.policy, batch, config, self.objective, exponent, config.mismatch
+            )
+        with section("optimizer"):
+            seen = self._step_optimizer(batch, loss, logprobs)
         learned: Metrics = {}
-        if fault is None:
-            self.optimizer.step()
-            self._check_step()
-            learned = self._learn_exponent(batch, logprobs)
-        record_of = self._objective_record(batch, logprobs, entropy, exponent)
-        if fault is None:
-            self._calibrate(batch, logprobs, exponent)
-        self.optimizer.zero_grad(set_to_none=True)
-        record = {
-            "step": self.step,
-            "rollout": self.rollouts - 1,
-            "epoch_in_rollout": epoch,
-            "minibatch": part,
-            "staleness": self.cursor,
-            "loss": float(loss),
-            "lr": self.optimizer.param_groups[0]["lr"],
-            "grad_norm": float(norm),
-            "grad_norm_clipped": min(float(norm), config.max_grad_norm or math.inf),
-            "update_skipped": int(fault is not None),
-            "nonfinite": int(fault is not None),
-            **record_of,
-            **learned,
-            **self.rollout_metrics,
-            **(clip_metrics(self.optimizer) if fault is None else {}),
-        }
+        with section("objective"):
+            if seen.fault is None:
+                learned = self._learn_exponent(batch, logprobs)
+        with section("telemetry"):
+            record_of = self._objective_record(batch, logprobs, entropy, exponent)
+        with section("objective"):
+            if seen.fault is None:
+                self._calibrate(batch, logprobs, exponent)
+        with section("telemetry"):
+            record = {
+                "step": self.step,
+                "rollout": self.rollouts - 1,
+                "epoch_in_rollout": epoch,
+                "minibatch": part,
+                "staleness": self.cursor,
+                "loss": seen.loss,
+                "lr": self.optimizer.param_groups[0]["lr"],
+                "grad_norm": seen.norm,
+                "grad_norm_clipped": min(seen.norm, config.max_grad_norm or math.inf),
+                "update_skipped": int(seen.fault is not None),
+                "nonfinite": int(seen.fault is not None),
+                **record_of,
+                **learned,
+                **self.rollout_metrics,
+                **(clip_metrics(self.optimizer) if seen.fault is None else {}),
+            }
         self.cursor += 1
-        self._after(fault)
+        self._after(seen.fault)
         self.step += 1
         if not self.pending_updates:
             self.batch = None
@@ -313,20 +303,39 @@ class PowerMeanTrainer:
             self.events.append(Event(name="clip_calibrated", step=self.step, data=data))
             logger.info("clip half-widths calibrated: log bounds %.3g and %.3g", low, high)
 
-    def _clip_gradient(self) -> Tensor:
-        """Global L2 norm of the gradient, before clipping it to `max_grad_norm`.
+    def _minibatch(self, epoch: int, part: int) -> Batch:
+        """Rows of the rollout in use that this update learns from, without common padding."""
+        assert self.batch is not None
+        rows = minibatch_rows(
+            len(self.batch.rewards),
+            self.config.minibatches,
+            seed=self.config.seed,
+            rollout=self.rollouts - 1,
+            epoch=epoch,
+        )[part]
+        return self.batch.select(rows.to(self.device)).trimmed()
 
-        One that is not finite is left alone: clipping would spread it to every parameter.
+    def _step_optimizer(self, batch: Batch, loss: Tensor, logprobs: Tensor) -> Look:
+        """Clip the gradient and step, unless something is not finite; no gradient is left.
+
+        The host waits for the device once before the step, to learn whether to take it, and once
+        after it.
         """
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        if self.config.max_grad_norm is not None and norm.isfinite():
-            nn.utils.clip_grads_with_norm_(parameters, self.config.max_grad_norm, norm)
-        return norm
+        seen = look(self.policy, self.optimizer, batch, loss, logprobs, norm)
+        if seen.fault is None:
+            limit = self.config.max_grad_norm
+            if limit is not None and seen.norm > 0.999 * limit:  # else the factor is exactly 1
+                nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+            self.optimizer.step()
+            self._check_step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return seen
 
     def _check_step(self) -> None:
         """Stop at once if the step spoilt weights or state: there is no way back from it here."""
-        fault = weights_fault(self.policy) or optimizer_fault(self.policy, self.optimizer)
+        fault = step_fault(self.policy, self.optimizer)
         if fault is None:
             return
         self.totals["nonfinite_total"] += 1

@@ -35,6 +35,7 @@ from hmpo.optim.build import clip_metrics, join_clip_state, split_clip_state
 from hmpo.policy_state import load_trained_state, trained_state
 from hmpo.rewards import Rewards
 from hmpo.sampling import minibatch_rows
+from hmpo.stopwatch import section
 from hmpo.types import Batch, Event, Metrics
 
 logger = logging.getLogger(__name__)
@@ -107,7 +108,8 @@ class GSPOTrainer:
     def begin_rollout(self, prompts: Prompts, columns: Mapping[str, Sequence[Any]]) -> None:
         """Sample responses, score them, and form advantages."""
         found = self.collector.collect(prompts, columns, index=self.rollouts, step=self.step)
-        advantages = self._advantages(found.rewards, found.valid)
+        with section("rewards"):
+            advantages = self._advantages(found.rewards, found.valid)
         self.batch = Batch(
             rollout=found.rollout,
             rewards=found.rewards,
@@ -143,20 +145,10 @@ class GSPOTrainer:
         )
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * config.lr_factor(self.step)
-        metrics, logprobs = self._backward(batch)
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        if config.max_grad_norm is not None and norm.isfinite():
-            nn.utils.clip_grads_with_norm_(parameters, config.max_grad_norm, norm)
-        fault = (
-            forward_fault(batch, torch.tensor(metrics["loss"]), logprobs)
-            or gradient_fault(self.policy, norm)
-            or optimizer_fault(self.policy, self.optimizer)
-        )
-        if fault is None:
-            self.optimizer.step()
-            self._check_step()
-        self.optimizer.zero_grad(set_to_none=True)
+        with section("backward"):  # less the sections inside
+            metrics, logprobs = self._backward(batch)
+        with section("optimizer"):
+            norm, fault = self._step_optimizer(batch, torch.tensor(metrics["loss"]), logprobs)
         record = {
             "step": self.step,
             "rollout": self.rollouts - 1,
@@ -207,7 +199,7 @@ class GSPOTrainer:
         total, clipped, ratios, logprobs, entropy_sum = 0.0, 0, [], [], 0.0
         for start in range(0, len(batch.rewards), size):
             rows = slice(start, start + size)
-            with autocast(rollout.response_ids.device, config):
+            with section("logprobs"), autocast(rollout.response_ids.device, config):
                 new, entropy = token_logprobs_and_entropy(
                     self.policy,
                     rollout.input_ids[rows],
@@ -216,13 +208,14 @@ class GSPOTrainer:
                     temperature=config.temperature,
                     chunk=config.logprob_chunk,
                 )
-            mask = rollout.response_mask[rows].to(new.dtype)
-            log_s = ((new - rollout.old_logprobs[rows]) * mask).sum(1) / mask.sum(1)
-            s = log_s.exp()
-            advantage = batch.advantages[rows].to(s.dtype) * batch.valid[rows]
-            bounded = s.clamp(1 - config.epsilon_low, 1 + config.epsilon_high)
-            surrogate = torch.minimum(s * advantage, bounded * advantage)
-            loss = -surrogate.sum() / counted
+            with section("objective"):
+                mask = rollout.response_mask[rows].to(new.dtype)
+                log_s = ((new - rollout.old_logprobs[rows]) * mask).sum(1) / mask.sum(1)
+                s = log_s.exp()
+                advantage = batch.advantages[rows].to(s.dtype) * batch.valid[rows]
+                bounded = s.clamp(1 - config.epsilon_low, 1 + config.epsilon_high)
+                surrogate = torch.minimum(s * advantage, bounded * advantage)
+                loss = -surrogate.sum() / counted
             loss.backward()
             total += float(loss.detach())
             clipped += int((bounded * advantage < s * advantage).sum())
@@ -242,6 +235,25 @@ class GSPOTrainer:
             "entropy": entropy_sum / max(1, int(rollout.response_mask.sum())),
         }
         return metrics, torch.cat(logprobs)
+
+    def _step_optimizer(
+        self, batch: Batch, loss: Tensor, logprobs: Tensor
+    ) -> tuple[Tensor, Fault | None]:
+        """Clip the gradient and step, unless something is not finite; returns norm and fault."""
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if self.config.max_grad_norm is not None and norm.isfinite():
+            nn.utils.clip_grads_with_norm_(parameters, self.config.max_grad_norm, norm)
+        fault = (
+            forward_fault(batch, loss, logprobs)
+            or gradient_fault(self.policy, norm)
+            or optimizer_fault(self.policy, self.optimizer)
+        )
+        if fault is None:
+            self.optimizer.step()
+            self._check_step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm, fault
 
     def _check_step(self) -> None:
         """Stop at once if the step spoilt weights or state."""

@@ -9,7 +9,7 @@ from torch import nn
 from hmpo.config import OptimizerConfig
 from hmpo.errors import ModelError
 from hmpo.optim.muon_clip import STATE_KEY, qk_clip_stats
-from hmpo.optim.param_groups import MuonWithAdamW, split_param_groups
+from hmpo.optim.param_groups import MuonWithAdamW, runs_fused, split_param_groups
 from hmpo.optim.readings import TIERS
 
 
@@ -45,7 +45,8 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
         {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
     ]
     filled = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(filled, lr=config.lr, betas=config.betas)
+    fused = runs_fused(trainable)
+    return torch.optim.AdamW(filled, lr=config.lr, betas=config.betas, fused=fused or None)
 
 
 def split_clip_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:

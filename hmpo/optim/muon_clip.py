@@ -22,6 +22,7 @@ from hmpo.optim.logit_tracker import LogitTracker
 from hmpo.optim.param_groups import MuonWithAdamW, split_param_groups
 from hmpo.optim.qk_clip import GQA_RULES, ClipStats, Masters, QKClip
 from hmpo.optim.readings import SOURCES
+from hmpo.stopwatch import section
 
 AnyOptimizer = TypeVar("AnyOptimizer", bound=Optimizer)
 logger = logging.getLogger(__name__)
@@ -86,7 +87,8 @@ class _Clipper:
         self.steps = 0
 
     def apply(self) -> None:
-        self.stats = self.clip.apply()
+        with section("qk_clip"):
+            self.stats = self.clip.apply()
         self.steps += 1
 
     def state(self) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from hmpo.optim.attention_max import AttentionCall, exact_max, logit_bound, norm
 from hmpo.optim.branch_and_bound import max_by_lse
 from hmpo.optim.lse import kernel_error, lse_bound, reduced_precision
 from hmpo.optim.weight_bound import WeightBound
+from hmpo.stopwatch import section
 
 KEEP_BYTES = 256 << 20
 """Queries and keys that one tracker keeps for `consume()` on an accelerator."""
@@ -100,10 +101,11 @@ class Reading:
     def record(self, call: AttentionCall) -> None:
         """Take one call in."""
         began = time.perf_counter()
-        if self.source == "exact" or (self.source == "auto" and _cheap(call)):
-            self._add_exact(exact_max(call))
-        elif not self._by_weights(call):
-            self._by_activations(call)
+        with section("qk_clip"):
+            if self.source == "exact" or (self.source == "auto" and _cheap(call)):
+                self._add_exact(exact_max(call))
+            elif not self._by_weights(call):
+                self._by_activations(call)
         self.seconds += time.perf_counter() - began
 
     def _by_weights(self, call: AttentionCall) -> bool:

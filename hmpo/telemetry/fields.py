@@ -343,13 +343,41 @@ _EVAL = (
 )
 
 _TIME = ("time",)
+
+
+def _part(name: str, definition: str) -> Field:
+    """Time of one part of a step; the parts never overlap."""
+    text = f"Part of time/step_s, on the host, less other parts inside it. {definition}"
+    return _float(f"time/{name}_s", "s", text, 0.0, records=_TIME)
+
+
 _TIMING = (
-    _float("time/rollout_s", "s", "Sampling and rewards.", 0.0, records=_TIME),
+    _float(
+        "time/rollout_s",
+        "s",
+        "The whole rollout where one was due: sampling, rewards, log-probs before the update.",
+        0.0,
+        records=_TIME,
+    ),
     _float("time/train_s", "s", "Forward, backward and step.", 0.0, records=_TIME),
-    _float("time/qk_clip_s", "s", "QK-clip and its readings, on the host.", 0.0, records=_TIME),
+    _part("sampling", "Prompts and sampling."),
+    _part("rewards", "Reward functions and advantages."),
+    _part("logprobs", "Forward passes: the update's own, recomputed old ones, the reference's."),
+    _part("objective", "Loss from log-probs; what learns from the update beside the policy."),
+    _part("backward", "Backward pass."),
+    _part("optimizer", "Gradient norm and clip, step, search for what is not finite."),
+    _part("qk_clip", "QK-clip and its readings."),
+    _part("telemetry", "Metrics, records, files, controllers."),
     _float("time/eval_s", "s", "Evaluation.", 0.0, records=_TIME),
     _float("time/save_s", "s", "Checkpoint.", 0.0, records=_TIME),
-    _float("time/step_s", "s", "The whole update.", 0.0, records=_TIME, trl="step_time"),
+    _float(
+        "time/step_s",
+        "s",
+        "The whole update, with its rollout where one was due, and its records.",
+        0.0,
+        records=_TIME,
+        trl="step_time",
+    ),
     _float("time/elapsed_s", "s", "Since this process started to train.", 0.0, records=_TIME),
     _float("tokens_per_s", "token/s", "Response tokens by time/step_s.", 0.0, records=_TIME),
     _float("memory/peak_bytes", "B", "Peak memory of the device or process.", 0.0, records=_TIME),

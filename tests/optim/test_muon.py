@@ -278,7 +278,7 @@ def test_muon_with_adamw_equals_the_two():
     both = MuonWithAdamW(split_param_groups(one, lr=0.01), betas=(0.9, 0.95))
     matrix, other, vector = split_param_groups(two, lr=0.01)
     muon = Muon(matrix["params"], lr=0.01)
-    adamw = torch.optim.AdamW([other, vector], lr=0.01, betas=(0.9, 0.95))
+    adamw = torch.optim.AdamW([other, vector], lr=0.01, betas=(0.9, 0.95), fused=True)
     ids, _ = batch()
     for _ in range(3):
         for model, optimizers in ((one, [both]), (two, [muon, adamw])):
