@@ -378,15 +378,17 @@ def main() -> None:
     """Run one part, or all of them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--part", choices=PARTS)
-    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--device", choices=("cuda", "cpu"))
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--model", default="smollm2")
     chosen = parser.parse_args()
     warnings.filterwarnings("ignore", message="one update per rollout")
+    if chosen.device is None and not torch.cuda.is_available():
+        print("no CUDA device here; --device cpu --tiny checks the code without one")
+        return
+    chosen.device = chosen.device or "cuda"
     if chosen.device == "cpu":
         one_thread()
-    elif not torch.cuda.is_available():
-        parser.error("no CUDA device here; --device cpu --tiny checks the code without one")
     meter = Meter(chosen.device)
     run = {"head": head, "generate": generate, "update": update}
     rows = []

@@ -103,3 +103,19 @@ def test_a_plain_module_and_muon_never_mix_devices() -> None:
         matrices = [parameter for parameter in model.parameters() if parameter.ndim == 2]
         trainer = HMPOTrainer(model, None, Muon(matrices, lr=1e-3), settings({}), rewards)
         assert trainer.update_step(PROMPTS)["update_skipped"] == 0
+
+
+def test_a_training_continues_on_the_device_from_its_state() -> None:
+    with pretended_gpu() as device:
+
+        def trainer() -> HMPOTrainer:
+            model = tiny_llama().to(device)
+            return HMPOTrainer(model, None, torch.optim.AdamW(model.parameters()), config, rewards)
+
+        config = settings({})
+        first, second = trainer(), trainer()
+        first.begin_rollout(PROMPTS, {})
+        first.next_update()
+        second.load_state_dict(first.state_dict())
+        one, other = first.next_update(), second.next_update()
+    assert one["loss"] == other["loss"] and one["grad_norm"] == other["grad_norm"]
