@@ -22,6 +22,8 @@ from hmpo.head_kernels import triton_kernels
 
 CACHED = 1 << 17
 """Logits of one thread that are worked on together: 512 KiB in float32, a part of its cache."""
+LAUNCHED = 1 << 26
+"""The same on a GPU, whose operations want many rows: 256 MiB in float32."""
 
 FLOOR = -1e4
 """Log-probs are cut here where they multiply a probability, which is exactly 0 from there on:
@@ -142,11 +144,11 @@ def _scaled(logits: Tensor, temperature: float, softcap: float | None, out: Tens
 
 
 def _block(logits: Tensor) -> tuple[int, int]:
-    """Rows and columns that are worked on together: all of them away from the CPU."""
+    """Rows and columns that are worked on together."""
     n, width = logits.shape
-    if logits.device.type != "cpu":
-        return n, width
-    return min(n, max(1, CACHED * torch.get_num_threads() // width)), width
+    on_cpu = logits.device.type == "cpu"
+    entries = CACHED * torch.get_num_threads() if on_cpu else LAUNCHED
+    return min(n, max(1, entries // width)), width
 
 
 def blocks(n: int, size: int) -> Iterator[slice]:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hmpo import head_schemes
+from hmpo import head_fold, head_schemes
 from hmpo.head import (
     BUFFER,
     GPU_ROWS,
@@ -249,3 +249,11 @@ def test_a_gpu_holds_more_by_its_memory(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: known)
     assert limits(torch.device("cpu")) == (BUFFER, STORE, 1)
     assert limits(torch.device("cuda", 0)) == (2 << 30, 4 << 30, GPU_ROWS)
+
+
+def test_passes_over_logits_take_more_rows_on_a_gpu_and_never_all_of_many() -> None:
+    assert head_fold._block(torch.empty(10_000, 32_000, device="meta")) == (
+        (1 << 26) // 32_000,
+        32_000,
+    )
+    assert head_fold._block(torch.empty(5, 32_000, device="meta")) == (5, 32_000)
