@@ -11,10 +11,11 @@ starts at P is scored from the states P - 1 .. P + T - 2.
 """
 
 import contextlib
+import functools
 import inspect
 import sys
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -23,6 +24,11 @@ from torch import Tensor, nn
 
 from hmpo.errors import ModelError, ShapeError
 from hmpo.head import head_logprobs, logits_logprobs
+from hmpo.packed_attention import can_pack, model_inputs, pick, window
+from hmpo.packing import cut, pack
+
+PASS_TOKENS = 256
+"""Tokens that cost as much time as one more pass through a model."""
 
 _PLAIN_HEAD: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
 
@@ -77,24 +83,94 @@ def token_logprobs_and_entropy(
     mask = attention_mask[:, -response_length:]
     targets = input_ids[:, -response_length:][mask]
     with evaluating(policy):
-        if not is_hugging_face(policy):
-            logits = _plain_logits(policy, input_ids, attention_mask, response_length)
-            picked, entropy = logits_logprobs(logits[mask], targets, temperature)
-        elif (split := _split_head(policy)) is not None:
-            base, head = split
-            hidden = base(**_model_inputs(input_ids, attention_mask)).last_hidden_state
-            hidden = hidden[:, -response_length - 1 : -1][mask]
-            picked, entropy = head_logprobs(
-                hidden, head.weight, head.bias, targets, temperature=temperature, chunk=chunk
-            )
+        states, head = response_states(policy, input_ids, attention_mask, response_length)
+        if head is None:
+            picked, entropy = logits_logprobs(states, targets, temperature)
         else:
-            inputs = _model_inputs(input_ids, attention_mask)
-            if "logits_to_keep" in inspect.signature(unwrap(policy).forward).parameters:
-                inputs["logits_to_keep"] = response_length + 1
-            logits = policy(**inputs).logits[:, -response_length - 1 : -1]
-            picked, entropy = logits_logprobs(logits[mask], targets, temperature)
+            picked, entropy = head_logprobs(
+                states, head.weight, head.bias, targets, temperature=temperature, chunk=chunk
+            )
     empty = picked.new_zeros(mask.shape)
     return empty.masked_scatter(mask, picked), empty.masked_scatter(mask, entropy)
+
+
+def response_states(
+    policy: nn.Module,
+    input_ids: Int[Tensor, "N S"],
+    attention_mask: Bool[Tensor, "N S"],
+    response_length: int,
+) -> tuple[Float[Tensor, "n _"], nn.Linear | None]:
+    """What predicts each response token, in order of rows.
+
+    The rows go through the model as one packed sequence (`hmpo.packing`) where the model can be
+    packed, else padded in parts of like length. To be called in evaluation mode.
+
+    Returns:
+        (hidden states (n, H), vocabulary projection), or (logits (n, V), None) where logits are
+        more than that projection.
+    """
+    if not is_hugging_face(policy):
+        run = functools.partial(_plain_logits, policy)
+        return _padded(run, input_ids, attention_mask, response_length), None
+    core, split = unwrap(policy), _split_head(policy)
+    keeps = "logits_to_keep" in inspect.signature(core.forward).parameters
+    if (split is not None or keeps) and can_pack(policy, core):
+        packed = pack(input_ids, attention_mask, response_length)
+        if packed is not None and packed.longest <= window(core):
+            if split is None:
+                inputs = model_inputs(packed) | {"logits_to_keep": packed.predictors}
+                return policy(**inputs).logits[0], None
+            hidden = split[0](**model_inputs(packed)).last_hidden_state
+            return pick(packed, hidden[0]), split[1]
+    run = functools.partial(_padded_states, policy, split, keeps)
+    hidden = _padded(run, input_ids, attention_mask, response_length)
+    return hidden, None if split is None else split[1]
+
+
+def _padded(
+    run: Callable[[Tensor, Tensor, int], Tensor],
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    response_length: int,
+) -> Tensor:
+    """Rows of `run` (M, S), (M, S), T -> (M, T, C) at response tokens, in parts of like length."""
+    mask = attention_mask[:, -response_length:]
+    sizes = attention_mask.sum(1).tolist()
+    order = sorted(range(len(sizes)), key=lambda i: (-sizes[i], i))
+    parts = cut([sizes[i] for i in order], PASS_TOKENS)
+    if len(parts) == 1:
+        return run(input_ids, attention_mask, response_length)[mask]
+    states, places, start = [], torch.zeros_like(mask, dtype=torch.long), 0
+    for part in parts:
+        rows = torch.tensor(order[part], device=mask.device)
+        ids, seen = input_ids[rows], attention_mask[rows]
+        left = int(seen[:, :-response_length].any(0).long().argmax())
+        length = max(1, int(mask[rows].any(0).sum()))
+        right = ids.shape[1] - response_length + length
+        ids, seen = ids[:, left:right], seen[:, left:right]
+        inner = mask[rows]
+        states.append(run(ids, seen, length)[inner[:, :length]])
+        numbers = start + inner.flatten().long().cumsum(0).view(inner.shape) - 1
+        places[rows] = numbers
+        start += len(states[-1])
+    return torch.cat(states).index_select(0, places[mask])
+
+
+def _padded_states(
+    policy: nn.Module,
+    split: tuple[nn.Module, nn.Linear] | None,
+    keeps: bool,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    response_length: int,
+) -> Tensor:
+    """Hidden states (M, T, H) or logits (M, T, V) that predict the response columns."""
+    inputs = _model_inputs(input_ids, attention_mask)
+    if split is not None:
+        return split[0](**inputs).last_hidden_state[:, -response_length - 1 : -1]
+    if keeps:
+        inputs["logits_to_keep"] = response_length + 1
+    return policy(**inputs).logits[:, -response_length - 1 : -1]
 
 
 def is_hugging_face(policy: nn.Module) -> bool:

@@ -1,5 +1,7 @@
 """Small models and helpers that several tests share."""
 
+import types
+
 import torch
 from torch import nn
 
@@ -56,3 +58,18 @@ def padded_prompts(vocab: int = 40, *, seed: int = 1) -> tuple[torch.Tensor, tor
     mask[0, :3] = False
     mask[2, :1] = False
     return ids.masked_fill(~mask, 0), mask
+
+
+def in_float64(model: nn.Module) -> nn.Module:
+    """The model in float64, also where transformers takes RMS norms in float32 whatever comes."""
+
+    def forward(norm, x):
+        spread = x.square().mean(-1, keepdim=True)
+        eps = getattr(norm, "variance_epsilon", None) or norm.eps
+        gain = norm.weight + 1 if type(norm).__name__.startswith("Gemma") else norm.weight
+        return gain * x * torch.rsqrt(spread + eps)
+
+    for module in model.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            module.forward = types.MethodType(forward, module)
+    return model.double()

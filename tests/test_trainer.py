@@ -11,7 +11,7 @@ from hmpo import members
 from hmpo.config import HMPOConfig, ObjectiveConfig, PowerMeanConfig
 from hmpo.errors import ConfigError, NonFiniteError, RewardError
 from hmpo.trainer import HMPOTrainer, PowerMeanTrainer
-from tests.support import tiny_causal, tiny_llama
+from tests.support import in_float64, tiny_causal, tiny_llama
 
 PROMPTS = [[5, 6, 7], [8, 9], [3, 4, 5, 6], [11]]
 
@@ -58,7 +58,7 @@ def test_micro_batches_give_the_gradient_of_the_whole_minibatch(member: str, siz
     objective = members.BY_NAME[member]()
     results = []
     for micro in (None, size):
-        model = tiny_llama().double()
+        model = in_float64(tiny_llama())
         config = settings(
             objective=objective, micro_batch_size=micro, max_grad_norm=None, total_updates=2
         )

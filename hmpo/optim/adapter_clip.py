@@ -21,6 +21,7 @@ from hmpo.optim.attention_inputs import KeptInput
 from hmpo.optim.attention_max import AttentionCall
 from hmpo.optim.attention_tap import overhear
 from hmpo.optim.sites import AttentionSite, ClipTarget, HeadRows
+from hmpo.packed_attention import PACKED
 
 LORA_RULES = ("adapter", "report")
 NOT_KEPT = (
@@ -143,15 +144,15 @@ def _split_all(
         found = _run_again(module, target, kept)
         if isinstance(found, str):
             return found
-        calls.append(split(*found, wanted.to(found[0].query.device)))
+        calls += [split(*pair, wanted.to(pair[0].query.device)) for pair in found]
     return calls
 
 
 @torch.no_grad()
 def _run_again(
     module: nn.Module, target: ClipTarget, kept: KeptInput
-) -> tuple[AttentionCall, AttentionCall] | str:
-    """One call without and with the adapter."""
+) -> list[tuple[AttentionCall, AttentionCall]] | str:
+    """Each call without and with the adapter; a packed sequence makes several."""
     with ExitStack() as stack:
         stack.enter_context(_evaluating(module))
         on = kept.autocast is not None
@@ -160,9 +161,11 @@ def _run_again(
             module(*kept.args, **kept.kwargs)
             with _silenced(module, target):
                 module(*kept.args, **kept.kwargs)
-    if len(calls) != 2:
-        return f"run again it made {len(calls) / 2:g} attention calls, expected 1"
-    return calls[1], calls[0]
+    packed = kept.kwargs.get(PACKED)
+    expected = 1 if packed is None else len(packed.blocks)
+    if len(calls) != 2 * expected:
+        return f"run again it made {len(calls) / 2:g} attention calls, expected {expected}"
+    return list(zip(calls[expected:], calls[:expected]))
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hmpo.optim.attention_tap import is_heard
 from hmpo.optim.projection_tap import Hook
 
 KEEP_INPUT_BYTES = 1 << 30
@@ -82,7 +83,7 @@ class InputHook(Hook):
 
     def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """Keep the call if its layer is armed and gradients are enabled."""
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        if torch.compiler.is_compiling() or not is_heard():
             return
         store, name = self.store, self.name
         if not store.armed[name]:
@@ -91,7 +92,7 @@ class InputHook(Hook):
             if store.first.get(name):
                 store.first[name] -= 1
                 return
-        else:
+        elif torch.is_grad_enabled():  # nothing is computed again without gradients
             store.first[name] = store.first.get(name, 0) + 1
         store.add(name, kept_input(module, args, kwargs))
 

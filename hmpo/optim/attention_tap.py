@@ -8,6 +8,9 @@ taken out again when the last listener leaves.
 
 Inside `torch.compile` the call is one opaque operator, so that the graph does not break; it hands
 the listener the same queries and keys when the graph runs. The log-sum-exp stays in the graph.
+
+A packed call (`hmpo.packed_attention`) is split first, so the listener hears its batches. What is
+repeated in them to fill a row up is met by no query that the row does not have.
 """
 
 import functools
@@ -24,13 +27,9 @@ from torch import Tensor, nn
 from hmpo.errors import ModelError
 from hmpo.optim.attention_max import AttentionCall
 from hmpo.optim.lse import call_with_lse, rows_of
+from hmpo.packed_attention import EAGER, INTERFACE, unpacking
 
 Listener = Callable[[AttentionCall], None]
-
-INTERFACE = "ALL_ATTENTION_FUNCTIONS"
-EAGER = "eager_attention_forward"
-IMPLEMENTATIONS = ("sdpa", "eager")
-"""Attention implementations that are wrapped."""
 
 _listeners: dict[int, list[Listener]] = {}
 """By id of the module, which a compiler can look up; a module that dies takes its entry along."""
@@ -38,6 +37,7 @@ _finalizers: dict[int, weakref.finalize] = {}
 _taps: dict[tuple[int, str], "_Tap"] = {}
 _overheard: dict[int, list[AttentionCall]] = {}
 """By id of a module that is run once more, the calls it makes."""
+_hearing = False
 
 
 @dataclass(eq=False)
@@ -59,7 +59,8 @@ def modeling_globals(module: nn.Module) -> dict[str, Any]:
 def listen(module: nn.Module, listener: Listener) -> Callable[[], None]:
     """Call `listener` with every attention call of `module` made while gradients are enabled.
 
-    Passes under `torch.no_grad()` (sampling, reference and behaviour log-probs) are not heard.
+    Passes under `torch.no_grad()` (sampling, reference and behaviour log-probs) are not heard,
+    but for those in a `hearing()` block.
     With gradient checkpointing the recomputed call is heard, and in the non-reentrant mode the
     first one too. The listener must not hold `module`.
 
@@ -70,6 +71,25 @@ def listen(module: nn.Module, listener: Listener) -> Callable[[], None]:
     places = [(names[INTERFACE], "sdpa"), (names, EAGER)]
     taps = [_acquire(place, name) for place, name in places if name in place]
     return _Release(attend(module, listener), taps)
+
+
+@contextmanager
+def hearing() -> Iterator[None]:
+    """Passes in this block are heard although they need no gradients.
+
+    For rows of an update whose gradient is known to be zero.
+    """
+    global _hearing
+    before, _hearing = _hearing, True
+    try:
+        yield
+    finally:
+        _hearing = before
+
+
+def is_heard() -> bool:
+    """Whether attention calls made now are part of training."""
+    return torch.is_grad_enabled() or _hearing
 
 
 def attend(module: nn.Module, listener: Listener) -> Callable[[], None]:
@@ -125,7 +145,7 @@ def _acquire(place: MutableMapping[str, Any], name: str) -> _Tap:
     tap = _taps.get(key)
     if tap is None or place[name] is not tap.wrapper:
         original = place[name]
-        tap = _taps[key] = _Tap(place, name, original, _wrap(original, name))
+        tap = _taps[key] = _Tap(place, name, original, _wrapper(original, name))
         place[name] = tap.wrapper
     tap.users += 1
     return tap
@@ -146,6 +166,10 @@ def _give_back(tap: _Tap) -> None:
     tap.place[tap.name] = tap.original
 
 
+def _wrapper(original: Callable, name: str) -> Callable:
+    return unpacking(_wrap(original, name), eager=name == EAGER)
+
+
 def _wrap(original: Callable, name: str) -> Callable:
     @functools.wraps(original)
     def attention(
@@ -157,7 +181,7 @@ def _wrap(original: Callable, name: str) -> Callable:
         *args: Any,
         **kw: Any,
     ) -> Any:
-        heard = _listeners.get(id(module)) and torch.is_grad_enabled() and query.numel() > 0
+        heard = _listeners.get(id(module)) and is_heard() and query.numel() > 0
         if not heard:
             if id(module) in _overheard:
                 scale, causal = _scale_and_causal(module, query, kw, eager=name == EAGER)

@@ -4,7 +4,8 @@ Every fused kernel keeps LSE_i = log sum_j exp(s_ij) of the visible logits for i
 and max_j s_ij <= LSE_i <= max_j s_ij + log n. It is read where autograd saved it, after the call:
 the model's own operation runs untouched, so outputs and gradients cannot change. Where hooks
 change what autograd saves (gradient checkpointing, activation offloading), reading there would
-recompute or copy; then the kernel's second output is caught as it passes the dispatcher.
+recompute or copy, and without gradients nothing is saved; then the kernel's second output is
+caught as it passes the dispatcher.
 """
 
 from collections.abc import Callable
@@ -41,7 +42,8 @@ def call_with_lse(function: Callable[[], tuple[Any, ...]]) -> tuple[tuple[Any, .
 
     None where no fused kernel ran, more than one did, or none kept it.
     """
-    if torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
+    plain = torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+    if plain and torch.is_grad_enabled():
         result = function()
         return result, _from_graph(result[0])
     with _Catch() as caught:

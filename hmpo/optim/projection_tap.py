@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from hmpo.optim.attention_max import MASKED_BELOW, AttentionCall
-from hmpo.optim.attention_tap import Listener, attend, report, tell
+from hmpo.optim.attention_tap import Listener, attend, is_heard, report, tell
 from hmpo.optim.sites.plain import projection_pair
 from hmpo.optim.sites.site import AttentionSite
 
@@ -100,7 +100,7 @@ class _Side(Hook):
         self.pair, self.side = pair, side
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        if torch.is_grad_enabled() and output.numel() > 0:
+        if is_heard() and output.numel() > 0:
             self.pair.take(self.side, output)
 
 
@@ -117,7 +117,7 @@ class _Multihead(Hook):
         self.site = site
 
     def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        if not torch.is_grad_enabled():
+        if not is_heard():
             return
         assert isinstance(module, nn.MultiheadAttention)
         names = ("query", "key", "value", "key_padding_mask", "need_weights", "attn_mask")

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from hmpo.optim.attention_tap import IMPLEMENTATIONS, INTERFACE
 from hmpo.optim.sites.rows import HeadRows, Scope
+from hmpo.packed_attention import IMPLEMENTATIONS, INTERFACE
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
