@@ -1,7 +1,7 @@
 """The gradient of a minibatch, added up over micro-batches to exactly that of the whole."""
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from hmpo.collect import autocast
@@ -10,6 +10,7 @@ from hmpo.logprobs import token_logprobs_and_entropy
 from hmpo.mismatch import join_weights, on_policy_rows
 from hmpo.objective import count_denominators, minibatch_band, power_mean_loss
 from hmpo.objective_config import MismatchConfig, ObjectiveConfig
+from hmpo.optim.attention_tap import hearing
 from hmpo.stopwatch import section
 from hmpo.types import Batch
 
@@ -23,6 +24,9 @@ def accumulate(
     mismatch: MismatchConfig | None = None,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "M T"], Float[Tensor, "M T"]]:
     """Back-propagate a minibatch in micro-batches.
+
+    Rows whose gradient is known to be zero (`idle_rows`) go forward only: their log-probs,
+    the loss, all denominators and what a logit tracker reads are as if they did not.
 
     Where the clip depends on the whole minibatch (`objective.needs_band`), a forward pass
     without gradient comes first, unless there is only one micro-batch.
@@ -39,34 +43,35 @@ def accumulate(
     Returns:
         (loss (), log-probs (M, T), entropy (M, T)), all detached.
     """
-    rows = len(batch.rewards)
-    size = config.micro_batch_size or rows
-    parts = [slice(start, start + size) for start in range(0, rows, size)]
     old, advantages = batch.rollout.old_logprobs, batch.advantages
     mask = batch.rollout.response_mask & batch.valid[:, None]
+    idle = idle_rows(batch, objective)
+    parts = micro_batches(batch, config.micro_batch_size)
     denominators, band = count_denominators(mask), None
     if objective.needs_band and len(parts) == 1:
         denominators = None  # nothing is left out, so the objective measures its own band
     elif objective.needs_band:
         with torch.no_grad():
-            whole = torch.cat([_forward(policy, batch, part, config)[0] for part in parts])
+            whole = torch.cat([_forward(policy, batch.select(part), config)[0] for part in parts])
+        whole = whole[torch.cat(parts).argsort()]
         band = minibatch_band(whole, old, mask, advantages, objective, exponent=exponent)
     losses, logprobs, entropies = [], [], []
     for part in parts:
-        new, entropy = _forward(policy, batch, part, config)
-        weights = None if batch.weights is None else batch.weights[part]
-        if mismatch is not None:
-            drawn = batch.rollout.sampling_logprobs[part]
-            kept = on_policy_rows(new.detach(), drawn, mask[part], advantages[part], mismatch)
-            weights = join_weights(weights, kept)
+        rows = batch.select(part)
+        new, entropy = _training_forward(policy, rows, config, idle[part])
         with section("objective"):
+            weights = rows.weights
+            if mismatch is not None:
+                drawn = rows.rollout.sampling_logprobs
+                inner = new.detach(), drawn, mask[part], rows.advantages
+                weights = join_weights(weights, on_policy_rows(*inner, mismatch))
             loss = power_mean_loss(
                 new,
                 old[part],
                 mask[part],
                 advantages[part],
                 objective,
-                ref_logprobs=None if batch.ref_logprobs is None else batch.ref_logprobs[part],
+                ref_logprobs=rows.ref_logprobs,
                 exponent=exponent,
                 weights=weights,
                 denominators=denominators,
@@ -77,19 +82,74 @@ def accumulate(
         losses.append(loss.detach())
         logprobs.append(new.detach())
         entropies.append(entropy.detach())
-    return torch.stack(losses).sum(), torch.cat(logprobs), torch.cat(entropies)
+    order = torch.cat(parts).argsort()
+    return torch.stack(losses).sum(), torch.cat(logprobs)[order], torch.cat(entropies)[order]
 
 
-def _forward(
-    policy: nn.Module, batch: Batch, part: slice, config: TrainerConfig
+def idle_rows(batch: Batch, objective: ObjectiveConfig) -> Bool[Tensor, " M"]:
+    """Rows of a minibatch whose gradient is zero whatever the policy says of them.
+
+    The surrogate of a response is multiplied by its advantage and weight, and what a clip band or
+    a denominator takes from other rows is constant. So without a KL term a row with advantage or
+    weight 0, or without a token that counts, adds nothing to any gradient. If all rows are such,
+    one is not called idle, so that every parameter gets its gradient of zeros, and an optimizer
+    with momentum moves as it would.
+    """
+    mask = batch.rollout.response_mask & batch.valid[:, None]
+    idle = (batch.advantages == 0) | ~mask.any(1)
+    weights = batch.weights
+    if weights is not None:
+        weights = weights[:, None] if weights.ndim == 1 else weights
+        idle |= ((weights == 0) | ~mask).all(1)
+    if objective.kl_coef > 0:
+        return torch.zeros_like(idle)
+    if bool(idle.all()):
+        lengths = batch.rollout.lengths
+        idle[torch.where(lengths > 0, lengths, lengths.max() + 1).argmin()] = False
+    return idle
+
+
+def micro_batches(batch: Batch, size: int | None) -> list[Int[Tensor, " m"]]:
+    """Row numbers of each micro-batch: rows of one prompt together, the longest first.
+
+    Any split gives the same gradient; this one leaves the least to pad and prompts to share.
+    """
+    rollout = batch.rollout
+    rows, device = len(batch.rewards), batch.rewards.device
+    if size is None or size >= rows:
+        return [torch.arange(rows, device=device)]
+    prompts = rollout.prompt_ids.masked_fill(~rollout.prompt_mask, -1)
+    number = prompts.unique(dim=0, return_inverse=True)[1]
+    longest = torch.zeros_like(number).scatter_reduce_(0, number, rollout.lengths, "amax")
+    keys = zip((-longest[number]).tolist(), number.tolist(), (-rollout.lengths).tolist())
+    order = [i for _, i in sorted((key, i) for i, key in enumerate(keys))]
+    return list(torch.tensor(order, device=device).split(size))
+
+
+def _training_forward(
+    policy: nn.Module, batch: Batch, config: TrainerConfig, idle: Tensor
 ) -> tuple[Tensor, Tensor]:
+    """Log-probs and entropy (M, T); idle rows without gradient, but heard by a logit tracker."""
+    if not bool(idle.any()):
+        return _forward(policy, batch, config)
+    rows, parts = [(~idle).nonzero()[:, 0], idle.nonzero()[:, 0]], []
+    if len(rows[0]):
+        parts.append(_forward(policy, batch.select(rows[0]), config))
+    with torch.no_grad(), hearing():
+        parts.append(_forward(policy, batch.select(rows[1]), config))
+    order = torch.cat(rows).argsort()
+    logprobs, entropy = (torch.cat(side)[order] for side in zip(*parts))
+    return logprobs, entropy
+
+
+def _forward(policy: nn.Module, batch: Batch, config: TrainerConfig) -> tuple[Tensor, Tensor]:
     """Log-probs and entropy (M, T) of some rows under the policy."""
     rollout = batch.rollout
     with section("logprobs"), autocast(rollout.response_ids.device, config):
         return token_logprobs_and_entropy(
             policy,
-            rollout.input_ids[part],
-            rollout.attention_mask[part],
+            rollout.input_ids,
+            rollout.attention_mask,
             rollout.response_ids.shape[1],
             temperature=config.temperature,
             chunk=config.logprob_chunk,

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from hmpo.errors import ModelError, ShapeError
 from hmpo.head import head_logprobs, logits_logprobs
-from hmpo.packed_attention import can_pack, model_inputs, pick, window
+from hmpo.packed_attention import can_pack, model_inputs, note, pick, window
 from hmpo.packing import cut, pack
 
 PASS_TOKENS = 256
@@ -117,11 +117,13 @@ def response_states(
     if (split is not None or keeps) and can_pack(policy, core):
         packed = pack(input_ids, attention_mask, response_length)
         if packed is not None and packed.longest <= window(core):
+            note(policy, True)
             if split is None:
                 inputs = model_inputs(packed) | {"logits_to_keep": packed.predictors}
                 return policy(**inputs).logits[0], None
             hidden = split[0](**model_inputs(packed)).last_hidden_state
             return pick(packed, hidden[0]), split[1]
+    note(policy, False)
     run = functools.partial(_padded_states, policy, split, keeps)
     hidden = _padded(run, input_ids, attention_mask, response_length)
     return hidden, None if split is None else split[1]

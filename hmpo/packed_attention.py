@@ -40,6 +40,8 @@ _unpacking: weakref.WeakSet[Callable[..., Any]] = weakref.WeakSet()
 """Attention functions that know the keyword."""
 _answers: weakref.WeakKeyDictionary[nn.Module, dict[str, str]] = weakref.WeakKeyDictionary()
 """By policy and attention implementation: why it cannot be packed, "" where it can."""
+_last: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
+"""By policy: was the last pass packed?"""
 
 
 def model_inputs(packed: Packed) -> dict[str, Any]:
@@ -133,9 +135,14 @@ def window(core: nn.Module) -> float:
     return min((float(limit) for limit in limits if limit), default=torch.inf)
 
 
-def packs(policy: nn.Module) -> bool:
-    """Whether rows of this policy have been packed so far."""
-    return "" in _answers.get(policy, {}).values()
+def was_packed(policy: nn.Module) -> bool:
+    """Whether the rows of this policy's last pass were packed."""
+    return _last.get(policy, False)
+
+
+def note(policy: nn.Module, packed: bool) -> None:
+    """Keep whether a pass was packed, for `was_packed`."""
+    _last[policy] = packed
 
 
 def _obstacle(core: nn.Module, name: str) -> str:
@@ -224,7 +231,7 @@ def attend(
         mask: Tensor | None = block.mask
         if additive:
             mask = _added(packed, i, query.dtype)
-        elif causal and not block.prefix and width > 1:
+        elif causal and len(mask) == 1 and not block.prefix and width > 1:
             mask = None
         outputs.append(function(q, k, v, mask, **options)[0].flatten(0, 1).flatten(1))
     heads, wide = query.shape[1], value.shape[3]

@@ -11,10 +11,10 @@ block, rows of like length together:
     prompt block     queries and keys (R, Q), causal
     response block   queries (R, Q), keys (R, K + Q): the row's prompt, then the row itself
 
-A slot beyond the end of a row repeats the row's last token. It sees what that token sees and is
-seen by no earlier one, so it changes no output that is used, gets a gradient of exactly zero,
-and adds no query-key pair that a reader of the logits does not meet anyway. Slots beyond the end
-of a prompt are masked. The gradients of a shared prompt are summed over its rows.
+A slot beyond the end of a row repeats the row's last token, sees what that token sees, and is
+seen by none. So it changes no output that is used, gets a gradient of exactly zero, and shows a
+reader of the logits nothing that the row does not hold. The gradients of a shared prompt are
+summed over its rows.
 """
 
 from dataclasses import dataclass, field
@@ -200,15 +200,17 @@ def _block(start: int, lengths: Tensor, prompts: tuple[Tensor, Tensor, Tensor] |
     starts = start + lengths.cumsum(0) - lengths
     own = starts[:, None] + torch.minimum(steps, lengths[:, None] - 1)
     mask = (steps <= steps[:, None])[None, None]
+    if int(lengths.min()) < width:  # slots beyond the end see what the last token sees
+        mask = mask & (steps < lengths[:, None])[:, None, None]
     keys, which = own, None
     if prompts is not None:
         which, first, tokens = prompts
         before = torch.arange(int(tokens.max()), device=lengths.device)
         keys = torch.cat([first[:, None] + torch.minimum(before, tokens[:, None] - 1), own], 1)
         seen = before < tokens[:, None]
-        seen = seen[:1] if bool(seen.all()) else seen
-        seen = seen[:, None, None].expand(-1, 1, width, -1)
-        mask = torch.cat([seen, mask.expand(len(seen), -1, -1, -1)], 3)
+        rows = 1 if len(mask) == 1 and bool(seen.all()) else len(seen)
+        seen = seen[:rows, None, None].expand(-1, 1, width, -1)
+        mask = torch.cat([seen, mask.expand(rows, -1, -1, -1)], 3)
     return Block(
         start=start,
         stop=start + int(lengths.sum()),

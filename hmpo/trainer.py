@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hmpo.accumulate import accumulate
+from hmpo.accumulate import accumulate, idle_rows
 from hmpo.advantages import group_advantages, zero_variance_groups
 from hmpo.calibration import ClipCalibration, scaled_bounds
 from hmpo.collect import Collector, Prompts
@@ -27,6 +27,7 @@ from hmpo.objective import exponent_in_force, objective_metrics, power_mean_loss
 from hmpo.objective_config import ObjectiveConfig
 from hmpo.optim import MuonClip, MuonClipConfig, discard_qk_readings, with_qk_clip
 from hmpo.optim.build import clip_metrics, join_clip_state, split_clip_state
+from hmpo.packed_attention import was_packed
 from hmpo.policy_state import load_trained_state, trained_state
 from hmpo.rewards import Rewards
 from hmpo.sampling import minibatch_rows
@@ -381,6 +382,8 @@ class PowerMeanTrainer:
         )
         record = {name: float(value) for name, value in metrics.items()}
         tokens = max(1, int(mask.sum()))
+        record["update/packed"] = float(was_packed(self.policy))
+        record["update/idle_frac"] = float(idle_rows(batch, self.objective).double().mean())
         record["entropy"] = float((entropy * mask).sum(dtype=torch.float64) / tokens)
         return record
 

@@ -98,7 +98,8 @@ def with_kl(objective: ObjectiveConfig) -> ObjectiveConfig:
 def muonclip(model: torch.nn.Module, dtype: torch.dtype) -> MuonClip:
     """Muon in the policy's own precision, the same on every machine, and a clip that acts."""
     groups = split_param_groups(model, lr=3 * LR, weight_decay=0.1)
-    optimizer = MuonClip(MuonWithAdamW(groups, ns_dtype=dtype), MuonClipConfig(max_qk_score=12.0))
+    settings = MuonClipConfig(max_qk_score=12.0, source="exact")  # bounds depend on the calls
+    optimizer = MuonClip(MuonWithAdamW(groups, ns_dtype=dtype), settings)
     optimizer.attach(model)
     return optimizer
 

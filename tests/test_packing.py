@@ -11,7 +11,7 @@ from hmpo import logprobs
 from hmpo.logprobs import token_logprobs, token_logprobs_and_entropy
 from hmpo.optim import LogitTracker
 from hmpo.optim.attention_tap import hearing
-from hmpo.packed_attention import can_pack, packs
+from hmpo.packed_attention import can_pack, was_packed
 from hmpo.packing import cut, pack
 from tests.optim.families import FAMILIES, family
 from tests.support import in_float64, tiny_causal, tiny_llama
@@ -50,7 +50,7 @@ def both(model, ids, mask, width, monkeypatch):
         loss = (new * mix.to(new.dtype)).sum() + (entropy * mix.flip(0).to(new.dtype)).sum()
         wanted = [p for p in model.parameters() if p.requires_grad]
         found.append((new.detach(), entropy.detach(), torch.autograd.grad(loss, wanted)))
-    assert packs(model)
+        assert was_packed(model) is packed
     return found
 
 
@@ -163,7 +163,7 @@ def test_the_tracker_reads_packed_calls_as_padded_ones(kind, source, monkeypatch
                 patch.setattr(logprobs, "can_pack", lambda *_: False)
             token_logprobs(model, ids, mask, width).sum().backward()
             readings.append(read.consume())
-    assert packs(model)
+            assert was_packed(model) is packed
     mine, theirs = readings
     assert mine and mine.keys() == theirs.keys()
     for name, reading in mine.items():
@@ -210,7 +210,7 @@ def test_gradient_checkpointing_finds_the_layout_again() -> None:
     model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
     again = torch.autograd.grad(token_logprobs(model, *rows).sum(), list(model.parameters()))
-    assert packs(model) and all(torch.equal(a, b) for a, b in zip(plain, again))
+    assert was_packed(model) and all(torch.equal(a, b) for a, b in zip(plain, again))
 
 
 def test_lora_is_packed(monkeypatch) -> None:
@@ -262,7 +262,7 @@ def test_a_model_that_attends_otherwise_is_padded_and_told(caplog) -> None:
 
         attention.forward = forward
     token_logprobs(own, *rows)
-    assert not packs(own)
+    assert not was_packed(own)
     (line,) = [r.getMessage() for r in caplog.records if "packed" in r.getMessage()]
     assert line == (
         "rows of LlamaForCausalLM are not packed: 0 of 2 layers attend through the shared interface"
@@ -271,7 +271,7 @@ def test_a_model_that_attends_otherwise_is_padded_and_told(caplog) -> None:
     core = wrong.model.forward
     wrong.model.forward = lambda **kw: core(**kw | {"position_ids": None})
     token_logprobs(wrong, *rows)
-    assert not packs(wrong) and "differ by" in caplog.text
+    assert not was_packed(wrong) and "differ by" in caplog.text
 
 
 def test_the_question_is_asked_once_and_draws_nothing() -> None:

@@ -9,8 +9,7 @@ taken out again when the last listener leaves.
 Inside `torch.compile` the call is one opaque operator, so that the graph does not break; it hands
 the listener the same queries and keys when the graph runs. The log-sum-exp stays in the graph.
 
-A packed call (`hmpo.packed_attention`) is split first, so the listener hears its batches. What is
-repeated in them to fill a row up is met by no query that the row does not have.
+A packed call (`hmpo.packed_attention`) is split first, so the listener hears its batches.
 """
 
 import functools

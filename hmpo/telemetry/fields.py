@@ -180,6 +180,8 @@ _OPTIMIZER = (
     _float("lr", "1", "Learning rate of parameter group 0.", 0.0, trl="learning_rate"),
     _float("grad_norm", "1", "Global L2 norm before clipping.", 0.0, trl="grad_norm"),
     _float("grad_norm_clipped", "1", "Global L2 norm after clipping.", 0.0),
+    _frac("update/packed", "1 where rows went through the policy as one packed sequence."),
+    _frac("update/idle_frac", "Rows of zero gradient that went through without one, of all rows."),
     Field(name="update_skipped", kind="bool", unit="", definition="No optimizer step was taken."),
     _count("nonfinite", "Non-finite loss and gradient tensors of this update."),
     _count("nonfinite_total", "Sum of `nonfinite` since the start."),
