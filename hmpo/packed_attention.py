@@ -228,10 +228,8 @@ def attend(
             x[i].view(rows, -1, *full.shape[1::2]).transpose(1, 2)
             for x, full in ((queries, query), (keys, key), (values, value))
         )
-        mask: Tensor | None = block.mask
-        if additive:
-            mask = _added(packed, i, query.dtype)
-        elif causal and len(mask) == 1 and not block.prefix and width > 1:
+        mask: Tensor | None = _added(packed, i, query.dtype) if additive else block.mask
+        if causal and len(block.mask) == 1 and not block.prefix and width > 1:
             mask = None
         outputs.append(function(q, k, v, mask, **options)[0].flatten(0, 1).flatten(1))
     heads, wide = query.shape[1], value.shape[3]

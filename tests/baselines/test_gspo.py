@@ -8,14 +8,14 @@ from hmpo.baselines.gspo import GSPOTrainer
 from hmpo.config import GSPOConfig, PowerMeanConfig
 from hmpo.errors import NonFiniteError
 from hmpo.trainer import PowerMeanTrainer
-from tests.support import tiny_llama
+from tests.support import in_float64, tiny_llama
 from tests.test_trainer import PROMPTS, low_tokens, weights
 
 SHARED = {"group_size": 4, "max_length": 6, "eos_token": (2, 7), "minibatches": 4, "epochs": 2}
 
 
 def pair(lr: float = 0.02, **changes):
-    models = tiny_llama().double(), tiny_llama().double()
+    models = in_float64(tiny_llama()), in_float64(tiny_llama())
     baseline = GSPOTrainer(
         models[0],
         None,
