@@ -24,9 +24,11 @@ check: docs # the whole gate in the present environment
 peers: $(PEER) # the second environment, .venv-peers: verl and OpenRLHF
 peers-test: $(PEER) # what is compared with them and runs inside them
 	OMP_NUM_THREADS=1 $(PEERS)/bin/python -m pytest -q -n $(JOBS) $(PEER_TESTS)
-bench: $(PEER) # timings in the present environment, and beside verl in .venv-peers
-	for f in benchmarks/bench_*.py; do python $$f || exit 1; done
+bench: $(PEER) # every timing but the GPU's, then tables and plots; verl from .venv-peers
+	for f in $(filter-out %_gpu.py,$(sort $(wildcard benchmarks/bench_*.py))) benchmarks/rollout_parts.py; do python $$f || exit 1; done
+	python benchmarks/bench_trl.py --options
 	$(PEERS)/bin/python benchmarks/objective.py
+	python scripts/make_performance_plots.py && python scripts/make_tables.py
 docs: # the site, in site/
 	zensical build --clean --strict
 clean:

@@ -56,7 +56,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "bf16 autocast": {"bf16": True},
     "micro-batches of 8": {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 4},
     "static cache": {"cache_implementation": "static"},
-    "no removal of columns": {"remove_unused_columns": False},
 }
 
 

@@ -55,11 +55,11 @@ def run_demo(
     *, seed: int = 0, updates: int | None = None, out: Path = Path("runs"), quiet: bool = False
 ) -> int:
     """Train, show, report; returns the exit code."""
-    from hmpo.lab.report import write_report  # plots cost a second to import
-
     config = demo_config(seed=seed, updates=updates, out=out, name=free_name(out))
     with Screen(quiet=quiet) as screen:
         result = train(config, observer=screen)
+    from hmpo.lab.report import write_report  # plots are slow to import, and not needed before
+
     console = screen.console
     console.print(outcome_table(result))
     if result.after is None:

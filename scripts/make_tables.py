@@ -4,7 +4,6 @@ python scripts/make_tables.py           rewrite README.md and docs/*.md
 python scripts/make_tables.py --check   exit 1 if a table is not what the results say
 """
 
-import json
 import math
 import re
 import sys
@@ -12,32 +11,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import performance_tables
+from results import load, source
+
 from hmpo.stats import wilson_interval
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
 TABLE = re.compile(r"(<!-- table: ([a-z0-9_-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
-
-
-def load(name: str) -> dict[str, Any]:
-    """One result file."""
-    return json.loads((RESULTS / f"{name}.json").read_text())
 
 
 def rate(evaluation: dict[str, Any], kind: str) -> str:
     """A success rate with its interval."""
     value, low, high = (evaluation[f"eval/{kind}{end}"] for end in ("", "_low", "_high"))
     return f"{value:.3f} ({low:.3f} to {high:.3f})"
-
-
-def source(*results: dict[str, Any]) -> str:
-    """Where the figures come from."""
-    commands = ", ".join(f"`{result['command']}`" for result in results)
-    machine = results[0]["environment"]
-    return (
-        f"From {commands}; commit {results[0]['commit']}, torch "
-        f"{machine['packages']['torch']}, {machine['cores']} cores ({machine['processor']})."
-    )
 
 
 def demo() -> str:
@@ -346,6 +332,11 @@ MAKERS: dict[str, Callable[[], str]] = {
     "explosion": explosion,
     "attention_stress": attention_stress,
     "agm_demos": agm_demos,
+    "targets": performance_tables.targets,
+    "whole_updates": performance_tables.whole_updates,
+    "trl_options": performance_tables.trl_options,
+    "growth": performance_tables.growth,
+    "start": performance_tables.start,
 }
 
 

@@ -1,0 +1,111 @@
+"""Tables of docs/performance.md: the targets, and what the benchmarks measured."""
+
+from goals import WORK, goals
+from results import load, source
+
+
+def targets() -> str:
+    """Every target of the page, and what was measured."""
+    lines = ["| work | target | measured | |", "|---|---|---|---|"]
+    for goal in goals():
+        unit = f" {goal.unit}" if goal.unit else ""
+        places = 0 if goal.unit == "MiB" else 2
+        value = "-" if goal.measured is None else f"{goal.measured:.{places}f}"
+        verdict = "reached" if goal.reached else "**not reached**"
+        if goal.measured is None:
+            verdict = "not measured"
+        lines.append(f"| {goal.work} | <= {goal.target:.{places}f}{unit} | {value} | {verdict} |")
+    return "\n".join(lines)
+
+
+def whole_updates() -> str:
+    """Our trainer's update beside TRL's."""
+    result = load("trl")
+    lines = [
+        "| update | TRL, CPU s | ours | without QK-clip | ours / TRL, a token | target "
+        "| limit, CPU s | share reached |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        seconds = row["cpu_s"]
+        bare = seconds.get("ours, no clip")
+        cells = [
+            WORK[row["case"]],
+            f"{seconds['trl']:.2f}",
+            f"{seconds['ours']:.2f}",
+            "" if bare is None else f"{bare:.2f}",
+            f"**{row['ratio']:.2f}**",
+            f"{row['target']:.2f}",
+            f"{row['floor_s']:.2f}",
+            f"{100 * row['share']:.0f} %",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    (row,) = (row for row in result["rows"] if "peak_mib" in row)
+    first, later = row["peak_mib"]["first"], row["peak_mib"]["later"]
+    note = (
+        f"Peak memory with the large vocabulary, above what was there before the update: TRL "
+        f"{later['trl']:.0f} MiB, ours {later['ours']:.0f} MiB ({row['peak_ratio']['later']:.2f}, "
+        f"target {row['peak_target']:.2f}); in the first update, which also makes the optimizer's "
+        f"moments, {first['trl']:.0f} and {first['ours']:.0f} MiB "
+        f"({row['peak_ratio']['first']:.2f}). "
+    )
+    return "\n".join([*lines, "", note + source(result)])
+
+
+def trl_options() -> str:
+    """TRL's update under its own options."""
+    result = load("trl_options")
+    lines = ["| TRL's option | CPU s |", "|---|---|"]
+    lines += [f"| {row['option']} | {row['cpu_s']:.2f} |" for row in result["rows"]]
+    return "\n".join([*lines, "", source(result)])
+
+
+def growth() -> str:
+    """Time and memory along three axes."""
+    result = load("growth")
+    lines = [
+        "| axis | size | CPU s | ns / 10^6 operations | off the line | peak, MiB | off the line |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in (row for row in result["rows"] if row["part"] == "update"):
+        middle = (
+            row["size"]
+            == sorted(
+                r["size"]
+                for r in result["rows"]
+                if r["axis"] == row["axis"] and r["part"] == "update"
+            )[1]
+        )
+        off = [
+            f"{100 * row[f'{kind}_off_line']:+.0f} %" if middle else ""
+            for kind in ("time", "memory")
+        ]
+        cells = [
+            row["axis"],
+            f"{row['size']:,}",
+            f"{row['cpu_s']:.3f}",
+            f"{row['ns_per_mflop']:.0f}",
+        ]
+        lines.append("| " + " | ".join([*cells, off[0], f"{row['peak_mib']:.0f}", off[1]]) + " |")
+    lines += [
+        "",
+        "| log-probs alone | size | peak, MiB | by the formula | off |",
+        "|---|---|---|---|---|",
+    ]
+    for row in (row for row in result["rows"] if row["part"] == "head"):
+        cells = [row["axis"], f"{row['size']:,}", f"{row['peak_mib']:.0f}"]
+        cells += [f"{row['predicted_mib']:.0f}", f"{100 * row['off_prediction']:+.0f} %"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", source(result)])
+
+
+def start() -> str:
+    """How long things take to start."""
+    result = load("start")
+    lines = ["| | CPU s | wall s |", "|---|---|---|"]
+    for row in result["rows"]:
+        name = {"first update": "`hmpo demo` to its first update"}.get(
+            row["what"], f"`{row['what']}`"
+        )
+        lines.append(f"| {name} | {row['cpu_s']:.2f} | {row['wall_s']:.2f} |")
+    return "\n".join([*lines, "", source(result)])

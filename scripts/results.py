@@ -1,0 +1,27 @@
+"""What the result files of benchmarks/ hold, and the line that says where a table comes from."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
+
+
+def load(name: str) -> dict[str, Any]:
+    """One result file."""
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def rows_of(name: str) -> list[dict[str, Any]]:
+    """Rows of one result file; none where there is no such file yet."""
+    return load(name)["rows"] if (RESULTS / f"{name}.json").exists() else []
+
+
+def source(*results: dict[str, Any]) -> str:
+    """Where the figures come from."""
+    commands = ", ".join(f"`{result['command']}`" for result in results)
+    machine = results[0]["environment"]
+    return (
+        f"From {commands}; commit {results[0]['commit']}, torch "
+        f"{machine['packages']['torch']}, {machine['cores']} cores ({machine['processor']})."
+    )
