@@ -3,6 +3,8 @@ import gc
 import subprocess
 import sys
 import tracemalloc
+import warnings
+from collections import Counter
 
 import pytest
 import torch
@@ -126,6 +128,36 @@ def test_resume_at_any_update_is_bit_identical() -> None:
                 second.begin_rollout(PROMPTS, {})
             second.next_update()
         assert torch.equal(weights(second.policy), weights(straight.policy)), stop
+
+
+@pytest.mark.parametrize("muon", [False, True])
+def test_no_tensor_outlives_its_rollout(muon: bool) -> None:
+    """After 30 updates there are as many tensors of each kind as after 10."""
+    from hmpo.optim import MuonClip, MuonClipConfig
+
+    model = tiny_llama()
+    config = settings(minibatches=2, max_qk_score=0.5)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    if muon:
+        optimizer = MuonClip.for_model(model, config=MuonClipConfig(max_qk_score=0.5))
+    trainer = PowerMeanTrainer(model, tiny_llama(seed=1), optimizer, config, low_tokens)
+    counts = {0: alive()}
+    for done in range(1, 16):
+        trainer.update_step(PROMPTS)
+        if done in (5, 15):
+            counts[2 * done] = alive()
+    assert counts[10].total() > counts[0].total(), "the optimizer's state is seen"
+    assert counts[30] == counts[10]
+    kept = [torch.zeros(3)]
+    assert alive() - counts[30] == {"Tensor": 1} and kept, "one tensor more would be seen"
+
+
+def alive() -> Counter[str]:
+    """Tensors that are alive, by type."""
+    gc.collect()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of lazily deprecated objects among all the others
+        return Counter(type(x).__name__ for x in gc.get_objects() if isinstance(x, torch.Tensor))
 
 
 def poisoned(model, site: str):
