@@ -174,8 +174,12 @@ def doctor(model: Positional[str | None] = None, /, *, split: bool = False) -> i
 
 def _write_report(runs: list[Path], out: Path | None = None) -> None:
     from hmpo.lab.report import write_report
+    from hmpo.lab.summary import time_line
 
     print(f"report: {write_report(runs, out)}")
+    for run in runs:
+        if line := time_line(run):
+            print(line)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -30,6 +30,8 @@ class Panel:
     """Leave the panel out while its values are all the same."""
     threshold: tuple[str, ...] = ()
     """Setting of the configuration that is drawn as a line."""
+    stacked: bool = False
+    """Lines are parts of a whole, drawn on top of each other; a part that is missing is 0."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,18 @@ class Plot:
     caption: str
     panels: tuple[Panel, ...]
 
+
+STEP_PARTS = (
+    Line("time/sampling_s", "sampling", "times"),
+    Line("time/rewards_s", "rewards", "times"),
+    Line("time/logprobs_s", "log-probs", "times"),
+    Line("time/objective_s", "objective", "times"),
+    Line("time/backward_s", "backward", "times"),
+    Line("time/optimizer_s", "optimizer", "times"),
+    Line("time/qk_clip_s", "QK-clip", "times"),
+    Line("time/telemetry_s", "telemetry", "times"),
+)
+"""Parts of time/step_s, which never overlap."""
 
 PLOTS: tuple[Plot, ...] = (
     Plot(
@@ -166,5 +180,11 @@ PLOTS: tuple[Plot, ...] = (
         "Speed",
         "Response tokens by the time of the whole update; from timing.jsonl.",
         (Panel("tokens/s", (Line("tokens_per_s", "tokens/s", "times"),), share=True),),
+    ),
+    Plot(
+        "breakdown",
+        "Where the time of an update goes",
+        "Wall time of each part on the host, averaged over whole rollouts; from timing.jsonl.",
+        (Panel("seconds an update", STEP_PARTS, share=True, stacked=True),),
     ),
 )

@@ -23,6 +23,8 @@ from hmpo.stats import wilson_interval
 
 INK, SOFT, GRID = "#1f2328", "#59636e", "#d9dde2"
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#aa4499", "#8a6d00", "#3b3b3b")
+LAYERS = ("#1f77b4", "#c9a227", "#17806d", "#7a5195", "#ef5675", "#4d9de0", "#9c6644", "#7f8a94")
+"""Fills of parts on top of each other: neighbours differ in lightness too."""
 DARK = {
     INK: "#e6e9ed",
     SOFT: "#9aa4b0",
@@ -187,7 +189,9 @@ def _name(axes: Axes, label: str) -> None:
 
 
 def _draw(axes: Axes, panel: Panel, run: RunData) -> None:
-    for i, line in enumerate(panel.lines):
+    if panel.stacked:
+        _draw_stack(axes, panel, run)
+    for i, line in enumerate(() if panel.stacked else panel.lines):
         _draw_line(axes, line, run, COLOURS[i], offset=float(i - 1) if line.interval else 0.0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     threshold = run.setting(*panel.threshold) if panel.threshold else None
@@ -211,6 +215,31 @@ def _legend(row: Sequence[Axes]) -> None:
     if len(row) == 1:
         where = {"loc": "lower left", "bbox_to_anchor": (-0.01, 0.98), "ncols": 3}
     row[-1].legend(list(named.values()), list(named), columnspacing=1.2, **where)
+
+
+def _draw_stack(axes: Axes, panel: Panel, run: RunData) -> None:
+    """Parts on top of each other, as means over whole rollouts (only a first update samples)."""
+    found = [dict(zip(*run.series(line.metric, line.source))) for line in panel.lines]
+    steps = sorted({step for part in found for step in part})
+    window = _rollout(len(steps), run) * max(1, round(len(steps) / 60))
+    ends = range(window, len(steps) + 1, window)
+    layers = [
+        (
+            line.label,
+            colour,
+            [sum(part.get(s, 0.0) for s in steps[e - window : e]) / window for e in ends],
+        )
+        for line, colour, part in zip(panel.lines, LAYERS, found)
+        if part
+    ]
+    places = [steps[end - 1] for end in ends]
+    axes.stackplot(
+        places,
+        [values for _, _, values in layers],
+        labels=[label for label, _, _ in layers],
+        colors=[colour for _, colour, _ in layers],
+        linewidth=0,
+    )
 
 
 def _draw_line(
@@ -271,9 +300,15 @@ def smoothing(count: int, run: RunData) -> int:
     """
     if count <= _SMOOTH_ABOVE:
         return 1
-    parts = [run.setting("trainer", name, default=1) for name in ("minibatches", "epochs")]
-    rollout = math.prod(part for part in parts if isinstance(part, int) and 0 < part <= count)
+    rollout = _rollout(count, run)
     return min(count, rollout * max(1, round(count / 30 / rollout)))
+
+
+def _rollout(count: int, run: RunData) -> int:
+    """Updates that a rollout serves, by the configuration; at most `count`."""
+    parts = [run.setting("trainer", name, default=1) for name in ("minibatches", "epochs")]
+    product = math.prod(part for part in parts if isinstance(part, int) and 0 < part <= count)
+    return max(1, min(product, count))
 
 
 def moving_average(values: Sequence[float], window: int) -> list[float]:

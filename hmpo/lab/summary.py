@@ -3,10 +3,12 @@
 import math
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from hmpo.config import RunConfig, to_dict
-from hmpo.lab.folder import RunData
+from hmpo.lab.folder import RunData, load_run
+from hmpo.lab.panels import STEP_PARTS
 from hmpo.lab.plots import interval
 
 SAMPLES = 6
@@ -40,6 +42,7 @@ def summarize(run: RunData, label: str) -> dict[str, Any]:
         "after_name": _after_name(run, after),
         "progress": _progress(run),
         "health": _health(run),
+        "breakdown": breakdown(run),
         "events": [_event(record) for record in run.log.events[:EVENTS]],
         "events_left": max(0, len(run.log.events) - EVENTS),
         "samples": _samples(run),
@@ -184,6 +187,48 @@ def _progress(run: RunData) -> list[tuple[str, str]]:
     return rows
 
 
+def breakdown(run: RunData) -> list[tuple[str, str]]:
+    """Where the time of the updates went: part, then its mean and share; empty if not logged.
+
+    The first rollout is left out where there are others: it pays for what is set up once.
+    """
+    timed = [record for record in run.times if _seconds(record, "time/step_s")]
+    parts = [(line.label, line.metric) for line in STEP_PARTS]
+    starts = [i for i, record in enumerate(timed) if "time/rollout_s" in record]
+    timed = timed[starts[1] :] if len(starts) > 1 else timed
+    whole = sum(_seconds(record, "time/step_s") for record in timed)
+    sums = [(label, sum(_seconds(record, name) for record in timed)) for label, name in parts]
+    if not any(seconds for _, seconds in sums):
+        return []
+    rest = max(0.0, whole - sum(seconds for _, seconds in sums))
+    rows = [*sums, ("other", rest), ("whole update", whole)]
+    return [
+        (label, f"{_duration(seconds / len(timed))}, {100 * seconds / whole:.1f} %")
+        for label, seconds in rows
+        if seconds
+    ]
+
+
+def time_line(folder: Path) -> str:
+    """The parts of a run's update in one line, largest first; empty if they were not logged."""
+    rows = dict(breakdown(load_run(folder)))
+    whole = rows.pop("whole update", "").partition(",")[0]
+    shares = {part: float(text.split()[-2]) for part, text in rows.items()}
+    order = sorted(shares, key=lambda part: -shares[part])
+    parts = ", ".join(f"{part} {shares[part]:.0f} %" for part in order if shares[part] >= 0.5)
+    return f"{folder.name}: an update takes {whole}: {parts}" if whole else ""
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"
+
+
+def _seconds(record: Mapping[str, Any], name: str) -> float:
+    """A finite time of a record, or 0."""
+    value = record.get(name)
+    return value if isinstance(value, int | float) and math.isfinite(value) else 0.0
+
+
 def _health(run: RunData) -> list[tuple[str, str, bool]]:
     """Counters of what went wrong or was repaired: name, total, and whether to mark it."""
     rows = []
@@ -322,7 +367,7 @@ def compare(views: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     A cell is a text, a rate (see `_cell`) or None.
     """
     rows = []
-    for part in ("facts", "rates", "progress", "health"):
+    for part in ("facts", "rates", "progress", "health", "breakdown"):
         for name in dict.fromkeys(_row_name(row) for view in views for row in view[part]):
             found = [
                 next((row for row in view[part] if _row_name(row) == name), None) for view in views

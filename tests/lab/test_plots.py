@@ -4,7 +4,8 @@ import pytest
 
 from hmpo.lab import plots
 from hmpo.lab.folder import load_run
-from hmpo.lab.panels import PLOTS
+from hmpo.lab.panels import PLOTS, STEP_PARTS
+from hmpo.stopwatch import PARTS
 from hmpo.telemetry.fields import lookup
 from tests.lab.synthetic import make_run
 
@@ -24,7 +25,8 @@ def test_every_plotted_metric_has_a_definition_and_every_axis_a_label():
             for line in panel.lines:
                 record = {"steps": "step", "evals": "eval", "times": "time"}[line.source]
                 assert record in lookup(line.metric).records
-            assert len(panel.lines) <= len(plots.COLOURS)
+            colours = plots.LAYERS if panel.stacked else plots.COLOURS
+            assert len(panel.lines) <= len(colours)
 
 
 @pytest.mark.parametrize(
@@ -38,6 +40,7 @@ def test_every_plotted_metric_has_a_definition_and_every_axis_a_label():
         (("len/",), "length"),
         (("qk/",), "logits"),
         (("tokens_per_s",), "speed"),
+        (("time/",), "breakdown"),
         (("adv/",), "signal"),
     ],
 )
@@ -128,3 +131,17 @@ def test_interval_is_read_or_made_from_counts():
     assert (round(low, 4), round(high, 4)) == (0.4902, 0.9433)
     assert plots.interval({"eval/greedy": 0.5}, "eval/greedy") is None
     assert plots.interval({"eval/greedy_k": 11, "eval/greedy_n": 10}, "eval/greedy") is None
+
+
+def test_the_breakdown_stacks_means_over_whole_rollouts(run, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots.Axes, "stackplot", lambda self, x, y, **more: drawn.append((x, y)))
+    plots.render(BY_NAME["breakdown"], [run])
+    ((places, layers),) = drawn
+    assert places == list(range(3, 40, 4))
+    assert layers[0] == pytest.approx([9 / 4] + [2 / 4] * 9), "sampling, once a rollout"
+    assert layers[2] == pytest.approx([0.2] * 10), "log-probs, every update"
+
+
+def test_steps_are_broken_down_into_the_parts_that_the_stopwatch_knows():
+    assert [line.metric for line in STEP_PARTS] == [f"time/{name}_s" for name in PARTS]

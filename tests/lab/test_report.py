@@ -11,6 +11,7 @@ from hmpo.errors import ConfigError, RunFolderError, StorageError
 from hmpo.lab import plots, report
 from hmpo.lab.folder import load_run, write_atomic
 from hmpo.lab.panels import PLOTS
+from hmpo.lab.summary import breakdown, time_line
 from hmpo.telemetry.ingest import read_run
 from tests.lab.payloads import PAYLOADS, PageReader
 from tests.lab.synthetic import make_run
@@ -87,6 +88,15 @@ def test_page_tells_task_settings_events_environment_and_origin(run, page):
         assert expected in text
     assert "task.level 3 none" in text, "settings that differ stand beside their defaults"
     assert "updates skipped 1" in text
+
+
+def test_page_and_command_line_tell_where_the_time_of_an_update_went(run, page):
+    rows = dict(breakdown(load_run(run)))
+    assert rows["sampling"] == "500 ms, 43.3 %", "of 36 updates after the first rollout"
+    assert rows["backward"] == "350 ms, 30.3 %" and rows["other"] == "10 ms, 0.9 %"
+    assert "Time of an update sampling 500 ms, 43.3 %" in PageReader(page).words
+    line = time_line(run)
+    assert line.startswith("sort-hmpo: an update takes 1.16 s: sampling 43 %, backward 30 %")
 
 
 def test_report_of_the_same_folder_has_the_same_bytes(run, page, tmp_path):
