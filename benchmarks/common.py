@@ -1,5 +1,7 @@
 """What every benchmark shares: alternating runs, medians of CPU time, limits, a result file."""
 
+import ctypes
+import gc
 import json
 import multiprocessing
 import os
@@ -98,6 +100,8 @@ def _peak(build: Callable[..., Callable[[], Any]], *arguments: Any) -> float:
     """The measured process: its high-water mark is set back once everything is built."""
     one_thread()
     run = build(*arguments)
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed counts as free
     Path("/proc/self/clear_refs").write_text("5")
     base = _memory("VmRSS")
     kept = run()
