@@ -15,13 +15,13 @@ import torch
 from bench_sampling import CASES, build, sides
 from common import alternate, one_thread, save
 
-from hmpo import sampling
+from hmpo import decoder, sampling
 
 PARTS = {
-    "prompts": (sampling, "_Prefill"),
-    "copies of weights": (sampling.FastDecoder, "_layer"),
-    "attention": (sampling.FastDecoder, "_attend"),
-    "later tokens, with attention": (sampling.FastDecoder, "advance"),
+    "prompts": (decoder, "read_prompts"),
+    "copies of weights": (decoder, "DecoderWeights"),
+    "attention": (decoder.FastDecoder, "_attend"),
+    "later tokens, with attention": (decoder.FastDecoder, "advance"),
     "drawing": (sampling, "draw_in_place"),
 }
 SHAPES = ((64, 512, 2816), (64, 1408, 512), (64, 512, 32000), (128, 384, 2304), (128, 384, 4096))

@@ -1,6 +1,6 @@
 """A fast decoder for Llama- and Qwen-shaped models, over the weights that they have now.
 
-The prompts are read by the model itself, once each. Every later token goes through the plain
+Distinct prompts are read once each (`hmpo.prefill`). Every later token goes through the plain
 tensor code below: query, key and value in one product, keys and values in buffers that double when
 full. The prompt's keys and values are kept once per prompt and attended
 by all responses to it in one product. The responses' own lie head-major, (heads, rows, tokens, d),
@@ -14,13 +14,15 @@ its modules. Both paths make the same tokens in float32, up to ties within round
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
+
+from hmpo.decoder_weights import DecoderWeights, Scratch, rotate
+from hmpo.prefill import Pair, read_prompts
 
 FAMILIES = {
     "LlamaForCausalLM": "Llama",
@@ -78,8 +80,9 @@ def _unfit_weights(policy: nn.Module) -> str | None:
     for name, parameter in policy.named_parameters():
         if type(parameter) is not nn.Parameter:
             return f"{name} is a {type(parameter).__name__}"
-    if torch.is_autocast_enabled(next(iter(devices)).type):
-        return "autocast is on"
+    device = next(iter(devices)).type
+    if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) != torch.bfloat16:
+        return f"autocast is {torch.get_autocast_dtype(device)}"
     return None
 
 
@@ -101,220 +104,182 @@ def _unfit_config(policy: Any, width: int) -> str | None:
     return None
 
 
-@dataclass(frozen=True)
-class _Projection:
-    """One or more linear layers with the same input as one product.
-
-    The weight is copied so that its outputs are adjacent: the product of few rows with a matrix
-    lying so is a third faster in MKL than with the transposed one that linear layers hold.
-    """
-
-    weight: Float[Tensor, "I O"]
-    bias: Float[Tensor, " O"] | None
-
-    @classmethod
-    def of(cls, *layers: nn.Linear) -> "_Projection":
-        weight = layers[0].weight if len(layers) == 1 else torch.cat([m.weight for m in layers])
-        weight = weight.t().contiguous()
-        if all(layer.bias is None for layer in layers):
-            return cls(weight, None)
-        biases: list[Tensor] = [
-            m.weight.new_zeros(len(m.weight)) if m.bias is None else m.bias for m in layers
-        ]
-        return cls(weight, torch.cat(biases))
-
-    def __call__(self, x: Tensor) -> Tensor:
-        if self.bias is None:
-            return x.mm(self.weight)
-        return torch.addmm(self.bias, x, self.weight)
-
-    def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
-        """`residual` plus the projection of `x`, in the memory of `residual`."""
-        residual.addmm_(x, self.weight)
-        return residual if self.bias is None else residual.add_(self.bias)
-
-
-@dataclass
-class _Layer:
-    """Weights of one layer, and its keys and values.
-
-    Keys and values: of the prompts (heads, prompts, P, d), of the rows (heads, rows, capacity, d).
-    """
-
-    module: Any
-    qkv: _Projection
-    out: _Projection
-    gate: _Projection
-    up: _Projection
-    down: _Projection
-    prompt: tuple[Tensor, Tensor]
-    own: tuple[Tensor, Tensor]
-
-
 class FastDecoder:
     """Next-token logits of a recognised model; the same interface as the module path."""
 
     def __init__(
         self,
         policy: Any,
-        logits: Float[Tensor, "B V"],
-        cache: Any,
-        mask: Tensor,
-        group_size: int,
+        ids: Int[Tensor, "B P"],
+        mask: Bool[Tensor, "B P"],
+        prompt_of: Int[Tensor, " N"],
         max_length: int,
+        dtype: torch.dtype,
     ) -> None:
-        """Start from the model's own pass over the prompts.
+        """Copy the weights and read the prompts.
 
         Args:
             policy: the model, see `why_not_fast`.
-            logits: of the token after each prompt.
-            cache: the model's keys and values of the prompts.
-            mask: (B, P), True on prompt tokens, left-padded.
-            group_size: responses per prompt.
+            ids: distinct prompts, left-padded.
+            mask: True on prompt tokens.
+            prompt_of: the prompt that each row answers.
             max_length: longest response.
+            dtype: of the products.
         """
-        core = policy.model
-        self.embedding, self.norm, self.head = core.embed_tokens, core.norm, policy.lm_head
-        attention = core.layers[0].self_attn
-        self.size, self.scale = attention.head_dim, attention.scaling
-        self.repeat = attention.num_key_value_groups
-        self.heads = attention.k_proj.out_features // self.size
-        prompts, width = mask.shape
-        everywhere = torch.arange(width + max_length, device=mask.device)[None]
-        self.cos, self.sin = (x[0] for x in core.rotary_emb(self.embedding.weight, everywhere))
-        self.sin_low = -self.sin[:, : self.size // 2]
-        self.sin_high = self.sin[:, self.size // 2 :]
+        rows, width = len(prompt_of), mask.shape[1] + max_length
+        self.weights = DecoderWeights(policy, dtype, width, rows * max_length)
+        logits, self.prompts = read_prompts(self.weights, ids, mask)
+        self.scratch = Scratch(self.weights.embedding)
+        self.logits = logits[prompt_of]
         self.bias = None
         if not bool(mask.all()):
-            empty = torch.zeros(mask.shape, dtype=logits.dtype, device=mask.device)
-            self.bias = empty.masked_fill_(~mask, -torch.inf)
-        self.logits = logits.repeat_interleave(group_size, 0)
-        self.position = mask.sum(1).repeat_interleave(group_size) - 1
-        self.prompt_of = torch.arange(prompts, device=mask.device).repeat_interleave(group_size)
-        self.slots: Tensor | None = None
+            empty = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+            self.bias = empty.masked_fill_(~mask, -torch.inf)[prompt_of, None]
+        self.position = mask.sum(1)[prompt_of] - 1
         self.made = 0
-        self.layers = [
-            self._layer(module, stored, len(self.prompt_of), min(GROWTH, max_length))
-            for module, stored in zip(core.layers, cache.layers)
-        ]
-
-    def _layer(self, module: Any, stored: Any, rows: int, capacity: int) -> _Layer:
-        attention, mlp = module.self_attn, module.mlp
-        shape = (self.heads, rows, capacity, self.size)
-        return _Layer(
-            module=module,
-            qkv=_Projection.of(attention.q_proj, attention.k_proj, attention.v_proj),
-            out=_Projection.of(attention.o_proj),
-            gate=_Projection.of(mlp.gate_proj),
-            up=_Projection.of(mlp.up_proj),
-            down=_Projection.of(mlp.down_proj),
-            prompt=_both(lambda x: x.transpose(0, 1).contiguous(), (stored.keys, stored.values)),
-            own=(stored.keys.new_empty(shape), stored.keys.new_empty(shape)),
-        )
+        shape = (self.weights.heads, rows, min(GROWTH, max_length), self.weights.size)
+        self.own = [(x.new_empty(shape), x.new_empty(shape)) for x, _ in self.prompts]
+        self._place(prompt_of)
 
     def advance(self, token: Int[Tensor, " N"], keep: Int[Tensor, " K"] | None) -> None:
-        """Read `token`, after dropping all rows but `keep`."""
+        """Read `token`, after dropping all rows but `keep`; the logits are overwritten."""
         if keep is not None:
             token = token[keep]
             self._select(keep)
-        if self.made == self.layers[0].own[0].shape[2]:
-            for layer in self.layers:
-                layer.own = _both(_doubled, layer.own)
+        if self.made == self.own[0][0].shape[2]:
+            self.own = [_both(_doubled, pair) for pair in self.own]
         self.position = self.position + 1
-        turn = [x[self.position][:, None] for x in (self.cos, self.sin_low, self.sin_high)]
-        x = functional.embedding(token, self.embedding.weight)
-        for layer in self.layers:
-            h = _normalised(layer.module.input_layernorm, x)
-            x = layer.out.add_to(x, self._attend(layer, layer.qkv(h), turn))
-            h = _normalised(layer.module.post_attention_layernorm, x)
-            x = layer.down.add_to(x, functional.silu(layer.gate(h)).mul_(layer.up(h)))
+        self.logits = self._read(token)
         self.made += 1
-        self.logits = self.head(_normalised(self.norm, x))
 
-    def _attend(self, layer: _Layer, qkv: Tensor, turn: list[Tensor]) -> Tensor:
+    def _read(self, token: Int[Tensor, " N"]) -> Float[Tensor, "N V"]:
+        """Logits after one more token of every row, in memory that the next step uses again."""
+        weights, scratch = self.weights, self.scratch
+        turn = weights.turn(self.position)
+        grouped_turn = [part[:, None] for part in turn]
+        shape = (weights.heads, len(token), weights.repeat, weights.size)
+        x = functional.embedding(token, weights.embedding)
+        for layer, prompt, own in zip(weights.layers, self.prompts, self.own):
+            q, k, v = weights.queries_keys_values(layer, x, scratch)
+            self._store(own, k, v, turn)
+            query = scratch("query", *shape, dtype=weights.dtype)
+            rotate(q.unflatten(1, (weights.heads, -1)), grouped_turn, query.transpose(0, 1))
+            query.mul_(weights.scale)
+            x = layer.out.add_to(x, self._attend(query, prompt, own), scratch)
+            x = layer.mlp(x, weights.dtype, scratch)
+        return weights.logits(x, scratch)
+
+    def _store(self, own: tuple[Tensor, Tensor], k: Tensor, v: Tensor, turn: list[Tensor]) -> None:
+        """Put the newest keys and values into the next free column."""
+        rotate(k, turn, own[0][:, :, self.made].transpose(0, 1))
+        own[1][:, :, self.made] = v.transpose(0, 1)
+
+    def _columns(self) -> tuple[int, Tensor | None]:
+        """How many columns of the rows' own to attend over, and which of them hold nothing."""
+        return self.made + 1, None
+
+    def _attend(
+        self,
+        query: Float[Tensor, "H N R D"],
+        prompt: Pair,
+        own: tuple[Float[Tensor, "H N T D"], Float[Tensor, "H N T D"]],
+    ) -> Float[Tensor, "N X"]:
         """What the heads read: the prompt's values and the row's own, under one softmax."""
-        rows, heads, size = len(qkv), self.heads, self.size
-        q, k, v = qkv.view(rows, -1, size).split([heads * self.repeat, heads, heads], dim=1)
-        attention = layer.module.self_attn
-        if "q_norm" in attention._modules:
-            q, k = _normalised(attention.q_norm, q), _normalised(attention.k_norm, k)
-        keys, values = layer.own
-        keys[:, :, self.made] = _rotated(k, turn).transpose(0, 1)
-        values[:, :, self.made] = v.transpose(0, 1)
-        keys, values = (x[:, :, : self.made + 1].flatten(0, 1) for x in (keys, values))
-        query = q.new_empty(heads, rows, self.repeat, size)
-        turned = _rotated(q, turn).view(rows, heads, self.repeat, size).transpose(0, 1)
-        torch.mul(turned, self.scale, out=query)
-        own = query.flatten(0, 1).bmm(keys.transpose(1, 2)).view(heads, rows, self.repeat, -1)
-        scores = torch.cat([self._prompt_scores(layer, query), own], dim=-1)
-        high = torch.float64 if scores.dtype == torch.float64 else torch.float32
-        share = scores.softmax(-1, dtype=high).to(scores.dtype)
-        width = share.shape[-1] - keys.shape[1]
-        read = share[..., width:].flatten(0, 1).bmm(values).view(query.shape)
-        read += self._prompt_values(layer, share[..., :width])
-        return read.transpose(0, 1).reshape(rows, -1)
+        heads, rows, repeat, size = query.shape
+        columns, later = self._columns()
+        keys, values = (x[:, :, :columns].flatten(0, 1) for x in own)
+        # Products go to memory without gaps: into other memory they are made one by one.
+        apart = (heads * rows, repeat, -1)
+        buffer = self._buffer("own scores", heads, rows, repeat, columns)
+        torch.bmm(query.view(apart), keys.mT, out=buffer.view(apart))
+        if later is not None:
+            buffer.masked_fill_(later, -torch.inf)
+        parts = [self._prompt_scores(query, prompt[0]), buffer]
+        width = parts[0].shape[3]
+        scores = self._buffer("scores", *query.shape[:3], width + columns)
+        torch.cat(parts, -1, out=scores)
+        share = torch.softmax(scores, -1, out=self._buffer("share", *scores.shape))
+        read = self._buffer("read", *query.shape)
+        torch.bmm(share[..., width:].view(apart), values, out=read.view(apart))
+        self._add_prompt_values(share[..., :width], prompt[1], read)
+        out = self._buffer("heads", rows, heads * repeat * size)
+        out.view(rows, heads, repeat, size).copy_(read.transpose(0, 1))
+        return out
 
-    def _prompt_scores(self, layer: _Layer, query: Tensor) -> Float[Tensor, "H N R P"]:
+    def _buffer(self, name: str, *shape: int) -> Tensor:
+        return self.scratch(name, *shape, dtype=self.weights.dtype)
+
+    def _prompt_scores(
+        self, query: Float[Tensor, "H N R D"], keys: Float[Tensor, "H B P D"]
+    ) -> Float[Tensor, "H N R P"]:
         """Scores of the prompt's tokens, of all responses to one prompt in one product."""
-        keys = layer.prompt[0]
-        grouped = self._grouped(query).bmm(keys.flatten(0, 1).transpose(1, 2))
-        scores = grouped.view(*keys.shape[:2], -1, keys.shape[2])
-        if self.bias is not None:
-            scores += self.bias[None, :, None]
-        return self._rows(scores)
+        scores = self._buffer("prompt scores", *query.shape[:3], keys.shape[2])
+        keys = keys.flatten(0, 1).mT
+        if self.slots is None:
+            together = (len(keys), -1, query.shape[3])
+            torch.bmm(query.view(together), keys, out=scores.view(len(keys), -1, keys.shape[2]))
+        else:
+            grouped = self._filled(query, self.slots).bmm(keys)
+            scores.copy_(_gathered(grouped, self.slots, scores.shape))
+        return scores if self.bias is None else scores.add_(self.bias)
 
-    def _prompt_values(self, layer: _Layer, share: Tensor) -> Float[Tensor, "H N R D"]:
-        values = layer.prompt[1]
-        read = self._grouped(share).bmm(values.flatten(0, 1))
-        return self._rows(read.view(*values.shape[:2], -1, self.size))
+    def _add_prompt_values(
+        self,
+        share: Float[Tensor, "H N R P"],
+        values: Float[Tensor, "H B P D"],
+        read: Float[Tensor, "H N R D"],
+    ) -> None:
+        """Add what is read of the prompts to `read`."""
+        values = values.flatten(0, 1)
+        if self.slots is None:
+            together = share.view(len(values), -1, share.shape[3])
+            read.view(len(values), -1, read.shape[3]).baddbmm_(together, values)
+        else:
+            grouped = self._filled(share, self.slots).bmm(values)
+            read.add_(_gathered(grouped, self.slots, read.shape))
 
-    def _grouped(self, x: Float[Tensor, "H N R X"]) -> Float[Tensor, "HB S X"]:
-        """Rows of one prompt as rows of one matrix; groups of unequal size are filled up."""
-        prompts = self.layers[0].prompt[0].shape[1]
-        if self.slots is not None:
-            wide = x.new_zeros(x.shape[0], prompts * self.group, *x.shape[2:])
-            x = wide.index_copy_(1, self.slots, x)
-        return x.unflatten(1, (prompts, -1)).flatten(2, 3).flatten(0, 1)
-
-    def _rows(self, x: Float[Tensor, "H B S X"]) -> Float[Tensor, "H N R X"]:
-        """`_grouped` undone."""
-        x = x.unflatten(2, (-1, self.repeat)).flatten(1, 2)
-        return x if self.slots is None else x.index_select(1, self.slots)
+    def _filled(
+        self, x: Float[Tensor, "H N R X"], slots: Int[Tensor, " N"]
+    ) -> Float[Tensor, "HB S X"]:
+        """Rows of one prompt as rows of one matrix, where groups are of unequal size."""
+        prompts = self.prompts[0][0].shape[1]
+        wide = x.new_zeros(x.shape[0], prompts * self.group, *x.shape[2:])
+        wide.index_copy_(1, slots, x)
+        return wide.view(x.shape[0] * prompts, -1, x.shape[3])
 
     def _select(self, keep: Int[Tensor, " K"]) -> None:
         """Drop all rows but `keep`, and prompts without rows."""
-        self.position, prompt_of = self.position[keep], self.prompt_of[keep]
-        alive, prompt_of, counts = prompt_of.unique(return_inverse=True, return_counts=True)
-        for layer in self.layers:
-            layer.own = _both(lambda x: _kept(x, keep, self.made), layer.own)
-            if len(alive) < layer.prompt[0].shape[1]:
-                layer.prompt = _both(lambda x: x.index_select(1, alive), layer.prompt)
+        self.position = self.position[keep]
         if self.bias is not None:
-            self.bias = self.bias[alive]
+            self.bias = self.bias[keep]
+        self.own = [_both(lambda x: _kept(x, keep, self.made), pair) for pair in self.own]
+        alive, prompt_of = self.prompt_of[keep].unique(return_inverse=True)
+        if len(alive) < self.prompts[0][0].shape[1]:
+            self.prompts = [_both(lambda x: x[:, alive], pair) for pair in self.prompts]
+        self._place(prompt_of)
+
+    def _place(self, prompt_of: Int[Tensor, " N"]) -> None:
+        """Note which rows answer which prompt, and their slots where they are not in step.
+
+        Row i of a prompt's group has slot i of `group`; the slots of all prompts follow one
+        another. None: the rows lie in this order already, and every group is full.
+        """
+        counts = prompt_of.bincount()
         self.prompt_of, self.group = prompt_of, int(counts.max())
-        before = counts.cumsum(0) - counts
-        place = torch.arange(len(keep), device=keep.device) - before[prompt_of]
-        even = len(keep) == len(alive) * self.group
-        self.slots = None if even else prompt_of * self.group + place
+        order = prompt_of.argsort(stable=True)
+        rows = torch.arange(len(prompt_of), device=prompt_of.device)
+        place = torch.empty_like(rows)
+        place[order] = rows - (counts.cumsum(0) - counts)[prompt_of[order]]
+        slots = prompt_of * self.group + place
+        full = len(rows) == len(counts) * self.group
+        self.slots = None if full and torch.equal(slots, rows) else slots
 
 
-def _normalised(norm: Any, x: Tensor) -> Tensor:
-    """RMSNorm, which the models take in float32 whatever their weights are."""
-    if x.dtype == torch.float32:
-        return functional.rms_norm(x, x.shape[-1:], norm.weight, norm.variance_epsilon)
-    wide = x.float()
-    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + norm.variance_epsilon)
-    return norm.weight * wide.to(x.dtype)
-
-
-def _rotated(x: Float[Tensor, "N H D"], turn: list[Tensor]) -> Float[Tensor, "N H D"]:
-    """Rotary embedding: (a, b) -> (a cos - b sin, b cos + a sin) for the halves of a head."""
-    cos, sin_low, sin_high = turn
-    half = x.shape[-1] // 2
-    out = x * cos
-    out[..., :half].addcmul_(x[..., half:], sin_low)
-    out[..., half:].addcmul_(x[..., :half], sin_high)
-    return out
+def _gathered(
+    x: Float[Tensor, "HB S X"], slots: Int[Tensor, " N"], shape: torch.Size
+) -> Float[Tensor, "H N R X"]:
+    """`_filled` undone."""
+    return x.view(shape[0], -1, *shape[2:]).index_select(1, slots)
 
 
 def _both(change: Callable[[Tensor], Tensor], pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.nn import functional
 
-from hmpo.decoder import FastDecoder, _both, _doubled, _Layer, _normalised, _rotated
+from hmpo.decoder import FastDecoder, _both, _doubled
+from hmpo.decoder_weights import rotate
 
 logger = logging.getLogger(__name__)
 
@@ -68,36 +68,38 @@ class StaticDecoder(FastDecoder):
     def __init__(
         self,
         policy: Any,
-        logits: Float[Tensor, "B V"],
-        cache: Any,
-        mask: Tensor,
-        group_size: int,
+        ids: Int[Tensor, "B P"],
+        mask: Bool[Tensor, "B P"],
+        prompt_of: Int[Tensor, " N"],
         max_length: int,
+        dtype: torch.dtype,
         *,
         bucket: int = BUCKET,
         graphs: bool = True,
     ) -> None:
-        """Start from the model's own pass over the prompts, as `FastDecoder` does.
+        """Copy the weights and read the prompts, as `FastDecoder` does.
 
         Args:
             policy: the model, see `why_not_fast`.
-            logits: of the token after each prompt.
-            cache: the model's keys and values of the prompts.
-            mask: (B, P), True on prompt tokens, left-padded.
-            group_size: responses per prompt.
+            ids: distinct prompts, left-padded.
+            mask: True on prompt tokens.
+            prompt_of: the prompt that each row answers.
             max_length: longest response.
+            dtype: of the products.
             bucket: tokens that the buffers hold at first.
             graphs: whether steps become CUDA graphs; nothing else than CUDA has them.
         """
-        super().__init__(policy, logits, cache, mask, group_size, max_length)
+        super().__init__(policy, ids, mask, prompt_of, max_length, dtype)
         self.length = max_length
         self.graphs = graphs and mask.is_cuda
         self.graph: Any = None
         self.captures = 0
         self.pool = torch.cuda.graph_pool_handle() if self.graphs else None
         capacity = min(bucket, max_length)
-        for layer in self.layers:
-            layer.own = _both(lambda x: x.new_zeros(*x.shape[:2], capacity, x.shape[3]), layer.own)
+        self.own = [
+            _both(lambda x: x.new_zeros(*x.shape[:2], capacity, x.shape[3]), pair)
+            for pair in self.own
+        ]
         rows = len(self.prompt_of)
         self.column = torch.zeros(1, dtype=torch.long, device=mask.device)
         self.turn = torch.zeros_like(self.column)
@@ -145,8 +147,7 @@ class StaticDecoder(FastDecoder):
         if 0 < alive <= (1 - COMPACT) * len(self.rows):
             keep = self.alive.nonzero()[:, 0]
             self._select(keep)
-            for layer in self.layers:
-                layer.own = _both(self._cleared, layer.own)
+            self.own = [_both(self._cleared, pair) for pair in self.own]
             self.rows, self.alive = self.rows[keep], self.alive[keep]
             self.logits, self.token = self.logits[keep], self.token[keep]
             self.graph = None
@@ -154,9 +155,8 @@ class StaticDecoder(FastDecoder):
 
     def _make_room(self, steps: int) -> None:
         """Double the buffers of keys and values until `steps` more tokens fit."""
-        while self.made + steps > self.layers[0].own[0].shape[2]:
-            for layer in self.layers:
-                layer.own = _both(lambda x: self._cleared(_doubled(x)), layer.own)
+        while self.made + steps > self.own[0][0].shape[2]:
+            self.own = [_both(lambda x: self._cleared(_doubled(x)), pair) for pair in self.own]
             self.graph = None
 
     def _cleared(self, x: Tensor) -> Tensor:
@@ -195,45 +195,23 @@ class StaticDecoder(FastDecoder):
     def _step(self) -> None:
         """Read the last token of every row, draw the next, record it."""
         self.position += 1
-        capacity = self.layers[0].own[0].shape[2]
+        capacity = self.own[0][0].shape[2]
         self.later = torch.arange(capacity, device=self.column.device) > self.column
-        turn = [
-            x.index_select(0, self.position)[:, None]
-            for x in (self.cos, self.sin_low, self.sin_high)
-        ]
-        x = functional.embedding(self.token, self.embedding.weight)
-        for layer in self.layers:
-            h = _normalised(layer.module.input_layernorm, x)
-            x = layer.out.add_to(x, self._attend(layer, layer.qkv(h), turn))
-            h = _normalised(layer.module.post_attention_layernorm, x)
-            x = layer.down.add_to(x, functional.silu(layer.gate(h)).mul_(layer.up(h)))
-        self.logits.copy_(self.head(_normalised(self.norm, x)))
+        self.logits.copy_(self._read(self.token))
         self.column += 1
         self._record()
         self.turn += 1
 
-    def _attend(self, layer: _Layer, qkv: Tensor, turn: list[Tensor]) -> Tensor:
-        """As in `FastDecoder`, over all columns, those of later tokens masked."""
-        rows, heads, size = len(qkv), self.heads, self.size
-        q, k, v = qkv.view(rows, -1, size).split([heads * self.repeat, heads, heads], dim=1)
-        attention = layer.module.self_attn
-        if "q_norm" in attention._modules:
-            q, k = _normalised(attention.q_norm, q), _normalised(attention.k_norm, k)
-        keys, values = layer.own
-        keys.index_copy_(2, self.column, _rotated(k, turn).transpose(0, 1)[:, :, None])
-        values.index_copy_(2, self.column, v.transpose(0, 1)[:, :, None])
-        query = q.new_empty(heads, rows, self.repeat, size)
-        turned = _rotated(q, turn).view(rows, heads, self.repeat, size).transpose(0, 1)
-        torch.mul(turned, self.scale, out=query)
-        own = query.flatten(0, 1).bmm(keys.flatten(0, 1).transpose(1, 2))
-        own = own.masked_fill_(self.later, -torch.inf).view(heads, rows, self.repeat, -1)
-        scores = torch.cat([self._prompt_scores(layer, query), own], dim=-1)
-        high = torch.float64 if scores.dtype == torch.float64 else torch.float32
-        share = scores.softmax(-1, dtype=high).to(scores.dtype)
-        width = share.shape[-1] - keys.shape[2]
-        read = share[..., width:].flatten(0, 1).bmm(values.flatten(0, 1)).view(query.shape)
-        read += self._prompt_values(layer, share[..., :width])
-        return read.transpose(0, 1).reshape(rows, -1)
+    def _store(self, own: tuple[Tensor, Tensor], k: Tensor, v: Tensor, turn: list[Tensor]) -> None:
+        """As in `FastDecoder`, at the column that the device counts."""
+        turned = self._buffer("turned", *k.shape)
+        rotate(k, turn, turned)
+        own[0].index_copy_(2, self.column, turned.transpose(0, 1)[:, :, None])
+        own[1].index_copy_(2, self.column, v.transpose(0, 1)[:, :, None])
+
+    def _columns(self) -> tuple[int, Tensor | None]:
+        """All of them, those of later tokens masked."""
+        return self.own[0][0].shape[2], self.later
 
     def _record(self) -> None:
         """Draw a token for every row, and write down those of the living."""

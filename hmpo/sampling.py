@@ -4,35 +4,43 @@ One uniform number per row and step drives an inverse-CDF draw, taken for every 
 is finished or not; so for a given generator the tokens of a row do not depend on when other
 rows finish. Log-probs of the drawn tokens are recorded from the logits at hand.
 
-Three engines give the next token's logits: the fast decoder (`hmpo.decoder`) for the models that
-it knows, the model's own modules with their cache, and whole sequences for any causal module.
+Three engines give the next token's logits (`hmpo.engines`). What is finished is asked of the
+device after every step on a CPU, after every `READ_EVERY` steps elsewhere: rows that ended in
+between are cut afterwards, and the tokens are the same.
 """
 
 import contextlib
 import hashlib
-import inspect
-import logging
 import warnings
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
-from torch.nn import functional
 
 from hmpo.config import require
-from hmpo.decoder import FastDecoder, why_not_fast
+from hmpo.decoder import FastDecoder
 from hmpo.drawing import draw_in_place, draw_tokens
-from hmpo.errors import ShapeError
-from hmpo.logprobs import evaluating, is_hugging_face, position_ids, unwrap
+from hmpo.engines import (
+    CachedModules,
+    Engine,
+    WholeSequences,
+    distinct_prompts,
+    products_dtype,
+    why_not_decoder,
+)
+from hmpo.errors import ConfigError, ShapeError
+from hmpo.logprobs import evaluating, is_hugging_face
+from hmpo.stop_strings import StopStrings
 from hmpo.types import Rollout
 
 __all__ = ["draw_tokens", "keyed_generator", "minibatch_rows", "sample_responses"]
 
-logger = logging.getLogger(__name__)
-
 COMPACT_SHARE = 0.25
 """Finished rows leave the batch once they are this share of it (copying a cache costs time)."""
+READ_EVERY = 8
+"""Steps between two looks at what is finished where a look waits for the device: not on a CPU."""
 
 
 @torch.no_grad()
@@ -51,6 +59,9 @@ def sample_responses(
     generator: torch.Generator | None = None,
     use_cache: bool = True,
     decoder: Literal["auto", "module"] = "auto",
+    dtype: torch.dtype | None = None,
+    stop: Sequence[str] = (),
+    tokenizer: Any = None,
 ) -> Rollout:
     """Sample `group_size` responses to each prompt.
 
@@ -71,46 +82,49 @@ def sample_responses(
         decoder: "auto" takes the fast decoder for the models that it knows (`Rollout.fast` says
             whether, the log says why not), "module" always the model's own modules. In float32
             the tokens are the same and the log-probs differ by rounding.
+        dtype: sample from a copy of the current weights in this dtype, made anew by each call;
+            None samples from the weights themselves. The log-probs are those of the copy.
+        stop: strings that end a response too, whichever tokens they are made of; the token that
+            completes one is the last of its row. Needs `tokenizer`.
+        tokenizer: from token ids to text, as transformers' are.
 
     Returns:
         A `Rollout` of N = B * G rows. Training flags of the policy are restored.
 
     Raises:
-        ConfigError: a sampling option out of range.
+        ConfigError: a sampling option out of range, or `stop` without `tokenizer`.
         ShapeError: an empty prompt, or a mask of another shape.
     """
     if prompt_mask is None:
         prompt_mask = torch.ones_like(prompt_ids, dtype=torch.bool)
     _check(prompt_ids, prompt_mask, group_size, max_length, temperature, top_k, top_p, decoder)
+    if stop and (tokenizer is None or "" in stop):
+        raise ConfigError(
+            f"stop: got {stop!r}, expected a tokenizer and strings that are not empty"
+        )
     if temperature > 0 and (top_k > 0 or top_p < 1):
         warnings.warn(
             f"top_k={top_k}, top_p={top_p}: responses come from a truncated distribution, while "
             "importance ratios use the policy's own log-probs (sampling_logprobs has the others)",
             stacklevel=3,
         )
-    stop = torch.tensor(
-        [eos_token] if isinstance(eos_token, int) else list(eos_token), device=prompt_ids.device
-    )
-    rows = len(prompt_ids) * group_size
+    prompts = distinct_prompts(prompt_ids, prompt_mask, group_size)
+    slow = why_not_decoder(policy, prompt_ids.shape[1] + max_length, use_cache, decoder)
+    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     with evaluating(policy):
-        steps = _start(
-            policy, prompt_ids, prompt_mask, group_size, pad_token, max_length, use_cache, decoder
-        )
-        fast = isinstance(steps, FastDecoder)
-        state = _State(rows, max_length, pad_token, steps.logits)
-        with torch.inference_mode() if fast else contextlib.nullcontext():
-            for step in range(max_length):
-                uniform = torch.rand(rows, dtype=torch.float64, generator=generator)
-                uniform = uniform.to(prompt_ids.device)[state.rows]
-                drawn = draw_in_place(
-                    steps.logits, uniform, temperature=temperature, top_k=top_k, top_p=top_p
-                )
-                state.write(step, *drawn, stop)
-                keep = state.compact()
-                if keep is not None and len(keep) == 0:
-                    break
-                if step + 1 < max_length:
-                    steps.advance(drawn[0], keep)
+        with _arithmetic(prompt_ids.device, fast=slow is None):
+            if slow is None:
+                kind = products_dtype(policy, dtype)
+                steps = FastDecoder(policy, *prompts, max_length, kind)
+            elif use_cache and is_hugging_face(policy):
+                steps = CachedModules(policy, *prompts, dtype)
+            else:
+                steps = WholeSequences(policy, *prompts, dtype, pad_token)
+        state = _State(len(prompts[2]), max_length, pad_token, eos_token, steps.logits)
+        if stop:
+            state.strings = StopStrings(tokenizer, stop, len(state.rows))
+        with _arithmetic(prompt_ids.device, fast=slow is None):
+            _make_tokens(steps, state, generator, options)
     length = max(1, int(state.mask.sum(1).max()))
     return Rollout(
         prompt_ids=prompt_ids.repeat_interleave(group_size, 0),
@@ -121,7 +135,7 @@ def sample_responses(
         sampling_logprobs=state.sampling[:, :length],
         finished=state.finished,
         group_size=group_size,
-        fast=fast,
+        fast=slow is None,
     )
 
 
@@ -148,12 +162,51 @@ def minibatch_rows(
     return list(torch.randperm(rows, generator=generator).tensor_split(minibatches))
 
 
+@contextlib.contextmanager
+def _arithmetic(device: torch.device, *, fast: bool) -> Iterator[None]:
+    """The fast decoder chooses the dtype of each product itself; the modules follow autocast."""
+    if not fast:
+        yield
+        return
+    with torch.inference_mode(), torch.autocast(device.type, enabled=False):
+        yield
+
+
+def _make_tokens(
+    steps: Engine, state: "_State", generator: torch.Generator | None, options: dict[str, Any]
+) -> None:
+    """Draw token after token until every row has ended or is full."""
+    rows, length = state.tokens.shape
+    device = state.tokens.device
+    every = 1 if device.type == "cpu" else READ_EVERY
+    noise = torch.empty(0)
+    for step in range(length):
+        if step % every == 0:
+            ahead = min(every, length - step)
+            noise = torch.rand(ahead, rows, dtype=torch.float64, generator=generator).to(device)
+        drawn = draw_in_place(steps.logits, noise[step % every, state.rows], **options)
+        state.write(step, *drawn)
+        keep = None
+        if (step + 1) % every == 0 or step + 1 == length:
+            keep = state.compact(step)
+            if keep is not None and len(keep) == 0:
+                return
+        if step + 1 < length:
+            steps.advance(drawn[0], keep)
+
+
 class _State:
     """What has been sampled: full-size buffers, and the rows still in the batch."""
 
-    def __init__(self, rows: int, length: int, pad: int, logits: Tensor) -> None:
+    strings: StopStrings | None = None
+
+    def __init__(
+        self, rows: int, length: int, pad: int, ends: int | tuple[int, ...], logits: Tensor
+    ) -> None:
         device = logits.device
         kind = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        self.pad = pad
+        self.ends = torch.tensor([ends] if isinstance(ends, int) else ends, device=device)
         self.tokens = torch.full((rows, length), pad, device=device)
         self.mask = torch.zeros(rows, length, dtype=torch.bool, device=device)
         self.old = torch.zeros(rows, length, dtype=kind, device=device)
@@ -161,20 +214,23 @@ class _State:
         self.finished = torch.zeros(rows, dtype=torch.bool, device=device)
         self.rows = torch.arange(rows, device=device)
         self.alive = torch.ones(rows, dtype=torch.bool, device=device)
+        self.searched = 0
 
-    def write(self, step: int, token: Tensor, old: Tensor, drawn: Tensor, stop: Tensor) -> None:
+    def write(self, step: int, token: Tensor, old: Tensor, drawn: Tensor) -> None:
         """Record one token of every row still alive."""
-        rows = self.rows[self.alive]
-        self.tokens[rows, step] = token[self.alive]
-        self.mask[rows, step] = True
-        self.old[rows, step] = old[self.alive]
-        self.sampling[rows, step] = drawn[self.alive]
-        ended = self.alive & torch.isin(token, stop)
-        self.finished[self.rows[ended]] = True
-        self.alive = self.alive & ~ended
+        rows, alive = self.rows, self.alive
+        self.tokens[rows, step] = torch.where(alive, token, self.pad)
+        self.mask[rows, step] = alive
+        self.old[rows, step] = torch.where(alive, old, 0)
+        self.sampling[rows, step] = torch.where(alive, drawn, 0)
+        ended = alive & torch.isin(token, self.ends)
+        self.finished[rows] |= ended
+        self.alive = alive & ~ended
 
-    def compact(self) -> Int[Tensor, " K"] | None:
+    def compact(self, step: int) -> Int[Tensor, " K"] | None:
         """Indices of rows to keep in the batch, or None while it stays as it is."""
+        if self.strings is not None:
+            self._end_at_strings(self.strings, step)
         done = len(self.rows) - int(self.alive.sum())
         if done == 0 or (done < len(self.rows) and done < COMPACT_SHARE * len(self.rows)):
             return None
@@ -182,100 +238,20 @@ class _State:
         self.rows, self.alive = self.rows[keep], self.alive[keep]
         return keep
 
-
-def _start(
-    policy: nn.Module,
-    ids: Tensor,
-    mask: Tensor,
-    group_size: int,
-    pad: int,
-    max_length: int,
-    use_cache: bool,
-    decoder: str,
-) -> "FastDecoder | _Cached | _Whole":
-    """The engine for this policy, after it has read the prompts."""
-    if not use_cache or not is_hugging_face(policy):
-        return _Whole(policy, ids, mask, group_size, pad)
-    slow = "the module path was asked for"
-    if decoder == "auto":
-        slow = why_not_fast(policy, ids.shape[1] + max_length)
-    prompts = _Prefill(policy, ids, mask)
-    if slow is None:
-        return FastDecoder(policy, prompts.logits, prompts.cache, mask, group_size, max_length)
-    logger.info("sampling through the modules of %s: %s", type(policy).__name__, slow)
-    return _Cached(prompts, mask, group_size)
-
-
-class _Prefill:
-    """A Hugging Face model's pass over the prompts: logits of the next token, and the cache."""
-
-    def __init__(self, policy: nn.Module, ids: Tensor, mask: Tensor) -> None:
-        self.policy = policy
-        self.keep: dict[str, Any] = {"use_cache": True, "return_dict": True}
-        if "logits_to_keep" in inspect.signature(unwrap(policy).forward).parameters:
-            self.keep["logits_to_keep"] = 1
-        self.positions = position_ids(mask)
-        out = policy(
-            input_ids=ids, attention_mask=mask.long(), position_ids=self.positions, **self.keep
-        )
-        self.cache, self.logits = out.past_key_values, out.logits[:, -1]
-
-
-class _Cached:
-    """Next-token logits of a Hugging Face model with a key-value cache."""
-
-    def __init__(self, prompts: _Prefill, mask: Tensor, group_size: int) -> None:
-        self.policy, self.keep, self.cache = prompts.policy, prompts.keep, prompts.cache
-        self.cache.batch_repeat_interleave(group_size)
-        self.logits = prompts.logits.repeat_interleave(group_size, 0)
-        self.mask = mask.long().repeat_interleave(group_size, 0)
-        self.position = prompts.positions[:, -1:].repeat_interleave(group_size, 0)
-
-    def advance(self, token: Tensor, keep: Tensor | None) -> None:
-        """Read `token`, after dropping all rows but `keep`."""
-        if keep is not None:
-            token, self.mask, self.position = token[keep], self.mask[keep], self.position[keep]
-            self.cache.batch_select_indices(keep)
-        self.mask = functional.pad(self.mask, (0, 1), value=1)
-        self.position = self.position + 1
-        out = self.policy(
-            input_ids=token[:, None],
-            attention_mask=self.mask,
-            position_ids=self.position,
-            past_key_values=self.cache,
-            **self.keep,
-        )
-        self.cache = out.past_key_values
-        self.logits = out.logits[:, -1]
-
-
-class _Whole:
-    """Next-token logits by running the whole sequence: any causal module, no cache."""
-
-    def __init__(
-        self, policy: nn.Module, ids: Tensor, mask: Tensor, group_size: int, pad: int
-    ) -> None:
-        self.policy, self.hugging_face = policy, is_hugging_face(policy)
-        # Rows start at the left edge: a causal module without a mask never sees padding then.
-        order = (~mask).to(torch.int8).argsort(dim=1, stable=True)
-        self.ids = ids.gather(1, order).repeat_interleave(group_size, 0)
-        self.lengths = mask.sum(1).repeat_interleave(group_size, 0)
-        self.pad = pad
-        self._run()
-
-    def _run(self) -> None:
-        out = self.policy(self.ids)
-        logits = out.logits if self.hugging_face else out
-        self.logits = logits[torch.arange(len(self.ids), device=self.ids.device), self.lengths - 1]
-
-    def advance(self, token: Tensor, keep: Tensor | None) -> None:
-        """Append `token`, after dropping all rows but `keep`."""
-        if keep is not None:
-            token, self.ids, self.lengths = token[keep], self.ids[keep], self.lengths[keep]
-        self.ids = functional.pad(self.ids, (0, 1), value=self.pad)
-        self.ids[torch.arange(len(token), device=token.device), self.lengths] = token
-        self.lengths = self.lengths + 1
-        self._run()
+    def _end_at_strings(self, strings: StopStrings, step: int) -> None:
+        """End rows at the first token, since the last look, that completes a stop string."""
+        steps = slice(self.searched, step + 1)
+        self.searched = step + 1
+        tokens, masks = (x[self.rows, steps].tolist() for x in (self.tokens, self.mask))
+        for index, row in enumerate(self.rows.tolist()):
+            for at, (token, real) in enumerate(zip(tokens[index], masks[index]), steps.start + 1):
+                if not real:
+                    break
+                if strings.completes(row, token):
+                    self.alive[index], self.finished[row] = False, True
+                    self.tokens[row, at:], self.mask[row, at:] = self.pad, False
+                    self.old[row, at:], self.sampling[row, at:] = 0, 0
+                    break
 
 
 def _check(
