@@ -172,13 +172,18 @@ def _arithmetic(device: torch.device, *, fast: bool) -> Iterator[None]:
         yield
 
 
+def look_every(device: torch.device) -> int:
+    """Steps between two looks at what is finished."""
+    return 1 if device.type == "cpu" else READ_EVERY
+
+
 def _make_tokens(
     steps: Engine, state: "_State", generator: torch.Generator | None, options: dict[str, Any]
 ) -> None:
     """Draw token after token until every row has ended or is full."""
     rows, length = state.tokens.shape
     device = state.tokens.device
-    every = 1 if device.type == "cpu" else READ_EVERY
+    every = look_every(device)
     noise = torch.empty(0)
     for step in range(length):
         if step % every == 0:
