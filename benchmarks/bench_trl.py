@@ -18,6 +18,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -44,6 +45,7 @@ from trl import GRPOConfig, GRPOTrainer
 from work import rollout_work, update_work
 
 from hmpo.config import PowerMeanConfig
+from hmpo.stopwatch import Stopwatch
 from hmpo.trainer import PowerMeanTrainer
 
 RATE, BETAS, NORM = 1e-6, (0.9, 0.999), 1.0
@@ -245,6 +247,7 @@ class Turns(TrainerCallback):
         self.prompts = prompts_of(case, updates)
         self.seconds: dict[str, list[float]] = {side: [] for side in case.sides}
         self.tokens: dict[str, list[int]] = {side: [] for side in case.sides}
+        self.watch = Stopwatch()
         self.steps = self.began = 0
 
     def stepped(self, *_: Any) -> None:
@@ -267,9 +270,12 @@ class Turns(TrainerCallback):
         done = (state.global_step - 1) * self.case.prompts
         for side, update in self.ours.items():
             began = now(self.case)
-            metrics = update(self.prompts[done : done + self.case.prompts])
+            with self.watch if side == "ours" else nullcontext():
+                metrics = update(self.prompts[done : done + self.case.prompts])
             self.note(side, now(self.case) - began)
             assert not metrics["update_skipped"] and metrics["rollout/fast"]
+        if state.global_step == 1:
+            self.watch.take()
         self.began = now(self.case)
 
 
@@ -304,6 +310,7 @@ def measure(case: Case) -> dict[str, Any]:
         for side in case.sides
     }
     seconds = {side: statistics.median(values[1:]) for side, values in turns.seconds.items()}
+    parts = turns.watch.take()
     model, lengths = trainer.model, torch.tensor(turns.tallies["ours"].lengths)
     prompts = torch.full((case.prompts,), case.prompt)
     work = [
@@ -323,6 +330,7 @@ def measure(case: Case) -> dict[str, Any]:
         "ratio": round(micros["ours"] / micros["trl"], 3),
         "ratios": {side: round(micros[side] / micros["trl"], 3) for side in case.sides[1:]},
         "target": case.target,
+        "parts": {part: round(s / sum(parts.values()), 4) for part, s in parts.items()},
         **roofline(*work, micros["ours"] * 1e-6 * int(lengths.sum()), ceilings()),
     }
 

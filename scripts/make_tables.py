@@ -334,6 +334,7 @@ MAKERS: dict[str, Callable[[], str]] = {
     "agm_demos": agm_demos,
     "targets": performance_tables.targets,
     "whole_updates": performance_tables.whole_updates,
+    "update_parts": performance_tables.update_parts,
     "trl_options": performance_tables.trl_options,
     "growth": performance_tables.growth,
     "start": performance_tables.start,

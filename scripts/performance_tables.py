@@ -3,6 +3,8 @@
 from goals import WORK, goals
 from results import load, source
 
+from hmpo.stopwatch import PARTS
+
 
 def targets() -> str:
     """Every target of the page, and what was measured."""
@@ -50,6 +52,18 @@ def whole_updates() -> str:
         f"({row['peak_ratio']['first']:.2f}). "
     )
     return "\n".join([*lines, "", note + source(result)])
+
+
+def update_parts() -> str:
+    """Where the time of our update goes."""
+    rows = load("trl")["rows"]
+    names = sorted({name for row in rows for name in row["parts"]}, key=PARTS.index)
+    lines = ["| share of our time | " + " | ".join(name.replace("_", "-") for name in names) + " |"]
+    lines.append("|---" * (len(names) + 1) + "|")
+    for row in rows:
+        cells = [f"{100 * row['parts'].get(name, 0):.1f} %" for name in names]
+        lines.append(f"| {WORK[row['case']]} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def trl_options() -> str:
