@@ -17,9 +17,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hmpo.decoder import FastDecoder, why_not_fast
+from hmpo.decoder_graph import GraphDecoder
 from hmpo.logprobs import is_hugging_face, position_ids, unwrap
 
 logger = logging.getLogger("hmpo.sampling")
+
+GRAPHS = True
+"""Whether the fast decoder's steps become CUDA graphs where there is CUDA."""
 
 
 def distinct_prompts(
@@ -46,6 +50,11 @@ def why_not_decoder(policy: nn.Module, width: int, use_cache: bool, decoder: str
     if slow is not None:
         logger.info("sampling through the modules of %s: %s", type(policy).__name__, slow)
     return slow
+
+
+def decoder_kind(device: torch.device) -> type[FastDecoder]:
+    """The fast decoder of a device."""
+    return GraphDecoder if GRAPHS and device.type == "cuda" else FastDecoder
 
 
 def products_dtype(policy: nn.Module, dtype: torch.dtype | None) -> torch.dtype:

@@ -20,12 +20,13 @@ from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 from hmpo.config import require
-from hmpo.decoder import FastDecoder
+from hmpo.decoder_graph import GraphDecoder
 from hmpo.drawing import draw_in_place, draw_tokens
 from hmpo.engines import (
     CachedModules,
     Engine,
     WholeSequences,
+    decoder_kind,
     distinct_prompts,
     products_dtype,
     why_not_decoder,
@@ -39,6 +40,8 @@ __all__ = ["draw_tokens", "keyed_generator", "minibatch_rows", "sample_responses
 
 COMPACT_SHARE = 0.25
 """Finished rows leave the batch once they are this share of it (copying a cache costs time)."""
+GRAPH_SHARE = 0.5
+"""The same where the step is a CUDA graph, which has to be captured again then."""
 READ_EVERY = 8
 """Steps between two looks at what is finished where a look waits for the device: not on a CPU."""
 
@@ -115,7 +118,8 @@ def sample_responses(
         with _arithmetic(prompt_ids.device, fast=slow is None):
             if slow is None:
                 kind = products_dtype(policy, dtype)
-                steps = FastDecoder(policy, *prompts, max_length, kind)
+                decode = decoder_kind(prompt_ids.device)
+                steps = decode(policy, *prompts, max_length, kind)
             elif use_cache and is_hugging_face(policy):
                 steps = CachedModules(policy, *prompts, dtype)
             else:
@@ -184,6 +188,7 @@ def _make_tokens(
     rows, length = state.tokens.shape
     device = state.tokens.device
     every = look_every(device)
+    share = GRAPH_SHARE if isinstance(steps, GraphDecoder) else COMPACT_SHARE
     noise = torch.empty(0)
     for step in range(length):
         if step % every == 0:
@@ -193,7 +198,7 @@ def _make_tokens(
         state.write(step, *drawn)
         keep = None
         if (step + 1) % every == 0 or step + 1 == length:
-            keep = state.compact(step)
+            keep = state.compact(step, share)
             if keep is not None and len(keep) == 0:
                 return
         if step + 1 < length:
@@ -232,12 +237,12 @@ class _State:
         self.finished[rows] |= ended
         self.alive = alive & ~ended
 
-    def compact(self, step: int) -> Int[Tensor, " K"] | None:
-        """Indices of rows to keep in the batch, or None while it stays as it is."""
+    def compact(self, step: int, share: float) -> Int[Tensor, " K"] | None:
+        """Indices of rows to keep once `share` of the batch has ended, or None before."""
         if self.strings is not None:
             self._end_at_strings(self.strings, step)
         done = len(self.rows) - int(self.alive.sum())
-        if done == 0 or (done < len(self.rows) and done < COMPACT_SHARE * len(self.rows)):
+        if done == 0 or (done < len(self.rows) and done < share * len(self.rows)):
             return None
         keep = self.alive.nonzero()[:, 0]
         self.rows, self.alive = self.rows[keep], self.alive[keep]

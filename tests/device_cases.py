@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from hmpo import decoder
+from hmpo import decoder, sampling
 from hmpo.config import HMPOConfig
+from hmpo.decoder_graph import GraphDecoder
 from hmpo.objective_config import ExponentConfig, MismatchConfig, ObjectiveConfig
 from hmpo.optim import Muon
 from hmpo.trainer import HMPOTrainer
@@ -85,6 +86,14 @@ def test_a_training_never_mixes_devices_and_gives_the_cpus_numbers(name: str) ->
     assert there["rollout/fast"] == (options.get("decoder") != "module")
     for a, b in zip(weights, moved):
         assert torch.allclose(a, b, rtol=0, atol=1e-4)
+
+
+def test_a_decoder_with_steps_of_one_shape_never_mixes_devices(monkeypatch) -> None:
+    here, _ = trained(torch.device("cpu"), {}, tiny_llama(), tiny_llama())
+    monkeypatch.setattr(sampling, "decoder_kind", lambda _: GraphDecoder)
+    with pretended_gpu() as device:
+        there, _ = trained(device, {}, tiny_llama(), tiny_llama())
+    assert here["loss"] == pytest.approx(there["loss"], abs=1e-5)
 
 
 def test_under_autocast_products_run_in_bfloat16_on_the_device() -> None:
