@@ -21,9 +21,14 @@ from hmpo.environment import describe_environment
 RESULTS = Path(__file__).parent / "results"
 
 
-def alternate(sides: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Median CPU seconds of each side, run in turn so that a noisy machine hits all alike."""
-    for run in sides.values():
+def alternate(
+    sides: Mapping[str, Callable[[], Any]], repeats: int, *, warm: bool = False
+) -> dict[str, float]:
+    """Median CPU seconds of each side, run in turn so that a noisy machine hits all alike.
+
+    Each side runs once uncounted, unless they are `warm` already.
+    """
+    for run in () if warm else sides.values():
         run()
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(repeats):

@@ -16,15 +16,13 @@ host wait.
 """
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hmpo import head_fold
-from hmpo.head_fold import blocks, statistics_dtype
-from hmpo.head_kernels import triton_kernels
+from hmpo.head_fold import blocks, fold, gradient_in_place, statistics_dtype
 from hmpo.matmul import add_outer, project, times
 
 
@@ -66,14 +64,11 @@ class Head:
     def fold(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """`hmpo.head_fold.fold` by the plan."""
         plan = self.plan
-        return _kernels(logits).fold(
-            logits, targets, plan.temperature, plan.softcap, plan.with_entropy
-        )
+        return fold(logits, targets, plan.temperature, plan.softcap, plan.with_entropy)
 
     def differentiate(self, logits: Tensor, rows: "Rows") -> None:
         """`hmpo.head_fold.gradient_in_place` by the plan."""
-        plan = self.plan
-        _kernels(logits).gradient_in_place(logits, *rows[1:], plan.temperature, plan.softcap)
+        gradient_in_place(logits, *rows[1:], self.plan.temperature, self.plan.softcap)
 
 
 class Rows(NamedTuple):
@@ -215,12 +210,6 @@ def _backward(
         head.differentiate(block, some)
         sums.add(head, block, x, rows if kept is None else kept[rows])
         del block
-
-
-def _kernels(logits: Tensor) -> Any:
-    """The module with the elementwise passes for these logits; float64 is torch's alone."""
-    found = None if logits.dtype == torch.float64 else triton_kernels(logits.device)
-    return head_fold if found is None else found
 
 
 def compacted(logits: Tensor, kept: Tensor) -> Tensor:
