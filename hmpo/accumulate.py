@@ -1,18 +1,20 @@
 """The gradient of a minibatch, added up over micro-batches to exactly that of the whole."""
 
+from dataclasses import dataclass
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from hmpo.collect import autocast
 from hmpo.config import TrainerConfig
-from hmpo.logprobs import token_logprobs_and_entropy
+from hmpo.logprobs import response_loss, token_logprobs_and_entropy
 from hmpo.mismatch import join_weights, on_policy_rows
 from hmpo.objective import count_denominators, minibatch_band, power_mean_loss
 from hmpo.objective_config import MismatchConfig, ObjectiveConfig
 from hmpo.optim.attention_tap import hearing
 from hmpo.stopwatch import section
-from hmpo.types import Batch
+from hmpo.types import Band, Batch, Denominators
 
 
 def accumulate(
@@ -43,7 +45,6 @@ def accumulate(
     Returns:
         (loss (), log-probs (M, T), entropy (M, T)), all detached.
     """
-    old, advantages = batch.rollout.old_logprobs, batch.advantages
     mask = batch.rollout.response_mask & batch.valid[:, None]
     idle = idle_rows(batch, objective)
     parts = micro_batches(batch, config.micro_batch_size)
@@ -54,36 +55,99 @@ def accumulate(
         with torch.no_grad():
             whole = torch.cat([_forward(policy, batch.select(part), config)[0] for part in parts])
         whole = whole[torch.cat(parts).argsort()]
-        band = minibatch_band(whole, old, mask, advantages, objective, exponent=exponent)
-    losses, logprobs, entropies = [], [], []
+        inputs = batch.rollout.old_logprobs, mask, batch.advantages, objective
+        band = minibatch_band(whole, *inputs, exponent=exponent)
+    terms = _Terms(batch, mask, objective, exponent, mismatch, denominators, band)
+    sides = []
     for part in parts:
-        rows = batch.select(part)
-        new, entropy = _training_forward(policy, rows, config, idle[part])
+        if denominators is None:
+            sides.append(_together(policy, terms, config, part, idle[part]))
+        else:
+            sides += _apart(policy, terms, config, part, idle[part])
+    rows, losses, logprobs, entropies = zip(*sides)
+    order = torch.cat(rows).argsort()
+    return torch.stack(losses).sum(), torch.cat(logprobs)[order], torch.cat(entropies)[order]
+
+
+_Side = tuple[Tensor, Tensor, Tensor, Tensor]
+"""Row numbers (m,), their loss (), log-probs (m, T) and entropy (m, T), detached."""
+
+
+@dataclass(frozen=True)
+class _Terms:
+    """The loss of some rows of a minibatch; with denominators, the sum over any split is its own.
+
+    An exponent that depends on the log-probs depends on those of its own response.
+    """
+
+    batch: Batch
+    mask: Tensor
+    objective: ObjectiveConfig
+    exponent: Tensor | None
+    mismatch: MismatchConfig | None
+    denominators: Denominators | None
+    band: Band | None
+
+    def loss(self, new: Tensor, rows: Tensor) -> Tensor:
+        """Of the given rows, whose log-probs are (m, T)."""
         with section("objective"):
-            weights = rows.weights
-            if mismatch is not None:
-                drawn = rows.rollout.sampling_logprobs
-                inner = new.detach(), drawn, mask[part], rows.advantages
-                weights = join_weights(weights, on_policy_rows(*inner, mismatch))
-            loss = power_mean_loss(
+            batch, mask = self.batch.select(rows), self.mask[rows]
+            weights = batch.weights
+            if self.mismatch is not None:
+                drawn = batch.rollout.sampling_logprobs
+                inner = new.detach(), drawn, mask, batch.advantages
+                weights = join_weights(weights, on_policy_rows(*inner, self.mismatch))
+            return power_mean_loss(
                 new,
-                old[part],
-                mask[part],
-                advantages[part],
-                objective,
-                ref_logprobs=rows.ref_logprobs,
-                exponent=exponent,
+                batch.rollout.old_logprobs,
+                mask,
+                batch.advantages,
+                self.objective,
+                ref_logprobs=batch.ref_logprobs,
+                exponent=self.exponent,
                 weights=weights,
-                denominators=denominators,
-                band=band,
+                denominators=self.denominators,
+                band=self.band,
+            )
+
+
+def _together(
+    policy: nn.Module, terms: _Terms, config: TrainerConfig, part: Tensor, idle: Tensor
+) -> _Side:
+    """All log-probs of a micro-batch, then its loss."""
+    new, entropy = _training_forward(policy, terms.batch.select(part), config, idle)
+    loss = terms.loss(new, part)
+    if loss.requires_grad:
+        loss.backward()
+    return part, loss.detach(), new.detach(), entropy.detach()
+
+
+def _apart(
+    policy: nn.Module, terms: _Terms, config: TrainerConfig, part: Tensor, idle: Tensor
+) -> list[_Side]:
+    """Loss and gradient of the rows that have one, then the loss of the idle ones."""
+    sides, moving, still = [], part[~idle], part[idle]
+    if len(moving):
+        rollout = terms.batch.rollout.select(moving)
+        with section("logprobs"), autocast(rollout.response_ids.device, config):
+            loss, new, entropy = response_loss(
+                policy,
+                rollout.input_ids,
+                rollout.attention_mask,
+                rollout.response_ids.shape[1],
+                lambda new, rows: terms.loss(new, moving[rows]),
+                temperature=config.temperature,
+                chunk=config.logprob_chunk,
             )
         if loss.requires_grad:
             loss.backward()
-        losses.append(loss.detach())
-        logprobs.append(new.detach())
-        entropies.append(entropy.detach())
-    order = torch.cat(parts).argsort()
-    return torch.stack(losses).sum(), torch.cat(logprobs)[order], torch.cat(entropies)[order]
+        sides.append((moving, loss.detach(), new, entropy))
+    if len(still):
+        with torch.no_grad():
+            with hearing():
+                new, entropy = _forward(policy, terms.batch.select(still), config)
+            sides.append((still, terms.loss(new, still), new, entropy))
+    return sides
 
 
 def idle_rows(batch: Batch, objective: ObjectiveConfig) -> Bool[Tensor, " M"]:

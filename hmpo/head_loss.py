@@ -81,14 +81,18 @@ def one_pass(
     return OnePass(*_OnePass.apply(hidden, weight, bias, targets, *how))
 
 
-def one_pass_fits(weight: Float[Tensor, "V H"], lengths: Sequence[int], chunk: int) -> bool:
-    """Whether the longest response's logits fit twice the buffer of a block, or in `chunk` rows.
+def one_pass_serves(weight: Float[Tensor, "V H"], lengths: Sequence[int], chunk: int) -> bool:
+    """Whether one pass saves a product and its blocks fit.
 
-    Where they do not, blocks that end anywhere need less memory.
+    Where the logits may be kept (`hmpo.head.STORE`), or no gradient is taken, it saves nothing.
+    A response is too long if its logits take more than twice the buffer of a block and more than
+    `chunk` rows: blocks that end anywhere need less memory.
     """
-    longest = max(lengths, default=0)
+    buffer, store, _ = limits(weight.device)
     row = len(weight) * compute_dtype(weight).itemsize
-    return longest <= block_rows(weight, chunk) or longest * row <= 2 * limits(weight.device).buffer
+    longest = max(lengths, default=0)
+    fits = longest <= block_rows(weight, chunk) or longest * row <= 2 * buffer
+    return torch.is_grad_enabled() and fits and sum(lengths) * row > store
 
 
 def whole_responses(lengths: Sequence[int], rows: int) -> list[slice]:

@@ -1,10 +1,10 @@
 """Token log-probs and entropy of responses, without materialising the logits.
 
 For a Hugging Face causal LM only the hidden states of response positions meet the vocabulary
-projection, in blocks of `chunk` rows; the blocks are computed again in the backward pass, so
-the memory above the model's own is one (chunk, V) buffer. Log-softmax runs in float32 (float64
-for float64 models) whatever the model's precision. A plain `nn.Module` that maps token ids
-(N, S) to logits (N, S, V) is served as well; it is taken to be causal.
+projection, in blocks of `chunk` rows (`hmpo.head`); the memory above the model's own is one
+(chunk, V) buffer. Log-softmax runs in float32 (float64 for float64 models) whatever the model's
+precision. A plain `nn.Module` that maps token ids (N, S) to logits (N, S, V) is served as well;
+it is taken to be causal.
 
 Shift: the token at position s is predicted by the hidden state at s - 1, so a response that
 starts at P is scored from the states P - 1 .. P + T - 2.
@@ -16,7 +16,7 @@ import inspect
 import sys
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -24,11 +24,33 @@ from torch import Tensor, nn
 
 from hmpo.errors import ModelError, ShapeError
 from hmpo.head import head_logprobs, logits_logprobs
+from hmpo.head_loss import one_pass, one_pass_serves
 from hmpo.packed_attention import can_pack, model_inputs, note, pick, window
 from hmpo.packing import cut, pack
 
 PASS_TOKENS = 256
 """Tokens that cost as much time as one more pass through a model."""
+
+
+class Projection(NamedTuple):
+    """A model taken apart at its vocabulary projection."""
+
+    base: nn.Module
+    """From token ids to hidden states."""
+    head: nn.Linear
+    softcap: float | None
+    """c of c tanh(logits / c), or None."""
+
+    @property
+    def weight(self) -> Tensor:
+        """(V, H)."""
+        return self.head.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """(V,), or None."""
+        return self.head.bias
+
 
 _PLAIN_HEAD: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
 
@@ -56,9 +78,8 @@ def token_logprobs(
         Natural log-probs, differentiable, float32 (float64 for a float64 policy); 0 on padding.
         Dropout is off, and the policy's training flags are restored.
     """
-    return token_logprobs_and_entropy(
-        policy, input_ids, attention_mask, response_length, temperature=temperature, chunk=chunk
-    )[0]
+    inputs = (policy, input_ids, attention_mask, response_length)
+    return _values(*inputs, temperature, chunk, with_entropy=False)[0]
 
 
 def token_logprobs_and_entropy(
@@ -74,24 +95,115 @@ def token_logprobs_and_entropy(
 
     Both are differentiable. Entropy is 0 on padding.
     """
+    inputs = (policy, input_ids, attention_mask, response_length)
+    return _values(*inputs, temperature, chunk)
+
+
+def response_loss(
+    policy: nn.Module,
+    input_ids: Int[Tensor, "N S"],
+    attention_mask: Bool[Tensor, "N S"],
+    response_length: int,
+    loss_of: Callable[[Tensor, slice], Tensor],
+    *,
+    temperature: float = 1.0,
+    chunk: int = 512,
+) -> tuple[Float[Tensor, ""], Float[Tensor, "N T"], Float[Tensor, "N T"]]:
+    """A loss that is a sum over responses, in one pass over the vocabulary where that saves work.
+
+    Args:
+        policy: as in `token_logprobs`.
+        input_ids: as there.
+        attention_mask: as there.
+        response_length: as there.
+        loss_of: (log-probs (m, T) of some rows, which rows) -> their part of the loss. It is
+            called with any split of the rows, and the parts must add up to the whole.
+        temperature: as there.
+        chunk: as there.
+
+    Returns:
+        (loss, log-probs, entropy). Only the loss carries a gradient.
+    """
+    inputs = (policy, input_ids, attention_mask, response_length)
+    mask = attention_mask[:, -response_length:]
+    lengths = mask.sum(1).tolist()
+    with evaluating(policy):
+        targets, states, head = _targets_and_states(*inputs)
+        if head is not None and one_pass_serves(head.weight, lengths, chunk):
+
+            def block_loss(values: Tensor, rows: slice) -> Tensor:
+                return loss_of(_scattered(values, mask[rows]), rows)
+
+            options = {"temperature": temperature, "softcap": head.softcap, "chunk": chunk}
+            found = one_pass(
+                states, head.weight, head.bias, targets, lengths, block_loss, **options
+            )
+            return found.loss, _scattered(found.logprobs, mask), _scattered(found.entropy, mask)
+        picked, entropy = _of_states(states, head, targets, temperature, chunk)
+    logprobs = _scattered(picked, mask)
+    with torch.autocast(mask.device.type, enabled=False):
+        loss = loss_of(logprobs, slice(0, len(mask)))
+    return loss, logprobs.detach(), _scattered(entropy, mask).detach()
+
+
+def _values(
+    policy: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    response_length: int,
+    temperature: float,
+    chunk: int,
+    with_entropy: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Log-probs and entropy (N, T)."""
+    mask = attention_mask[:, -response_length:]
+    with evaluating(policy):
+        inputs = (policy, input_ids, attention_mask, response_length)
+        targets, states, head = _targets_and_states(*inputs)
+        picked, entropy = _of_states(states, head, targets, temperature, chunk, with_entropy)
+    return _scattered(picked, mask), _scattered(entropy, mask)
+
+
+def _of_states(
+    states: Tensor,
+    head: Projection | None,
+    targets: Tensor,
+    temperature: float,
+    chunk: int,
+    with_entropy: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Log-probs and entropy (n,) of what `response_states` gave."""
+    if head is None:
+        return logits_logprobs(states, targets, temperature)
+    return head_logprobs(
+        states,
+        head.weight,
+        head.bias,
+        targets,
+        temperature=temperature,
+        softcap=head.softcap,
+        chunk=chunk,
+        with_entropy=with_entropy,
+    )
+
+
+def _targets_and_states(
+    policy: nn.Module, input_ids: Tensor, attention_mask: Tensor, response_length: int
+) -> tuple[Tensor, Tensor, Projection | None]:
+    """Response tokens (n,) and `response_states`."""
     width = input_ids.shape[1]
     if not 0 < response_length < width:
         raise ShapeError(
             f"response_length: got {response_length}, expected 1 to {width - 1} "
             f"(input_ids has {width} columns and needs at least one prompt token)"
         )
-    mask = attention_mask[:, -response_length:]
-    targets = input_ids[:, -response_length:][mask]
-    with evaluating(policy):
-        states, head = response_states(policy, input_ids, attention_mask, response_length)
-        if head is None:
-            picked, entropy = logits_logprobs(states, targets, temperature)
-        else:
-            picked, entropy = head_logprobs(
-                states, head.weight, head.bias, targets, temperature=temperature, chunk=chunk
-            )
-    empty = picked.new_zeros(mask.shape)
-    return empty.masked_scatter(mask, picked), empty.masked_scatter(mask, entropy)
+    targets = input_ids[:, -response_length:][attention_mask[:, -response_length:]]
+    return targets, *response_states(policy, input_ids, attention_mask, response_length)
+
+
+def _scattered(values: Tensor, mask: Tensor) -> Tensor:
+    """Values (n,) at the places of a mask, 0 elsewhere."""
+    return values.new_zeros(mask.shape).masked_scatter(mask, values)
 
 
 def response_states(
@@ -99,7 +211,7 @@ def response_states(
     input_ids: Int[Tensor, "N S"],
     attention_mask: Bool[Tensor, "N S"],
     response_length: int,
-) -> tuple[Float[Tensor, "n _"], nn.Linear | None]:
+) -> tuple[Float[Tensor, "n _"], Projection | None]:
     """What predicts each response token, in order of rows.
 
     The rows go through the model as one packed sequence (`hmpo.packing`) where the model can be
@@ -121,12 +233,12 @@ def response_states(
             if split is None:
                 inputs = model_inputs(packed) | {"logits_to_keep": packed.predictors}
                 return policy(**inputs).logits[0], None
-            hidden = split[0](**model_inputs(packed)).last_hidden_state
-            return pick(packed, hidden[0]), split[1]
+            hidden = split.base(**model_inputs(packed)).last_hidden_state
+            return pick(packed, hidden[0]), split
     note(policy, False)
     run = functools.partial(_padded_states, policy, split, keeps)
     hidden = _padded(run, input_ids, attention_mask, response_length)
-    return hidden, None if split is None else split[1]
+    return hidden, split
 
 
 def _padded(
@@ -160,7 +272,7 @@ def _padded(
 
 def _padded_states(
     policy: nn.Module,
-    split: tuple[nn.Module, nn.Linear] | None,
+    split: Projection | None,
     keeps: bool,
     input_ids: Tensor,
     attention_mask: Tensor,
@@ -169,7 +281,7 @@ def _padded_states(
     """Hidden states (M, T, H) or logits (M, T, V) that predict the response columns."""
     inputs = _model_inputs(input_ids, attention_mask)
     if split is not None:
-        return split[0](**inputs).last_hidden_state[:, -response_length - 1 : -1]
+        return split.base(**inputs).last_hidden_state[:, -response_length - 1 : -1]
     if keeps:
         inputs["logits_to_keep"] = response_length + 1
     return policy(**inputs).logits[:, -response_length - 1 : -1]
@@ -224,24 +336,42 @@ def _model_inputs(input_ids: Tensor, attention_mask: Tensor) -> dict[str, object
     }
 
 
-def _split_head(policy: nn.Module) -> tuple[nn.Module, nn.Linear] | None:
-    """(decoder, vocabulary projection) where logits are exactly that projection, else None.
+def _split_head(policy: nn.Module) -> Projection | None:
+    """Decoder and vocabulary projection where logits are exactly that, softcapped or not.
 
-    Models that scale, cap or adapt their logits are told apart by one comparison on two
-    tokens, made once for each policy.
+    Models that scale or adapt their logits are told apart by one comparison on two tokens, made
+    once for each policy; they go through whole logits.
+
+    Raises:
+        ModelError: a peft adapter sits on the projection.
     """
     core: Any = unwrap(policy)  # a transformers model, see `is_hugging_face`
     head, base = core.get_output_embeddings(), core.base_model
     if type(head) is not nn.Linear or base is core:
+        _refuse_adapter(head)
         return None
+    softcap = getattr(core.config.get_text_config(), "final_logit_softcapping", None)
     if policy not in _PLAIN_HEAD:
         ids = torch.tensor([[0, 1]], device=head.weight.device)
         inputs = _model_inputs(ids, torch.ones_like(ids, dtype=torch.bool))
         with torch.no_grad(), evaluating(policy):
             whole = policy(**inputs).logits
             parts = head(base(**inputs).last_hidden_state)
-        _PLAIN_HEAD[policy] = torch.equal(whole, parts)
-    return (base, head) if _PLAIN_HEAD[policy] else None
+        capped = parts if softcap is None else softcap * torch.tanh(parts / softcap)
+        _PLAIN_HEAD[policy] = torch.equal(whole, capped)
+    return Projection(base, head, softcap) if _PLAIN_HEAD[policy] else None
+
+
+def _refuse_adapter(head: Any) -> None:
+    """An error for a projection with a tuner's layers, whose weight alone is not what it does."""
+    peft = sys.modules.get("peft")
+    if peft is not None and isinstance(head, peft.tuners.tuners_utils.BaseTunerLayer):
+        raise ModelError(
+            f"vocabulary projection: got peft's {type(head).__module__}.{type(head).__name__}, "
+            "expected a plain linear layer, whose products with the vocabulary are taken in "
+            "blocks; leave the output embeddings (lm_head) out of target_modules, or train "
+            "them as a whole with modules_to_save"
+        )
 
 
 def _plain_logits(

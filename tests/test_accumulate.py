@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hmpo import accumulate as module
-from hmpo import members
+from hmpo import logprobs, members
 from hmpo.accumulate import accumulate, idle_rows, micro_batches
 from hmpo.config import MismatchConfig, ObjectiveConfig, PowerMeanConfig
 from hmpo.objective import power_mean_loss
@@ -116,15 +116,36 @@ def test_leaving_idle_rows_out_of_the_backward_pass_changes_nothing(
 
 def test_idle_rows_run_without_gradient(monkeypatch) -> None:
     model, calls = tiny_llama(), []
-    compute = module.token_logprobs_and_entropy
+    compute = logprobs.response_states
 
-    def counted(policy, ids, *args, **keywords):
+    def counted(policy, ids, *args):
         calls.append((len(ids), torch.is_grad_enabled()))
-        return compute(policy, ids, *args, **keywords)
+        return compute(policy, ids, *args)
 
-    monkeypatch.setattr(module, "token_logprobs_and_entropy", counted)
+    monkeypatch.setattr(logprobs, "response_states", counted)
     gradient(model, batch_of(model), members.hmpo())
     assert calls == [(6, True), (6, False)]
+
+
+@pytest.mark.parametrize("size", [None, 5])
+@pytest.mark.parametrize("name", list(MEMBERS))
+def test_one_pass_over_the_vocabulary_changes_no_gradient(name, size, monkeypatch) -> None:
+    model, objective = in_float64(tiny_llama()), MEMBERS[name]
+    batch, passes = batch_of(model), []
+    inner = logprobs.one_pass
+
+    def counted(*args, **options):
+        passes.append(args[4])
+        return inner(*args, **options)
+
+    monkeypatch.setattr(logprobs, "one_pass", counted)
+    want = gradient(model, batch, objective, micro_batch_size=size)
+    assert not passes, "few logits may wait for the backward pass"
+    monkeypatch.setattr("hmpo.head.STORE", 0)
+    found = gradient(model, batch, objective, micro_batch_size=size, logprob_chunk=7)
+    assert largest(found, want) < 1e-12
+    # A band that a single micro-batch measures of itself needs all log-probs first.
+    assert len(passes) == (0 if objective.needs_band and size is None else 1 if size is None else 3)
 
 
 @pytest.mark.parametrize("kind", ["llama", "plain"])

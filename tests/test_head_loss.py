@@ -5,7 +5,7 @@ from torch import Tensor
 from hmpo import members
 from hmpo.errors import ShapeError
 from hmpo.head import head_logprobs
-from hmpo.head_loss import one_pass, one_pass_fits, whole_responses
+from hmpo.head_loss import one_pass, one_pass_serves, whole_responses
 from hmpo.mismatch import on_policy_rows
 from hmpo.objective import count_denominators, minibatch_band, power_mean_loss
 from hmpo.objective_config import MismatchConfig, ObjectiveConfig
@@ -190,11 +190,15 @@ def test_blocks_hold_whole_responses() -> None:
     assert covered == list(range(7))
 
 
-def test_a_response_fits_into_twice_the_buffer_or_a_chunk() -> None:
+def test_one_pass_serves_responses_that_fit_where_logits_cannot_wait() -> None:
     weight = torch.empty(151936, 1)
     limit = (128 << 20) // (151936 * 4)
-    assert one_pass_fits(weight, [3, limit], 512) and not one_pass_fits(weight, [limit + 1], 512)
-    assert one_pass_fits(torch.empty(50, 1), [512, 7], 512)
+    assert one_pass_serves(weight, [3, limit], 512)
+    assert not one_pass_serves(weight, [3, limit + 1], 512), "the response is too long"
+    assert not one_pass_serves(weight, [limit // 2 - 1], 512), "its logits may wait"
+    assert one_pass_serves(torch.empty(50000, 1), [512, 7], 512)
+    with torch.no_grad():
+        assert not one_pass_serves(weight, [3, limit], 512)
 
 
 def test_lengths_that_do_not_add_up_are_refused() -> None:

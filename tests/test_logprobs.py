@@ -8,12 +8,14 @@ from hmpo.head import head_logprobs
 from hmpo.logprobs import (
     _split_head,
     evaluating,
+    response_loss,
     token_logprobs,
     token_logprobs_and_entropy,
 )
 from hmpo.sampling import sample_responses
+from tests.optim.families import family
 from tests.oracles.logprobs import response_logprobs
-from tests.support import padded_prompts, tiny_causal, tiny_llama
+from tests.support import in_float64, padded_prompts, tiny_causal, tiny_llama
 
 
 def rollout_of(model, vocab: int = 40):
@@ -128,6 +130,57 @@ def test_a_model_that_caps_its_logits_takes_the_general_path() -> None:
     )
     assert torch.allclose(got, rollout.old_logprobs, rtol=0, atol=2e-5)
     assert _split_head(tiny_llama()) is not None
+
+
+def test_softcapped_logits_are_taken_in_blocks() -> None:
+    model = in_float64(family("gemma2", gain=3.0))
+    head = _split_head(model)
+    assert head is not None and head.softcap == model.config.final_logit_softcapping
+    rollout = rollout_of(model)
+    arguments = (rollout.input_ids, rollout.attention_mask, rollout.response_ids.shape[1])
+    mild = token_logprobs(model, *arguments, chunk=3)
+    model.config.final_logit_softcapping /= 50
+    got = token_logprobs(model, *arguments, chunk=3)
+    assert (got - mild).abs().max() > 1e-2, "the cap must bite for this to mean anything"
+    for i, prompt, response in rows(rollout):
+        expected, _ = response_logprobs(model.eval(), prompt, response, 1.0)
+        assert got[i, : len(response)].tolist() == pytest.approx(expected, abs=1e-12)
+
+
+def test_an_adapter_on_the_projection_is_refused() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    def adapted(*modules: str):
+        config = LoraConfig(r=2, target_modules=list(modules))
+        return get_peft_model(tiny_llama(), config)
+
+    inputs = (torch.ones(1, 4, dtype=torch.long), torch.ones(1, 4, dtype=torch.bool), 2)
+    with pytest.raises(
+        ModelError, match=r"got peft's .*lora.*Linear, expected a plain linear layer"
+    ):
+        token_logprobs(adapted("q_proj", "lm_head"), *inputs)
+    assert token_logprobs(adapted("q_proj"), *inputs).isfinite().all()
+
+
+def test_a_loss_by_response_equals_the_loss_of_all_log_probs() -> None:
+    for model in (tiny_llama().double(), tiny_causal(40).double()):
+        rollout = rollout_of(model)
+        arguments = (rollout.input_ids, rollout.attention_mask, rollout.response_ids.shape[1])
+        mix = torch.arange(len(rollout.finished)) - 1.5
+
+        def loss_of(values, rows, mix=mix):
+            return (values.square().sum(1) * mix[rows]).sum()
+
+        parameters = list(model.parameters())
+        want = token_logprobs_and_entropy(model, *arguments)
+        whole = loss_of(want[0], slice(None))
+        loss, got, entropy = response_loss(model, *arguments, loss_of, chunk=3)
+        assert torch.allclose(loss, whole, rtol=1e-12)
+        assert torch.equal(got, want[0]) and torch.equal(entropy, want[1])
+        assert not got.requires_grad and not entropy.requires_grad
+        exact = torch.autograd.grad(whole, parameters)
+        for a, b in zip(torch.autograd.grad(loss, parameters), exact):
+            assert torch.allclose(a, b, rtol=0, atol=1e-12)
 
 
 def test_modes_restored() -> None:

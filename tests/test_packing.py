@@ -76,7 +76,8 @@ def test_packed_equals_padded_in_float64(kind, monkeypatch) -> None:
 def test_packed_equals_padded_with_a_soft_cap(monkeypatch) -> None:
     model = family("gemma2", gain=3.0, num_hidden_layers=2)
     pair = both(model, *rows_of(*ODD), monkeypatch)
-    assert logprobs._split_head(model) is None, "its logits are capped as well"
+    head = logprobs._split_head(model)
+    assert head is not None and head.softcap is not None, "its logits are capped as well"
     assert largest(pair) < 256 * torch.finfo(torch.float32).eps
 
 
