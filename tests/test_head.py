@@ -16,6 +16,7 @@ from hmpo.head import (
     logits_logprobs,
 )
 from hmpo.head_fold import fold, gradient_in_place
+from hmpo.head_loss import one_pass
 from hmpo.head_schemes import Rows, compacted
 from tests.oracles.head import head_by_loops
 
@@ -257,3 +258,44 @@ def test_passes_over_logits_take_more_rows_on_a_gpu_and_never_all_of_many() -> N
         32_000,
     )
     assert head_fold._block(torch.empty(5, 32_000, device="meta")) == (5, 32_000)
+
+
+def peak_bytes(call) -> int:
+    """Most bytes of tensors that a call holds at once above what was there before."""
+    with torch.profiler.profile(profile_memory=True) as profile:
+        call()
+    held = most = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            most = max(most, held)
+    return most
+
+
+@pytest.mark.parametrize("rows", [16, 64])
+@pytest.mark.parametrize("scheme", ["recompute", "one pass", "store"])
+def test_memory_is_one_buffer_and_the_gradients(scheme: str, rows: int) -> None:
+    n, width, vocab = 512, 64, 8000
+    hidden, weight, _, targets, g, _ = problem(n, width, vocab, torch.float32)
+    leaves = hidden.requires_grad_(), weight.requires_grad_()
+
+    def call() -> None:
+        if scheme == "one pass":
+            parts = g.view(-1, 8)
+            lengths = [8] * len(parts)
+            found = one_pass(
+                *leaves, None, targets, lengths, lambda x, r: x @ parts[r].flatten(), chunk=rows
+            )
+            found.loss.backward()
+        else:
+            store = 1 << 30 if scheme == "store" else 0
+            picked, _ = head_logprobs(*leaves, None, targets, chunk=rows, store=store)
+            (picked * g).sum().backward()
+
+    call()
+    hidden.grad = weight.grad = None
+    held = 4 * vocab * (n if scheme == "store" else rows)  # logits, overwritten by their gradient
+    gradients = 4 * width * (n + vocab)
+    scratch = 3 * 4 * head_fold.CACHED + 16 * 4 * n  # rows in cache, and numbers by row
+    block = 4 * width * rows + 4 * width * n  # hidden states of a block, and their gradient
+    assert held + gradients <= peak_bytes(call) <= held + gradients + scratch + 2 * block
