@@ -175,7 +175,7 @@ def fault(run: Callable[[], Any]) -> str | None:
     """Why a side cannot run at this size (memory, a missing function), or None; it is run once."""
     try:
         run()
-    except (RuntimeError, AttributeError, TypeError, NotImplementedError) as error:
+    except (RuntimeError, AttributeError, TypeError, ImportError) as error:
         return f"{type(error).__name__}: {error}".splitlines()[0]
     return None
 

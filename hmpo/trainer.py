@@ -380,7 +380,8 @@ class PowerMeanTrainer:
             ref_logprobs=batch.ref_logprobs,
             exponent=exponent,
         )
-        record = {name: float(value) for name, value in metrics.items()}
+        values = torch.stack([value.double() for value in metrics.values()])
+        record: Metrics = dict(zip(metrics, values.tolist()))  # one wait for the device
         tokens = max(1, int(mask.sum()))
         record["update/packed"] = float(was_packed(self.policy))
         record["update/idle_frac"] = float(idle_rows(batch, self.objective).double().mean())
