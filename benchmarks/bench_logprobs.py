@@ -81,10 +81,16 @@ class Work:
         x, w = self.leaves()
         self.backward(LigerFusedLinearPPOBase.chunk_forward(x[None], w, self.targets[None])[0])
 
-    def torch_fused(self) -> None:
-        """Torch's own chunked cross-entropy of each token."""
+    def torch_fused(self, *, chunked: bool = False) -> None:
+        """Torch's own cross-entropy of each token, as it is or in blocks."""
+        from torch.nn.modules.linear_cross_entropy_options import LinearCrossEntropyOptions
+
+        options = LinearCrossEntropyOptions() if chunked else None
         x, w = self.leaves()
-        self.backward(-functional.linear_cross_entropy(x, w, self.targets, reduction="none"))
+        loss = functional.linear_cross_entropy(
+            x, w, self.targets, reduction="none", options=options
+        )
+        self.backward(-loss)
 
     def verl(self) -> None:
         """Verl's torch path."""
@@ -122,6 +128,7 @@ PEERS: dict[str, Callable[[Work], None]] = {
     "TRL": Work.trl,
     "Liger": Work.liger,
     "torch": Work.torch_fused,
+    "torch, chunked": lambda work: work.torch_fused(chunked=True),
 }
 OURS: dict[str, Callable[[Work], None]] = {
     "recompute": lambda work: work.ours(store=0),
@@ -130,7 +137,7 @@ OURS: dict[str, Callable[[Work], None]] = {
     "frozen": lambda work: work.ours(frozen=True),
     "frugal": lambda work: work.ours(store=0, chunk=128),
 }
-PRODUCTS = {"store": 3, "one pass": 3, "naive": 3, "frozen": 2}
+PRODUCTS = {"store": 3, "torch": 3, "one pass": 3, "naive": 3, "frozen": 2}
 """Products of hidden states with the projection; 4 where the logits are computed again."""
 
 
@@ -158,7 +165,8 @@ def forward_backward(rows: int, top: dict[str, float]) -> list[dict[str, Any]]:
     for run in sides.values():
         run(small)
     runs = {name: lambda run=run: run(work) for name, run in sides.items()}
-    seconds = alternate(runs, 3, warm=True)
+    slow = {"torch, chunked": runs.pop("torch, chunked")}
+    seconds = alternate(runs, 3, warm=True) | alternate(slow, 1, warm=True)
     table = []
     for name, spent in seconds.items():
         unit = 2.0 * rows * WIDTH * VOCAB
@@ -174,9 +182,7 @@ def forward_backward(rows: int, top: dict[str, float]) -> list[dict[str, Any]]:
                 "products": PRODUCTS.get(name, 4),
                 "cpu_s": round(spent, 3),
                 "of_trl": round(spent / seconds["TRL"], 3),
-                "of_best_peer": round(
-                    spent / min(seconds[peer] for peer in ("naive", "Liger", "torch")), 3
-                ),
+                "of_best_peer": round(spent / min(seconds[peer] for peer in PEERS), 3),
                 "peak_mib": peak_memory(side_to_measure, name, rows),
                 **roofline(least * unit, traffic, spent, top),
             }
@@ -190,9 +196,9 @@ def no_grad(rows: int) -> list[dict[str, Any]]:
     sides = {
         "TRL": work.trl_no_grad,
         "ours": lambda: work.no_grad(with_entropy=False),
-        "ours with entropy": work.no_grad,
+        "ours, with entropy": work.no_grad,
     }
-    seconds = alternate(sides, 3, warm=True)
+    seconds = alternate(sides, 5, warm=True)
     return [
         {
             "case": "no grad",
@@ -214,7 +220,7 @@ def entropy(rows: int) -> list[dict[str, Any]]:
             "entropy's gradient": lambda: work.ours(store=0, slope=True),
             "TRL, entropy's gradient": lambda: work.trl(slope=True),
         },
-        5,
+        3,
     )
     return [
         {
@@ -353,7 +359,7 @@ def main() -> None:
     rows = parser.parse_args().rows
     one_thread()
     table = forward_backward(rows, ceilings())
-    table += no_grad(rows) + entropy(rows // 4) + profile(rows // 4) + tried(rows // 4)
+    table += no_grad(rows) + entropy(rows // 4) + profile(rows // 4) + tried(rows // 8)
     save("logprobs", "python benchmarks/bench_logprobs.py", table)
 
 

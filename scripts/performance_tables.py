@@ -123,3 +123,63 @@ def start() -> str:
         )
         lines.append(f"| {name} | {row['cpu_s']:.2f} | {row['wall_s']:.2f} |")
     return "\n".join([*lines, "", source(result)])
+
+
+def logprobs() -> str:
+    """Log-probs beside other heads."""
+    result = load("logprobs")
+    rows = [row for row in result["rows"] if row["case"] == "forward and backward"]
+    lines = [
+        "| side | products | entropy | CPU s | / TRL | / best of naive, Liger, torch | peak, MiB "
+        "| share of the limit |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        side = f"**{row['side']}**" if row["ours"] else row["side"]
+        cells = [
+            side,
+            str(row["products"]),
+            "yes" if row["entropy"] else "no",
+            f"{row['cpu_s']:.2f}",
+            f"{row['of_trl']:.2f}",
+            f"{row['of_best_peer']:.2f}",
+            f"{row['peak_mib']:.0f}",
+            f"{100 * row['share']:.0f} %",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    top = rows[0]["ceilings"]
+    note = (
+        "In bold what hmpo does; peaks are above what was there before, the gradients of hidden "
+        "states and projection among them. The limit: three products (two with a frozen "
+        f"projection) at the {top['gflop_s']:.0f} GFLOP/s that a large square product reached in "
+        "the same minute. "
+    )
+    return "\n".join([*lines, "", note + source(result)])
+
+
+def logprobs_parts() -> str:
+    """No-grad log-probs, the entropy's gradient, and where the time goes."""
+    rows = load("logprobs")["rows"]
+    lines = ["| log-probs without gradient | CPU s | / TRL |", "|---|---|---|"]
+    for row in (row for row in rows if row["case"] == "no grad"):
+        lines.append(f"| {row['side']} | {row['cpu_s']:.2f} | {row['of_trl']:.2f} |")
+    lines += ["", "| forward and backward | CPU s | / without entropy |", "|---|---|---|"]
+    for row in (row for row in rows if row["case"] == "entropy"):
+        lines.append(f"| {row['side']} | {row['cpu_s']:.2f} | {row['of_without']:.2f} |")
+    shares = [row for row in rows if row["case"] == "profile"]
+    names = list(shares[0]["shares"])
+    lines += ["", "| share of the time | " + " | ".join(names) + " |"]
+    lines.append("|---" * (len(names) + 1) + "|")
+    for row in shares:
+        cells = [f"{100 * row['shares'][name]:.0f} %" for name in names]
+        lines.append(f"| {row['side']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def logprobs_tried() -> str:
+    """Other ways to take the projection."""
+    lines = ["| tried | time / default | error of a logit (rms) |", "|---|---|---|"]
+    for row in (row for row in load("logprobs")["rows"] if row["case"] == "tried"):
+        error = f"{row['rms_error']:.1e}" if "rms_error" in row else ""
+        lines.append(f"| {row['side']} | {row['of_default']:.2f} | {error} |")
+    return "\n".join(lines)
