@@ -51,7 +51,7 @@ def bars() -> None:
     axes.axvline(1, color=SOFT, linewidth=0.8)
     axes.set_yticks(range(len(rows)), [goal.work.replace("`", "") for goal in reversed(rows)])
     axes.set_ylim(-0.7, len(rows) - 0.3)
-    axes.set_xlim(0, 1.05 * max(1.1, *(goal.measured or 0 for goal in rows)))
+    axes.set_xlim(0, 1.2 * max(1.1, *(goal.measured or 0 for goal in rows)))
     axes.set_xlabel("ours / peer; black: the target; orange: not reached", color=INK, fontsize=8)
     plain(axes, "x")
     axes.tick_params(axis="y", length=0)
@@ -98,9 +98,8 @@ def roofs() -> None:
     axes.text(
         high, 1.06 * flops, f"{flops:.0f} GFLOP/s", fontsize=8, color=INK, ha="right", va="bottom"
     )
-    axes.text(
-        low * 1.1, low * bytes_ * 1.7, f"{bytes_:.0f} GB/s", fontsize=8, color=INK, va="bottom"
-    )
+    left = 0.55 * flops / bytes_
+    axes.text(left, 0.62 * flops, f"{bytes_:.0f} GB/s", fontsize=8, color=INK, ha="right")
     for colour, mark, kind in zip(COLOURS, "os^D", kinds, strict=False):
         mine = [(x, row["necessary"]["gflop"] / s) for name, x, row, s in points if name == kind]
         if mine:
@@ -156,10 +155,11 @@ def growth() -> None:
 
 
 def main() -> None:
-    """Draw all three."""
+    """Draw all three; the third where there is what it shows."""
     bars()
     roofs()
-    growth()
+    if rows_of("growth"):
+        growth()
 
 
 if __name__ == "__main__":

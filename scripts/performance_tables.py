@@ -1,7 +1,7 @@
 """Tables of docs/performance.md: the targets, and what the benchmarks measured."""
 
 from goals import WORK, goals
-from results import load, source
+from results import exists, load, missing, source
 
 from hmpo.stopwatch import PARTS
 
@@ -22,6 +22,8 @@ def targets() -> str:
 
 def whole_updates() -> str:
     """Our trainer's update beside TRL's."""
+    if not exists("trl"):
+        return missing("python benchmarks/bench_trl.py")
     result = load("trl")
     lines = [
         "| update | TRL, CPU s | ours | without QK-clip | ours / TRL, a token | target "
@@ -56,6 +58,8 @@ def whole_updates() -> str:
 
 def update_parts() -> str:
     """Where the time of our update goes."""
+    if not exists("trl"):
+        return missing("python benchmarks/bench_trl.py")
     rows = load("trl")["rows"]
     names = sorted({name for row in rows for name in row["parts"]}, key=PARTS.index)
     lines = ["| share of our time | " + " | ".join(name.replace("_", "-") for name in names) + " |"]
@@ -68,6 +72,8 @@ def update_parts() -> str:
 
 def trl_options() -> str:
     """TRL's update under its own options."""
+    if not exists("trl_options"):
+        return missing("python benchmarks/bench_trl.py --options")
     result = load("trl_options")
     lines = ["| TRL's option | CPU s |", "|---|---|"]
     lines += [f"| {row['option']} | {row['cpu_s']:.2f} |" for row in result["rows"]]
@@ -76,6 +82,8 @@ def trl_options() -> str:
 
 def growth() -> str:
     """Time and memory along three axes."""
+    if not exists("growth"):
+        return missing("python benchmarks/bench_growth.py")
     result = load("growth")
     lines = [
         "| axis | size | CPU s | ns / 10^6 operations | off the line | peak, MiB | off the line |",
@@ -115,6 +123,8 @@ def growth() -> str:
 
 def start() -> str:
     """How long things take to start."""
+    if not exists("start"):
+        return missing("python benchmarks/bench_start.py")
     result = load("start")
     lines = ["| | CPU s | wall s |", "|---|---|---|"]
     for row in result["rows"]:

@@ -12,9 +12,19 @@ def load(name: str) -> dict[str, Any]:
     return json.loads((RESULTS / f"{name}.json").read_text())
 
 
+def exists(name: str) -> bool:
+    """Whether there is such a result file yet."""
+    return (RESULTS / f"{name}.json").exists()
+
+
+def missing(command: str) -> str:
+    """What stands in place of a table that has no result file."""
+    return f"Not measured yet: `{command}`."
+
+
 def rows_of(name: str) -> list[dict[str, Any]]:
     """Rows of one result file; none where there is no such file yet."""
-    return load(name)["rows"] if (RESULTS / f"{name}.json").exists() else []
+    return load(name)["rows"] if exists(name) else []
 
 
 def source(*results: dict[str, Any]) -> str:
