@@ -43,25 +43,26 @@ def fold(
     """
     if (kernels := _kernels(logits)) is not None:
         return kernels.fold(logits, targets, temperature, softcap, with_entropy)
-    n, kind = len(logits), statistics_dtype(logits.dtype)
+    kind = statistics_dtype(logits.dtype)
     picked = logits.gather(1, targets[:, None])[:, 0].to(kind)
     picked = _scaled(picked, temperature, softcap, torch.empty_like(picked))
-    lse = torch.empty_like(picked)
-    entropy = torch.full_like(picked, torch.nan)
+    tops, totals, moments = [], [], []
     scratch = logits.new_empty((2, *_block(logits)), dtype=kind)
-    for rows in blocks(n, scratch.shape[1]):
-        first, second = scratch[:, : rows.stop - rows.start]
-        z = _scaled(logits[rows], temperature, softcap, first)
-        top = z.amax(1, keepdim=True)
-        below = torch.sub(z, top, out=first)
+    for block in logits.split(max(1, scratch.shape[1])):
+        first, second = scratch[:, : len(block)]
+        z = _scaled(block, temperature, softcap, first)
+        tops.append(z.amax(1))
+        below = torch.sub(z, tops[-1][:, None], out=first)
         if with_entropy:
             weights = torch.exp(below.clamp_(min=FLOOR), out=second)
-            total = weights.sum(1)
-            # Both terms are >= 0: nothing cancels, however sure the policy is.
-            entropy[rows] = total.log() - weights.mul_(below).sum(1) / total
+            totals.append(weights.sum(1))
+            moments.append(weights.mul_(below).sum(1))
         else:
-            total = below.exp_().sum(1)
-        lse[rows] = total.log() + top[:, 0]
+            totals.append(below.exp_().sum(1))
+    total = torch.cat(totals)
+    lse = total.log() + torch.cat(tops)
+    # Both terms are >= 0: nothing cancels, however sure the policy is.
+    entropy = total.log() - torch.cat(moments) / total if moments else lse * torch.nan
     return picked - lse, lse, entropy
 
 

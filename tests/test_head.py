@@ -154,6 +154,14 @@ def test_a_batch_without_any_gradient_gives_zeros() -> None:
         assert all(not gradient.any() for gradient in gradients.values())
 
 
+def test_no_rows_at_all_are_served() -> None:
+    assert [len(x) for x in fold(torch.empty(0, 5), torch.empty(0, dtype=torch.long))] == [0, 0, 0]
+    hidden, weight, bias, targets, g, _ = problem()
+    for scheme in SCHEMES:
+        gradients = run(scheme, hidden[:0], weight, bias, targets[:0], g[:0])[2]
+        assert all(not gradient.any() for gradient in gradients.values())
+
+
 def test_rows_are_compacted_in_their_own_memory() -> None:
     logits = torch.arange(24.0).view(12, 2)
     kept = torch.tensor([0, 3, 4, 7, 8, 9, 11])
