@@ -97,6 +97,19 @@ def test_replayed_recordings_of_a_step_give_the_same_tokens(
         assert_same(*pair, 1e-12 if dtype == torch.float64 else 1e-5)
 
 
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_bfloat16_products_over_float32_weights_are_served(kind, recorded, monkeypatch) -> None:
+    options = {"dtype": torch.bfloat16, "length": 3, "eos_token": 39}
+    fast, static, _ = rollouts(build(kind), monkeypatch, graphed, **options)
+    assert recorded.replays > 0
+    first = slice(None), slice(0, 1)
+    assert torch.equal(fast.response_ids[first], static.response_ids[first])
+    same = (fast.response_ids == static.response_ids).all(1)
+    assert same.float().mean() > 0.5, "rounding may move a draw, not most of them"
+    error = (fast.old_logprobs - static.old_logprobs)[same].abs().max()
+    assert error < 0.1
+
+
 @pytest.mark.parametrize(
     "options",
     [{"temperature": 0.7}, {"temperature": 0.0}, {"temperature": 0.9, "top_k": 5, "top_p": 0.8}],
