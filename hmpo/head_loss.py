@@ -85,14 +85,12 @@ def one_pass_serves(weight: Float[Tensor, "V H"], lengths: Sequence[int], chunk:
     """Whether one pass saves a product and its blocks fit.
 
     Where the logits may be kept (`hmpo.head.STORE`), or no gradient is taken, it saves nothing.
-    A response is too long if its logits take more than twice the buffer of a block and more than
-    `chunk` rows: blocks that end anywhere need less memory.
+    A response is too long if it has more than twice the rows of a block: blocks that end anywhere
+    need less memory.
     """
-    buffer, store, _ = limits(weight.device)
     row = len(weight) * compute_dtype(weight).itemsize
-    longest = max(lengths, default=0)
-    fits = longest <= block_rows(weight, chunk) or longest * row <= 2 * buffer
-    return torch.is_grad_enabled() and fits and sum(lengths) * row > store
+    fits = max(lengths, default=0) <= 2 * block_rows(weight, chunk)
+    return torch.is_grad_enabled() and fits and sum(lengths) * row > limits(weight.device).store
 
 
 def whole_responses(lengths: Sequence[int], rows: int) -> list[slice]:

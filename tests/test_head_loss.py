@@ -4,7 +4,7 @@ from torch import Tensor
 
 from hmpo import members
 from hmpo.errors import ShapeError
-from hmpo.head import head_logprobs
+from hmpo.head import LEAST_ROWS, head_logprobs
 from hmpo.head_loss import one_pass, one_pass_serves, whole_responses
 from hmpo.mismatch import on_policy_rows
 from hmpo.objective import count_denominators, minibatch_band, power_mean_loss
@@ -192,11 +192,12 @@ def test_blocks_hold_whole_responses() -> None:
 
 def test_one_pass_serves_responses_that_fit_where_logits_cannot_wait() -> None:
     weight = torch.empty(151936, 1)
-    limit = (128 << 20) // (151936 * 4)
+    limit = 2 * LEAST_ROWS
     assert one_pass_serves(weight, [3, limit], 512)
     assert not one_pass_serves(weight, [3, limit + 1], 512), "the response is too long"
-    assert not one_pass_serves(weight, [limit // 2 - 1], 512), "its logits may wait"
-    assert one_pass_serves(torch.empty(50000, 1), [512, 7], 512)
+    assert not one_pass_serves(weight, [100], 512), "its logits may wait"
+    assert one_pass_serves(torch.empty(32000, 1), [1024, 7], 512)
+    assert not one_pass_serves(torch.empty(32000, 1), [1024, 7], 128), "few rows were asked for"
     with torch.no_grad():
         assert not one_pass_serves(weight, [3, limit], 512)
 
