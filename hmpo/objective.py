@@ -43,7 +43,13 @@ from hmpo.exponent import matched_exponent
 from hmpo.masking import limited, masked_difference, scaled_gradient, without_padding
 from hmpo.means import Exponent
 from hmpo.objective_config import ObjectiveConfig
-from hmpo.ratio_metrics import clip_metrics, count_metrics, ratio_metrics, row_metrics
+from hmpo.ratio_metrics import (
+    clip_metrics,
+    count_metrics,
+    count_units,
+    ratio_metrics,
+    row_metrics,
+)
 from hmpo.types import Band, Denominators, ObjectiveOutput
 
 __all__ = [
@@ -224,36 +230,39 @@ def objective_metrics(
     Arguments and errors are those of `power_mean_objective`.
     """
     _check(logprobs, old_logprobs, mask, advantages, ref_logprobs, exponent)
-    log_ratio = masked_difference(logprobs, old_logprobs, mask)
-    advantages = _row_advantages(advantages, mask.sum(1), log_ratio.dtype)
+    log_ratio, lengths = masked_difference(logprobs, old_logprobs, mask), mask.sum(1)
+    advantages = _row_advantages(advantages, lengths, log_ratio.dtype)
     p = exponent_in_force(log_ratio, mask, advantages, config, exponent)
-    rows = mask.any(1)
+    counted = count_units(mask, advantages)
     if config.needs_band and band is None:
         band = measure_band(log_ratio, mask, p, config)
-    metrics = count_metrics(mask, log_ratio, config, band if bool(rows.any()) else None)
-    if not bool(rows.any()):
+    metrics = count_metrics(mask, log_ratio, config, band if counted.rows else None, counted)
+    if not counted.rows:
         return metrics
-    lengths = mask.sum(1)
     omega = _row_weights(lengths, config, None, log_ratio.dtype)
     bounds = _bounds(lengths, advantages, config, band)
     limited_ratio = _limited_tokens(log_ratio, mask, advantages, config, bounds)
     means = _limited_mean(limited_ratio, logprobs, mask, p, config, bounds)
+    d = counted.of_tokens(log_ratio)
     metrics |= {
         "pg_loss": -(omega * advantages * means).sum(),
         "kl_loss": log_ratio.new_tensor(0.0),
-        "kl/k1": -log_ratio[mask].mean(),
-        "kl/k3": exp_minus_tangent(log_ratio[mask]).mean(),
+        "kl/k1": -d.mean(),
+        "kl/k3": exp_minus_tangent(d).mean(),
     }
     if config.kl_coef > 0:
         kl = _row_kl(logprobs, ref_logprobs, mask, config)
         metrics["kl_loss"] = config.kl_coef * (omega * kl).sum()
     if ref_logprobs is not None:
-        metrics["kl/ref"] = k3(logprobs[mask] - ref_logprobs[mask]).mean()
-    p = torch.as_tensor(p, dtype=log_ratio.dtype, device=log_ratio.device).expand(rows.shape)[rows]
-    log_ratio, mask, advantages = log_ratio[rows], mask[rows], advantages[rows]
-    metrics |= row_metrics(p, advantages)
-    metrics |= ratio_metrics(log_ratio, mask, p, config)
-    metrics |= clip_metrics(log_ratio, mask, advantages, p, config, band)
+        to_ref = counted.of_tokens(logprobs) - counted.of_tokens(ref_logprobs)
+        metrics["kl/ref"] = k3(to_ref).mean()
+    p = torch.as_tensor(p, dtype=log_ratio.dtype, device=log_ratio.device).expand(len(mask))
+    p, advantages = counted.of_rows(p), counted.of_rows(advantages)
+    log_ratio, mask = counted.of_rows(log_ratio), counted.of_rows(mask)
+    log_m = log_mean(log_ratio, mask, p, config)
+    metrics |= row_metrics(p, advantages, counted)
+    metrics |= ratio_metrics(log_ratio, mask, p, log_m, d)
+    metrics |= clip_metrics(mask, advantages, config, band, log_m, d)
     return metrics
 
 

@@ -32,7 +32,7 @@ from hmpo.policy_state import load_trained_state, trained_state
 from hmpo.rewards import Rewards
 from hmpo.sampling import minibatch_rows
 from hmpo.stopwatch import section
-from hmpo.types import Batch, Event, Metrics, Rollout
+from hmpo.types import Batch, Event, Metrics, Rollout, on_host
 
 logger = logging.getLogger(__name__)
 
@@ -279,7 +279,7 @@ class PowerMeanTrainer:
         drawn = rollout.old_logprobs, rollout.sampling_logprobs, mask
         weights = mismatch_weights(*drawn, settings)
         metrics = mismatch_metrics(*drawn, weights)
-        return weights, {name: float(value) for name, value in metrics.items()}
+        return weights, on_host(metrics)
 
     def _calibrate(self, batch: Batch, logprobs: Tensor, exponent: Tensor | None) -> None:
         """Let the clip's calibration see an applied update of the first rollouts."""

@@ -179,6 +179,15 @@ class Band:
     """Population standard deviation of the token log ratios (nat), at least `clip_sigma`."""
 
 
+def on_host(values: Mapping[str, Tensor]) -> dict[str, float]:
+    """Scalars as numbers, at one wait for the device; exact, as all fit a float64."""
+    if not values:
+        return {}
+    home = next((v.device for v in values.values() if v.device.type != "cpu"), None)
+    numbers = [v.to(home or v.device, torch.float64) for v in values.values()]
+    return dict(zip(values, torch.stack(numbers).tolist(), strict=True))
+
+
 def _select(record, rows: Tensor):
     """A record of row-aligned tensors, restricted to `rows`."""
     changes: dict[str, Any] = {}

@@ -324,39 +324,38 @@ def _stats(
     unread: list[str],
     tau: float,
 ) -> ClipStats:
-    none = torch.empty(0)
-    value = torch.cat([none, *(r.value for r in readings.values())])
-    exact = torch.cat([none.bool(), *(r.exact for r in readings.values())])
-    acted = {name: torch.full_like(r.value, name not in reasons) for name, r in readings.items()}
-    acted |= {name: clip.clipped for name, clip in adapted.items()}
-    able = torch.cat([none, *acted.values()]).bool()
-    again = {name: torch.zeros_like(r.value) for name, r in readings.items()}
-    again |= {name: clip.reread for name, clip in adapted.items()}
-    reread = torch.cat([none, *again.values()]).bool()
+    values = {name: r.value.tolist() for name, r in readings.items()}
+    exact = [known for r in readings.values() for known in r.exact.tolist()]
+    able, reread = [], []
+    for name, row in values.items():
+        clip = adapted.get(name)
+        able += [name not in reasons] * len(row) if clip is None else clip.clipped.tolist()
+        reread += [False] * len(row) if clip is None else clip.reread.tolist()
     reasons = reasons | {name: clip.reason for name, clip in adapted.items() if clip.reason}
-    silent, finite = value == -torch.inf, value.isfinite()
-    over = finite & (value > tau)
-    gamma = gammas(value.double(), tau)[over & able]
-    by_layer = {name: _largest(r.value) for name, r in readings.items()}
+    flat = [value for row in values.values() for value in row]
+    finite, over = [math.isfinite(v) for v in flat], [math.isfinite(v) and v > tau for v in flat]
+    clipped = [v for v, high, can in zip(flat, over, able, strict=True) if high and can]
+    missed = [h and not (can or r) for h, can, r in zip(over, able, reread, strict=True)]
+    silent = flat.count(-math.inf)
+    by_layer = {name: _largest(row) for name, row in values.items()}
     return ClipStats(
-        max_logit=_largest(value),
+        max_logit=_largest(flat),
         max_by_layer={name: top for name, top in by_layer.items() if not math.isnan(top)},
-        max_by_head={name: tuple(r.value.tolist()) for name, r in readings.items()},
-        heads=len(value),
-        exact_heads=int((finite & exact).sum()),
-        bound_heads=int((finite & ~exact).sum()),
-        unread_heads=int(silent.sum()),
-        nonfinite=int((~finite & ~silent).sum()),
-        negative=int((finite & (value < 0)).sum()),
-        clipped_heads=int((over & able).sum()),
-        missed_heads=int((over & ~able & ~reread).sum()),
-        reread_heads=int(reread.sum()),
-        clip_rate=int((over & able).sum()) / max(1, len(value)),
-        min_scale=float(gamma.min()) if len(gamma) else 1.0,
+        max_by_head={name: tuple(row) for name, row in values.items()},
+        heads=len(flat),
+        exact_heads=sum(f and e for f, e in zip(finite, exact, strict=True)),
+        bound_heads=sum(f and not e for f, e in zip(finite, exact, strict=True)),
+        unread_heads=silent,
+        nonfinite=len(flat) - sum(finite) - silent,
+        negative=sum(f and v < 0 for f, v in zip(finite, flat, strict=True)),
+        clipped_heads=len(clipped),
+        missed_heads=sum(missed),
+        reread_heads=sum(map(bool, reread)),
+        clip_rate=len(clipped) / max(1, len(flat)),
+        min_scale=tau / max(clipped) if clipped else 1.0,
         unclippable=(*unread, *(f"{name}: {why}" for name, why in reasons.items())),
     )
 
 
-def _largest(value: Tensor) -> float:
-    finite = value[value.isfinite()]
-    return float(finite.max()) if len(finite) else math.nan
+def _largest(values: Iterable[float]) -> float:
+    return max((v for v in values if math.isfinite(v)), default=math.nan)
