@@ -167,10 +167,10 @@ def idle_rows(batch: Batch, objective: ObjectiveConfig) -> Bool[Tensor, " M"]:
         idle |= ((weights == 0) | ~mask).all(1)
     if objective.kl_coef > 0:
         return torch.zeros_like(idle)
-    if bool(idle.all()):
-        lengths = batch.rollout.lengths
-        idle[torch.where(lengths > 0, lengths, lengths.max() + 1).argmin()] = False
-    return idle
+    lengths = batch.rollout.lengths
+    shortest = torch.where(lengths > 0, lengths, lengths.max() + 1).argmin()
+    spared = idle.all() & (torch.arange(len(idle), device=idle.device) == shortest)
+    return idle & ~spared  # all on the device: nothing waits for it here
 
 
 def micro_batches(batch: Batch, size: int | None) -> list[Int[Tensor, " m"]]:

@@ -155,7 +155,8 @@ def power_mean_loss(
 
 def count_denominators(mask: Bool[Tensor, "N T"]) -> Denominators:
     """Rows with at least one token, and tokens, of a whole minibatch."""
-    return Denominators(sequences=int(mask.any(1).sum()), tokens=int(mask.sum()))
+    sequences, tokens = torch.stack((mask.any(1).sum(), mask.sum())).tolist()
+    return Denominators(sequences=sequences, tokens=tokens)
 
 
 @torch.no_grad()

@@ -380,13 +380,10 @@ class PowerMeanTrainer:
             ref_logprobs=batch.ref_logprobs,
             exponent=exponent,
         )
-        values = torch.stack([value.double() for value in metrics.values()])
-        record: Metrics = dict(zip(metrics, values.tolist()))  # one wait for the device
-        tokens = max(1, int(mask.sum()))
-        record["update/packed"] = float(was_packed(self.policy))
-        record["update/idle_frac"] = float(idle_rows(batch, self.objective).double().mean())
-        record["entropy"] = float((entropy * mask).sum(dtype=torch.float64) / tokens)
-        return record
+        metrics["update/idle_frac"] = idle_rows(batch, self.objective).double().mean()
+        total = (entropy * mask).sum(dtype=torch.float64)
+        metrics["entropy"] = total / metrics["n_tokens"].clamp(min=1)
+        return on_host(metrics) | {"update/packed": float(was_packed(self.policy))}
 
     # ------------------------------------------------------------------------------- the state
 

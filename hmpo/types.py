@@ -110,8 +110,9 @@ class Batch:
     def trimmed(self) -> "Batch":
         """The same rows without columns that are padding in all of them."""
         rollout = self.rollout
-        left = int(rollout.prompt_mask.any(0).long().argmax())
-        length = max(1, int(rollout.lengths.max()))
+        ends = (rollout.prompt_mask.any(0).long().argmax(), rollout.lengths.max())
+        left, length = torch.stack(ends).tolist()  # one wait for the device
+        length = max(1, length)
         parts = {
             name: getattr(rollout, name)[:, :length]
             for name in ("response_ids", "response_mask", "old_logprobs", "sampling_logprobs")
