@@ -4,6 +4,7 @@ Detached scalars by telemetry name (`hmpo.telemetry.fields` defines each), over 
 at least one token. Token moments weigh all tokens equally, sequence moments all rows.
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -35,7 +36,11 @@ class Counted:
 
     def of_tokens(self, x: Tensor) -> Tensor:
         """The values of `x` (N, T) that count, as selecting by `mask`."""
-        return x.flatten()[_positions(self.mask.flatten(), self.tokens)]
+        return x.flatten()[self._places]
+
+    @functools.cached_property
+    def _places(self) -> Tensor:
+        return _positions(self.mask.flatten(), self.tokens)
 
 
 def count_units(mask: Tensor, advantages: Tensor) -> Counted:

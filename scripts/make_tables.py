@@ -341,6 +341,7 @@ MAKERS: dict[str, Callable[[], str]] = {
     "trl_options": performance_tables.trl_options,
     "growth": performance_tables.growth,
     "start": performance_tables.start,
+    "memory_flat": performance_tables.memory_flat,
 }
 
 

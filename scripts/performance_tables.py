@@ -193,3 +193,17 @@ def logprobs_tried() -> str:
         error = f"{row['rms_error']:.1e}" if "rms_error" in row else ""
         lines.append(f"| {row['side']} | {row['of_default']:.2f} | {error} |")
     return "\n".join(lines)
+
+
+def memory_flat() -> str:
+    """Memory along a training of 10,000 updates."""
+    result = load("memory_flat")
+    *rows, last = result["rows"]
+    shown = [row for row in rows if row["updates"] in (500, 1000, 2000, 5000, 10_000)]
+    lines = ["| updates | resident, MiB | tensors alive | bytes in them |", "|---|---|---|---|"]
+    for row in shown:
+        cells = (row["updates"], row["rss_mib"], row["tensors"], row["bytes"])
+        lines.append("| " + " | ".join(f"{cell:,}" for cell in cells) + " |")
+    change = f"From the first to the last look: {last['growth_mib']:+} MiB, "
+    change += f"{last['growth_tensors']:+} tensors."
+    return "\n".join([*lines, "", change, source(result)])

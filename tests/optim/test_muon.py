@@ -1,3 +1,4 @@
+import copy
 import math
 import pickle
 
@@ -5,10 +6,13 @@ import pytest
 import torch
 from torch import nn
 
+from hmpo.config import OptimizerConfig
 from hmpo.errors import ConfigError, ModelError, ShapeError
 from hmpo.optim import Muon, MuonWithAdamW, split_param_groups
 from hmpo.optim import muon as muon_module
+from hmpo.optim.build import build_optimizer
 from hmpo.optim.newton_schulz import ns_triples
+from hmpo.optim.param_groups import runs_fused
 from tests.optim.tiny import batch, loss_of, make
 from tests.oracles import muon as oracle
 
@@ -288,6 +292,31 @@ def test_muon_with_adamw_equals_the_two():
                 optimizer.zero_grad()
     for a, b in zip(one.parameters(), two.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_adamw_runs_fused_where_it_can_and_an_older_run_goes_on_as_it_was():
+    one, two = make("qwen2"), make("qwen2")
+    ids, _ = batch()
+
+    def step(model, optimizer):
+        loss_of(model, ids).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    new = build_optimizer(two, OptimizerConfig(lr=0.01, weight_decay=0.01, betas=(0.9, 0.999)))
+    assert all(group["fused"] for group in new.param_groups)
+    assert not runs_fused([torch.zeros(2, dtype=torch.int64)])
+    plain = build_optimizer(one, OptimizerConfig(lr=0.01, weight_decay=0.01, betas=(0.9, 0.999)))
+    for group in plain.param_groups:
+        group["fused"] = None
+    for _ in range(2):
+        step(one, plain)
+    two.load_state_dict(one.state_dict())
+    new.load_state_dict(copy.deepcopy(plain.state_dict()))
+    for model, optimizer in ((one, plain), (two, new)):
+        step(model, optimizer)
+    for a, b in zip(one.parameters(), two.parameters(), strict=True):
+        assert torch.equal(a, b), "the saved form goes on, bit for bit"
 
 
 def test_muon_with_adamw_resumes_exactly():
