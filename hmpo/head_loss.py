@@ -19,6 +19,7 @@ from hmpo.errors import ShapeError
 from hmpo.head import block_rows, compute_dtype, limits
 from hmpo.head_fold import statistics_dtype
 from hmpo.head_schemes import Gradients, Head, Plan, Rows, compacted
+from hmpo.tied import TiedGradient
 
 BlockLoss = Callable[[Tensor, slice], Tensor]
 """(log-probs (m,) of the tokens of some responses, which responses) -> their part of the loss."""
@@ -47,6 +48,7 @@ def one_pass(
     softcap: float | None = None,
     chunk: int = 512,
     with_entropy: bool = True,
+    tied: TiedGradient | None = None,
 ) -> OnePass:
     """Loss, log-probs and entropy of responses whose hidden states follow each other.
 
@@ -62,6 +64,7 @@ def one_pass(
         softcap: c of a model whose logits are c tanh(logits / c), or None.
         chunk: as in `head_logprobs`, unless a single response has more rows.
         with_entropy: False saves its part where nobody asks for it.
+        tied: takes the projection's gradient, where `hidden` came from its `embed`.
 
     Raises:
         ShapeError: the lengths do not add up to the rows.
@@ -77,7 +80,14 @@ def one_pass(
         with_entropy=with_entropy,
         compute=compute_dtype(weight),
     )
-    how = (lengths, whole_responses(lengths, plan.rows), loss_of, plan, torch.is_grad_enabled())
+    how = (
+        lengths,
+        whole_responses(lengths, plan.rows),
+        loss_of,
+        plan,
+        tied,
+        torch.is_grad_enabled(),
+    )
     return OnePass(*_OnePass.apply(hidden, weight, bias, targets, *how))
 
 
@@ -109,7 +119,7 @@ class _OnePass(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, *how):  # type: ignore[override]
-        lengths, groups, loss_of, plan, differentiate = how
+        lengths, groups, loss_of, plan, tied, differentiate = how
         n, wanted = len(targets), ctx.needs_input_grad[:3]
         tokens = [sum(lengths[group]) for group in groups]
         picked = hidden.new_empty(n, dtype=statistics_dtype(plan.compute))
@@ -132,6 +142,7 @@ class _OnePass(torch.autograd.Function):
                     _add(head, sums, logits, known, rows)
                 del logits  # oneDNN brings its own: never two at a time
         ctx.gradients = sums.like(weight, bias) if differentiate else None
+        ctx.tied = tied
         ctx.mark_non_differentiable(picked, entropy)
         return loss, picked, entropy
 
@@ -143,7 +154,9 @@ class _OnePass(torch.autograd.Function):
             raise RuntimeError("the gradients of one pass are handed out once; run it again")
         if grad.device.type != "cpu" or float(grad) != 1:
             gradients = tuple(None if x is None else x.mul_(grad) for x in gradients)
-        return *gradients, None, None, None, None, None, None
+        if ctx.tied is not None:
+            ctx.tied.total, gradients = gradients[1], (gradients[0], None, gradients[2])
+        return *gradients, *[None] * 7
 
 
 def _block_gradient(loss_of: BlockLoss, logprobs: Tensor, group: slice) -> tuple[Tensor, Tensor]:

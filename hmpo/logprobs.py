@@ -27,6 +27,7 @@ from hmpo.head import head_logprobs, logits_logprobs
 from hmpo.head_loss import one_pass, one_pass_serves
 from hmpo.packed_attention import can_pack, model_inputs, note, pick, window
 from hmpo.packing import cut, pack
+from hmpo.tied import TiedGradient
 
 PASS_TOKENS = 256
 """Tokens that cost as much time as one more pass through a model."""
@@ -128,7 +129,8 @@ def response_loss(
     mask = attention_mask[:, -response_length:]
     lengths = mask.sum(1).tolist()
     with evaluating(policy):
-        targets, states, head = _targets_and_states(*inputs)
+        tied = _tied(policy, lengths, chunk)
+        targets, states, head = _targets_and_states(*inputs, tied)
         if head is not None and one_pass_serves(head.weight, lengths, chunk):
 
             def block_loss(values: Tensor, rows: slice) -> Tensor:
@@ -136,7 +138,7 @@ def response_loss(
 
             options = {"temperature": temperature, "softcap": head.softcap, "chunk": chunk}
             found = one_pass(
-                states, head.weight, head.bias, targets, lengths, block_loss, **options
+                states, head.weight, head.bias, targets, lengths, block_loss, tied=tied, **options
             )
             return found.loss, _scattered(found.logprobs, mask), _scattered(found.entropy, mask)
         picked, entropy = _of_states(states, head, targets, temperature, chunk)
@@ -187,8 +189,20 @@ def _of_states(
     )
 
 
+def _tied(policy: nn.Module, lengths: list[int], chunk: int) -> TiedGradient | None:
+    """Where the two gradients of a tied weight meet, if one pass will make that of the head."""
+    split = _split_head(policy) if is_hugging_face(policy) else None
+    if split is None or not one_pass_serves(split.weight, lengths, chunk):
+        return None
+    return TiedGradient.of(split.base, split.weight)
+
+
 def _targets_and_states(
-    policy: nn.Module, input_ids: Tensor, attention_mask: Tensor, response_length: int
+    policy: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    response_length: int,
+    tied: TiedGradient | None = None,
 ) -> tuple[Tensor, Tensor, Projection | None]:
     """Response tokens (n,) and `response_states`."""
     width = input_ids.shape[1]
@@ -198,7 +212,7 @@ def _targets_and_states(
             f"(input_ids has {width} columns and needs at least one prompt token)"
         )
     targets = input_ids[:, -response_length:][attention_mask[:, -response_length:]]
-    return targets, *response_states(policy, input_ids, attention_mask, response_length)
+    return targets, *response_states(policy, input_ids, attention_mask, response_length, tied)
 
 
 def _scattered(values: Tensor, mask: Tensor) -> Tensor:
@@ -211,6 +225,7 @@ def response_states(
     input_ids: Int[Tensor, "N S"],
     attention_mask: Bool[Tensor, "N S"],
     response_length: int,
+    tied: TiedGradient | None = None,
 ) -> tuple[Float[Tensor, "n _"], Projection | None]:
     """What predicts each response token, in order of rows.
 
@@ -233,8 +248,10 @@ def response_states(
             if split is None:
                 inputs = model_inputs(packed) | {"logits_to_keep": packed.predictors}
                 return policy(**inputs).logits[0], None
-            hidden = split.base(**model_inputs(packed)).last_hidden_state
-            return pick(packed, hidden[0]), split
+            inputs = model_inputs(packed)
+            if tied is not None:
+                inputs["inputs_embeds"] = tied.embed(inputs.pop("input_ids"))
+            return pick(packed, split.base(**inputs).last_hidden_state[0]), split
     note(policy, False)
     run = functools.partial(_padded_states, policy, split, keeps)
     hidden = _padded(run, input_ids, attention_mask, response_length)
