@@ -16,6 +16,7 @@ from bench_sampling import CASES, build, sides
 from common import alternate, one_thread, save
 
 from hmpo import decoder, sampling
+from hmpo.decoder_weights import PAD, _transpose
 
 PARTS = {
     "prompts": (decoder, "read_prompts"),
@@ -66,21 +67,33 @@ def products(rows: int, inputs: int, outputs: int) -> dict[str, Any]:
     live = [torch.randn(outputs, inputs) for _ in range(count)]
     adjacent = [w.t().contiguous() for w in live]
     packed = [torch.ops.mkldnn._reorder_linear_weight(w, rows) for w in live]
-    turned = x.t().contiguous()
+    padded = [torch.empty(inputs, outputs + PAD)[:, :outputs].copy_(w) for w in adjacent]
+    blocks = [w.split(1000, dim=1) for w in padded]
+    narrow = [torch.ops.mkldnn._reorder_linear_weight(w.bfloat16(), rows) for w in live]
+    turned, half = x.t().contiguous(), x.bfloat16()
     out = torch.empty(rows, outputs)
+    parts = [torch.empty(rows, block.shape[1]) for block in blocks[0]]
 
-    def dnn(w: torch.Tensor) -> None:
+    def dnn(x: torch.Tensor, w: torch.Tensor) -> None:
         torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
+
+    def in_blocks(w: tuple[torch.Tensor, ...]) -> None:
+        for block, part in zip(w, parts):
+            torch.mm(x, block, out=part)
 
     seconds = alternate(
         {
             "as stored": lambda: [x.mm(w.t()) for w in live],
             "as stored, into a buffer": lambda: [torch.mm(x, w.t(), out=out) for w in live],
             "adjacent outputs": lambda: [x.mm(w) for w in adjacent],
-            "oneDNN": lambda: [dnn(w) for w in live],
-            "oneDNN, packed": lambda: [dnn(w) for w in packed],
+            "adjacent, into a buffer": lambda: [torch.mm(x, w, out=out) for w in adjacent],
+            "adjacent, padded, into a buffer": lambda: [torch.mm(x, w, out=out) for w in padded],
+            "the same in blocks": lambda: [in_blocks(w) for w in blocks],
+            "oneDNN": lambda: [dnn(x, w) for w in live],
+            "oneDNN, packed": lambda: [dnn(x, w) for w in packed],
+            "oneDNN, packed, bfloat16": lambda: [dnn(half, w) for w in narrow],
             "weight times states": lambda: [w.mm(turned) for w in live],
-            "copy to adjacent": lambda: [w.t().contiguous() for w in live],
+            "copy to adjacent": lambda: [_transpose(w, p) for w, p in zip(live, padded)],
         },
         repeats=7,
     )

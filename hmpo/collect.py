@@ -1,6 +1,7 @@
 """From prompts to scored responses: everything of a rollout that precedes its advantages."""
 
 import dataclasses
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from hmpo.rewards import Rewards
 from hmpo.sampling import keyed_generator, sample_responses
 from hmpo.stopwatch import section
 from hmpo.types import Event, Metrics, Rollout
+
+logger = logging.getLogger(__name__)
 
 Prompts = Sequence[str] | Sequence[Sequence[int]] | Tensor
 
@@ -56,7 +59,28 @@ class Collector:
     tokenizer: Any = None
     stop: tuple[str, ...] = ()
     recompute: bool = False
-    """Whether old log-probs come from the policy's own forward pass, not from the sampler."""
+    """Whether old log-probs come from the policy's own forward pass even where the sampler's are
+    exact to float32 rounding."""
+
+    def __post_init__(self) -> None:
+        if self.config.sampling_dtype == "bfloat16" and not _fast_at_bfloat16(self.device):
+            logger.warning(
+                "sampling_dtype = bfloat16: this machine (%s) has no fast bfloat16 products, "
+                'expect slower rollouts than with "model"',
+                self.device.type,
+            )
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether old log-probs come from the policy's own forward pass.
+
+        A token's log-prob in bfloat16 depends on the shape of the batch, by about 0.01 nat: more
+        than a tight clip (GSPO: 3e-4) bears, so the sampler's are not taken for the trainer's.
+        """
+        config = self.config
+        rounded = config.autocast == "bfloat16" or config.sampling_dtype == "bfloat16"
+        half = (torch.bfloat16, torch.float16)
+        return self.recompute or rounded or any(p.dtype in half for p in self.policy.parameters())
 
     @property
     def device(self) -> torch.device:
@@ -90,8 +114,11 @@ class Collector:
                 top_p=config.top_p,
                 generator=keyed_generator(config.seed, "rollout", index),
                 decoder=config.decoder,
+                dtype=torch.bfloat16 if config.sampling_dtype == "bfloat16" else None,
+                stop=() if self.tokenizer is None else self.stop,
+                tokenizer=self.tokenizer,
             )
-        if self.recompute:
+        if self.recomputes:
             rollout = dataclasses.replace(
                 rollout, old_logprobs=self._logprobs(self.policy, rollout)
             )
@@ -219,6 +246,15 @@ class Collector:
             column = torch.tensor(values, dtype=torch.float64)
             metrics[f"reward/{name}/mean"] = _mean(column[column.isfinite()])
         return {name: float(value) for name, value in metrics.items()}
+
+
+def _fast_at_bfloat16(device: torch.device) -> bool:
+    """Whether the processor multiplies bfloat16 matrices by instructions of its own."""
+    if device.type == "cpu":
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported() and (
+            torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        )
+    return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def _mean(values: Tensor) -> Tensor:

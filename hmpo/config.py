@@ -66,6 +66,10 @@ class TrainerConfig:
     decoder: Literal["auto", "module"] = "auto"
     """Sample by the fast decoder where the policy is one that it knows, or always through the
     policy's own modules."""
+    sampling_dtype: Literal["model", "bfloat16"] = "model"
+    """Sample from the weights as they are, or from a bfloat16 copy of them that each rollout makes
+    anew. Old log-probs then come from the policy's own forward pass, as under
+    `mismatch.recompute`, and the mismatch is measured."""
     minibatches: int = 4
     """Optimizer updates per pass over one rollout. With 1 (and epochs = 1) every importance
     ratio is 1 and the exponent p has no effect."""

@@ -59,7 +59,7 @@ def decoder_kind(device: torch.device) -> type[FastDecoder]:
 
 def products_dtype(policy: nn.Module, dtype: torch.dtype | None) -> torch.dtype:
     """The dtype of the fast decoder's products: the one asked for, autocast's, or the model's."""
-    weights = next(policy.parameters())
+    weights = next(policy.parameters(), torch.empty(0))
     if dtype is not None:
         return dtype
     if weights.dtype == torch.float32 and torch.is_autocast_enabled(weights.device.type):

@@ -163,6 +163,8 @@ class Evaluator:
                 temperature=temperature,
                 generator=keyed_generator(self.seed, "evaluation", start),
                 decoder=self.config.decoder,
+                stop=self.task.stop,
+                tokenizer=self.tokenizer,
             )
             completions = decode_responses(
                 self.tokenizer, rollout.response_ids, rollout.response_mask, self.task.stop

@@ -73,8 +73,9 @@ class MismatchConfig:
     """
 
     recompute: bool = False
-    """Compute the old log-probs anew by the trainer's own forward pass, once per rollout; needed
-    where the sampler computes differently. Without it only top-k and top-p make a difference."""
+    """Compute the old log-probs anew by the trainer's own forward pass, once per rollout. Done in
+    any case where the sampler rounds to bfloat16 (weights, `autocast`, `sampling_dtype`); otherwise
+    only top-k and top-p make a difference."""
     correction: Literal["none", "truncate", "mask"] = "none"
     """Weigh the gradient by rho held between `low` and `high` (TIS), or by rho where it lies
     between them and by 0 elsewhere (IcePop, MIS)."""

@@ -113,13 +113,13 @@ def sample_responses(
         )
     prompts = distinct_prompts(prompt_ids, prompt_mask, group_size)
     slow = why_not_decoder(policy, prompt_ids.shape[1] + max_length, use_cache, decoder)
+    products = products_dtype(policy, dtype)
     options = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     with evaluating(policy):
         with _arithmetic(prompt_ids.device, fast=slow is None):
             if slow is None:
-                kind = products_dtype(policy, dtype)
                 decode = decoder_kind(prompt_ids.device)
-                steps = decode(policy, *prompts, max_length, kind)
+                steps = decode(policy, *prompts, max_length, products)
             elif use_cache and is_hugging_face(policy):
                 steps = CachedModules(policy, *prompts, dtype)
             else:

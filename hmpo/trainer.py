@@ -273,7 +273,7 @@ class PowerMeanTrainer:
     def _mismatch(self, rollout: Rollout, valid: Tensor) -> tuple[Tensor | None, Metrics]:
         """Weights of a rollout where sampler and trainer may differ, and how much they do."""
         settings, sampling = self.config.mismatch, self.config.top_k > 0 or self.config.top_p < 1
-        if not (settings.recompute or settings.corrects or sampling):
+        if not (self.collector.recomputes or settings.corrects or sampling):
             return None, {}
         mask = rollout.response_mask & valid[:, None]
         drawn = rollout.old_logprobs, rollout.sampling_logprobs, mask

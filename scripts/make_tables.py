@@ -127,6 +127,28 @@ def sampling() -> str:
     return "\n".join([*lines, "", note + source(result)])
 
 
+def sampling_bfloat16() -> str:
+    """What sampling from a bfloat16 copy saves, costs and changes."""
+    result = load("sampling_bfloat16")
+    lines = [
+        "| model | float32, CPU s | bfloat16 | old log-probs anew | bfloat16 / float32 "
+        "| with that pass | log-prob error, mean (max) | least and largest rho |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        rho = [row["mismatch"][f"mismatch/rho_{end}"] for end in ("min", "max")]
+        cells = [
+            row["case"],
+            *(f"{row['cpu_s'][side]:.2f}" for side in ("float32", "bfloat16", "recompute")),
+            f"**{row['ratio']:.2f}**",
+            f"{row['ratio_recomputed']:.2f}",
+            f"{row['gap_mean']:.4f} ({row['gap_max']:.3f})",
+            f"{rho[0]:.3f}, {rho[1]:.3f}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", source(result)])
+
+
 def rollout_parts() -> str:
     """Where a rollout's time goes."""
     result = load("rollout_parts")
@@ -323,6 +345,7 @@ MAKERS: dict[str, Callable[[], str]] = {
     "smollm2": smollm2,
     "objective": objective,
     "sampling": sampling,
+    "sampling_bfloat16": sampling_bfloat16,
     "rollout_parts": rollout_parts,
     "rollout_products": rollout_products,
     "logprobs": performance_tables.logprobs,
