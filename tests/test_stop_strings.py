@@ -6,7 +6,8 @@ from hmpo.errors import ConfigError
 from hmpo.models import character_tokenizer
 from hmpo.sampling import sample_responses
 from hmpo.stop_strings import StopStrings
-from tests.support import tiny_llama
+from tests.support import padded_prompts, tiny_llama
+from tests.test_decoder import build
 
 STOP = ("ab", "cde", "gh", "fa", "be")
 
@@ -97,6 +98,37 @@ def test_stop_strings_give_the_same_tokens_without_cache(tokenizer) -> None:
         assert torch.equal(one.response_ids, other.response_ids)
         assert torch.equal(one.finished, other.finished)
         assert float((one.old_logprobs - other.old_logprobs).abs().max()) < 1e-12
+
+
+@pytest.mark.parametrize("kind", ["llama, biases, tied", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("group", [1, 4])
+@pytest.mark.parametrize("share", [0.0, 0.25, 2.0], ids=["at once", "as usual", "never"])
+def test_every_family_draws_the_tokens_of_the_path_without_cache(
+    kind: str, group: int, share: float, monkeypatch
+) -> None:
+    """In float32, whenever finished rows leave, whether by end tokens or by stop strings."""
+    monkeypatch.setattr(sampling, "COMPACT_SHARE", share)
+    model, tokenizer = build(kind), character_tokenizer("abcdefghijklmnopqrstuvwxyz0123456789")
+    ids, mask = padded_prompts()
+    fast, slow = (
+        sample_responses(
+            model,
+            ids,
+            mask,
+            group_size=group,
+            max_length=24,
+            eos_token=(2, 3),
+            stop=tuple("abcdefghij") if group == 1 else ("ab", "q", "zz", "k1"),
+            tokenizer=tokenizer,
+            use_cache=use_cache,
+            generator=torch.Generator().manual_seed(5),
+        )
+        for use_cache in (True, False)
+    )
+    assert fast.fast and not slow.fast and fast.finished.any()
+    for name in ("response_ids", "response_mask", "finished"):
+        assert torch.equal(getattr(fast, name), getattr(slow, name)), name
+    assert float((fast.old_logprobs - slow.old_logprobs).abs().max()) < 1e-5
 
 
 @pytest.mark.parametrize("every", [3, 8, 64])
