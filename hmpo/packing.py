@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-CALL_COST = 1 << 14
+CALL_COST = 1 << 15
 """Query-key pairs that cost as much time as one more call of an attention function."""
 ALIKE = 0.75
 """A part is not cut off as long as its rows cost more than this share of the dearest."""
