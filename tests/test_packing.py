@@ -9,11 +9,13 @@ from hypothesis import strategies as st
 
 from hmpo import logprobs
 from hmpo.logprobs import token_logprobs, token_logprobs_and_entropy
-from hmpo.optim import LogitTracker
+from hmpo.optim import LogitTracker, QKClip
 from hmpo.optim.attention_tap import hearing
 from hmpo.packed_attention import can_pack, was_packed
 from hmpo.packing import cut, pack
 from tests.optim.families import FAMILIES, family
+from tests.optim.test_sites_adapters import adapted
+from tests.optim.tiny import values
 from tests.support import in_float64, tiny_causal, tiny_llama
 
 WIDE = {"mistral": {"sliding_window": None}}
@@ -305,3 +307,37 @@ def test_parts_of_like_length_equal_the_whole(kind, monkeypatch) -> None:
         found.append(len(passes))
     assert found[1] == 1 and found[3] > 2, "several parts"
     assert largest((found[0], found[2])) < 1e-12
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_lora_adapter_is_clipped_alike(checkpointing, monkeypatch) -> None:
+    pytest.importorskip("peft")
+    rows = rows_of((9, 14, 4), [(0, 3), (1, 17), (2, 1), (1, 30), (0, 9)])
+    found = []
+    for packed in (True, False):
+        model = adapted("llama")
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:
+                    parameter.mul_(3.0)
+        with model.disable_adapter():
+            low = float(values(model, *rows[:2]).max())
+        tau = low + 0.2 * (float(values(model, *rows[:2]).max()) - low)
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.enable_input_require_grads()
+            model.train()
+        with monkeypatch.context() as patch, LogitTracker(model, tau=tau) as tracker:
+            if not packed:
+                patch.setattr(logprobs, "can_pack", lambda *_: False)
+            clipper = QKClip(tracker, tau=tau)
+            token_logprobs(model, *rows).sum().backward()
+            with torch.no_grad(), hearing():
+                token_logprobs(model, *rows)
+            stats = clipper.apply()
+        assert was_packed(model) is packed
+        assert stats.clipped_heads > 0 and stats.unclippable == ()
+        found.append([p.detach() for n, p in model.named_parameters() if "lora_B" in n])
+    for mine, theirs in zip(*found):
+        assert torch.allclose(mine, theirs, rtol=1e-4, atol=1e-6)
