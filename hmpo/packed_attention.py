@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from hmpo.packing import Packed, pack
+from hmpo.packing import Block, Packed, pack
 
 logger = logging.getLogger(__name__)
 
@@ -266,8 +266,7 @@ class _Spread(torch.autograd.Function):
                     kind = torch.promote_types(gradient.dtype, torch.float32)
                     shape = (*packed.prompt_shape, whole.shape[2])
                     total = torch.zeros(shape, dtype=kind, device=whole.device)
-                before = whole[:, : block.prefix].to(total.dtype)
-                total[:, : block.prefix].index_add_(0, block.prompts, before)
+                _add_rows(total[:, : block.prefix], block, whole[:, : block.prefix])
                 gradient = whole[:, block.prefix :].flatten(0, 1)
             parts.append(gradient.index_select(0, block.back))
         tokens = torch.cat(parts)
@@ -275,6 +274,16 @@ class _Spread(torch.autograd.Function):
             first = total.flatten(0, 1).index_select(0, packed.prompt_slots)
             tokens[: len(first)] += first.to(tokens.dtype)
         return None, None, tokens
+
+
+def _add_rows(total: Tensor, block: Block, rows: Tensor) -> None:
+    """Add each row to its prompt's."""
+    if total.device.type != "cpu":
+        assert block.prompts is not None, "rows that follow prompts"
+        total.index_add_(0, block.prompts, rows.to(total.dtype))
+        return
+    for prompt, row in zip(block.owners, rows):  # a third of the time of index_add_ on a CPU
+        total[prompt] += row
 
 
 class _Collect(torch.autograd.Function):

@@ -49,6 +49,8 @@ class Block:
     """What each row attends to: the tokens of its prompt, then `own`."""
     prompts: Int[Tensor, " R"] | None
     """Which prompt each row follows; None for a block of prompts."""
+    owners: tuple[int, ...]
+    """The same on the host."""
     mask: Bool[Tensor, "r 1 Q J"]
     """True on what is seen; r is R or 1."""
 
@@ -218,6 +220,7 @@ def _block(start: int, lengths: Tensor, prompts: tuple[Tensor, Tensor, Tensor] |
         back=_slots(lengths, width),
         keys=keys,
         prompts=which,
+        owners=() if which is None else tuple(which.tolist()),
         mask=mask,
     )
 
