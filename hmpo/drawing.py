@@ -3,7 +3,8 @@
 The unnormalised probabilities exp(z - max z) are summed in blocks of `BLOCK` tokens; the running
 sum over blocks finds the block, the running sum inside it the token. Sums over blocks and inside
 a block are float64. Nothing else walks over the vocabulary: the log-prob of the drawn token is
-the logarithm of its share of the sum that is known already.
+the logarithm of its share of the sum that is known already. A vocabulary of at most `SMALL` tokens
+has one level, a running sum over all of it: fewer operations, each of which costs as much there.
 """
 
 import torch
@@ -13,6 +14,8 @@ from torch.nn import functional
 
 BLOCK = 128
 """Tokens of one block of the first level."""
+SMALL = 1024
+"""Largest vocabulary whose running sum is taken over single tokens."""
 CANDIDATES = 256
 """Tokens that are sorted for top-p before all of them are (a row rarely needs more)."""
 BELOW_ONE = 1 - 2**-53
@@ -57,9 +60,11 @@ def draw_in_place(
     if temperature != 1:
         weights.div_(temperature)
     weights.exp_()
+    truncated = 0 < top_k < weights.shape[1] or top_p < 1
+    if not truncated and weights.shape[1] <= SMALL:
+        return _small_inverse_cdf(weights, uniform)
     blocks = _block_sums(weights)
     total = blocks.sum(-1)
-    truncated = 0 < top_k < weights.shape[1] or top_p < 1
     if truncated:
         _truncate(weights, top_k, top_p)
         blocks = _block_sums(weights)
@@ -69,6 +74,16 @@ def draw_in_place(
     if not truncated:
         return token, picked, picked
     return token, picked, (mass / blocks.sum(-1)).log().to(weights.dtype)
+
+
+def _small_inverse_cdf(weights: Float[Tensor, "N V"], uniform: Float[Tensor, " N"]) -> Drawn:
+    """Tokens and their log-probs by one running sum over the vocabulary."""
+    running = weights.cumsum(-1, dtype=torch.float64)
+    total = running[:, -1:]
+    target = total * uniform[:, None].clamp(max=BELOW_ONE).mul_(BELOW_ONE)
+    token = torch.searchsorted(running, target, right=True).clamp_(max=weights.shape[1] - 1)
+    picked = (weights.gather(1, token) / total).log_().to(weights.dtype)[:, 0]
+    return token[:, 0], picked, picked
 
 
 def _block_sums(weights: Float[Tensor, "N V"]) -> Float[Tensor, "N K"]:

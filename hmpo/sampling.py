@@ -194,8 +194,11 @@ def _make_tokens(
         if step % every == 0:
             ahead = min(every, length - step)
             noise = torch.rand(ahead, rows, dtype=torch.float64, generator=generator).to(device)
-        drawn = draw_in_place(steps.logits, noise[step % every, state.rows], **options)
-        state.write(step, *drawn)
+        uniform = noise[step % every]
+        if len(state.rows) < rows:
+            uniform = uniform[state.rows]
+        drawn = draw_in_place(steps.logits, uniform, **options)
+        state.note(*drawn)
         keep = None
         if (step + 1) % every == 0 or step + 1 == length:
             keep = state.compact(step, share)
@@ -203,10 +206,15 @@ def _make_tokens(
                 return
         if step + 1 < length:
             steps.advance(drawn[0], keep)
+    state.write()
 
 
 class _State:
-    """What has been sampled: full-size buffers, and the rows still in the batch."""
+    """What has been sampled: full-size buffers, and the rows still in the batch.
+
+    Steps are noted as they come and written to the buffers together, before rows leave: eight
+    operations a step fewer.
+    """
 
     strings: StopStrings | None = None
 
@@ -224,26 +232,38 @@ class _State:
         self.finished = torch.zeros(rows, dtype=torch.bool, device=device)
         self.rows = torch.arange(rows, device=device)
         self.alive = torch.ones(rows, dtype=torch.bool, device=device)
+        self.noted: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+        self.written = 0
         self.searched = 0
 
-    def write(self, step: int, token: Tensor, old: Tensor, drawn: Tensor) -> None:
-        """Record one token of every row still alive."""
-        rows, alive = self.rows, self.alive
-        self.tokens[rows, step] = torch.where(alive, token, self.pad)
-        self.mask[rows, step] = alive
-        self.old[rows, step] = torch.where(alive, old, 0)
-        self.sampling[rows, step] = torch.where(alive, drawn, 0)
-        ended = alive & torch.isin(token, self.ends)
-        self.finished[rows] |= ended
-        self.alive = alive & ~ended
+    def note(self, token: Tensor, old: Tensor, drawn: Tensor) -> None:
+        """Take one token of every row still alive."""
+        self.noted.append((token, self.alive, old, drawn))
+        self.alive = self.alive & torch.isin(token, self.ends, invert=True)
+
+    def write(self) -> None:
+        """Put what was noted into the buffers."""
+        if not self.noted:
+            return
+        token, alive, old, drawn = (torch.stack(parts, 1) for parts in zip(*self.noted))
+        steps = slice(self.written, self.written + len(self.noted))
+        self.tokens[self.rows, steps] = token.where(alive, self.pad)
+        self.mask[self.rows, steps] = alive
+        self.old[self.rows, steps] = old.where(alive, 0)
+        self.sampling[self.rows, steps] = drawn.where(alive, 0)
+        self.finished[self.rows] = ~self.alive
+        self.noted.clear()
+        self.written = steps.stop
 
     def compact(self, step: int, share: float) -> Int[Tensor, " K"] | None:
         """Indices of rows to keep once `share` of the batch has ended, or None before."""
         if self.strings is not None:
+            self.write()
             self._end_at_strings(self.strings, step)
         done = len(self.rows) - int(self.alive.sum())
         if done == 0 or (done < len(self.rows) and done < share * len(self.rows)):
             return None
+        self.write()
         keep = self.alive.nonzero()[:, 0]
         self.rows, self.alive = self.rows[keep], self.alive[keep]
         return keep

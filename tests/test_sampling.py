@@ -1,8 +1,10 @@
+import itertools
 import math
 
 import pytest
 import torch
 
+from hmpo import drawing
 from hmpo.errors import ConfigError, ShapeError
 from hmpo.sampling import draw_tokens, keyed_generator, minibatch_rows, sample_responses
 from tests.oracles.logprobs import response_logprobs
@@ -103,7 +105,27 @@ def test_rows_do_not_depend_on_when_other_rows_finish() -> None:
         assert torch.equal(short.response_ids[i, :length], free.response_ids[i, :length])
 
 
-def test_draws_follow_the_distribution_by_chi_square() -> None:
+@pytest.mark.parametrize("small", [0, 1024])
+@pytest.mark.parametrize("width", [1, 100, 128, 300, 512])
+def test_one_and_two_levels_draw_what_a_plain_walk_draws(small, width, monkeypatch) -> None:
+    monkeypatch.setattr(drawing, "SMALL", small)
+    torch.manual_seed(width)
+    logits = torch.randn(200, width, dtype=torch.float64) * 4
+    logits[:, 1::3] = -torch.inf
+    uniform = torch.rand(200, dtype=torch.float64, generator=seeded(1))
+    uniform[:2] = torch.tensor([0.0, 1 - 2**-53])
+    token, logprob, _ = draw_tokens(logits, uniform)
+    for row, (probs, share) in enumerate(zip(logits.softmax(1).tolist(), uniform.tolist())):
+        ends = list(itertools.accumulate(probs))
+        assert probs[int(token[row])] > 0
+        if share < 1 - 1e-12:  # there the sums' last bits decide
+            assert int(token[row]) == sum(end <= share for end in ends)
+        assert float(logprob[row]) == pytest.approx(math.log(probs[int(token[row])]), abs=1e-12)
+
+
+@pytest.mark.parametrize("small", [0, 1024])
+def test_draws_follow_the_distribution_by_chi_square(small: int, monkeypatch) -> None:
+    monkeypatch.setattr(drawing, "SMALL", small)
     torch.manual_seed(0)
     logits = torch.randn(1, 12) * 2
     draws = 60_000
