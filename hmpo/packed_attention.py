@@ -23,6 +23,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from hmpo.packing import Block, Packed, pack
+from hmpo.randomness import random_state_kept
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +120,8 @@ def can_pack(policy: nn.Module, core: nn.Module) -> bool:
     name = config._attn_implementation
     known = _answers.setdefault(policy, {})
     if name not in known:
-        known[name] = _obstacle(core, name)
+        with random_state_kept():  # a resumed run asks again, where the run it continues did not
+            known[name] = _obstacle(core, name)
         told = f"not packed: {known[name]}" if known[name] else "packed"
         logger.info("rows of %s are %s", type(core).__name__, told)
     if known[name]:

@@ -14,7 +14,7 @@ from hmpo.errors import ConfigError
 from hmpo.exponent import LearnableExponent, ess_criterion, exponent_source, variance_criterion
 from hmpo.means import effective_sample_size
 from hmpo.settings import config_hash, run_config, trainer_config
-from tests.support import tiny_llama
+from tests.support import in_float64, tiny_llama
 from tests.test_objective import batch, rows_of
 from tests.test_trainer import PROMPTS, settings, trainer_for, weights
 
@@ -161,7 +161,7 @@ def test_p_does_not_learn_from_a_skipped_update():
 def test_sources_and_bands_do_not_see_micro_batches(objective, size):
     results = []
     for micro in (None, size):
-        model = tiny_llama().double()
+        model = in_float64(tiny_llama())
         config = settings(
             objective=objective, micro_batch_size=micro, max_grad_norm=None, total_updates=4
         )

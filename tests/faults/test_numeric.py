@@ -52,8 +52,9 @@ class Spoiler(run.Observer):
             return self.trainer
 
         patch.setattr(run._Run, "_make_trainer", captured)
-        for module in (accumulate, gspo):
-            patch.setattr(module, "token_logprobs_and_entropy", self._forward(module))
+        forward = self._forward(gspo.token_logprobs_and_entropy)
+        patch.setattr(gspo, "token_logprobs_and_entropy", forward)
+        patch.setattr(accumulate, "response_loss", self._loss(accumulate.response_loss))
         step = PowerMeanStep(self)
         patch.setattr(trainer.PowerMeanTrainer, "next_update", step.of(trainer.PowerMeanTrainer))
         patch.setattr(gspo.GSPOTrainer, "next_update", step.of(gspo.GSPOTrainer))
@@ -72,18 +73,29 @@ class Spoiler(run.Observer):
             state = self.trainer.optimizer.state[self.trainer.policy.model.norm.weight]
             state["exp_avg"][0] = self.value
 
-    def _forward(self, module):
-        compute = module.token_logprobs_and_entropy
-
+    def _forward(self, compute):
         def forward(*args, **keywords):
             new, entropy = compute(*args, **keywords)
-            if self.now("logprob"):
-                new = torch.where(torch.arange(len(new))[:, None] == 1, self.value, new)
-            if self.now("loss"):  # log-probs are finite, the ratios are not
-                new = new + 1e4
-            return new, entropy
+            return self._spoilt(new), entropy
 
         return forward
+
+    def _loss(self, compute):
+        def response_loss(policy, ids, mask, length, loss_of, **keywords):
+            def spoilt(new, rows):
+                return loss_of(self._spoilt(new), rows)
+
+            loss, new, entropy = compute(policy, ids, mask, length, spoilt, **keywords)
+            return loss, self._spoilt(new), entropy
+
+        return response_loss
+
+    def _spoilt(self, new):
+        """Log-probs (M, T) of the minibatch, as the update is to see them."""
+        if self.now("logprob"):
+            return torch.where(torch.arange(len(new))[:, None] == 1, self.value, new)
+        # With "loss" log-probs are finite, the ratios are not.
+        return new + 1e4 if self.now("loss") else new
 
     def _gradient(self, gradient):
         return gradient * self.value if self.now("gradient") else gradient
