@@ -13,7 +13,6 @@ its modules. Both paths make the same tokens in float32, up to ties within round
 """
 
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,8 +20,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hmpo.decoder_weights import DecoderWeights, Scratch, rotate
-from hmpo.prefill import Pair, read_prompts
+from hmpo.decoder_weights import DecoderWeights, Scratch, as_pairs, rotate
+from hmpo.prefill import read_prompts
 
 FAMILIES = {
     "LlamaForCausalLM": "Llama",
@@ -104,6 +103,57 @@ def _unfit_config(policy: Any, width: int) -> str | None:
     return None
 
 
+class StepViews:
+    """The memory of one step in all shapes that its layers need, made once for all of them."""
+
+    def __init__(
+        self,
+        weights: DecoderWeights,
+        scratch: Scratch,
+        rows: int,
+        prompts: tuple[int, ...],
+        columns: int,
+    ) -> None:
+        """Cut the memory.
+
+        Args:
+            weights: of the model.
+            scratch: its memory.
+            rows: N.
+            prompts: (B, P), how many prompts of which width.
+            columns: T, of the rows' own.
+        """
+        heads, repeat, size = weights.heads, weights.repeat, weights.size
+        asked, (groups, width) = heads * repeat, prompts
+
+        def buffer(name: str, *shape: int) -> Tensor:
+            return scratch(name, *shape, dtype=weights.dtype)
+
+        qkv = buffer("qkv", rows, (asked + 2 * heads) * size).view(rows, -1, size)
+        self.q = as_pairs(qkv[:, :asked]).unflatten(1, (heads, repeat))
+        self.kv = as_pairs(qkv[:, asked:]).unflatten(1, (2, heads))
+        self.query = buffer("query", heads, rows, repeat, size)
+        self.turned = as_pairs(self.query).transpose(0, 1)
+        self.own_scores = buffer("own scores", heads, rows, repeat, columns)
+        self.prompt_scores = buffer("prompt scores", heads, rows, repeat, width)
+        self.scores = buffer("scores", heads, rows, repeat, width + columns)
+        self.share = buffer("share", heads, rows, repeat, width + columns)
+        self.prompt_share = self.share[..., :width]
+        self.read = buffer("read", heads, rows, repeat, size)
+        self.out = buffer("heads", rows, asked * size)
+        self.out_heads = self.out.view(rows, heads, repeat, size)
+        by_row = heads * rows, repeat, -1
+        self.query_by_row = self.query.view(by_row)
+        self.own_scores_by_row = self.own_scores.view(by_row)
+        self.own_share = self.share[..., width:].view(by_row)
+        self.read_by_row = self.read.view(by_row)
+        self.together: list[Tensor] = []
+        """Queries, scores, shares and what is read, of all rows of a prompt as one matrix."""
+        if rows % groups == 0:
+            parts = self.query, self.prompt_scores, self.prompt_share, self.read
+            self.together = [x.view(heads * groups, -1, x.shape[3]) for x in parts]
+
+
 class FastDecoder:
     """Next-token logits of a recognised model; the same interface as the module path."""
 
@@ -137,8 +187,10 @@ class FastDecoder:
             self.bias = empty.masked_fill_(~mask, -torch.inf)[prompt_of, None]
         self.position = mask.sum(1)[prompt_of] - 1
         self.made = 0
-        shape = (self.weights.heads, rows, min(GROWTH, max_length), self.weights.size)
-        self.own = [(x.new_empty(shape), x.new_empty(shape)) for x, _ in self.prompts]
+        shape = (2, self.weights.heads, rows, min(GROWTH, max_length), self.weights.size)
+        self.own = self.prompts[0][0].new_empty(len(self.prompts), *shape)
+        """Keys and values of the responses, of all layers."""
+        self.newest: tuple[Tensor, ...] = ()
         self._place(prompt_of)
 
     def advance(self, token: Int[Tensor, " N"], keep: Int[Tensor, " K"] | None) -> None:
@@ -146,8 +198,9 @@ class FastDecoder:
         if keep is not None:
             token = token[keep]
             self._select(keep)
-        if self.made == self.own[0][0].shape[2]:
-            self.own = [_both(_doubled, pair) for pair in self.own]
+        if self.made == self.own.shape[4]:
+            self.own = _doubled(self.own)
+        self.newest = as_pairs(self.own[..., self.made, :]).permute(0, 3, 1, 2, 4).unbind()
         self.position = self.position + 1
         self.logits = self._read(token)
         self.made += 1
@@ -156,23 +209,23 @@ class FastDecoder:
         """Logits after one more token of every row, in memory that the next step uses again."""
         weights, scratch = self.weights, self.scratch
         turn = weights.turn(self.position)
-        grouped_turn = [part[:, None] for part in turn]
-        shape = (weights.heads, len(token), weights.repeat, weights.size)
+        turn_q, turn_kv = turn[:, :1], turn[:, 1:]
+        columns, later = self._columns()
+        held = self.own[..., :columns, :].flatten(2, 3)
+        owns = zip(held[:, 0].mT.unbind(), held[:, 1].unbind())
+        views = StepViews(weights, scratch, len(token), self.prompts[0][0].shape[1:3], columns)
         x = functional.embedding(token, weights.embedding)
-        for layer, prompt, own in zip(weights.layers, self.prompts, self.own):
-            q, k, v = weights.queries_keys_values(layer, x, scratch)
-            self._store(own, k, v, turn)
-            query = scratch("query", *shape, dtype=weights.dtype)
-            rotate(q.unflatten(1, (weights.heads, -1)), grouped_turn, query.transpose(0, 1))
-            query.mul_(weights.scale)
-            x = layer.out.add_to(x, self._attend(query, prompt, own), scratch)
+        for i, (layer, prompt, own) in enumerate(zip(weights.layers, self.flat, owns)):
+            weights.queries_keys_values(layer, x, scratch)
+            rotate(views.q, turn_q, views.turned)
+            self._store(i, views.kv, turn_kv)
+            x = layer.out.add_to(x, self._attend(views, prompt, own, later), scratch)
             x = layer.mlp(x, weights.dtype, scratch)
         return weights.logits(x, scratch)
 
-    def _store(self, own: tuple[Tensor, Tensor], k: Tensor, v: Tensor, turn: list[Tensor]) -> None:
+    def _store(self, layer: int, kv: Tensor, turn: Tensor) -> None:
         """Put the newest keys and values into the next free column."""
-        rotate(k, turn, own[0][:, :, self.made].transpose(0, 1))
-        own[1][:, :, self.made] = v.transpose(0, 1)
+        rotate(kv, turn, self.newest[layer])
 
     def _columns(self) -> tuple[int, Tensor | None]:
         """How many columns of the rows' own to attend over, and which of them hold nothing."""
@@ -180,63 +233,34 @@ class FastDecoder:
 
     def _attend(
         self,
-        query: Float[Tensor, "H N R D"],
-        prompt: Pair,
-        own: tuple[Float[Tensor, "H N T D"], Float[Tensor, "H N T D"]],
+        views: StepViews,
+        prompt: tuple[Float[Tensor, "HB D P"], Float[Tensor, "HB P D"]],
+        own: tuple[Float[Tensor, "HN D T"], Float[Tensor, "HN T D"]],
+        later: Bool[Tensor, " T"] | None,
     ) -> Float[Tensor, "N X"]:
         """What the heads read: the prompt's values and the row's own, under one softmax."""
-        heads, rows, repeat, size = query.shape
-        columns, later = self._columns()
-        keys, values = (x[:, :, :columns].flatten(0, 1) for x in own)
         # Products go to memory without gaps: into other memory they are made one by one.
-        apart = (heads * rows, repeat, -1)
-        buffer = self._buffer("own scores", heads, rows, repeat, columns)
-        torch.bmm(query.view(apart), keys.mT, out=buffer.view(apart))
+        torch.bmm(views.query_by_row, own[0], out=views.own_scores_by_row)
         if later is not None:
-            buffer.masked_fill_(later, -torch.inf)
-        parts = [self._prompt_scores(query, prompt[0]), buffer]
-        width = parts[0].shape[3]
-        scores = self._buffer("scores", *query.shape[:3], width + columns)
-        torch.cat(parts, -1, out=scores)
-        share = torch.softmax(scores, -1, out=self._buffer("share", *scores.shape))
-        read = self._buffer("read", *query.shape)
-        torch.bmm(share[..., width:].view(apart), values, out=read.view(apart))
-        self._add_prompt_values(share[..., :width], prompt[1], read)
-        out = self._buffer("heads", rows, heads * repeat * size)
-        out.view(rows, heads, repeat, size).copy_(read.transpose(0, 1))
-        return out
-
-    def _buffer(self, name: str, *shape: int) -> Tensor:
-        return self.scratch(name, *shape, dtype=self.weights.dtype)
-
-    def _prompt_scores(
-        self, query: Float[Tensor, "H N R D"], keys: Float[Tensor, "H B P D"]
-    ) -> Float[Tensor, "H N R P"]:
-        """Scores of the prompt's tokens, of all responses to one prompt in one product."""
-        scores = self._buffer("prompt scores", *query.shape[:3], keys.shape[2])
-        keys = keys.flatten(0, 1).mT
+            views.own_scores.masked_fill_(later, -torch.inf)
         if self.slots is None:
-            together = (len(keys), -1, query.shape[3])
-            torch.bmm(query.view(together), keys, out=scores.view(len(keys), -1, keys.shape[2]))
+            torch.bmm(views.together[0], prompt[0], out=views.together[1])
         else:
-            grouped = self._filled(query, self.slots).bmm(keys)
-            scores.copy_(_gathered(grouped, self.slots, scores.shape))
-        return scores if self.bias is None else scores.add_(self.bias)
-
-    def _add_prompt_values(
-        self,
-        share: Float[Tensor, "H N R P"],
-        values: Float[Tensor, "H B P D"],
-        read: Float[Tensor, "H N R D"],
-    ) -> None:
-        """Add what is read of the prompts to `read`."""
-        values = values.flatten(0, 1)
+            grouped = self._filled(views.query, self.slots).bmm(prompt[0])
+            shape = views.prompt_scores.shape
+            views.prompt_scores.copy_(_gathered(grouped, self.slots, shape))
+        if self.bias is not None:
+            views.prompt_scores.add_(self.bias)
+        torch.cat([views.prompt_scores, views.own_scores], -1, out=views.scores)
+        torch.softmax(views.scores, -1, out=views.share)
+        torch.bmm(views.own_share, own[1], out=views.read_by_row)
         if self.slots is None:
-            together = share.view(len(values), -1, share.shape[3])
-            read.view(len(values), -1, read.shape[3]).baddbmm_(together, values)
+            views.together[3].baddbmm_(views.together[2], prompt[1])
         else:
-            grouped = self._filled(share, self.slots).bmm(values)
-            read.add_(_gathered(grouped, self.slots, read.shape))
+            grouped = self._filled(views.prompt_share, self.slots).bmm(prompt[1])
+            views.read.add_(_gathered(grouped, self.slots, views.read.shape))
+        views.out_heads.copy_(views.read.transpose(0, 1))
+        return views.out
 
     def _filled(
         self, x: Float[Tensor, "H N R X"], slots: Int[Tensor, " N"]
@@ -252,10 +276,10 @@ class FastDecoder:
         self.position = self.position[keep]
         if self.bias is not None:
             self.bias = self.bias[keep]
-        self.own = [_both(lambda x: _kept(x, keep, self.made), pair) for pair in self.own]
+        self.own = _kept(self.own, keep, self.made)
         alive, prompt_of = self.prompt_of[keep].unique(return_inverse=True)
         if len(alive) < self.prompts[0][0].shape[1]:
-            self.prompts = [_both(lambda x: x[:, alive], pair) for pair in self.prompts]
+            self.prompts = [(keys[:, alive], values[:, alive]) for keys, values in self.prompts]
         self._place(prompt_of)
 
     def _place(self, prompt_of: Int[Tensor, " N"]) -> None:
@@ -273,6 +297,7 @@ class FastDecoder:
         slots = prompt_of * self.group + place
         full = len(rows) == len(counts) * self.group
         self.slots = None if full and torch.equal(slots, rows) else slots
+        self.flat = [(k.flatten(0, 1).mT, v.flatten(0, 1)) for k, v in self.prompts]
 
 
 def _gathered(
@@ -282,20 +307,15 @@ def _gathered(
     return x.view(shape[0], -1, *shape[2:]).index_select(1, slots)
 
 
-def _both(change: Callable[[Tensor], Tensor], pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """A change of keys and values alike."""
-    return change(pair[0]), change(pair[1])
-
-
-def _doubled(x: Float[Tensor, "H N T D"]) -> Float[Tensor, "H N T2 D"]:
+def _doubled(x: Float[Tensor, "*L T D"]) -> Float[Tensor, "*L T2 D"]:
     """The same buffer with room for as many tokens again."""
-    wide = x.new_empty(*x.shape[:2], 2 * x.shape[2], x.shape[3])
-    wide[:, :, : x.shape[2]] = x
+    wide = x.new_empty(*x.shape[:-2], 2 * x.shape[-2], x.shape[-1])
+    wide[..., : x.shape[-2], :] = x
     return wide
 
 
-def _kept(x: Tensor, keep: Tensor, made: int) -> Tensor:
+def _kept(x: Float[Tensor, "L 2 H N T D"], keep: Tensor, made: int) -> Tensor:
     """The rows `keep` of a buffer, whose first `made` tokens are written."""
-    fewer = x.new_empty(x.shape[0], len(keep), *x.shape[2:])
-    fewer[:, :, :made] = x[:, :, :made].index_select(1, keep)
+    fewer = x.new_empty(*x.shape[:3], len(keep), *x.shape[4:])
+    fewer[..., :made, :] = x[..., :made, :].index_select(3, keep)
     return fewer

@@ -17,8 +17,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from hmpo.decoder import FastDecoder, _both, _doubled
-from hmpo.decoder_weights import rotate
+from hmpo.decoder import FastDecoder, _doubled
+from hmpo.decoder_weights import as_pairs, rotate
 
 logger = logging.getLogger(__name__)
 
@@ -53,8 +53,8 @@ class GraphDecoder(FastDecoder):
         """
         super().__init__(policy, ids, mask, prompt_of, max_length, dtype)
         rows, capacity = len(prompt_of), min(bucket, max_length)
-        shape = (self.weights.heads, rows, capacity, self.weights.size)
-        self.own = [_both(lambda x: x.new_zeros(shape), pair) for pair in self.own]
+        shape = (*self.own.shape[:3], rows, capacity, self.weights.size)
+        self.own = self.own.new_zeros(shape)
         self.token = torch.zeros_like(prompt_of)
         self.column = torch.zeros(1, dtype=torch.long, device=mask.device)
         self.graphs = mask.is_cuda
@@ -66,11 +66,11 @@ class GraphDecoder(FastDecoder):
         """Read `token`, after dropping all rows but `keep`; the logits are overwritten."""
         if keep is not None:
             self._select(keep)
-            self.own = [_both(self._cleared, pair) for pair in self.own]
+            self.own = self._cleared(self.own)
             token, self.token = token[keep], self.token[keep]
             self._fresh()
-        if self.made == self.own[0][0].shape[2]:
-            self.own = [_both(lambda x: self._cleared(_doubled(x)), pair) for pair in self.own]
+        if self.made == self.own.shape[4]:
+            self.own = self._cleared(_doubled(self.own))
             self._fresh()
         self.token.copy_(token)
         self.column.fill_(self.made)
@@ -90,9 +90,9 @@ class GraphDecoder(FastDecoder):
         self.graph: Any = None
         self.warm = False
 
-    def _cleared(self, x: Float[Tensor, "H N T D"]) -> Float[Tensor, "H N T D"]:
+    def _cleared(self, x: Float[Tensor, "*L T D"]) -> Float[Tensor, "*L T D"]:
         """Nothing but numbers where no token lies yet: 0 times what memory held may be NaN."""
-        x[:, :, self.made :] = 0
+        x[..., self.made :, :] = 0
         return x
 
     def _captured(self) -> Any | None:
@@ -111,17 +111,18 @@ class GraphDecoder(FastDecoder):
 
     def _step(self) -> None:
         self.position += 1
-        places = torch.arange(self.own[0][0].shape[2], device=self.column.device)
+        places = torch.arange(self.own.shape[4], device=self.column.device)
         self.later = places > self.column
         self.logits = self._read(self.token)
 
-    def _store(self, own: tuple[Tensor, Tensor], k: Tensor, v: Tensor, turn: list[Tensor]) -> None:
+    def _store(self, layer: int, kv: Tensor, turn: Tensor) -> None:
         """Put the newest keys and values into the column that the device knows."""
-        turned = self._buffer("turned", *k.shape)
-        rotate(k, turn, turned)
-        own[0].index_copy_(2, self.column, turned.transpose(0, 1)[:, :, None])
-        own[1].index_copy_(2, self.column, v.transpose(0, 1)[:, :, None].to(own[1].dtype))
+        own = self.own[layer]
+        shape = (kv.shape[0], *own.shape[:2], own.shape[4])
+        turned = self.scratch("turned", *shape, dtype=own.dtype)
+        rotate(kv, turn, as_pairs(turned))
+        own.index_copy_(3, self.column, turned.permute(1, 2, 0, 3)[..., None, :])
 
     def _columns(self) -> tuple[int, Tensor | None]:
         """All columns, and those of later tokens."""
-        return self.own[0][0].shape[2], self.later
+        return self.own.shape[4], self.later

@@ -5,6 +5,10 @@ as one matrix, with adjacent outputs, which makes the product of few rows a thir
 are written into memory that every step uses again (`Scratch`): a fresh tensor costs a page fault
 every 4 KiB, which is a tenth to a quarter of a product.
 
+The two halves of a head of queries or keys lie interleaved there, so that rotary embedding is one
+complex product; scores do not change when queries and keys are permuted alike. The scale of the
+scores rides on the queries' rotation.
+
 The residual stream and the norms keep the dtype of the model, the products that of the copies
 (`compute`): the two differ for a bfloat16 copy and under autocast.
 """
@@ -32,14 +36,51 @@ class Scratch:
     def __init__(self, like: Tensor) -> None:
         self._like = like
         self._flat: dict[str, Tensor] = {}
+        self._last: dict[str, Tensor] = {}
 
     def __call__(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """A tensor of this shape with what was left there."""
+        last = self._last.get(name)
+        if last is not None and last.shape == shape:
+            return last
         size = math.prod(shape)
         flat = self._flat.get(name)
         if flat is None or len(flat) < size:
             flat = self._flat[name] = self._like.new_empty(size, dtype=dtype)
-        return flat[:size].view(shape)
+        last = self._last[name] = flat[:size].view(shape)
+        return last
+
+
+@dataclass(frozen=True)
+class Norm:
+    """RMSNorm, summed as the models sum it, so that its rounding is theirs."""
+
+    weight: Float[Tensor, " n"]
+    epsilon: float
+    paired: bool
+    """Whether what comes are interleaved heads."""
+
+    @classmethod
+    def of(cls, module: Any, size: int | None = None) -> "Norm":
+        """The norm of a module; of interleaved heads where their size is given."""
+        weight, epsilon = module.weight, module.variance_epsilon
+        if size is not None:
+            weight = _interleaved(weight, size)
+        return cls(weight, epsilon, size is not None)
+
+    def __call__(self, x: Float[Tensor, "*n I"], out: Float[Tensor, "*n I"]) -> Tensor:
+        """The norm of `x`, in `out`, which is other memory."""
+        if x.dtype == torch.float32:
+            torch.mul(x, x, out=out)
+            scale = out.mean(-1, keepdim=True).add_(self.epsilon).rsqrt_()
+            return torch.mul(x, scale, out=out).mul_(self.weight)
+        # The models take it in float32 whatever their weights are.
+        wide = x.float()
+        squares = wide.square()
+        if self.paired:  # in the order of the models: in float64 the tokens' log-probs show it
+            squares = squares.unflatten(-1, (-1, 2)).mT.flatten(-2)
+        scale = torch.rsqrt(squares.mean(-1, keepdim=True) + self.epsilon)
+        return torch.mul((wide * scale).to(x.dtype), self.weight, out=out)
 
 
 @dataclass(frozen=True)
@@ -50,7 +91,13 @@ class Projection:
     bias: Float[Tensor, " O"] | None
 
     @classmethod
-    def of(cls, *layers: nn.Linear, dtype: torch.dtype, transposed: bool) -> "Projection":
+    def of(
+        cls,
+        *layers: nn.Linear,
+        dtype: torch.dtype,
+        transposed: bool,
+        rotated: tuple[int, int] = (0, 0),
+    ) -> "Projection":
         """Copy the weights as they are now, in `dtype`.
 
         Args:
@@ -58,8 +105,11 @@ class Projection:
             dtype: of the copy, and of the states that it will meet.
             transposed: whether to pay for adjacent outputs. One layer that needs neither this nor
                 another dtype is not copied.
+            rotated: how many of the layers, from the first, are heads to be rotated, of which size.
         """
-        stored = [layer.weight for layer in layers]
+        count, size = rotated
+        stored: list[Tensor] = [layer.weight for layer in layers]
+        stored[:count] = [_interleaved(x, size) for x in stored[:count]]
         if not transposed:
             whole = stored[0] if len(stored) == 1 else torch.cat(stored)
             weight = whole.to(dtype).t()
@@ -74,6 +124,7 @@ class Projection:
         biases: list[Tensor] = [
             m.weight.new_zeros(len(m.weight)) if m.bias is None else m.bias for m in layers
         ]
+        biases[:count] = [_interleaved(x, size) for x in biases[:count]]
         return cls(weight, torch.cat(biases).to(dtype))
 
     @property
@@ -99,12 +150,12 @@ class Projection:
 class Layer:
     """The weights of one layer."""
 
-    attention_norm: Any
+    attention_norm: Norm
     qkv: Projection
-    q_norm: Any
-    k_norm: Any
+    q_norm: Norm | None
+    k_norm: Norm | None
     out: Projection
-    mlp_norm: Any
+    mlp_norm: Norm
     gate: Projection
     up: Projection
     down: Projection
@@ -132,37 +183,52 @@ class DecoderWeights:
         """
         core = policy.model
         self.dtype = dtype
-        self.embedding, self.norm = core.embed_tokens.weight, core.norm
+        self.embedding = core.embed_tokens.weight
         attention = core.layers[0].self_attn
-        self.size, self.scale = attention.head_dim, attention.scaling
+        self.size = attention.head_dim
         self.repeat = attention.num_key_value_groups
         self.heads = attention.k_proj.out_features // self.size
         kind = {
             "dtype": dtype,
             "transposed": self.embedding.device.type == "cpu" and products >= WORTH,
         }
-        self.layers = [_layer(module, kind) for module in core.layers]
+        self.layers = [_layer(module, kind, self.size) for module in core.layers]
+        self.norm = Norm.of(core.norm)
         self.head = Projection.of(policy.lm_head, **kind)
         everywhere = torch.arange(width, device=self.embedding.device)[None]
         cos, sin = (x[0] for x in core.rotary_emb(self.embedding, everywhere))
         half = self.size // 2
-        self._turns = cos, -sin[:, :half], sin[:, half:]
+        real = torch.float64 if dtype == torch.float64 else torch.float32
+        turn = torch.complex(cos[:, :half].to(real), sin[:, :half].to(real))
+        scaled = turn * attention.scaling
+        self._turns = torch.stack([scaled, turn, torch.ones_like(turn)], 1)[:, :, None]
 
-    def turn(self, position: Int[Tensor, " n"]) -> list[Tensor]:
-        """The rotation of the heads at these positions, for `rotate`."""
-        return [x[position][:, None] for x in self._turns]
+    def turn(self, position: Int[Tensor, " n"]) -> Tensor:
+        """How queries, keys and values are rotated at these positions, (n, 3, 1, d / 2).
+
+        Queries are scaled too; values stay as they are.
+        """
+        return self._turns[position]
 
     def queries_keys_values(
         self, layer: Layer, x: Tensor, scratch: Scratch
-    ) -> tuple[Float[Tensor, "n Q d"], Float[Tensor, "n H d"], Float[Tensor, "n H d"]]:
-        """What the residual stream `x` asks, and is asked for, before rotation."""
+    ) -> Float[Tensor, "n A d"]:
+        """What the residual stream `x` asks, and is asked for, before rotation.
+
+        The heads of the queries, then of the keys, then of the values.
+        """
         h = normalised(layer.attention_norm, x, scratch, self.dtype)
         qkv = layer.qkv(h, scratch("qkv", len(x), layer.qkv.outputs, dtype=self.dtype))
-        parts = [self.heads * self.repeat, self.heads, self.heads]
-        q, k, v = qkv.view(len(x), -1, self.size).split(parts, dim=1)
-        if layer.q_norm is None:
-            return q, k, v
-        return _normalised(layer.q_norm, q), _normalised(layer.k_norm, k), v
+        heads = qkv.view(len(x), -1, self.size)
+        if layer.q_norm is not None and layer.k_norm is not None:
+            q, k, _ = self.parts(heads)
+            q.copy_(layer.q_norm(q, torch.empty_like(q)))
+            k.copy_(layer.k_norm(k, torch.empty_like(k)))
+        return heads
+
+    def parts(self, heads: Float[Tensor, "n A d"]) -> tuple[Tensor, ...]:
+        """Queries, keys and values apart."""
+        return heads.split([self.heads * self.repeat, self.heads, self.heads], dim=1)
 
     def logits(self, x: Float[Tensor, "n I"], scratch: Scratch) -> Float[Tensor, "n V"]:
         """Of the next token, float32 or better."""
@@ -173,20 +239,26 @@ class DecoderWeights:
         return scratch("wide", *out.shape, dtype=torch.float32).copy_(out)
 
 
-def _layer(module: Any, kind: dict[str, Any]) -> Layer:
+def _layer(module: Any, kind: dict[str, Any], size: int) -> Layer:
     attention, mlp = module.self_attn, module.mlp
-    norms = attention._modules
+    q_norm, k_norm = (attention._modules.get(name) for name in ("q_norm", "k_norm"))
+    inputs = attention.q_proj, attention.k_proj, attention.v_proj
     return Layer(
-        attention_norm=module.input_layernorm,
-        qkv=Projection.of(attention.q_proj, attention.k_proj, attention.v_proj, **kind),
-        q_norm=norms.get("q_norm"),
-        k_norm=norms.get("k_norm"),
+        attention_norm=Norm.of(module.input_layernorm),
+        qkv=Projection.of(*inputs, **kind, rotated=(2, size)),
+        q_norm=None if q_norm is None else Norm.of(q_norm, size),
+        k_norm=None if k_norm is None else Norm.of(k_norm, size),
         out=Projection.of(attention.o_proj, **kind),
-        mlp_norm=module.post_attention_layernorm,
+        mlp_norm=Norm.of(module.post_attention_layernorm),
         gate=Projection.of(mlp.gate_proj, **kind),
         up=Projection.of(mlp.up_proj, **kind),
         down=Projection.of(mlp.down_proj, **kind),
     )
+
+
+def _interleaved(x: Tensor, size: int) -> Tensor:
+    """Outputs (a, b), the halves of each head of `size`, as a0 b0 a1 b1 .."""
+    return x.unflatten(0, (-1, 2, size // 2)).transpose(1, 2).flatten(0, 2)
 
 
 def _transpose(source: Float[Tensor, "O I"], target: Float[Tensor, "I O"]) -> None:
@@ -196,38 +268,27 @@ def _transpose(source: Float[Tensor, "O I"], target: Float[Tensor, "I O"]) -> No
             target[j : j + TILE, i : i + TILE] = source[i : i + TILE, j : j + TILE].t()
 
 
-def normalised(norm: Any, x: Tensor, scratch: Scratch, dtype: torch.dtype) -> Tensor:
+def normalised(norm: Norm, x: Tensor, scratch: Scratch, dtype: torch.dtype) -> Tensor:
     """RMSNorm of the residual stream, in `dtype`, in memory of the step."""
-    if x.dtype != torch.float32:
-        return _normalised(norm, x).to(dtype)
-    out = torch.mul(x, x, out=scratch("normalised", *x.shape, dtype=x.dtype))
-    scale = out.mean(-1, keepdim=True).add_(norm.variance_epsilon).rsqrt_()
-    torch.mul(x, scale, out=out).mul_(norm.weight)
+    out = norm(x, scratch("normalised", *x.shape, dtype=x.dtype))
     return out if dtype == x.dtype else scratch("narrow", *x.shape, dtype=dtype).copy_(out)
 
 
-def _normalised(norm: Any, x: Tensor) -> Tensor:
-    """RMSNorm, which the models take in float32 whatever their weights are."""
-    wide = x.float()
-    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + norm.variance_epsilon)
-    return norm.weight * wide.to(x.dtype)
+def as_pairs(x: Float[Tensor, "*n d"]) -> Tensor:
+    """Neighbours as the parts of complex numbers, where there are such of this dtype."""
+    return x if x.dtype == torch.bfloat16 else x.view(x.dtype.to_complex())
 
 
-def rotate(x: Float[Tensor, "n *H d"], turn: list[Tensor], out: Tensor) -> None:
-    """Rotary embedding: (a, b) -> (a cos - b sin, b cos + a sin) for the halves of a head.
+def rotate(x: Tensor, turn: Tensor, out: Tensor) -> None:
+    """Rotary embedding (and what else `DecoderWeights.turn` does) of interleaved heads.
 
     Args:
-        x: queries or keys.
-        turn: cos, -sin for the lower and sin for the upper half, (n, 1.., d or d / 2).
-        out: where to put it, of any strides and dtype.
+        x: queries, keys or values, `as_pairs`.
+        turn: complex, of one more or as many dimensions, broadcast against the heads.
+        out: where to put it, `as_pairs`, of any strides.
     """
-    cos, sin_low, sin_high = turn
-    half = x.shape[-1] // 2
-    direct = out.dtype == cos.dtype == x.dtype
-    wide = out if direct else torch.empty_like(x, dtype=cos.dtype)
-    x = x.to(cos.dtype)
-    torch.mul(x, cos, out=wide)
-    wide[..., :half].addcmul_(x[..., half:], sin_low)
-    wide[..., half:].addcmul_(x[..., :half], sin_high)
-    if not direct:
-        out.copy_(wide)
+    if x.is_complex():
+        torch.mul(x, turn, out=out)
+    else:
+        wide = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+        out.copy_(torch.view_as_real(wide * turn).flatten(-2))

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional
 
-from hmpo.decoder_weights import DecoderWeights, Scratch, rotate
+from hmpo.decoder_weights import DecoderWeights, Scratch, as_pairs, rotate
 
 Pair = tuple[Float[Tensor, "H B P D"], Float[Tensor, "H B P D"]]
 
@@ -31,21 +31,23 @@ def read_prompts(
     places = mask.flatten().nonzero()[:, 0]
     turn = weights.turn((mask.cumsum(1) - 1).flatten()[places])
     ends = mask.sum(1).cumsum(0) - 1
-    last_turn = [x[ends] for x in turn]
     scratch = Scratch(weights.embedding)
     x = functional.embedding(ids.flatten()[places], weights.embedding)
     seen = None if places.numel() == mask.numel() else mask[:, None, None]
     stored = []
     for layer in weights.layers:
-        q, k, v = weights.queries_keys_values(layer, x, scratch)
-        pair = _spread(weights, k, turn, mask, places), _spread(weights, v, None, mask, places)
+        q, k, v = weights.parts(weights.queries_keys_values(layer, x, scratch))
+        pair = (
+            _spread(weights, k, turn[:, 1], mask, places),
+            _spread(weights, v, None, mask, places),
+        )
         stored.append(pair)
         if layer is weights.layers[-1]:
             x = x[ends]
-            query = _spread(weights, q[ends], last_turn, mask[:, -1:], None)
+            query = _spread(weights, q[ends], turn[ends, 0], mask[:, -1:], None)
             read = _attend(weights, query, pair, seen, causal=False).flatten(1)
         else:
-            query = _spread(weights, q, turn, mask, places)
+            query = _spread(weights, q, turn[:, 0], mask, places)
             read = _attend(weights, query, pair, seen, causal=True)
             read = read.flatten(0, 1)[places].flatten(1)
         x = layer.out.add_to(x, read, scratch)
@@ -56,7 +58,7 @@ def read_prompts(
 def _spread(
     weights: DecoderWeights,
     x: Float[Tensor, "n H D"],
-    turn: list[Tensor] | None,
+    turn: Tensor | None,
     mask: Bool[Tensor, "B P"],
     places: Int[Tensor, " n"] | None,
 ) -> Float[Tensor, "H B P D"]:
@@ -65,7 +67,7 @@ def _spread(
     if turn is None:
         wide.copy_(x.transpose(0, 1))
     else:
-        rotate(x, turn, wide.transpose(0, 1))
+        rotate(as_pairs(x), turn, as_pairs(wide.transpose(0, 1)))
     if places is None or len(places) == mask.numel():
         return wide.view(-1, *mask.shape, x.shape[2])
     padded = x.new_zeros(x.shape[1], mask.numel(), x.shape[2], dtype=weights.dtype)
@@ -94,7 +96,7 @@ def _attend(
         values.transpose(0, 1),
         attn_mask=allowed,
         is_causal=causal and seen is None,
-        scale=weights.scale,
+        scale=1.0,  # the queries are scaled
         enable_gqa=weights.repeat > 1,
     )
     return read.transpose(1, 2)
