@@ -137,6 +137,7 @@ class StepViews:
         self.own_scores = buffer("own scores", heads, rows, repeat, columns)
         self.prompt_scores = buffer("prompt scores", heads, rows, repeat, width)
         self.scores = buffer("scores", heads, rows, repeat, width + columns)
+        self.places = self.scores.tensor_split((width,), -1)
         self.share = buffer("share", heads, rows, repeat, width + columns)
         self.prompt_share = self.share[..., :width]
         self.read = buffer("read", heads, rows, repeat, size)
@@ -251,7 +252,8 @@ class FastDecoder:
             views.prompt_scores.copy_(_gathered(grouped, self.slots, shape))
         if self.bias is not None:
             views.prompt_scores.add_(self.bias)
-        torch.cat([views.prompt_scores, views.own_scores], -1, out=views.scores)
+        views.places[0].copy_(views.prompt_scores)
+        views.places[1].copy_(views.own_scores)
         torch.softmax(views.scores, -1, out=views.share)
         torch.bmm(views.own_share, own[1], out=views.read_by_row)
         if self.slots is None:

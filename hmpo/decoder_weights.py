@@ -53,10 +53,12 @@ class Scratch:
 
 @dataclass(frozen=True)
 class Norm:
-    """RMSNorm, summed as the models sum it, so that its rounding is theirs."""
+    """RMSNorm, through the mean square as in the models: rounded otherwise it is less like them."""
 
     weight: Float[Tensor, " n"]
     epsilon: float
+    least: Float[Tensor, ""]
+    """`epsilon`: the mean is taken and this added in one operation."""
     paired: bool
     """Whether what comes are interleaved heads."""
 
@@ -66,13 +68,13 @@ class Norm:
         weight, epsilon = module.weight, module.variance_epsilon
         if size is not None:
             weight = _interleaved(weight, size)
-        return cls(weight, epsilon, size is not None)
+        return cls(weight, epsilon, weight.new_tensor(epsilon), size is not None)
 
     def __call__(self, x: Float[Tensor, "*n I"], out: Float[Tensor, "*n I"]) -> Tensor:
         """The norm of `x`, in `out`, which is other memory."""
         if x.dtype == torch.float32:
-            torch.mul(x, x, out=out)
-            scale = out.mean(-1, keepdim=True).add_(self.epsilon).rsqrt_()
+            squares = torch.mul(x, x, out=out).sum(-1, keepdim=True)
+            scale = torch.add(self.least, squares, alpha=1 / x.shape[-1]).rsqrt_()
             return torch.mul(x, scale, out=out).mul_(self.weight)
         # The models take it in float32 whatever their weights are.
         wide = x.float()
