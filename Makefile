@@ -25,7 +25,7 @@ peers: $(PEER) # the second environment, .venv-peers: verl and OpenRLHF
 peers-test: $(PEER) # what is compared with them and runs inside them
 	OMP_NUM_THREADS=1 $(PEERS)/bin/python -m pytest -q -n $(JOBS) $(PEER_TESTS)
 bench: $(PEER) # every timing but the GPU's, then tables and plots; verl from .venv-peers
-	for f in $(filter-out %_gpu.py,$(sort $(wildcard benchmarks/bench_*.py))) benchmarks/rollout_parts.py; do python $$f || exit 1; done
+	for f in $(filter-out %_gpu.py,$(sort $(wildcard benchmarks/bench_*.py))) benchmarks/rollout_parts.py benchmarks/update_tried.py; do python $$f || exit 1; done
 	python benchmarks/bench_trl.py --options
 	$(PEERS)/bin/python benchmarks/objective.py
 	python scripts/make_performance_plots.py && python scripts/make_tables.py

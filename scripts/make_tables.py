@@ -393,6 +393,7 @@ MAKERS: dict[str, Callable[[], str]] = {
     "targets": performance_tables.targets,
     "whole_updates": performance_tables.whole_updates,
     "update_parts": performance_tables.update_parts,
+    "update_tried": performance_tables.update_tried,
     "trl_options": performance_tables.trl_options,
     "growth": performance_tables.growth,
     "start": performance_tables.start,

@@ -70,6 +70,18 @@ def update_parts() -> str:
     return "\n".join(lines)
 
 
+def update_tried() -> str:
+    """What was tried on the layers, and on the size of a pass."""
+    result = load("update_tried")
+    lines = []
+    for row, title in zip(result["rows"], ("layers, forward and backward", "whole update")):
+        first = next(iter(row["cpu_s"].values()))
+        lines += [f"| {title} | CPU s | / first |", "|---|---|---|"]
+        lines += [f"| {n} | {s:.2f} | {s / first:.2f} |" for n, s in row["cpu_s"].items()]
+        lines.append("")
+    return "\n".join([*lines, source(result)])
+
+
 def trl_options() -> str:
     """TRL's update under its own options."""
     if not exists("trl_options"):
