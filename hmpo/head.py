@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from hmpo.head_fold import statistics_dtype
 from hmpo.head_schemes import Logprobs, Plan
+from hmpo.head_tiles import tiled_logprobs
 
 BUFFER = 64 << 20
 """Bytes of one block of logits, unless fewer rows than `LEAST_ROWS` would fit."""
@@ -79,7 +80,12 @@ def head_logprobs(
     tensors = (hidden, weight) if bias is None else (hidden, weight, bias)
     store = limits(weight.device).store if store is None else store
     scheme = "recompute"
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+    differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    if not differentiable and not with_entropy and _tiles(hidden, weight, compute):
+        cap = {"temperature": temperature, "softcap": softcap}
+        picked = tiled_logprobs(hidden.detach(), weight.detach(), bias, targets, **cap)
+        return picked, torch.full_like(picked, torch.nan)
+    if differentiable:
         frozen = not any(t.requires_grad for t in tensors[1:])
         scheme = "frozen" if frozen else "store" if size <= store else "recompute"
     plan = Plan(
@@ -91,6 +97,12 @@ def head_logprobs(
         compute=compute,
     )
     return Logprobs.apply(hidden, weight, bias, targets, plan)
+
+
+def _tiles(hidden: Tensor, weight: Tensor, compute: torch.dtype) -> bool:
+    """Whether sums over tiles in the logits' own precision do: a CPU, float32 or better."""
+    exact = compute in (torch.float32, torch.float64) and hidden.dtype == weight.dtype == compute
+    return exact and weight.device.type == "cpu"
 
 
 def block_rows(weight: Float[Tensor, "V H"], chunk: int) -> int:
