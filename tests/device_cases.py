@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from hmpo import decoder, sampling
+from hmpo import decoder, head, sampling
 from hmpo.config import HMPOConfig
 from hmpo.decoder_graph import GraphDecoder
 from hmpo.objective_config import ExponentConfig, MismatchConfig, ObjectiveConfig
@@ -61,6 +61,12 @@ def _recognised(monkeypatch) -> None:
     """The fast decoder takes a model by the exact class of its parameters; here that is another."""
     kinds = SimpleNamespace(Parameter=Away, Module=nn.Module)
     monkeypatch.setattr(decoder, "nn", kinds)
+
+
+@pytest.fixture(autouse=True)
+def _same_way(monkeypatch) -> None:
+    """Tiles of the vocabulary are the CPU's alone, and round otherwise than blocks do."""
+    monkeypatch.setattr(head, "_tiles", lambda *_: False)
 
 
 def test_what_lies_on_the_cpu_is_told_apart() -> None:

@@ -247,9 +247,10 @@ def test_rows_longer_than_a_window_are_padded(monkeypatch) -> None:
         whole = token_logprobs(model, *long)
         monkeypatch.setattr(logprobs, "window", lambda _: 1000.0)
         blind = token_logprobs(model, *long)
+        monkeypatch.setattr(logprobs, "can_pack", lambda *_: False)
+        padded = token_logprobs(model, *long)
     assert float((whole - blind).abs().max()) > 1e-6, "the window matters"
-    monkeypatch.setattr(logprobs, "can_pack", lambda *_: False)
-    assert torch.equal(whole, token_logprobs(model, *long))
+    assert torch.equal(whole, padded)
     assert not can_pack(family("mistral"), family("mistral")), "a window of 4 hides the example"
 
 
