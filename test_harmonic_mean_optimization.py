@@ -24,7 +24,7 @@ from harmonic_mean_policy_optimization import (
     PowerMeanTrainer,
 )
 from hmpo import ahm_mean, log_power_mean, power_mean_weights
-from hmpo.means import ahm_iterate, ahm_steps
+from hmpo.objective.means import ahm_iterate, ahm_steps
 from optimizers.muon_clip import MuonClip, MuonClipConfig
 from rl_core.sampling import compute_log_probs_batch, sample_responses_batch
 

@@ -1,6 +1,6 @@
-"""Stable import path of the GSPO baseline; the code is in `hmpo.baselines.gspo`."""
+"""Stable import path of the GSPO baseline; the code is in `hmpo.trainer.gspo`."""
 
-from hmpo.baselines.gspo import GSPOTrainer
 from hmpo.config import GSPOConfig
+from hmpo.trainer.gspo import GSPOTrainer
 
 __all__ = ["GSPOConfig", "GSPOTrainer"]

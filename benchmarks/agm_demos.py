@@ -31,7 +31,6 @@ from typing import Any
 
 from common import RESULTS, commit, one_thread
 
-from hmpo.agm_config import CurriculumConfig, RegimeConfig
 from hmpo.config import (
     EvalConfig,
     OptimizerConfig,
@@ -40,13 +39,14 @@ from hmpo.config import (
     TaskConfig,
     TrainerConfig,
 )
-from hmpo.control_config import ControlConfig
-from hmpo.environment import describe_environment
-from hmpo.members import hmpo as hmpo_member
+from hmpo.config.agm import CurriculumConfig, RegimeConfig
+from hmpo.config.control import ControlConfig
+from hmpo.config.members import hmpo as hmpo_member
 from hmpo.models import save_policy
 from hmpo.models.pretrain import fit_supervised
 from hmpo.models.tiny import character_tokenizer, tiny_llama
-from hmpo.run import train
+from hmpo.run.environment import describe_environment
+from hmpo.run.loop import train
 from hmpo.tasks import make_task
 from hmpo.tasks.alphabet import ALPHABET
 

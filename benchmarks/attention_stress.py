@@ -29,8 +29,8 @@ from hmpo.config import (
     TaskConfig,
     TrainerConfig,
 )
-from hmpo.members import hmpo as hmpo_member
-from hmpo.run import train
+from hmpo.config.members import hmpo as hmpo_member
+from hmpo.run.loop import train
 
 COMMAND = "python benchmarks/attention_stress.py"
 UPDATES, HEAT = 40, 2.5

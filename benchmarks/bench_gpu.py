@@ -33,15 +33,15 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 from common import one_thread, roofline, save
 
-from hmpo import head_fold
 from hmpo.config import HMPOConfig, PolicyConfig, TaskConfig
-from hmpo.head import block_rows
-from hmpo.head_kernels import triton_kernels
+from hmpo.logprobs import fold as head_fold
+from hmpo.logprobs.head import block_rows
+from hmpo.logprobs.kernels import triton_kernels
 from hmpo.models import load_policy, stop_token_ids
 from hmpo.rewards import Rewards
 from hmpo.stopwatch import Stopwatch
 from hmpo.tasks import make_task
-from hmpo.trainer import HMPOTrainer
+from hmpo.trainer.power_mean import HMPOTrainer
 
 PARTS = ("head", "generate", "update", "smollm2")
 HEAD = {False: (8192, 4096, 151_936), True: (128, 32, 1000)}  # rows, width, vocabulary
@@ -278,7 +278,7 @@ def rollouts(meter: Meter, case: Any) -> dict[str, Any]:
 
 def without_graphs(run: Callable[[], Any]) -> Callable[[], Any]:
     """The same rollout by the decoder that launches every kernel."""
-    from hmpo import engines
+    from hmpo.sampling import engines
 
     def stepwise() -> Any:
         with mock.patch.object(engines, "GRAPHS", False):

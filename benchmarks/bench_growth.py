@@ -23,7 +23,7 @@ from bench_trl import Case, Tally, model_of, our_update, prompts_of
 from common import ceilings, one_thread, peak_memory, roofline, save
 from work import rollout_work, update_work
 
-from hmpo.head import STORE, block_rows, head_logprobs
+from hmpo.logprobs.head import STORE, block_rows, head_logprobs
 
 REPEATS = 5
 BASE = Case("growth", 1.0, prompts=2, group=4, new=32, vocabulary=2048, layers=2, inner=688)

@@ -20,9 +20,10 @@ from common import alternate, ceilings, one_thread, peak_memory, roofline, save
 from torch import Tensor
 from torch.nn import functional
 
-from hmpo import head_schemes, matmul
-from hmpo.head import head_logprobs
-from hmpo.head_loss import one_pass
+from hmpo.logprobs import matmul
+from hmpo.logprobs import schemes as head_schemes
+from hmpo.logprobs.head import head_logprobs
+from hmpo.logprobs.one_pass import one_pass
 
 ROWS, WIDTH, VOCAB, RESPONSE = 4096, 512, 32000, 64
 STORE_ALL = 1 << 40

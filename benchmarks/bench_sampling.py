@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from work import rollout_work
 
-from hmpo.sampling import sample_responses
+from hmpo.sampling.responses import sample_responses
 
 SIZES = {
     "1M": {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 4},

@@ -14,9 +14,9 @@ import torch
 from bench_sampling import CASES, build
 from common import one_thread, save
 
-from hmpo.logprobs import token_logprobs
-from hmpo.mismatch import mismatch_metrics
-from hmpo.sampling import sample_responses
+from hmpo.logprobs.responses import token_logprobs
+from hmpo.objective.mismatch import mismatch_metrics
+from hmpo.sampling.responses import sample_responses
 
 NAMES = ("1M", "11M", "58M")
 MEASURED = ("mismatch/k3", "mismatch/rho_min", "mismatch/rho_max", "mismatch/ess")

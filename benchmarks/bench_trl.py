@@ -46,7 +46,7 @@ from work import rollout_work, update_work
 
 from hmpo.config import PowerMeanConfig
 from hmpo.stopwatch import Stopwatch
-from hmpo.trainer import PowerMeanTrainer
+from hmpo.trainer.power_mean import PowerMeanTrainer
 
 RATE, BETAS, NORM = 1e-6, (0.9, 0.999), 1.0
 SIDES = ("trl", "ours", "ours, no clip")

@@ -22,8 +22,9 @@ from common import alternate, ceilings, one_thread, roofline, save
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hmpo import logprobs, packing
-from hmpo.logprobs import token_logprobs_and_entropy
+from hmpo.attention import packing
+from hmpo.logprobs import responses as logprobs
+from hmpo.logprobs.responses import token_logprobs_and_entropy
 
 MICRO = 8
 """Rows of a micro-batch of the padded side."""

@@ -16,7 +16,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 
-from hmpo.environment import describe_environment
+from hmpo.run.environment import describe_environment
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -18,7 +18,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 
-from hmpo.environment import describe_environment
+from hmpo.run.environment import describe_environment
 from tests.faults.kill_runs import kill_and_resume
 from tests.faults.storage import fast_folder
 

@@ -18,8 +18,8 @@ from common import one_thread, save
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hmpo.config import HMPOConfig, OptimizerConfig
-from hmpo.optim.build import build_optimizer
-from hmpo.trainer import HMPOTrainer
+from hmpo.run.build import build_optimizer
+from hmpo.trainer.power_mean import HMPOTrainer
 
 UPDATES, EVERY = 10_000, 500
 PROMPTS = [[5, 6, 7], [8, 9], [3, 4, 5, 6], [11, 3]]

@@ -19,12 +19,12 @@ from pathlib import Path
 import torch
 from common import alternate, one_thread, save
 
+from hmpo.cli.demo import demo_config
 from hmpo.config import EvalConfig
-from hmpo.demo import demo_config
-from hmpo.members import BY_NAME
-from hmpo.objective import power_mean_loss, power_mean_objective
-from hmpo.objective_config import ObjectiveConfig
-from hmpo.run import train
+from hmpo.config.members import BY_NAME
+from hmpo.config.objective import ObjectiveConfig
+from hmpo.objective.loss import power_mean_loss, power_mean_objective
+from hmpo.run.loop import train
 
 SEQUENCES = 64
 SIGMA = 0.1

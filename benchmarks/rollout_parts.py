@@ -15,8 +15,9 @@ import torch
 from bench_sampling import CASES, build, sides
 from common import alternate, one_thread, save
 
-from hmpo import decoder, sampling
-from hmpo.decoder_weights import PAD, _transpose
+from hmpo.sampling import decoder
+from hmpo.sampling import responses as sampling
+from hmpo.sampling.weights import PAD, _transpose
 
 PARTS = {
     "prompts": (decoder, "read_prompts"),

@@ -16,12 +16,12 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from hmpo.attention.logits import AttentionCall
+from hmpo.attention.sites import find_sites
+from hmpo.attention.tap import INTERFACE, listen, modeling_globals
 from hmpo.config import PolicyConfig
 from hmpo.models import load_policy
 from hmpo.optim import LogitTracker
-from hmpo.optim.attention_max import AttentionCall
-from hmpo.optim.attention_tap import INTERFACE, listen, modeling_globals
-from hmpo.optim.sites import find_sites
 
 COMMAND = "python benchmarks/bench_muonclip.py tracker"
 TAU = 100.0

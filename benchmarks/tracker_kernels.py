@@ -19,10 +19,10 @@ from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, fle
 from tracker_cost import naive_max, step_of
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from hmpo.attention.logits import AttentionCall
+from hmpo.attention.sites import find_sites
+from hmpo.attention.tap import listen
 from hmpo.optim import LogitTracker
-from hmpo.optim.attention_max import AttentionCall
-from hmpo.optim.attention_tap import listen
-from hmpo.optim.sites import find_sites
 
 COMMAND = "python benchmarks/bench_muonclip.py kernels"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

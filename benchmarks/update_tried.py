@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from hmpo.config import PowerMeanConfig
-from hmpo.trainer import PowerMeanTrainer
+from hmpo.trainer.power_mean import PowerMeanTrainer
 
 CASE = CASES[0]
 ROWS, WIDTH = CASE.rows, CASE.new + 4

@@ -16,7 +16,7 @@ from typing import Any
 
 from common import RESULTS, commit
 
-from hmpo.environment import describe_environment
+from hmpo.run.environment import describe_environment
 
 KEPT = ("config.json", "environment.json", "telemetry.jsonl", "timing.jsonl", "completions.jsonl")
 

@@ -10,7 +10,7 @@ import sys
 from datasets import Dataset
 from transformers import TrainerCallback
 
-from hmpo.adapters.trl import PowerMeanGRPOConfig, PowerMeanGRPOTrainer
+from hmpo.adapters.trl.trainer import PowerMeanGRPOConfig, PowerMeanGRPOTrainer
 from hmpo.config import PolicyConfig, TaskConfig
 from hmpo.models import load_policy
 from hmpo.tasks import make_task

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOME = {
-    "log_power_mean": "means",
-    "power_mean_weights": "means",
-    "ahm_mean": "means",
-    "effective_sample_size": "means",
-    "solve_exponent": "means",
-    "group_advantages": "advantages",
+    "log_power_mean": "objective",
+    "power_mean_weights": "objective",
+    "ahm_mean": "objective",
+    "effective_sample_size": "objective",
+    "solve_exponent": "objective",
+    "group_advantages": "objective",
     "power_mean_objective": "objective",
     "ObjectiveConfig": "config",
     "token_logprobs": "logprobs",
@@ -25,7 +25,7 @@ _HOME = {
     "GSPOConfig": "config",
     "PowerMeanTrainer": "trainer",
     "HMPOTrainer": "trainer",
-    "GSPOTrainer": "baselines.gspo",
+    "GSPOTrainer": "trainer",
     "RunConfig": "config",
     "train": "run",
 }
@@ -34,27 +34,27 @@ __all__ = ["__version__", "members", *_HOME]
 
 if TYPE_CHECKING:
     from hmpo import members
-    from hmpo.advantages import group_advantages
-    from hmpo.baselines.gspo import GSPOTrainer
     from hmpo.config import GSPOConfig, HMPOConfig, ObjectiveConfig, PowerMeanConfig, RunConfig
-    from hmpo.logprobs import token_logprobs
-    from hmpo.means import (
+    from hmpo.logprobs.responses import token_logprobs
+    from hmpo.objective.advantages import group_advantages
+    from hmpo.objective.loss import power_mean_objective
+    from hmpo.objective.means import (
         ahm_mean,
         effective_sample_size,
         log_power_mean,
         power_mean_weights,
         solve_exponent,
     )
-    from hmpo.objective import power_mean_objective
-    from hmpo.run import train
-    from hmpo.sampling import sample_responses
-    from hmpo.trainer import HMPOTrainer, PowerMeanTrainer
+    from hmpo.run.loop import train
+    from hmpo.sampling.responses import sample_responses
+    from hmpo.trainer.gspo import GSPOTrainer
+    from hmpo.trainer.power_mean import HMPOTrainer, PowerMeanTrainer
     from hmpo.types import Rollout
 
 
 def __getattr__(name: str) -> Any:
     if name == "members":
-        return importlib.import_module("hmpo.members")
+        return importlib.import_module("hmpo.config.members")
     if name in _HOME:
         return getattr(importlib.import_module(f"hmpo.{_HOME[name]}"), name)
     raise AttributeError(f"module 'hmpo' has no attribute {name!r}")

@@ -4,6 +4,7 @@ hmpo itself draws from generators of its own; tasks, rewards and dropout may use
 """
 
 import contextlib
+import hashlib
 import random
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -49,3 +50,9 @@ def random_state_kept() -> Iterator[dict[str, Any]]:
         yield state
     finally:
         restore_random_state(state)
+
+
+def keyed_generator(seed: int, purpose: str, index: int) -> torch.Generator:
+    """A generator of its own for each (seed, purpose, index): nothing to save, nothing shared."""
+    digest = hashlib.sha256(f"{seed}/{purpose}/{index}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)

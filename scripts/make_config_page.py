@@ -11,7 +11,7 @@ from typing import Any
 
 from hmpo import config
 from hmpo.config import RunConfig
-from hmpo.members import BY_NAME
+from hmpo.config.members import BY_NAME
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "configuration.md"
 

@@ -20,15 +20,16 @@ from pathlib import Path
 import pytest
 
 import hmpo.cli
-import hmpo.demo
+import hmpo.cli.demo
+import hmpo.cli.evaluate
 import hmpo.lab.report
-import hmpo.measure
 import hmpo.models
-import hmpo.run
+import hmpo.run.loop
 from hmpo.config import EvalConfig, RunConfig, TrainerConfig
+from hmpo.config.reading import run_config
 from hmpo.lab.report import write_report
-from hmpo.observer import RunResult
-from hmpo.settings import run_config, trainer_config
+from hmpo.run.build import trainer_config
+from hmpo.run.observer import RunResult
 from hmpo.tasks import make_task
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -53,7 +54,7 @@ def demo(tmp_path_factory) -> RunResult:
     """A finished run, `runs/demo`, in a folder that has the examples."""
     folder = tmp_path_factory.mktemp("docs")
     shutil.copytree(ROOT / "examples", folder / "examples")
-    result = hmpo.run.train(
+    result = hmpo.run.loop.train(
         RunConfig(
             name="demo",
             out=str(folder / "runs"),
@@ -105,7 +106,7 @@ def test_commands_work(page: str, demo: RunResult, monkeypatch, capsys) -> None:
 
 def shorten(monkeypatch, demo: RunResult) -> None:
     """Long commands end where their arguments, configuration and task are understood."""
-    measure = hmpo.measure.evaluate_target
+    measure = hmpo.cli.evaluate.evaluate_target
 
     def train(config, **_):
         trainer_config(config)
@@ -119,10 +120,10 @@ def shorten(monkeypatch, demo: RunResult) -> None:
         run_config({}, settings)
         return 0
 
-    monkeypatch.setattr(hmpo.run, "train", train)
-    monkeypatch.setattr(hmpo.demo, "run_demo", lambda **_: 0)
+    monkeypatch.setattr(hmpo.run.loop, "train", train)
+    monkeypatch.setattr(hmpo.cli.demo, "run_demo", lambda **_: 0)
     monkeypatch.setattr(hmpo.models, "fetch_smollm2", lambda folder=None: folder)
-    monkeypatch.setattr(hmpo.measure, "evaluate_target", evaluate)
+    monkeypatch.setattr(hmpo.cli.evaluate, "evaluate_target", evaluate)
     monkeypatch.setattr(hmpo.lab.report, "write_report", lambda runs, out=None: runs[0])
 
 

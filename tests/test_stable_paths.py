@@ -15,16 +15,16 @@ TABLE = {
     "harmonic_mean_policy_optimization": {
         "PowerMeanConfig": "hmpo.config:PowerMeanConfig",
         "HMPOConfig": "hmpo.config:HMPOConfig",
-        "PowerMeanTrainer": "hmpo.trainer:PowerMeanTrainer",
-        "HMPOTrainer": "hmpo.trainer:HMPOTrainer",
+        "PowerMeanTrainer": "hmpo.trainer.power_mean:PowerMeanTrainer",
+        "HMPOTrainer": "hmpo.trainer.power_mean:HMPOTrainer",
     },
     "algorithms.gspo_vectorized": {
-        "GSPOTrainer": "hmpo.baselines.gspo:GSPOTrainer",
+        "GSPOTrainer": "hmpo.trainer.gspo:GSPOTrainer",
         "GSPOConfig": "hmpo.config:GSPOConfig",
     },
     "rl_core.sampling": {
-        "sample_responses_batch": "hmpo.sampling:sample_responses",
-        "compute_log_probs_batch": "hmpo.logprobs:token_logprobs",
+        "sample_responses_batch": "hmpo.sampling.responses:sample_responses",
+        "compute_log_probs_batch": "hmpo.logprobs.responses:token_logprobs",
     },
     "optimizers.muon_clip": {
         "MuonClip": "hmpo.optim:MuonClip",

@@ -16,14 +16,15 @@ import pytest
 import hmpo
 import hmpo.agm
 import hmpo.cli
-import hmpo.cli_agm
+import hmpo.cli.agm
+import hmpo.cli.commands
 import hmpo.optim
 import hmpo.rewards
 import hmpo.tasks
 from hmpo.telemetry.fields import FIELDS
 
 GOLDEN = Path(__file__).parent / "golden"
-ROOMS = (hmpo, hmpo.agm, hmpo.members, hmpo.optim, hmpo.rewards, hmpo.tasks)
+ROOMS = (hmpo, hmpo.agm, hmpo.config.members, hmpo.optim, hmpo.rewards, hmpo.tasks)
 
 
 def signatures() -> str:
@@ -86,7 +87,7 @@ def commands() -> dict[str, Callable]:
     """The functions that the command line is made of."""
     return {
         f"{prefix}{name.replace('_', '-')}": function
-        for prefix, module in (("", hmpo.cli), ("agm ", hmpo.cli_agm))
+        for prefix, module in (("", hmpo.cli.commands), ("agm ", hmpo.cli.agm))
         for name, function in sorted(vars(module).items())
         if inspect.isfunction(function)
         and function.__module__ == module.__name__

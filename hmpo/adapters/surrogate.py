@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from hmpo.objective import minibatch_band, power_mean_loss
-from hmpo.objective_config import ObjectiveConfig
+from hmpo.config.objective import ObjectiveConfig
+from hmpo.objective.loss import minibatch_band, power_mean_loss
 from hmpo.types import Denominators
 
 

@@ -23,11 +23,11 @@ from torch import Tensor
 from verl.trainer.ppo.core_algos import register_policy_loss  # pyrefly: ignore[missing-import]
 from verl.workers.config import ActorConfig, PolicyLossConfig  # pyrefly: ignore[missing-import]
 
+from hmpo.config.members import BY_NAME
+from hmpo.config.objective import ObjectiveConfig
+from hmpo.config.reading import from_dict
 from hmpo.errors import ConfigError, ShapeError, require
-from hmpo.members import BY_NAME
-from hmpo.objective import objective_metrics, power_mean_loss
-from hmpo.objective_config import ObjectiveConfig
-from hmpo.settings import from_dict
+from hmpo.objective.loss import objective_metrics, power_mean_loss
 from hmpo.types import Denominators
 
 LOSS_MODE = "power_mean"
@@ -77,13 +77,13 @@ _NOT_WITHIN_A_CALL = {
 class PowerMeanLossConfig(PolicyLossConfig):
     """A member of the family and what differs from it; None keeps the member's value.
 
-    The fields are those of `hmpo.objective_config.ObjectiveConfig`, where they are explained;
+    The fields are those of `hmpo.config.objective.ObjectiveConfig`, where they are explained;
     `exponent_kind`, `exponent_saturation` and `exponent_matching` are those of its `exponent`.
     """
 
     loss_mode: str = LOSS_MODE
     member: str = "hmpo"
-    """Name of a member (see `hmpo.members`)."""
+    """Name of a member (see `hmpo.config.members`)."""
     mean: str | None = None
     ahm_weight: float | None = None
     p: float | None = None

@@ -1,6 +1,6 @@
 """Adaptive controllers: floats in, decisions out. Why it is hard: README.md beside this file.
 
-`LearnableAGMOptimizer` is the learnable exponent of `hmpo.exponent`; only asking for it
+`LearnableAGMOptimizer` is the learnable exponent of `hmpo.objective.exponent`; only asking for it
 imports torch.
 """
 
@@ -23,7 +23,7 @@ from hmpo.agm.regime import AdaptiveAGMController
 from hmpo.agm.scales import AdaptationSignal, AGMTracker, MultiScaleAGMFramework
 from hmpo.agm.stopping import AGMConvergenceDetector
 from hmpo.agm.uncertainty import AGMUncertaintyEstimator
-from hmpo.agm_config import (
+from hmpo.config.agm import (
     AdapterConfig,
     AGMConfig,
     CurriculumConfig,
@@ -37,7 +37,7 @@ from hmpo.agm_config import (
 )
 
 if TYPE_CHECKING:
-    from hmpo.exponent import LearnableExponent as LearnableAGMOptimizer
+    from hmpo.objective.exponent import LearnableExponent as LearnableAGMOptimizer
 
 __all__ = [
     "AGMConfig",
@@ -74,5 +74,5 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name == "LearnableAGMOptimizer":
-        return importlib.import_module("hmpo.exponent").LearnableExponent
+        return importlib.import_module("hmpo.objective.exponent").LearnableExponent
     raise AttributeError(f"module 'hmpo.agm' has no attribute {name!r}")

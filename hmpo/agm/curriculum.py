@@ -3,7 +3,7 @@
 from typing import Any
 
 from hmpo.agm.protocol import Controller, Decision, Record, finite
-from hmpo.agm_config import CurriculumConfig
+from hmpo.config.agm import CurriculumConfig
 from hmpo.stats import wilson_interval
 
 LEVEL, SUCCESSES, TRIALS = "curriculum/level", "success/k", "success/n"

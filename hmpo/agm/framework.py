@@ -17,7 +17,7 @@ from hmpo.agm.regime import AdaptiveAGMController
 from hmpo.agm.scales import MultiScaleAGMFramework
 from hmpo.agm.stopping import AGMConvergenceDetector
 from hmpo.agm.uncertainty import AGMUncertaintyEstimator
-from hmpo.agm_config import AGMConfig
+from hmpo.config.agm import AGMConfig
 
 ACTIONS = (
     "stop",

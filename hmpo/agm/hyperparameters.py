@@ -17,7 +17,7 @@ from hmpo.agm.phase import moved
 from hmpo.agm.primitives import EwStat, Latch, Multiplier, Window, held, median, trend
 from hmpo.agm.protocol import Controller, Decision, Record, Value, finite, number
 from hmpo.agm.regime import GAP
-from hmpo.agm_config import AdapterConfig
+from hmpo.config.agm import AdapterConfig
 from hmpo.errors import ConfigError
 
 CUT = 0.5

@@ -12,7 +12,7 @@ from hmpo.agm.course import PLACE, Course
 from hmpo.agm.primitives import Trend, Window, held, trend
 from hmpo.agm.protocol import Controller, Decision, Record, Value, finite, number
 from hmpo.agm.regime import GAP
-from hmpo.agm_config import PhaseConfig, StrategyConfig
+from hmpo.config.agm import PhaseConfig, StrategyConfig
 
 PHASES = ("exploration", "exploitation", "plateau", "convergence", "instability")
 

@@ -13,7 +13,7 @@ from typing import Any
 from hmpo.agm.course import PLACE, Course
 from hmpo.agm.primitives import Latch, Trend, Window, median, robust_z, trend
 from hmpo.agm.protocol import Controller, Decision, Record, Value, number
-from hmpo.agm_config import RegimeConfig
+from hmpo.config.agm import RegimeConfig
 
 GAP = "ratio/log_gap_mean"
 REGIMES = ("initialization", "stable_learning", "normal_learning", "struggling", "unstable")

@@ -8,7 +8,7 @@ from hmpo.agm.course import PLACE, Course
 from hmpo.agm.primitives import EwStat, Trend, Window, robust_z, trend
 from hmpo.agm.protocol import Controller, Decision, Record, number
 from hmpo.agm.regime import GAP
-from hmpo.agm_config import ScalesConfig
+from hmpo.config.agm import ScalesConfig
 
 UNKNOWN = "insufficient_data"
 OSCILLATION = 20

@@ -6,7 +6,7 @@ from hmpo.agm.course import PLACE, Course
 from hmpo.agm.primitives import EwStat
 from hmpo.agm.protocol import Controller, Decision, Record, Value, finite, number
 from hmpo.agm.regime import GAP
-from hmpo.agm_config import StopConfig
+from hmpo.config.agm import StopConfig
 from hmpo.stats import wilson_interval
 
 FAULTS = ("nonfinite", "diverged", "stalled")

@@ -16,7 +16,7 @@ from typing import Any
 from hmpo.agm.course import PLACE, Course
 from hmpo.agm.primitives import Latch, Window, rank
 from hmpo.agm.protocol import Controller, Decision, Record, finite
-from hmpo.agm_config import UncertaintyConfig
+from hmpo.config.agm import UncertaintyConfig
 
 READS = (*PLACE, "reward/within_var", "reward/total_var", "ratio/ess_seq", "success/n")
 

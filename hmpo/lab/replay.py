@@ -13,12 +13,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from hmpo.agm.control import Control
 from hmpo.config import to_dict
-from hmpo.control import Control
-from hmpo.control_config import ControlConfig
+from hmpo.config.control import ControlConfig
+from hmpo.config.reading import from_dict
 from hmpo.errors import CheckpointError, ConfigError, TelemetryError
 from hmpo.lab.folder import write_atomic
-from hmpo.settings import from_dict
 from hmpo.telemetry.foreign import read_log
 from hmpo.telemetry.ingest import Record, RunLog
 from hmpo.telemetry.records import encode, event_record

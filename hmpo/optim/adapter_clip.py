@@ -16,12 +16,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from hmpo.attention.inputs import KeptInput
+from hmpo.attention.logits import AttentionCall
+from hmpo.attention.packed import PACKED
+from hmpo.attention.sites import AttentionSite, ClipTarget, HeadRows
+from hmpo.attention.tap import overhear
 from hmpo.optim.adapter_factor import Agree, SplitCall, largest_factors, split
-from hmpo.optim.attention_inputs import KeptInput
-from hmpo.optim.attention_max import AttentionCall
-from hmpo.optim.attention_tap import overhear
-from hmpo.optim.sites import AttentionSite, ClipTarget, HeadRows
-from hmpo.packed_attention import PACKED
 
 LORA_RULES = ("adapter", "report")
 NOT_KEPT = (

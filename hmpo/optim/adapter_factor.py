@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from hmpo.optim.attention_max import BLOCK_ELEMENTS, AttentionCall, real_rows, seen
+from hmpo.attention.logits import BLOCK_ELEMENTS, AttentionCall, real_rows, seen
 
 AIM = 1 - 2e-5
 """Part of tau that is aimed at: what rounding the weights may add stays below tau."""

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from hmpo.optim.sites import AttentionSite, find_sites, hidden_sites
-from hmpo.optim.sites.fused import LAYOUTS
-from hmpo.optim.sites.projections import CONV1D, out_features
+from hmpo.attention.sites import AttentionSite, find_sites, hidden_sites
+from hmpo.attention.sites.fused import LAYOUTS
+from hmpo.attention.sites.projections import CONV1D, out_features
 
 SEPARATE = ("q_proj", "k_proj", "v_proj", "W_q", "W_k", "W_v", "query", "key", "value")
 """Children of an attention module whose outputs are heads."""

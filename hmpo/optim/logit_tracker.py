@@ -22,14 +22,13 @@ import torch.distributed as dist
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from hmpo.config import require
-from hmpo.errors import CheckpointError
+from hmpo.attention.hooks import listen_outside
+from hmpo.attention.inputs import InputHook, InputStore
+from hmpo.attention.sites import AttentionSite, find_sites
+from hmpo.attention.tap import Listener, listen
+from hmpo.errors import CheckpointError, require
 from hmpo.optim import readings as tiers
-from hmpo.optim.attention_inputs import InputHook, InputStore
-from hmpo.optim.attention_tap import Listener, listen
-from hmpo.optim.projection_tap import listen_outside
 from hmpo.optim.readings import SOURCES, Budget, Reading, resolve, settle, to_host
-from hmpo.optim.sites import AttentionSite, find_sites
 from hmpo.optim.weight_bound import weight_bound
 
 logger = logging.getLogger(__name__)

@@ -17,8 +17,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 from torch.optim import Optimizer
 
-from hmpo.config import require
-from hmpo.errors import ConfigError, ShapeError
+from hmpo.errors import ConfigError, ShapeError, require
 from hmpo.optim.newton_schulz import fast_dtype, ns_triples, polar_factor
 
 LAYOUT: dict[str, Any] = {"split_sizes": None, "split_repeats": 1, "transposed": False}

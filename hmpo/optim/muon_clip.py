@@ -15,8 +15,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from hmpo.config import require
-from hmpo.errors import ConfigError, ModelError
+from hmpo.errors import ConfigError, ModelError, require
 from hmpo.optim.adapter_clip import LORA_RULES
 from hmpo.optim.logit_tracker import LogitTracker
 from hmpo.optim.param_groups import MuonWithAdamW, split_param_groups

@@ -16,8 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hmpo.config import require
-from hmpo.errors import ConfigError
+from hmpo.errors import ConfigError, require
 
 Triple = tuple[float, float, float]
 

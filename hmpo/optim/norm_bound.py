@@ -16,8 +16,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from hmpo.optim.sites import AttentionSite, ClipTarget, HeadRows
-from hmpo.optim.sites.norms import find_norms, gain_offset
+from hmpo.attention.sites import AttentionSite, ClipTarget, HeadRows
+from hmpo.attention.sites.norms import find_norms, gain_offset
 
 BOUNDED = (
     "LlamaAttention",

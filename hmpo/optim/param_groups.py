@@ -14,11 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from hmpo.config import require
-from hmpo.errors import ConfigError, ModelError
+from hmpo.attention.sites.projections import CONV1D
+from hmpo.errors import ConfigError, ModelError, require
 from hmpo.optim.head_layout import HeadLayout, head_layouts
 from hmpo.optim.muon import Muon, muon_update
-from hmpo.optim.sites.projections import CONV1D
 
 HEAD_NAMES = ("lm_head", "embed_out", "output_head", "score")
 """Module names of output heads, which are no hidden layers."""

@@ -20,7 +20,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hmpo.config import require
+from hmpo.attention.inputs import KeptInput
+from hmpo.attention.sites import AttentionSite, ClipTarget, HeadRows, Scope, hidden_sites
+from hmpo.errors import require
 from hmpo.optim.adapter_clip import (
     LORA_RULES,
     AdapterClip,
@@ -28,10 +30,8 @@ from hmpo.optim.adapter_clip import (
     clip_adapter,
     left_alone,
 )
-from hmpo.optim.attention_inputs import KeptInput
 from hmpo.optim.logit_tracker import LogitTracker, MaxLogits, smallest_of_ranks
 from hmpo.optim.norm_bound import weight_norm_bound
-from hmpo.optim.sites import AttentionSite, ClipTarget, HeadRows, Scope, hidden_sites
 
 logger = logging.getLogger(__name__)
 

@@ -21,9 +21,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from hmpo.optim.attention_max import AttentionCall, exact_max, logit_bound, norm_bound, real_rows
-from hmpo.optim.branch_and_bound import max_by_lse
-from hmpo.optim.lse import kernel_error, lse_bound, reduced_precision
+from hmpo.attention.logits import AttentionCall, exact_max, logit_bound, norm_bound, real_rows
+from hmpo.attention.lse import kernel_error, lse_bound, reduced_precision
+from hmpo.attention.search import max_by_lse
 from hmpo.optim.weight_bound import WeightBound
 from hmpo.stopwatch import section
 

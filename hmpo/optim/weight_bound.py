@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from hmpo.optim.sites.norms import output_at
+from hmpo.attention.sites.norms import output_at
 
 NORMED = (
     "Qwen3Attention",

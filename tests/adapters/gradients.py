@@ -18,9 +18,9 @@ import trl
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from hmpo.adapters.trl import PowerMeanGRPOConfig, PowerMeanGRPOTrainer
+from hmpo.adapters.trl.trainer import PowerMeanGRPOConfig, PowerMeanGRPOTrainer
 from hmpo.models.tiny import character_tokenizer, tiny_llama
-from hmpo.objective import power_mean_loss
+from hmpo.objective.loss import power_mean_loss
 from hmpo.types import Denominators
 
 ROWS, PROMPT, LENGTH, VOCABULARY = 8, 3, 10, 16

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hmpo import members
 from hmpo.errors import ConfigError
-from hmpo.objective import power_mean_loss
+from hmpo.objective.loss import power_mean_loss
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "hosts.md"
 LENGTHS = (6, 3, 1, 5, 6, 2)

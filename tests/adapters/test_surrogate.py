@@ -8,9 +8,9 @@ import torch
 
 from hmpo import members
 from hmpo.adapters.surrogate import surrogate_advantages
-from hmpo.members import BY_NAME
-from hmpo.objective import power_mean_loss
-from hmpo.objective_config import ObjectiveConfig
+from hmpo.config.members import BY_NAME
+from hmpo.config.objective import ObjectiveConfig
+from hmpo.objective.loss import power_mean_loss
 
 
 def batch(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -22,11 +22,11 @@ from transformers import HfArgumentParser, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer, TrlParser
 
 from hmpo import members
-from hmpo.adapters.trl import PowerMeanGRPOConfig, PowerMeanGRPOTrainer
-from hmpo.adapters.trl_log import Rows, join_rows
+from hmpo.adapters.trl.log import Rows, join_rows
+from hmpo.adapters.trl.trainer import PowerMeanGRPOConfig, PowerMeanGRPOTrainer
 from hmpo.config import to_dict
 from hmpo.errors import CheckpointError, ConfigError, NonFiniteError, ShapeError
-from hmpo.objective import power_mean_loss
+from hmpo.objective.loss import power_mean_loss
 from hmpo.telemetry.records import decode, validate
 from hmpo.types import Denominators
 from tests.adapters.gradients import (

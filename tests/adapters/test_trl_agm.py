@@ -9,17 +9,17 @@ import torch
 
 pytest.importorskip("trl")
 
-import hmpo.control
-from hmpo.adapters.trl import PowerMeanGRPOTrainer
-from hmpo.adapters.trl_agm import STATE_FILE, AGMCallback
+import hmpo.agm.control
+from hmpo.adapters.trl.agm import STATE_FILE, AGMCallback
+from hmpo.adapters.trl.trainer import PowerMeanGRPOTrainer
+from hmpo.agm.control import Control
 from hmpo.config import ControlConfig
-from hmpo.control import Control
+from hmpo.config.reading import from_dict
 from hmpo.errors import CheckpointError, ConfigError
 from hmpo.lab.replay import first_difference, load_source, replay
-from hmpo.settings import from_dict
 from tests.adapters.gradients import make_trainer
 from tests.adapters.test_trl import records, weights
-from tests.test_control import EAGER, Script
+from tests.agm.test_control import EAGER, Script
 
 SETTINGS = EAGER | {"adapter": EAGER["adapter"] | {"gap_target": 1e-9}}
 APPLY = from_dict(ControlConfig, SETTINGS | {"mode": "apply", "controls": ["lr", "p", "stop"]})
@@ -67,7 +67,7 @@ def test_decisions_act_and_a_replay_of_the_log_makes_them_again(tmp_path: Path) 
 def test_each_decision_is_in_force_from_the_next_update_on(tmp_path, monkeypatch) -> None:
     table = {1: {"lr_mult": 0.5, "p": 0.25}, 4: {"lr_mult": 0.5, "stop": "plateau"}}
     monkeypatch.setattr(Script, "table", table)
-    monkeypatch.setattr(hmpo.control, "AdaptiveAGMFramework", Script)
+    monkeypatch.setattr(hmpo.agm.control, "AdaptiveAGMFramework", Script)
     train(tmp_path, APPLY, lr_scheduler_type="constant")
     found = records(tmp_path)
     steps = [record for record in found if record["type"] == "step"]

@@ -343,8 +343,8 @@ def test_learnable_params_receive_grad():
     import torch
 
     from hmpo.agm import LearnableAGMOptimizer
-    from hmpo.exponent import LearnableExponent
-    from hmpo.objective_config import ExponentConfig, ObjectiveConfig
+    from hmpo.config.objective import ExponentConfig, ObjectiveConfig
+    from hmpo.objective.exponent import LearnableExponent
 
     assert LearnableAGMOptimizer is LearnableExponent
     objective = ObjectiveConfig(p=0.5, exponent=ExponentConfig(kind="learnable", target=0.5))

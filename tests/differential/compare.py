@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hmpo.config import ObjectiveConfig
-from hmpo.objective import power_mean_loss
+from hmpo.objective.loss import power_mean_loss
 from hmpo.types import Denominators
 from tests.differential import cases
 from tests.differential.cases import LN2, Case

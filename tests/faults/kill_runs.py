@@ -27,8 +27,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 
-from hmpo import run
 from hmpo.config import RunConfig
+from hmpo.run import loop as run
 from tests.faults.kills import fork
 from tests.faults.micro import left_by, litter, micro_config, micro_policy
 from tests.faults.storage import fast_folder

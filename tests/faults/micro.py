@@ -12,7 +12,7 @@ import torch
 
 from hmpo.checkpoint import load_checkpoint
 from hmpo.config import RunConfig, to_dict
-from hmpo.settings import run_config
+from hmpo.config.reading import run_config
 
 ALPHABET = "0123456789>|\n"
 EXACT = ("telemetry.jsonl", "completions.jsonl", "config.json", "environment.json")

@@ -5,11 +5,14 @@ import math
 import pytest
 import torch
 
-from hmpo import accumulate, cli, run, trainer
-from hmpo.baselines import gspo
+from hmpo import cli
 from hmpo.checkpoint import load_checkpoint
 from hmpo.errors import NonFiniteError, RewardError
-from hmpo.nonfinite import fault_text, optimizer_fault, weights_fault
+from hmpo.run import loop as run
+from hmpo.trainer import gradient as accumulate
+from hmpo.trainer import gspo
+from hmpo.trainer import power_mean as trainer
+from hmpo.trainer.faults import fault_text, optimizer_fault, weights_fault
 from tests.faults.micro import micro_config, micro_policy, records, saved_state, toml
 from tests.faults.storage import fast_folder
 

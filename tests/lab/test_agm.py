@@ -7,10 +7,10 @@ import json
 import pytest
 
 import hmpo.cli
-from hmpo import run
 from hmpo.errors import CheckpointError, ConfigError, TelemetryError
 from hmpo.lab.decisions import summarize_decisions
 from hmpo.lab.replay import grid_of, in_order, load_settings, load_source, replay_file
+from hmpo.run import loop as run
 from hmpo.telemetry.csvlog import to_csv
 from hmpo.telemetry.foreign import read_log
 from hmpo.telemetry.ingest import read_run

@@ -17,8 +17,8 @@ from hmpo.errors import ConfigError
 from hmpo.optim import LogitTracker, MuonClip, MuonClipConfig, QKClip, with_qk_clip
 from hmpo.optim.adapter_factor import AIM, OVER, SplitCall, largest_factors, last_root
 from hmpo.optim.muon_clip import qk_clip_stats
+from tests.attention.test_sites_adapters import adapted
 from tests.optim.test_qk_clip import parameters
-from tests.optim.test_sites_adapters import adapted
 from tests.optim.tiny import batch, loss_of, values
 from tests.oracles.adapter_factor import largest_logit, scan
 
@@ -310,7 +310,7 @@ def test_learning_rate_zero_with_the_wrapper_brings_the_layer_to_tau():
 
 
 def test_nothing_is_kept_without_lora_or_when_it_is_only_reported():
-    from tests.optim.families import family
+    from tests.attention.families import family
 
     for model, options in ((family("llama"), {}), (strong("llama"), {"lora": "report"})):
         with LogitTracker(model, tau=1.0) as tracker:
@@ -348,7 +348,7 @@ def test_inputs_are_dropped_at_the_step_and_not_kept_far_from_tau():
 
 
 def test_too_many_inputs_are_reported(monkeypatch):
-    monkeypatch.setattr("hmpo.optim.attention_inputs.KEEP_INPUT_BYTES", 100)
+    monkeypatch.setattr("hmpo.attention.inputs.KEEP_INPUT_BYTES", 100)
     model = strong("llama")
     ids, mask = batch()
     old = parameters(model)

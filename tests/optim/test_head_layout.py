@@ -6,7 +6,7 @@ from torch import nn
 
 from hmpo.optim import Muon, MuonWithAdamW, describe_groups, split_param_groups
 from hmpo.optim.newton_schulz import ns_triples
-from tests.optim.families import FAMILIES, family
+from tests.attention.families import FAMILIES, family
 from tests.optim.tiny import make
 from tests.oracles import muon as oracle
 

@@ -8,9 +8,9 @@ from torch import nn
 from torch.testing import assert_close
 from transformers.models.llama import modeling_llama
 
+from hmpo.attention.tap import _listeners, _taps
 from hmpo.errors import CheckpointError, ConfigError
 from hmpo.optim import LogitTracker, readings
-from hmpo.optim.attention_tap import _listeners, _taps
 from tests.optim.tiny import KINDS, attentions, batch, loss_of, make
 from tests.oracles.attention_logits import max_logits, model_max_logits
 

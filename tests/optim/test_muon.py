@@ -10,9 +10,9 @@ from hmpo.config import OptimizerConfig
 from hmpo.errors import ConfigError, ModelError, ShapeError
 from hmpo.optim import Muon, MuonWithAdamW, split_param_groups
 from hmpo.optim import muon as muon_module
-from hmpo.optim.build import build_optimizer
 from hmpo.optim.newton_schulz import ns_triples
 from hmpo.optim.param_groups import runs_fused
+from hmpo.run.build import build_optimizer
 from tests.optim.tiny import batch, loss_of, make
 from tests.oracles import muon as oracle
 

@@ -14,6 +14,7 @@ from torch import nn
 from torch.amp import GradScaler
 from transformers.models.llama import modeling_llama
 
+from hmpo.attention.tap import _listeners, _taps
 from hmpo.errors import CheckpointError, ConfigError, ModelError
 from hmpo.optim import (
     LogitTracker,
@@ -25,9 +26,8 @@ from hmpo.optim import (
     qk_clip_stats,
     with_qk_clip,
 )
-from hmpo.optim.attention_tap import _listeners, _taps
-from hmpo.optim.build import clip_lists, clip_metrics, clip_timing
 from hmpo.optim.muon_clip import _attached
+from hmpo.optim.state import clip_lists, clip_metrics, clip_timing
 from hmpo.telemetry.fields import lookup
 from tests.optim.tiny import KINDS, attentions, batch, loss_of, make, values
 

@@ -11,7 +11,7 @@ RANKS = """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     from hmpo.optim import MuonWithAdamW, split_param_groups
-    from tests.optim.families import family
+    from tests.attention.families import family
     from tests.optim.tiny import batch, loss_of
 
     rank, store = int(sys.argv[1]), sys.argv[2]

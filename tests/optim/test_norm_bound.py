@@ -5,10 +5,10 @@ import logging
 import pytest
 import torch
 
+from hmpo.attention.sites import find_sites, hidden_sites
 from hmpo.optim import LogitTracker, MuonClip, MuonClipConfig, QKClip
 from hmpo.optim.norm_bound import weight_norm_bound
-from hmpo.optim.sites import find_sites, hidden_sites
-from tests.optim.families import FAMILIES, family
+from tests.attention.families import FAMILIES, family
 from tests.optim.test_qk_clip import parameters
 from tests.optim.tiny import batch, values
 

@@ -9,14 +9,14 @@ from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 from torch.testing import assert_close
 
+from hmpo.attention.logits import AttentionCall, logit_bound, norm_bound
+from hmpo.attention.lse import call_with_lse, kernel_error, lse_bound, rows_of
+from hmpo.attention.search import max_by_lse
+from hmpo.attention.tap import listen
 from hmpo.optim import LogitTracker, readings
-from hmpo.optim.attention_max import AttentionCall, logit_bound, norm_bound
-from hmpo.optim.attention_tap import listen
-from hmpo.optim.branch_and_bound import max_by_lse
-from hmpo.optim.lse import call_with_lse, kernel_error, lse_bound, rows_of
 from hmpo.optim.readings import Budget, Reading
 from hmpo.optim.weight_bound import weight_bound
-from tests.optim.test_attention_max import causal_mask
+from tests.attention.test_logits import causal_mask
 from tests.optim.tiny import SIZES, attentions, batch, loss_of, make
 from tests.oracles.attention_logits import max_logits
 
@@ -88,7 +88,7 @@ def test_norm_bound_is_never_below_the_masked_one(made):
 @given(calls(), st.sampled_from([1, 8, 1 << 16]), st.sampled_from([0.0, math.inf]))
 def test_branch_and_bound_equals_the_loops(made, block, share):
     """With and without all heads' best rows at once; NaN and infinity have their own test."""
-    from hmpo.optim import branch_and_bound
+    from hmpo.attention import search as branch_and_bound
 
     call, truth, _ = made
     heads = torch.arange(call.query.shape[1]).flip(0)
@@ -135,7 +135,7 @@ def test_branch_and_bound_computes_few_rows_where_attention_is_peaked():
 
 @pytest.mark.parametrize("share", [0.0, math.inf])
 def test_nan_and_infinity_survive_branch_and_bound(monkeypatch, share):
-    from hmpo.optim import branch_and_bound
+    from hmpo.attention import search as branch_and_bound
 
     monkeypatch.setattr(branch_and_bound, "GATHER_SHARE", share)
     query, key = torch.randn(1, 3, 20, 4), torch.randn(1, 3, 20, 4)

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from hmpo.attention.tap import _listeners, listen
 from hmpo.optim import LogitTracker, readings
-from hmpo.optim.attention_tap import _listeners, listen
 from tests.optim.tiny import attentions, batch, loss_of, make
 from tests.oracles.attention_logits import max_logits, model_max_logits
 

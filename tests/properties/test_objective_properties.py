@@ -9,9 +9,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from hmpo import members
-from hmpo.advantages import group_advantages, zero_variance_groups
 from hmpo.config import ExponentConfig, ObjectiveConfig
-from hmpo.objective import count_denominators, minibatch_band, power_mean_loss
+from hmpo.objective.advantages import group_advantages, zero_variance_groups
+from hmpo.objective.loss import count_denominators, minibatch_band, power_mean_loss
 from hmpo.types import Denominators
 
 MEMBERS = [make() for make in members.BY_NAME.values()]

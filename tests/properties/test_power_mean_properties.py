@@ -6,7 +6,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from hmpo.means import (
+from hmpo.objective.means import (
     ahm_mean,
     effective_sample_size,
     log_power_mean,

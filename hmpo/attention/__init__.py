@@ -1,0 +1,1 @@
+"""Inside attention: packed rows, listeners, logits, and which weights make them."""

@@ -1,0 +1,52 @@
+"""Attention sites: where a model attends, and which weights make its logits.
+
+One builder per family of attention module turns a module into an `AttentionSite`, or says why it
+cannot, or passes. A new family is one more file here and its function in `BUILDERS`.
+"""
+
+from collections.abc import Callable
+
+from torch import nn
+
+from hmpo.attention.sites.fused import fused_projection
+from hmpo.attention.sites.latent import latent_attention
+from hmpo.attention.sites.plain import plain_attention
+from hmpo.attention.sites.rows import HeadRows, Scope
+from hmpo.attention.sites.separate import separate_projections
+from hmpo.attention.sites.site import AttentionSite, ClipTarget, uses_interface
+
+__all__ = ["AttentionSite", "ClipTarget", "HeadRows", "Scope", "find_sites", "hidden_sites"]
+
+BUILDERS: tuple[Callable[[str, nn.Module], AttentionSite | str | None], ...] = (
+    latent_attention,
+    fused_projection,
+    separate_projections,
+)
+
+
+def find_sites(model: nn.Module) -> tuple[list[AttentionSite], list[str]]:
+    """All sites that can be read, and the attention that cannot be, as "name: reason"."""
+    found = _scan(model)
+    sites = [s for _, s in found if isinstance(s, AttentionSite) and not s.hidden]
+    reasons = [(n, s.hidden if isinstance(s, AttentionSite) else s) for n, s in found]
+    return sites, [f"{name}: {reason}" for name, reason in reasons if reason]
+
+
+def hidden_sites(model: nn.Module) -> list[AttentionSite]:
+    """Sites whose weights are known and whose logits cannot be read."""
+    return [s for _, s in _scan(model) if isinstance(s, AttentionSite) and s.hidden]
+
+
+def _scan(model: nn.Module) -> list[tuple[str, AttentionSite | str]]:
+    found = []
+    for name, module in model.named_modules():
+        if uses_interface(module):
+            built = (build(name, module) for build in BUILDERS)
+            site = next((s for s in built if s is not None), None)
+            unknown = f"{type(module).__name__} has no q_proj and k_proj, nor a fused projection"
+            found.append((name or type(module).__name__, unknown if site is None else site))
+        else:
+            site = plain_attention(name, module, getattr(model, "config", None))
+            if site is not None:
+                found.append((name or type(module).__name__, site))
+    return found

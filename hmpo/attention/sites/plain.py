@@ -1,0 +1,129 @@
+"""Attention outside the shared attention functions: any module that projects queries and keys.
+
+Its logits are read from the projections' outputs (`hmpo.attention.hooks`): every pair of
+tokens counts, and a rotary embedding that follows is not seen. For `nn.MultiheadAttention`, which
+has no such embedding and is called with its masks, the reading is the logit itself.
+"""
+
+import weakref
+from typing import Any
+
+from torch import nn
+
+from hmpo.attention.sites.norms import find_norms
+from hmpo.attention.sites.projections import Block, blocked, out_features, projection_rows
+from hmpo.attention.sites.rows import HeadRows, Scope
+from hmpo.attention.sites.site import AttentionSite, ClipTarget
+
+PROJECTIONS = (("q_proj", "k_proj"), ("W_q", "W_k"), ("query", "key"), ("q", "k"))
+"""Names of the children that make queries and keys."""
+WIDTHS = ("head_dim", "attention_head_size", "d_kv", "d_k", "key_value_proj_dim")
+"""Attributes, of a module or its config, that give the width of a head."""
+HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "nhead", "heads")
+"""Attributes, of a module or its config, that give the number of query heads."""
+
+
+def plain_attention(name: str, module: nn.Module, config: Any) -> AttentionSite | str | None:
+    """A site for `nn.MultiheadAttention` or a module with a pair of `PROJECTIONS`.
+
+    Args:
+        name: the module's qualified name.
+        module: any module.
+        config: of the whole model, asked for the head width after the module and its own config.
+    """
+    if isinstance(module, nn.MultiheadAttention):
+        if module.bias_k is not None or module.add_zero_attn:
+            return "MultiheadAttention adds keys of its own (add_bias_kv, add_zero_attn)"
+        return AttentionSite(
+            name or type(module).__name__,
+            module.num_heads,
+            module.num_heads,
+            weakref.ref(module),
+            _resolve_multihead,
+            tap="multihead",
+        )
+    pair = projection_pair(module)
+    if pair is None:
+        return None
+    rows = [out_features(dict(module.named_children())[side]) for side in pair]
+    width = _head_width(module, rows[0], config)
+    if width is None or any(r % width for r in rows) or rows[0] % rows[1]:
+        return (
+            f"{' and '.join(pair)} give {rows} features, and nothing tells how they divide into "
+            "heads; set head_dim or num_heads on the module"
+        )
+    if find_norms(module) != (None, None):
+        return "queries or keys are normalised after the projections, where nobody can listen"
+    return AttentionSite(
+        name or type(module).__name__,
+        rows[0] // width,
+        rows[1] // width,
+        weakref.ref(module),
+        _resolve_pair,
+        tap="projections",
+    )
+
+
+def projection_pair(module: nn.Module) -> tuple[str, str] | None:
+    """Names of the linear layers that make queries and keys."""
+    children = dict(module.named_children())
+    for query, key in PROJECTIONS:
+        if out_features(children.get(query)) and out_features(children.get(key)):
+            return query, key
+    return None
+
+
+def _head_width(module: nn.Module, features: int, config: Any) -> int | None:
+    for place in (module, getattr(module, "config", None), config):
+        for attribute in WIDTHS:
+            width = getattr(place, attribute, None)
+            if isinstance(width, int) and width > 0:
+                return width
+        for attribute in HEADS:
+            heads = getattr(place, attribute, None)
+            if isinstance(heads, int) and heads > 0 and features % heads == 0:
+                return features // heads
+    return None
+
+
+def _resolve_pair(module: nn.Module, site: AttentionSite, scope: Scope) -> ClipTarget | str:
+    pair, children = projection_pair(module), dict(module.named_children())
+    if pair is None:
+        return "its projections are gone"
+    sides = []
+    for name, heads in zip(pair, (site.heads, site.kv_heads), strict=True):
+        length = out_features(children[name]) // heads
+        found = projection_rows(children[name], name, (Block(heads=heads, length=length),), scope)
+        if isinstance(found, str):
+            return found
+        sides.append(tuple(found[0]))
+    how = f"rows of {pair[0]} and {pair[1]}, head by head"
+    return ClipTarget(query=sides[0], key=sides[1], how=how)
+
+
+def _resolve_multihead(module: nn.Module, site: AttentionSite, scope: Scope) -> ClipTarget | str:
+    assert isinstance(module, nn.MultiheadAttention)
+    own = dict(module.named_parameters(recurse=False))
+    width, heads = module.embed_dim // site.heads, site.heads
+    first = Block(heads=heads, length=width)
+    second = Block(heads=heads, length=width, start=module.embed_dim)
+    places: dict[str, tuple[Block, ...]] = {
+        "q_proj_weight": (first,),
+        "k_proj_weight": (first,),
+        "in_proj_weight": (first, second),
+        "in_proj_bias": (first, second),
+    }
+    query: list[HeadRows] = []
+    key: list[HeadRows] = []
+    for label, parameter in own.items():
+        blocks = places.get(label, ())
+        rows = [block.rows(parameter) for block in blocks]
+        for piece in rows:
+            if (fault := blocked(piece, label, scope)) is not None:
+                return fault
+        if len(rows) == 2:
+            query.append(rows[0])
+            key.append(rows[1])
+        elif rows:
+            (query if label == "q_proj_weight" else key).append(rows[0])
+    return ClipTarget(query=tuple(query), key=tuple(key), how="rows of q and k, head by head")

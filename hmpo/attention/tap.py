@@ -1,0 +1,265 @@
+"""Listening to the attention of single modules, where Hugging Face models look it up.
+
+Transformers models look their attention function up by name at every call: "sdpa" in the
+interface object of the modeling file, "eager" in the file's own globals. Both places are
+wrapped under the name they already have: a new name would lose the attention mask, because
+masks are made by the same name. A wrapper adds nothing for modules nobody listens to, and is
+taken out again when the last listener leaves.
+
+Inside `torch.compile` the call is one opaque operator, so that the graph does not break; it hands
+the listener the same queries and keys when the graph runs. The log-sum-exp stays in the graph.
+
+A packed call (`hmpo.attention.packed`) is split first, so the listener hears its batches.
+"""
+
+import functools
+import inspect
+import weakref
+from collections.abc import Callable, Iterator, MutableMapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hmpo.attention.logits import AttentionCall
+from hmpo.attention.lse import call_with_lse, rows_of
+from hmpo.attention.packed import EAGER, INTERFACE, unpacking
+from hmpo.errors import ModelError
+
+Listener = Callable[[AttentionCall], None]
+
+_listeners: dict[int, list[Listener]] = {}
+"""By id of the module, which a compiler can look up; a module that dies takes its entry along."""
+_finalizers: dict[int, weakref.finalize] = {}
+_taps: dict[tuple[int, str], "_Tap"] = {}
+_overheard: dict[int, list[AttentionCall]] = {}
+"""By id of a module that is run once more, the calls it makes."""
+_hearing = False
+
+
+@dataclass(eq=False)
+class _Tap:
+    """One wrapped entry of one mapping, with the number of modules that need it."""
+
+    place: MutableMapping[str, Any]
+    name: str
+    original: Callable
+    wrapper: Callable
+    users: int = 0
+
+
+def modeling_globals(module: nn.Module) -> dict[str, Any]:
+    """Globals of the file that defines the module's forward pass."""
+    return inspect.unwrap(type(module).forward).__globals__
+
+
+def listen(module: nn.Module, listener: Listener) -> Callable[[], None]:
+    """Call `listener` with every attention call of `module` made while gradients are enabled.
+
+    Passes under `torch.no_grad()` (sampling, reference and behaviour log-probs) are not heard,
+    but for those in a `hearing()` block.
+    With gradient checkpointing the recomputed call is heard, and in the non-reentrant mode the
+    first one too. The listener must not hold `module`.
+
+    Returns:
+        A function that ends this listening; calling it twice does no harm.
+    """
+    names = modeling_globals(module)
+    places = [(names[INTERFACE], "sdpa"), (names, EAGER)]
+    taps = [_acquire(place, name) for place, name in places if name in place]
+    return _Release(attend(module, listener), taps)
+
+
+@contextmanager
+def hearing() -> Iterator[None]:
+    """Passes in this block are heard although they need no gradients.
+
+    For rows of an update whose gradient is known to be zero.
+    """
+    global _hearing
+    before, _hearing = _hearing, True
+    try:
+        yield
+    finally:
+        _hearing = before
+
+
+def is_heard() -> bool:
+    """Whether attention calls made now are part of training."""
+    return torch.is_grad_enabled() or _hearing
+
+
+def attend(module: nn.Module, listener: Listener) -> Callable[[], None]:
+    """Enter a listener of `module`; returns what strikes it off, once."""
+    key = id(module)
+    if key not in _listeners:
+        _listeners[key] = []
+        _finalizers[key] = weakref.finalize(module, _forget, key)
+    mine = _listeners[key]
+    mine.append(listener)
+
+    def strike() -> None:
+        if listener in mine:
+            mine.remove(listener)
+            if not mine and _listeners.get(key) is mine:
+                _finalizers[key].detach()
+                _forget(key)
+
+    return strike
+
+
+@contextmanager
+def overhear(module: nn.Module) -> Iterator[list[AttentionCall]]:
+    """The attention calls that `module`, which must have a listener, makes without gradients.
+
+    They go to this list alone; the listeners hear nothing.
+    """
+    calls: list[AttentionCall] = []
+    _overheard[id(module)] = calls
+    try:
+        yield calls
+    finally:
+        del _overheard[id(module)]
+
+
+def _forget(key: int) -> None:
+    del _listeners[key], _finalizers[key]
+
+
+@dataclass(eq=False)
+class _Release:
+    strike: Callable[[], None]
+    taps: list[_Tap]
+
+    def __call__(self) -> None:
+        self.strike()
+        while self.taps:
+            _give_back(self.taps.pop())
+
+
+def _acquire(place: MutableMapping[str, Any], name: str) -> _Tap:
+    key = (id(place), name)
+    tap = _taps.get(key)
+    if tap is None or place[name] is not tap.wrapper:
+        original = place[name]
+        tap = _taps[key] = _Tap(place, name, original, _wrapper(original, name))
+        place[name] = tap.wrapper
+    tap.users += 1
+    return tap
+
+
+def _give_back(tap: _Tap) -> None:
+    tap.users -= 1
+    if tap.users:
+        return
+    if _taps.get((id(tap.place), tap.name)) is tap:
+        del _taps[id(tap.place), tap.name]
+    if tap.place[tap.name] is not tap.wrapper:
+        return  # somebody wrapped our wrapper: it stays below theirs and hears nobody
+    if not isinstance(tap.place, dict):
+        del tap.place[tap.name]  # an interface's own entry, which may shadow a shared one
+        if tap.place.get(tap.name) is tap.original:
+            return
+    tap.place[tap.name] = tap.original
+
+
+def _wrapper(original: Callable, name: str) -> Callable:
+    return unpacking(_wrap(original, name), eager=name == EAGER)
+
+
+def _wrap(original: Callable, name: str) -> Callable:
+    @functools.wraps(original)
+    def attention(
+        module: nn.Module,
+        query: Any,
+        key: Any,
+        value: Any,
+        attention_mask: Any,
+        *args: Any,
+        **kw: Any,
+    ) -> Any:
+        heard = _listeners.get(id(module)) and is_heard() and query.numel() > 0
+        if not heard:
+            if id(module) in _overheard:
+                scale, causal = _scale_and_causal(module, query, kw, eager=name == EAGER)
+                _overheard[id(module)].append(
+                    AttentionCall(
+                        query=query, key=key, mask=attention_mask, causal=causal, scale=scale
+                    )
+                )
+            return original(module, query, key, value, attention_mask, *args, **kw)
+        if args:
+            raise ModelError(
+                f"{type(module).__name__} passes {len(args)} positional options to {name}; "
+                "expected keywords; detach the logit tracker from this model"
+            )
+        call = functools.partial(original, module, query, key, value, attention_mask, **kw)
+        scale, causal = _scale_and_causal(module, query, kw, eager=name == EAGER)
+        if torch.compiler.is_compiling():
+            mask = None if attention_mask is None else attention_mask.detach()
+            report(id(module), query.detach(), key.detach(), mask, scale, causal)
+            return call()
+        result, raw = (call(), None) if name == EAGER else call_with_lse(call)
+        usable = attention_mask is None or attention_mask.dtype == torch.bool
+        usable = usable and kw.get("position_bias") is None  # else it is not of the logits alone
+        seen = AttentionCall(
+            query=query.detach(),
+            key=key.detach(),
+            mask=None if attention_mask is None else attention_mask.detach(),
+            causal=causal,
+            scale=scale,
+            lse=rows_of(raw, *query.shape[:3]) if usable else None,
+        )
+        tell(id(module), seen)
+        return result
+
+    return attention
+
+
+def _scale_and_causal(
+    module: nn.Module, query: Any, options: dict[str, Any], *, eager: bool
+) -> tuple[float, bool]:
+    """What the call will do. Without a mask, eager attends to everything and sdpa causally."""
+    scale, causal = options.get("scaling"), options.get("is_causal")
+    if causal is None:
+        causal = getattr(module, "is_causal", True)
+    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    return scale, bool(causal) and query.shape[2] > 1 and not eager
+
+
+def report(
+    key: int, query: Tensor, the_keys: Tensor, mask: Tensor | None, scale: float, causal: bool
+) -> None:
+    """Tell the listeners of the module with id `key` about a call, inside a compiled graph too."""
+    torch.ops.hmpo.observe_logits(query, the_keys, mask, _pulse, scale, causal, key)
+
+
+def tell(key: int, call: AttentionCall) -> None:
+    """Hand a call to the listeners of the module with id `key`."""
+    for listener in tuple(_listeners.get(key, ())):
+        listener(call)
+
+
+_pulse = torch.zeros(1)
+"""Written by `observe_logits`, so that no compiler takes it for an operator without effect."""
+
+
+@torch.library.custom_op("hmpo::observe_logits", mutates_args=("pulse",))
+def _observe_logits(
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    pulse: Tensor,
+    scale: float,
+    causal: bool,
+    module: int,
+) -> None:
+    call = AttentionCall(query=query, key=key, mask=mask, causal=causal, scale=scale, borrowed=True)
+    tell(module, call)
+
+
+@_observe_logits.register_fake
+def _(*args: Any) -> None:
+    return None

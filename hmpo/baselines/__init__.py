@@ -1,1 +1,0 @@
-"""Baselines written from their papers, independent of the family."""

@@ -1,0 +1,20 @@
+"""The command line.
+
+Environment variables that torch and the tokenizers read when they are imported are set here,
+before anything heavy is.
+"""
+
+import os
+from collections.abc import Sequence
+
+# OpenMP threads must not spin, and no hub is asked.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    from hmpo.cli.commands import main
+
+    return main(arguments)

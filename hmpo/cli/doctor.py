@@ -1,0 +1,88 @@
+"""`hmpo doctor`: versions and devices, and what MuonClip finds in a model."""
+
+import itertools
+import re
+
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from hmpo.attention.sites import AttentionSite, ClipTarget, find_sites
+from hmpo.config import PolicyConfig
+from hmpo.models import load_policy
+from hmpo.optim import describe_groups, split_param_groups
+from hmpo.optim.adapter_clip import adapter_target
+from hmpo.run.environment import describe_environment
+
+
+def show(model: str | None, *, split: bool = False) -> int:
+    """Print the tables; returns the exit code.
+
+    Args:
+        model: what to load and look into; None leaves that out.
+        split: also say which weights Muon would train, and which AdamW.
+
+    Raises:
+        ModelError: the model cannot be loaded.
+    """
+    console = Console()
+    facts = describe_environment()
+    table = Table(title="hmpo doctor", show_header=False, title_justify="left")
+    for name, value in facts.items():
+        if name == "packages":
+            value = ", ".join(f"{package} {version}" for package, version in value.items())
+        table.add_row(name, str(value if value != [] else "none but the CPU"))
+    console.print(table)
+    if model is None:
+        console.print("give a model to see what QK-clip finds in it: hmpo doctor tiny-sort")
+        return 0
+    loaded = load_policy(PolicyConfig(path=model)).model
+    rows = attention_rows(loaded)
+    if rows:
+        titles = ("layer", "heads", "how it is clipped, or why not")
+        console.print(_table(f"attention of {model}", titles, rows))
+    else:
+        console.print("no attention was found that QK-clip knows how to watch")
+    if split:
+        weights = describe_groups(loaded, split_param_groups(loaded))
+        titles = ("weight", "shape", "trained by, under optimizer.name = muon")
+        console.print(_table(f"weights of {model}", titles, weights))
+    return 0
+
+
+def _table(title: str, columns: tuple[str, ...], rows: list[tuple[str, str, str]]) -> Table:
+    table = Table(title=title, title_justify="left")
+    for column in columns:
+        table.add_column(column)
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def attention_rows(model: nn.Module) -> list[tuple[str, str, str]]:
+    """Layer, heads, and how QK-clip acts there or why it cannot; one row for a run of equal layers.
+
+    Example: ("model.layers.0.self_attn to model.layers.27.self_attn (28)", "28 query, 4 key",
+    "rows of q and k, head by head").
+    """
+    found, missed = find_sites(model)
+    rows = [(s.name, f"{s.heads} query, {s.kv_heads} key", _how(s)) for s in found]
+    for line in missed:
+        name, _, reason = line.partition(": ")
+        rows.append((name, "-", f"not watched: {reason}"))
+    merged = []
+    for _, run in itertools.groupby(rows, lambda row: (re.sub(r"\d+", "#", row[0]), *row[1:])):
+        first, *rest = run
+        name = f"{first[0]} to {rest[-1][0]} ({len(rest) + 1})" if rest else first[0]
+        merged.append((name, *first[1:]))
+    return merged
+
+
+def _how(site: AttentionSite) -> str:
+    target = site.target()
+    if isinstance(target, ClipTarget):
+        return target.how
+    adapter = adapter_target(site, "balanced")
+    if isinstance(adapter, ClipTarget):
+        return f"LoRA's B alone, as far as the frozen base allows: {adapter.how}"
+    return f"not clippable: {target}"

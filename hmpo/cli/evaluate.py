@@ -1,0 +1,76 @@
+"""`hmpo eval`: success of a run or a model on held-out prompts."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from hmpo.config import RunConfig
+from hmpo.config.reading import load_run_config, run_config
+from hmpo.errors import ConfigError
+from hmpo.models import load_policy, stop_token_ids
+from hmpo.run.build import load_trained, make_rewards, trainer_config
+from hmpo.run.evaluation import Evaluation, Evaluator
+from hmpo.tasks import make_task
+
+
+def evaluate_target(
+    target: Path, *, task: str | None, settings: Sequence[str], prompts: int, pass_at: int
+) -> int:
+    """Measure and print a table; returns the exit code.
+
+    Raises:
+        HmpoError: no such model, run or task.
+    """
+    if task is not None:
+        settings = [f'task.name="{task}"', *settings]
+    if (target / "telemetry.jsonl").exists():
+        config = load_run_config(target / "config.json", settings)
+        run: Path | None = target
+    elif task is None:
+        raise ConfigError(f"{target}: is a model, not a run; say what to measure with --task NAME")
+    else:
+        config, run = run_config({"policy": {"path": str(target)}}, settings), None
+    evaluation = measure(config, run, prompts=prompts, pass_at=pass_at)
+    table = Table(title=f"{target} on {config.task.name}, {prompts} held-out prompts")
+    for column in ("decoding", "success", "95 % interval"):
+        table.add_column(column)
+    rates = {
+        f"sampled (temperature {config.trainer.temperature:g})": evaluation.sampled,
+        "greedy": evaluation.greedy,
+        f"pass@{evaluation.k}": evaluation.pass_at,
+    }
+    for name, rate in rates.items():
+        if rate is not None:
+            low, high = rate.interval
+            table.add_row(name, f"{rate.value:.3f}", f"{low:.3f} to {high:.3f}")
+    Console().print(table)
+    return 0
+
+
+def measure(config: RunConfig, run: Path | None, *, prompts: int, pass_at: int) -> Evaluation:
+    """Success of the run's trained policy, or of the configuration's own where `run` is None."""
+    task = make_task(config.task, config.seed)
+    if run is None:
+        loaded = load_policy(config.policy)
+        trainer = dataclasses.replace(config.trainer, max_length=task.max_new_tokens)
+        config = dataclasses.replace(config, trainer=trainer)
+    else:
+        loaded = load_trained(run, config)
+    settings = trainer_config(
+        config,
+        eos_token=stop_token_ids(loaded.tokenizer, task.stop),
+        pad_token=loaded.tokenizer.pad_token_id,
+    )
+    evaluator = Evaluator(
+        policy=loaded.model,
+        tokenizer=loaded.tokenizer,
+        task=task,
+        rewards=make_rewards(config, task),
+        config=settings,
+        batch_size=config.eval.batch_size,
+        seed=config.seed,
+    )
+    return evaluator.evaluate(prompts, pass_at=pass_at)

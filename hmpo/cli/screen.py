@@ -1,0 +1,223 @@
+"""A run in the terminal: a live view where there is one, plain lines where there is not."""
+
+import re
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from hmpo.config import RunConfig
+from hmpo.run.evaluation import Evaluation, Rate
+from hmpo.run.loop import Observer, RunResult
+from hmpo.types import Event
+
+ASCII_BARS = " .:-=+*#"
+BLOCK_BARS = "".join(chr(0x2581 + i) for i in range(8))
+UNSAFE = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+
+# label, telemetry name, format, and how to read it
+ROWS = (
+    ("reward", "reward/mean", "{:.3f}", "mean over the rollout"),
+    ("KL to the start", "kl/ref", "{:.4f}", "nats a token"),
+    ("KL old to new", "kl/k3", "{:.5f}", "nats a token, since sampling"),
+    ("clipped, advantage > 0", "clip/frac_pos", "{:.4f}", "share of tokens"),
+    ("clipped, advantage < 0", "clip/frac_neg", "{:.4f}", "share of tokens"),
+    ("entropy", "entropy", "{:.3f}", "nats a token"),
+    ("gradient norm", "grad_norm", "{:.3f}", "before clipping"),
+    ("largest attention logit", "qk/max_logit", "{:.1f}", "QK-clip acts above its threshold"),
+    ("groups without signal", "adv/zero_frac", "{:.2f}", "all rewards equal"),
+)
+
+
+def printable(text: str, width: int = 60) -> str:
+    """Model-written text made safe for a terminal: control and bidi characters shown as codes."""
+    shown = UNSAFE.sub(lambda m: "\\n" if m[0] == "\n" else f"\\x{ord(m[0]):02x}", text)
+    return shown if len(shown) <= width else shown[: width - 3] + "..."
+
+
+def spark(values: deque[float], bars: str) -> str:
+    """A row of bars, from the lowest to the highest of a short history of values."""
+    known = [value for value in values if value == value]
+    if len(known) < 2 or max(known) == min(known):
+        return ""
+    low, span = min(known), max(known) - min(known)
+    top = len(bars) - 1
+    return "".join(bars[round((v - low) / span * top)] if v == v else "?" for v in values)
+
+
+class Screen(Observer):
+    """Shows a run as it goes; use as a context manager."""
+
+    def __init__(self, console: Console | None = None, *, quiet: bool = False) -> None:
+        self.console = console or Console()
+        self.quiet = quiet
+        self.bars = BLOCK_BARS if self.console.encoding.startswith("utf") else ASCII_BARS
+        self.live: Live | None = None
+        self.progress = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("updates, time left"),
+            TimeRemainingColumn(),
+            console=self.console,
+        )
+        self.bar = self.progress.add_task("training", total=None)
+        self.record: dict[str, Any] = {}
+        self.history: dict[str, deque[float]] = {}
+        self.samples: list[dict[str, Any]] = []
+        self.measured: list[tuple[int, Evaluation]] = []
+        self.tokens_per_s = float("nan")
+        self.title = ""
+        self.every = 1
+        self.began: float | None = None
+        self.first_step = 0
+
+    def __enter__(self) -> "Screen":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.live is not None:
+            self.live.stop()
+            self.live = None
+
+    # ------------------------------------------------------------------------ what a run tells
+
+    def on_start(self, config: RunConfig, folder: Path, step: int) -> None:
+        """Open the live view."""
+        objective = config.objective
+        p = f"p = {objective.p:g}" if config.algorithm == "power_mean" else "baseline"
+        level = f" level {config.task.level}" if config.task.level is not None else ""
+        self.title = (
+            f"{objective.name} ({p}) | {config.policy.path} | {config.task.name}{level} | {folder}"
+        )
+        self.progress.update(self.bar, total=config.updates, completed=step)
+        self.every = max(1, config.updates // 20)
+        if self.quiet:
+            return
+        if self.console.is_terminal:
+            self.live = Live(self._view(), console=self.console, refresh_per_second=4)
+            self.live.start()
+        else:
+            self.console.print(f"hmpo: {self.title}", markup=False, highlight=False, soft_wrap=True)
+
+    def on_rollout(self, step: int, samples: list[dict[str, Any]]) -> None:
+        """Keep a right and a wrong completion to show."""
+        if self.began is None:
+            self.began, self.first_step = time.monotonic(), step
+        ordered = sorted(samples, key=lambda s: -s["reward"] if s["reward"] == s["reward"] else 9)
+        self.samples = [ordered[0], ordered[-1]] if len(ordered) > 1 else ordered
+
+    def on_update(self, record: dict[str, Any], timing: dict[str, float]) -> None:
+        """Refresh the numbers."""
+        self.record = record
+        for _, name, _, _ in ROWS:
+            if name in record:
+                self.history.setdefault(name, deque(maxlen=24)).append(float(record[name]))
+        rate = timing["tokens_per_s"]
+        known = self.tokens_per_s == self.tokens_per_s
+        self.tokens_per_s = 0.8 * self.tokens_per_s + 0.2 * rate if known else rate
+        self.progress.update(self.bar, completed=record["step"] + 1)
+        if self.live is not None:
+            self.live.update(self._view())
+        elif not self.quiet and (record["step"] + 1) % self.every == 0:
+            self._line()
+
+    def on_evaluation(self, step: int, name: str, evaluation: Evaluation) -> None:
+        """Note a measurement on held-out prompts."""
+        self.measured.append((step, evaluation))
+        if self.live is not None:
+            self.live.update(self._view())
+        elif not self.quiet:
+            text = f"held-out after {step:4d} updates: sampled {evaluation.sampled}"
+            if evaluation.greedy is not None:
+                text += f", greedy {evaluation.greedy}"
+            self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def on_event(self, event: Event) -> None:
+        """Say what was counted."""
+        facts = ", ".join(f"{key}: {value}" for key, value in event.data.items())
+        text = printable(f"{event.name} at update {event.step}: {facts}", 200)
+        if not self.quiet:
+            self.console.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
+
+    # ------------------------------------------------------------------------------ the picture
+
+    def _line(self) -> None:
+        """One line of progress where there is no terminal."""
+        record, done = self.record, self.record["step"] + 1
+        total = int(self.progress.tasks[0].total or 0)
+        spent = time.monotonic() - (self.began or time.monotonic())
+        left = spent / max(1, done - self.first_step) * (total - done)
+        parts = [f"update {done:4d}/{total}", f"reward {record['reward/mean']:.3f}"]
+        for label, name, form, _ in ROWS[1:6]:
+            if name in record:
+                parts.append(f"{label} {form.format(record[name])}")
+        parts += [f"{self.tokens_per_s:.0f} token/s", f"{left:.0f} s left"]
+        self.console.print(", ".join(parts), markup=False, highlight=False, soft_wrap=True)
+
+    def _view(self) -> RenderableType:
+        numbers = Table.grid(padding=(0, 2))
+        for label, name, form, meaning in ROWS:
+            if name in self.record:
+                numbers.add_row(
+                    label,
+                    Text(form.format(self.record[name]), style="bold"),
+                    Text(spark(self.history[name], self.bars), style="cyan"),
+                    Text(meaning, style="dim"),
+                )
+        if self.record:
+            speed = Text(f"{self.tokens_per_s:.0f}", style="bold")
+            numbers.add_row("tokens a second", speed, "", Text("sampling and training", "dim"))
+        if self.measured:
+            step, last = self.measured[-1]
+            held = Text(f"{last.sampled.value:.3f}", style="bold green")
+            low, high = last.sampled.interval
+            note = f"[{low:.3f}, {high:.3f}] of {last.sampled.trials} prompts at update {step}"
+            numbers.add_row("held-out success", held, "", Text(note, style="dim"))
+        parts: list[RenderableType] = [Panel(numbers, title=Text(self.title), title_align="left")]
+        if self.samples:
+            parts.append(self._sample_table())
+        parts.append(self.progress)
+        return Group(*parts)
+
+    def _sample_table(self) -> Table:
+        table = Table.grid(padding=(0, 1))
+        for sample in self.samples:
+            good = sample["reward"] >= 1
+            table.add_row(
+                Text(f"reward {sample['reward']:.1f}", style="green" if good else "red"),
+                Text(printable(str(sample["prompt"])[-44:], 44), style="dim"),
+                Text(printable(str(sample["completion"]), 50)),
+            )
+        return table
+
+
+def outcome_table(result: RunResult) -> Table:
+    """Success before and after a run, with intervals."""
+    table = Table(title="Success on held-out prompts", title_justify="left")
+    for column in ("", "before", "after", "prompts"):
+        table.add_column(column, justify="left" if column == "" else "right", no_wrap=True)
+    before, after = result.before, result.after
+    rows: list[tuple[str, Rate | None, Rate | None]] = [
+        ("sampled", before.sampled, after.sampled if after else None),
+        ("greedy", before.greedy, after.greedy if after else None),
+        (f"pass@{before.k}", before.pass_at, after.pass_at if after else None),
+    ]
+    for label, first, last in rows:
+        if first is not None:
+            table.add_row(label, _rate(first), _rate(last), str(first.trials))
+    return table
+
+
+def _rate(rate: Rate | None) -> str:
+    if rate is None:
+        return "-"
+    low, high = rate.interval
+    return f"{rate.value:.3f} [{low:.3f}, {high:.3f}]"

@@ -1,0 +1,42 @@
+"""Every setting of hmpo: frozen, keyword-only dataclasses, documented under each field.
+
+Standard library only, so that reading a configuration costs no torch. A value out of range
+gives one line that names the field. A default lives here and nowhere else; derived values are
+properties. `hmpo.config.reading` reads settings from TOML and JSON, `hmpo.config.identity` says
+when two runs are the same.
+"""
+
+from hmpo.config.control import ControlConfig
+from hmpo.config.objective import ExponentConfig, MismatchConfig, ObjectiveConfig
+from hmpo.config.run import (
+    CheckpointConfig,
+    EvalConfig,
+    OptimizerConfig,
+    PolicyConfig,
+    RewardConfig,
+    RunConfig,
+    TaskConfig,
+    check_run_name,
+    to_dict,
+)
+from hmpo.config.trainer import GSPOConfig, HMPOConfig, PowerMeanConfig, TrainerConfig
+
+__all__ = [
+    "CheckpointConfig",
+    "ControlConfig",
+    "EvalConfig",
+    "ExponentConfig",
+    "GSPOConfig",
+    "HMPOConfig",
+    "MismatchConfig",
+    "ObjectiveConfig",
+    "OptimizerConfig",
+    "PolicyConfig",
+    "PowerMeanConfig",
+    "RewardConfig",
+    "RunConfig",
+    "TaskConfig",
+    "TrainerConfig",
+    "check_run_name",
+    "to_dict",
+]

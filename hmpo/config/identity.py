@@ -1,0 +1,57 @@
+"""When two runs are the same: what decides their numbers, hashed and compared."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from hmpo.config import RunConfig, to_dict
+
+
+def config_hash(config: RunConfig) -> str:
+    """SHA-256 of what decides a run's numbers: all but its name, place, sinks and sizes of logs.
+
+    The number of updates is left out as well unless a schedule depends on it,
+    so that a finished run can be continued for longer.
+    """
+    return hashlib.sha256(json.dumps(_decisive(config), sort_keys=True).encode()).hexdigest()
+
+
+def changed_settings(old: RunConfig, new: RunConfig) -> list[str]:
+    """What `config_hash` tells apart in two configurations: `optimizer.lr was 0.1, got 0.2`."""
+    before, after = _flat(_decisive(old)), _flat(_decisive(new))
+    return [
+        f"{name} was {before.get(name)!r}, got {after.get(name)!r}"
+        for name in dict.fromkeys((*before, *after))
+        if before.get(name) != after.get(name)
+    ]
+
+
+def _decisive(config: RunConfig) -> dict[str, Any]:
+    """The settings that decide a run's numbers."""
+    data = to_dict(config)
+    ends = has_schedule(config) and config.trainer.total_updates is None
+    kept = {"updates"} if ends else set()
+    for name in {"name", "out", "sinks", "samples", "checkpoint", "updates"} - kept:
+        data.pop(name)
+    if config.agm.mode == "off":  # what nobody asks decides nothing
+        data.pop("agm")
+    return data
+
+
+def has_schedule(config: RunConfig) -> bool:
+    """Whether the learning rate or the exponent depends on the length of the run."""
+    exponent = config.objective.exponent
+    linear = exponent.kind == "linear" and exponent.updates is None
+    return linear or config.trainer.lr_schedule != "constant"
+
+
+def _flat(data: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    """Nested tables as dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in data.items():
+        if isinstance(value, Mapping) and value:
+            flat |= _flat(value, f"{path}{key}.")
+        else:
+            flat[f"{path}{key}"] = value
+    return flat

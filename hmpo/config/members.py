@@ -1,0 +1,157 @@
+"""Named members of the power-mean family: each is one `ObjectiveConfig` with its paper's values.
+
+Units: `ratio` bounds are distances from 1, `log` bounds are nats. docs/algorithms.md has
+the equations and what each differs in. Where a source leaves a number open, its docstring says
+what stands here instead.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from hmpo.config.objective import ExponentConfig, ObjectiveConfig
+
+
+def grpo() -> ObjectiveConfig:
+    """GRPO (arXiv 2402.03300): p = 1, token clip 0.2 / 0.2 in ratio space, mean over sequences."""
+    return ObjectiveConfig(name="grpo", p=1.0, clip_space="ratio", clip_low=0.2, clip_high=0.2)
+
+
+def dapo() -> ObjectiveConfig:
+    """DAPO (arXiv 2503.14476): GRPO with clip 0.2 / 0.28 and a mean over all tokens."""
+    return ObjectiveConfig(
+        name="dapo",
+        p=1.0,
+        clip_space="ratio",
+        clip_low=0.2,
+        clip_high=0.28,
+        reduction="token_mean",
+    )
+
+
+def dr_grpo(max_length: int = 3000) -> ObjectiveConfig:
+    """Dr.GRPO (arXiv 2503.20783): GRPO divided by the constant `max_length` tokens (3000 there).
+
+    Its advantages are not scaled: set the trainer's `advantage_scale = "none"`.
+    """
+    return ObjectiveConfig(
+        name="dr_grpo",
+        p=1.0,
+        clip_space="ratio",
+        clip_low=0.2,
+        clip_high=0.2,
+        reduction="constant",
+        max_length=max_length,
+    )
+
+
+def gspo() -> ObjectiveConfig:
+    """GSPO (arXiv 2507.18071): p = 0, sequence clip 3e-4 / 4e-4 in ratio space."""
+    return ObjectiveConfig(
+        name="gspo",
+        p=0.0,
+        clip_level="sequence",
+        clip_space="ratio",
+        clip_low=3e-4,
+        clip_high=4e-4,
+    )
+
+
+def gmpo() -> ObjectiveConfig:
+    """GMPO (arXiv 2507.20673): p = 0, token clip 0.4 / 0.4 in log space."""
+    return ObjectiveConfig(name="gmpo", p=0.0)
+
+
+def hmpo() -> ObjectiveConfig:
+    """HMPO: p = -1, token clip 0.4 / 0.4 in log space."""
+    return ObjectiveConfig(name="hmpo", p=-1.0)
+
+
+def gspo_token() -> ObjectiveConfig:
+    """GSPO's token form (arXiv 2507.18071, eq. 13): the same function as `gspo`.
+
+    The two differ only for advantages that vary within a response, which there are none of here.
+    """
+    return replace(gspo(), name="gspo_token")
+
+
+def luspo() -> ObjectiveConfig:
+    """LUSPO (arXiv 2602.05261): GSPO times the length, clip 2e-3 / 2.5e-3 in ratio space."""
+    return replace(gspo(), name="luspo", clip_low=2e-3, clip_high=2.5e-3, reduction="length_sum")
+
+
+def holder(p: float = 2.0, end: float = -2.0) -> ObjectiveConfig:
+    """HoelderPO (arXiv 2605.12058): sequence clip, p from 2 to -2 over the run.
+
+    The bounds are GSPO's, and so is their unit.
+    """
+    source = ExponentConfig(kind="linear", end=end)
+    return replace(gspo(), name="holder", p=p, exponent=source)
+
+
+def pmpo() -> ObjectiveConfig:
+    """PMPO (arXiv 2601.22521): GRPO's clip, p of each response from its share of clipped tokens.
+
+    The map from that share to p is our reconstruction (`hmpo.objective.exponent.matched_exponent`).
+    The ablation p = sqrt(1 - f) is `exponent.matching = "closed_form"`.
+    """
+    return replace(grpo(), name="pmpo", exponent=ExponentConfig(kind="matched"))
+
+
+def apmpo() -> ObjectiveConfig:
+    """APMPO (arXiv 2605.04066): p = exp(-0.8 mean reward), clip 0.2 / 0.2 to 0.4 in ratio space."""
+    return replace(grpo(), name="apmpo", exponent=ExponentConfig(kind="reward"))
+
+
+def sapo() -> ObjectiveConfig:
+    """SAPO (arXiv 2511.20347): smooth gate of each token, tau 1.0 for A >= 0, 1.05 for A < 0."""
+    return ObjectiveConfig(name="sapo", p=1.0, gate="soft", clip_level="none")
+
+
+def ahm() -> ObjectiveConfig:
+    """sqrt(A H), the limit of the arithmetic-harmonic iteration; token clip 0.4 / 0.4 (ours)."""
+    return ObjectiveConfig(name="ahm", mean="ahm", p=0.0)
+
+
+def cispo() -> ObjectiveConfig:
+    """CISPO (arXiv 2506.13585): constant weights min(r, 5) of A log pi, mean over all tokens.
+
+    Outside the family: its weights are not differentiated, so there is no mean and no p. The cap
+    is that of arXiv 2510.13786; there is no lower bound.
+    """
+    return ObjectiveConfig(
+        name="cispo",
+        p=1.0,
+        gate="detached",
+        clip_space="ratio",
+        clip_low=1.0,
+        clip_high=4.0,
+        reduction="token_mean",
+    )
+
+
+def tis() -> ObjectiveConfig:
+    """Truncated importance sampling (arXiv 1606.02647): `cispo` with the cap 2.
+
+    Outside the family, as `cispo` is. The cap is verl's default.
+    """
+    return replace(cispo(), name="tis", clip_high=1.0)
+
+
+BY_NAME: dict[str, Callable[[], ObjectiveConfig]] = {
+    "grpo": grpo,
+    "dapo": dapo,
+    "dr_grpo": dr_grpo,
+    "gspo": gspo,
+    "gspo_token": gspo_token,
+    "gmpo": gmpo,
+    "hmpo": hmpo,
+    "luspo": luspo,
+    "holder": holder,
+    "pmpo": pmpo,
+    "apmpo": apmpo,
+    "ahm": ahm,
+    "sapo": sapo,
+    "cispo": cispo,
+    "tis": tis,
+}
+"""Members by the name a configuration file uses."""

@@ -1,0 +1,196 @@
+"""Configurations from TOML, JSON and the command line, strictly.
+
+An unknown key, a wrong type or a value out of range gives one line that names the field:
+`objective.cliplow: unknown; did you mean clip_low?`. Standard library only.
+"""
+
+import copy
+import dataclasses
+import difflib
+import json
+import math
+import tomllib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from hmpo import members
+from hmpo.config import RunConfig, to_dict
+from hmpo.errors import ConfigError, require
+
+T = TypeVar("T")
+
+
+def load_run_config(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
+    """Read a run's configuration from a TOML (or resolved JSON) file.
+
+    Args:
+        path: the file.
+        overrides: `dotted.key=value` each; the value is TOML, or else taken as a string.
+
+    Raises:
+        ConfigError: one line with the file and the field.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); give a TOML file") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: not UTF-8 text; give a TOML file") from None
+    try:
+        data = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+    except ValueError as error:  # both decoders' own, and integers of thousands of digits
+        raise ConfigError(f"{path}: {str(error).splitlines()[0]}") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: nested too deeply") from None
+    try:
+        return run_config(data, overrides)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def run_config(data: Any, overrides: Iterable[str] = ()) -> RunConfig:
+    """A `RunConfig` from nested plain values, with `objective.member` resolved to its preset."""
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"config: got {type(data).__name__}, expected a table of settings")
+    data = copy.deepcopy(dict(data))
+    for item in overrides:
+        _override(data, item)
+    objective = data.get("objective")
+    if isinstance(objective, dict) and "member" in objective:
+        data["objective"] = _member(objective)
+    return from_dict(RunConfig, data)
+
+
+def _override(data: dict[str, Any], item: str) -> None:
+    """Set one `dotted.key=value` in nested tables.
+
+    A member starts the objective afresh: bounds that a file gave for another one, perhaps in
+    another unit, do not carry over.
+    """
+    key, sign, text = item.partition("=")
+    require(bool(sign) and bool(key.strip()), "--set", item, "dotted.key=value")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except ValueError:
+        value = text.strip()
+    if key.strip() == "objective.member":
+        data["objective"] = {}
+    *tables, last = key.strip().split(".")
+    for table in tables:
+        inner = data.setdefault(table, {})
+        require(isinstance(inner, dict), "--set", item, f"{table} to be a table, which it is not")
+        data = inner
+    data[last] = value
+
+
+def _member(objective: Mapping[str, Any]) -> dict[str, Any]:
+    """An `[objective]` table whose `member` names its starting point."""
+    name = objective["member"]
+    if not isinstance(name, str) or name not in members.BY_NAME:
+        close = difflib.get_close_matches(str(name), members.BY_NAME, n=len(members.BY_NAME))
+        close.sort(key=lambda known: sorted(known) != sorted(str(name)))  # letters swapped: first
+        hint = f"did you mean {close[0]}?" if close else f"one of {', '.join(members.BY_NAME)}"
+        raise ConfigError(f"objective.member: got {name!r}; {hint}")
+    rest = {key: value for key, value in objective.items() if key != "member"}
+    start = to_dict(members.BY_NAME[name]())
+    source = rest.get("exponent")
+    if isinstance(source, Mapping) and "kind" not in source:
+        rest["exponent"] = start["exponent"] | dict(source)
+    return start | rest
+
+
+def from_dict(cls: type[T], data: Any, path: str = "") -> T:
+    """A configuration dataclass from nested plain values, strictly.
+
+    Args:
+        cls: a dataclass of `hmpo.config`.
+        data: nested mappings, as from TOML or JSON.
+        path: dotted name of `data`, used in messages.
+
+    Raises:
+        ConfigError: one line `objective.cliplow: unknown; did you mean clip_low?`.
+    """
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"{path or 'config'}: got {data!r}, expected a table")
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    hints = typing.get_type_hints(cls)
+    values: dict[str, Any] = {}
+    for key, value in data.items():
+        name = f"{path}.{key}" if path else str(key)
+        if key not in fields:
+            close = difflib.get_close_matches(str(key), fields, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"one of {', '.join(fields)}"
+            raise ConfigError(f"{name}: unknown; {hint}")
+        values[key] = _convert(hints[key], value, name)
+    try:
+        return cls(**values)
+    except ConfigError as error:
+        raise ConfigError(f"{path}.{error}" if path else str(error)) from None
+
+
+def _convert(kind: Any, value: Any, name: str) -> Any:
+    """`value` as the annotated type `kind`, or a one-line ConfigError."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        return from_dict(typing.cast(type, kind), value, name)
+    if origin is Literal:
+        same = [a for a in args if type(a) is type(value) and a == value]
+        require(bool(same), name, value, "one of " + ", ".join(repr(a) for a in args))
+        return same[0]
+    if origin in (typing.Union, types.UnionType):
+        for option in args:
+            try:
+                return _convert(option, value, name)
+            except ConfigError:
+                continue
+        raise ConfigError(f"{name}: got {value!r}, expected {_describe(kind)}")
+    if origin is tuple and isinstance(value, list | tuple):
+        if len(args) == 2 and args[1] is Ellipsis:
+            return tuple(_convert(args[0], item, f"{name}[{i}]") for i, item in enumerate(value))
+        require(len(value) == len(args), name, value, _describe(kind))
+        return tuple(_convert(a, v, f"{name}[{i}]") for i, (a, v) in enumerate(zip(args, value)))
+    if origin is dict and isinstance(value, Mapping):
+        return _plain(value, name)
+    if kind is int and isinstance(value, bool):
+        raise ConfigError(f"{name}: got {value!r}, expected an integer")
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(_plain(value, name))
+    if isinstance(kind, type) and origin is None and isinstance(value, kind):
+        return _plain(value, name)
+    raise ConfigError(f"{name}: got {value!r}, expected {_describe(kind)}")
+
+
+def _plain(value: Any, name: str) -> Any:
+    """The value if it is fit for JSON and file names: text, 64-bit integers, finite floats."""
+    if isinstance(value, Mapping):
+        return {_plain(key, name): _plain(item, f"{name}.{key}") for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item, f"{name}[{i}]") for i, item in enumerate(value)]
+    if isinstance(value, str):
+        readable = "\0" not in value and not any("\ud800" <= c <= "\udfff" for c in value)
+        require(readable, name, value, "text without NUL and lone surrogates")
+    elif isinstance(value, int):
+        fits = -(2**63) <= value < 2**63
+        require(fits, name, value if fits else "a larger one", "an integer of 64 bits")
+    elif isinstance(value, float):
+        require(math.isfinite(value), name, value, "a finite number")
+    elif value is not None:
+        raise ConfigError(f"{name}: got {value!r}, expected text, a number, true, false or a table")
+    return value
+
+
+def _describe(kind: Any) -> str:
+    """A type annotation in words."""
+    words: dict[type, str] = {int: "an integer", float: "a number", str: "a string"}
+    words |= {bool: "true or false", type(None): "nothing"}
+    args = typing.get_args(kind)
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        return " or ".join(_describe(a) for a in args if a is not type(None))
+    if typing.get_origin(kind) is tuple:
+        return f"a list of {len(args)} values" if Ellipsis not in args else "a list"
+    if typing.get_origin(kind) is Literal:
+        return "one of " + ", ".join(repr(a) for a in args)
+    return words.get(kind, "a table")

@@ -1,0 +1,241 @@
+"""Every setting of hmpo: frozen, keyword-only dataclasses, documented under each field.
+
+Standard library only, so that reading a configuration costs no torch. A value out of range
+gives one line that names the field. A default lives here and nowhere else; derived values are
+properties. The objective's own are in `hmpo.config.objective`, the controllers' in
+`hmpo.config.control` and `hmpo.config.agm`. `hmpo.config.reading` reads and writes
+them from TOML and JSON.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from hmpo.config.control import ControlConfig
+from hmpo.config.objective import MismatchConfig, ObjectiveConfig
+from hmpo.config.trainer import TrainerConfig
+from hmpo.errors import require, require_positive
+
+RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+WINDOWS_RESERVED = frozenset(
+    ["con", "prn", "aux", "nul", *(f"{d}{n}" for d in ("com", "lpt") for n in range(1, 10))]
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyConfig:
+    """The language model that is trained."""
+
+    path: str = "tiny-sort"
+    """A local Hugging Face folder, `tiny-sort` (bundled), or `smollm2` (see
+    `hmpo fetch-model smollm2`)."""
+    lora_rank: int = 0
+    """Rank of LoRA adapters; 0 trains all weights. Needs `pip install 'hmpo[lora]'`."""
+    lora_alpha: float = 16.0
+    """LoRA's scale is lora_alpha / lora_rank."""
+    lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    """Module names that get an adapter."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.path), "path", self.path, "a folder or a bundled name")
+        require(self.lora_rank >= 0, "lora_rank", self.lora_rank, "an integer >= 0")
+        require_positive("lora_alpha", self.lora_alpha)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskConfig:
+    """Where prompts come from and how an answer is checked."""
+
+    name: str = "sort"
+    """sort, reverse, countdown, largest, key, jsonl, or `reasoning-gym:NAME`."""
+    level: int | None = None
+    """Difficulty level of a built-in task; None takes its default."""
+    shots: int = 0
+    """Solved examples put before each prompt."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Further options of the task, such as `path` of `jsonl` or a generator's sizes."""
+    stop: tuple[str, ...] = ()
+    """Strings that end a response; empty takes the task's own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardConfig:
+    """Reward functions with TRL's signature; empty uses the task's own check."""
+
+    functions: tuple[str, ...] = ()
+    """`module:function` or `path/to/file.py:function`, each called on the whole rollout."""
+    weights: tuple[float, ...] = ()
+    """One weight for each function; empty weighs all by 1."""
+
+    def __post_init__(self) -> None:
+        require(
+            len(self.weights) in (0, len(self.functions)),
+            "weights",
+            self.weights,
+            f"{len(self.functions)} numbers, one for each function",
+        )
+        for weight in self.weights:
+            require(math.isfinite(weight), "weights", weight, "finite numbers")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """The optimizer around which QK-clip is wrapped."""
+
+    name: Literal["adamw", "muon"] = "adamw"
+    """AdamW for all weights, or Muon for hidden matrices and AdamW for the rest."""
+    lr: float = 1e-4
+    """Base learning rate."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's decay rates."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of matrices; vectors are never decayed."""
+    muon_lr: float | None = None
+    """Learning rate of Muon's matrices; None means `lr`."""
+    muon_momentum: float = 0.95
+    """Decay of Muon's momentum."""
+    muon_coefficients: Literal["jordan", "you", "polar_express", "cans", "deepseek_v4"] = "jordan"
+    """Coefficients of Muon's iteration: 5 steps, 10 for deepseek_v4."""
+    muon_update_scale: Literal["formula", "measured", "original"] = "formula"
+    """Size of Muon's updates: root mean square 0.2 by a formula (right at full rank) or as
+    measured, or the original sqrt(max(1, outputs / inputs))."""
+    muon_per_head: bool = False
+    """Whether Muon orthogonalises the rows of each attention head apart."""
+
+    def __post_init__(self) -> None:
+        require_positive("lr", self.lr)
+        require(len(self.betas) == 2, "betas", self.betas, "two numbers")
+        for beta in self.betas:
+            require(0 <= beta < 1, "betas", self.betas, "two numbers in [0, 1)")
+        require(self.weight_decay >= 0, "weight_decay", self.weight_decay, ">= 0")
+        if self.muon_lr is not None:
+            require_positive("muon_lr", self.muon_lr)
+        require(0 <= self.muon_momentum < 1, "muon_momentum", self.muon_momentum, "in [0, 1)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """Measurement on held-out prompts, before, during and after the run."""
+
+    every: int = 0
+    """Updates between evaluations; 0 evaluates only before and after."""
+    prompts: int = 64
+    """Held-out prompts of an evaluation during the run."""
+    final_prompts: int = 256
+    """Held-out prompts of the evaluations before and after the run."""
+    pass_at: int = 0
+    """k of pass@k, from k samples a prompt, before and after; 0 leaves it out."""
+    batch_size: int = 128
+    """Responses sampled at once."""
+
+    def __post_init__(self) -> None:
+        require(self.every >= 0, "every", self.every, "an integer >= 0")
+        require(self.prompts >= 1, "prompts", self.prompts, "an integer >= 1")
+        require(self.final_prompts >= 1, "final_prompts", self.final_prompts, ">= 1")
+        require(self.pass_at >= 0, "pass_at", self.pass_at, "an integer >= 0")
+        require(self.batch_size >= 1, "batch_size", self.batch_size, "an integer >= 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When the whole state of a run is saved."""
+
+    every: int = 0
+    """Updates between checkpoints; 0 saves only at the end and when the run is stopped."""
+    keep: int = 2
+    """Newest checkpoints kept."""
+
+    def __post_init__(self) -> None:
+        require(self.every >= 0, "every", self.every, "an integer >= 0")
+        require(self.keep >= 1, "keep", self.keep, "an integer >= 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A whole run: policy, task, objective, updates, evaluation, files."""
+
+    name: str = "run"
+    """Name of the run's folder: letters, digits, '.', '_' and '-'."""
+    out: str = "runs"
+    """Folder that holds run folders."""
+    seed: int = 0
+    """Seed of data, sampling, minibatches and evaluation."""
+    updates: int = 40
+    """Optimizer updates of the run."""
+    prompts_per_rollout: int = 16
+    """Prompts of one rollout; each gets `trainer.group_size` responses."""
+    algorithm: Literal["power_mean", "gspo"] = "power_mean"
+    """The family's trainer, or the independent GSPO baseline."""
+    reference: Literal["none", "start"] = "none"
+    """Frozen reference policy: none, or a copy of the starting weights, kept in memory. Needed
+    by `objective.kl_coef`, and measured as `kl/ref` either way."""
+    threads: int = 0
+    """CPU threads; 0 leaves torch's choice."""
+    device: str = "auto"
+    """auto (CUDA where there is one, else CPU), cpu, cuda, or cuda:N."""
+    samples: int = 4
+    """Completions of each rollout written to completions.jsonl."""
+    sinks: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = ()
+    """Further places for the telemetry; telemetry.jsonl is always written."""
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
+    rewards: RewardConfig = field(default_factory=RewardConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    mismatch: MismatchConfig = field(default_factory=MismatchConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    agm: ControlConfig = field(default_factory=ControlConfig)
+
+    def __post_init__(self) -> None:
+        check_run_name(self.name)
+        require(self.updates >= 1, "updates", self.updates, "an integer >= 1")
+        require(
+            self.prompts_per_rollout >= 1, "prompts_per_rollout", self.prompts_per_rollout, ">= 1"
+        )
+        require(self.threads >= 0, "threads", self.threads, "an integer >= 0")
+        require(self.samples >= 0, "samples", self.samples, "an integer >= 0")
+        require(
+            self.objective.kl_coef == 0 or self.reference != "none",
+            "reference",
+            self.reference,
+            f'"start" with objective.kl_coef = {self.objective.kl_coef}',
+        )
+        responses = self.prompts_per_rollout * self.trainer.group_size
+        require(
+            responses >= self.trainer.minibatches,
+            "trainer.minibatches",
+            self.trainer.minibatches,
+            f"at most the {responses} responses of a rollout",
+        )
+        self.agm.check(self.algorithm, self.objective)
+
+
+def check_run_name(name: str) -> None:
+    """Refuse a run name that is not a plain, portable file name."""
+    portable = RUN_NAME.fullmatch(name) and name.split(".")[0].lower() not in WINDOWS_RESERVED
+    require(
+        bool(portable) and not name.endswith("."),
+        "name",
+        name,
+        "1 to 100 letters, digits, '.', '_' or '-', starting with a letter or digit",
+    )
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A dataclass as plain JSON-ready values (tuples become lists)."""
+
+    def plain(value: Any) -> Any:
+        if dataclasses.is_dataclass(value):
+            return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        if isinstance(value, Mapping):
+            return {key: plain(item) for key, item in value.items()}
+        if isinstance(value, tuple | list):
+            return [plain(item) for item in value]
+        return value
+
+    return plain(config)

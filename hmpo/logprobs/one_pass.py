@@ -1,0 +1,178 @@
+"""A loss and its gradient in one pass over the vocabulary, where responses do not look at others.
+
+A loss that couples tokens only within a response (every member of the family, once the counts it
+is divided by are known) is a sum over blocks of whole responses. Such a block knows the gradient
+of its own log-probs as soon as it has them, so its logits turn into their gradient on the spot:
+three products with the projection, where a loss that waits for all log-probs needs a fourth to
+compute the logits again.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from hmpo.errors import ShapeError
+from hmpo.logprobs.fold import statistics_dtype
+from hmpo.logprobs.head import block_rows, compute_dtype, limits
+from hmpo.logprobs.schemes import Gradients, Head, Plan, Rows, compacted
+from hmpo.logprobs.tied import TiedGradient
+
+BlockLoss = Callable[[Tensor, slice], Tensor]
+"""(log-probs (m,) of the tokens of some responses, which responses) -> their part of the loss."""
+
+
+class OnePass(NamedTuple):
+    """What one pass over the vocabulary gives."""
+
+    loss: Float[Tensor, ""]
+    """The sum over all blocks; carries the gradient."""
+    logprobs: Float[Tensor, " n"]
+    """Detached: a term added to the loss outside its blocks would have no gradient."""
+    entropy: Float[Tensor, " n"]
+    """Detached; NaN where it was not asked for."""
+
+
+def one_pass(
+    hidden: Float[Tensor, "n H"],
+    weight: Float[Tensor, "V H"],
+    bias: Float[Tensor, " V"] | None,
+    targets: Int[Tensor, " n"],
+    lengths: Sequence[int],
+    loss_of: BlockLoss,
+    *,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    chunk: int = 512,
+    with_entropy: bool = True,
+    tied: TiedGradient | None = None,
+) -> OnePass:
+    """Loss, log-probs and entropy of responses whose hidden states follow each other.
+
+    Args:
+        hidden: what the projection reads, one row for each target, response after response.
+        weight: the projection; logits are `hidden @ weight.T + bias`.
+        bias: of the projection, or None.
+        targets: token ids.
+        lengths: tokens of each response; 0 is allowed.
+        loss_of: the part of the loss of some responses, differentiable in their log-probs; the
+            parts must add up to the whole.
+        temperature: logits are divided by it, after the softcap.
+        softcap: c of a model whose logits are c tanh(logits / c), or None.
+        chunk: as in `head_logprobs`, unless a single response has more rows.
+        with_entropy: False saves its part where nobody asks for it.
+        tied: takes the projection's gradient, where `hidden` came from its `embed`.
+
+    Raises:
+        ShapeError: the lengths do not add up to the rows.
+    """
+    if sum(lengths) != len(targets):
+        raise ShapeError(
+            f"lengths: got a sum of {sum(lengths)}, expected {len(targets)}, one for each target"
+        )
+    plan = Plan(
+        rows=block_rows(weight, chunk),
+        temperature=temperature,
+        softcap=softcap,
+        with_entropy=with_entropy,
+        compute=compute_dtype(weight),
+    )
+    how = (
+        lengths,
+        whole_responses(lengths, plan.rows),
+        loss_of,
+        plan,
+        tied,
+        torch.is_grad_enabled(),
+    )
+    return OnePass(*_OnePass.apply(hidden, weight, bias, targets, *how))
+
+
+def one_pass_serves(weight: Float[Tensor, "V H"], lengths: Sequence[int], chunk: int) -> bool:
+    """Whether one pass saves a product and its blocks fit.
+
+    Where the logits may be kept (`hmpo.logprobs.head.STORE`), or no gradient is taken, it saves
+    nothing. A response is too long if it has more than twice the rows of a block: blocks that end
+    anywhere need less memory.
+    """
+    row = len(weight) * compute_dtype(weight).itemsize
+    fits = max(lengths, default=0) <= 2 * block_rows(weight, chunk)
+    return torch.is_grad_enabled() and fits and sum(lengths) * row > limits(weight.device).store
+
+
+def whole_responses(lengths: Sequence[int], rows: int) -> list[slice]:
+    """Slices of adjacent responses with at most `rows` tokens, or with a single response."""
+    groups, start, tokens = [], 0, 0
+    for i, length in enumerate(lengths):
+        if i > start and tokens + length > rows:
+            groups.append(slice(start, i))
+            start, tokens = i, 0
+        tokens += length
+    return [*groups, slice(start, len(lengths))] if lengths else []
+
+
+class _OnePass(torch.autograd.Function):
+    """(loss, log-probs, entropy); the gradients are made in the forward pass and handed out."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, *how):  # type: ignore[override]
+        lengths, groups, loss_of, plan, tied, differentiate = how
+        n, wanted = len(targets), ctx.needs_input_grad[:3]
+        tokens = [sum(lengths[group]) for group in groups]
+        picked = hidden.new_empty(n, dtype=statistics_dtype(plan.compute))
+        entropy, loss = torch.empty_like(picked), picked.new_zeros(())
+        sums = Gradients.wanted(wanted if differentiate else (False,) * 3, hidden, weight, bias)
+        if sums.hidden is not None:
+            sums.hidden.zero_()  # rows without gradient are never written
+        with torch.autocast(hidden.device.type, enabled=False):
+            head = Head.of(weight, bias, plan, max(tokens, default=0))
+            stop = 0
+            for group, count in zip(groups, tokens):
+                rows = slice(stop, stop := stop + count)
+                x, y = hidden[rows].to(plan.compute), targets[rows]
+                logits = head.logits(x)
+                picked[rows], lse, entropy[rows] = head.fold(logits, y)
+                part, g = _block_gradient(loss_of, picked[rows], group)
+                loss += part
+                if differentiate and any(wanted):
+                    known = Rows(x, y, lse, entropy[rows], g, None)
+                    _add(head, sums, logits, known, rows)
+                del logits  # oneDNN brings its own: never two at a time
+        ctx.gradients = sums.like(weight, bias) if differentiate else None
+        ctx.tied = tied
+        ctx.mark_non_differentiable(picked, entropy)
+        return loss, picked, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, *_):  # type: ignore[override]  (three outputs, three gradients)
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            raise RuntimeError("the gradients of one pass are handed out once; run it again")
+        if grad.device.type != "cpu" or float(grad) != 1:
+            gradients = tuple(None if x is None else x.mul_(grad) for x in gradients)
+        if ctx.tied is not None:
+            ctx.tied.total, gradients = gradients[1], (gradients[0], None, gradients[2])
+        return *gradients, *[None] * 7
+
+
+def _block_gradient(loss_of: BlockLoss, logprobs: Tensor, group: slice) -> tuple[Tensor, Tensor]:
+    """A block's part of the loss, and its gradient with respect to the block's log-probs."""
+    with torch.enable_grad():
+        leaf = logprobs.detach().requires_grad_()
+        part = loss_of(leaf, group)
+        g = torch.autograd.grad(part, leaf, allow_unused=True)[0] if part.requires_grad else None
+    return part.detach(), torch.zeros_like(leaf) if g is None else g
+
+
+def _add(head: Head, sums: Gradients, logits: Tensor, known: Rows, rows: slice) -> None:
+    """Turn a block's logits into their gradient and add up what it gives."""
+    kept = known.moving()
+    where: slice | Tensor = rows
+    if kept is not None:
+        known, logits, where = known.take(kept), compacted(logits, kept), kept + rows.start
+    head.differentiate(logits, known)
+    sums.add(head, logits, known.hidden, where)

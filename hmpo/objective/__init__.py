@@ -1,0 +1,47 @@
+"""The objective: advantages, means, bounds, exponent -> loss; names are imported on first use."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+_HOME = {
+    "power_mean_objective": "loss",
+    "power_mean_loss": "loss",
+    "objective_metrics": "loss",
+    "count_denominators": "loss",
+    "minibatch_band": "loss",
+    "exponent_in_force": "loss",
+    "EXP_LIMIT": "bounds",
+    "group_advantages": "advantages",
+    "log_power_mean": "means",
+    "power_mean_weights": "means",
+    "ahm_mean": "means",
+    "effective_sample_size": "means",
+    "solve_exponent": "means",
+}
+
+__all__ = list(_HOME)
+
+if TYPE_CHECKING:
+    from hmpo.objective.advantages import group_advantages
+    from hmpo.objective.bounds import EXP_LIMIT
+    from hmpo.objective.loss import (
+        count_denominators,
+        exponent_in_force,
+        minibatch_band,
+        objective_metrics,
+        power_mean_loss,
+        power_mean_objective,
+    )
+    from hmpo.objective.means import (
+        ahm_mean,
+        effective_sample_size,
+        log_power_mean,
+        power_mean_weights,
+        solve_exponent,
+    )
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(f"hmpo.objective.{_HOME[name]}"), name)
+    raise AttributeError(f"module 'hmpo.objective' has no attribute {name!r}")

@@ -1,0 +1,153 @@
+"""What limits a ratio: the clip band and its two branches, SAPO's gate, the end of exp.
+
+    band      [low, high] around 0, or around the drift c = mean_i (log M_p - log M_1)
+    clip      min(x, high) for A >= 0, max(x, low) for A < 0              PPO, arXiv 1707.06347
+    dual      and min(x, log c) for A < 0                                 arXiv 1912.09729
+    gate      (4 / tau) sigmoid(tau (r - 1))                              SAPO, arXiv 2511.20347
+
+x is a token log ratio or the log of a sequence's mean. For old-policy samples with normal token
+noise of variance v, log M_p lies around (p - 1) v / 2 with a width of sigma / sqrt(L): a band
+around 0 is one-sided for long responses and p != 1, and one of fixed width unfair to lengths.
+"""
+
+import math
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import softplus
+
+from hmpo.config.objective import ObjectiveConfig
+from hmpo.objective.masking import without_padding
+from hmpo.objective.means import Exponent, ahm_mean, log_power_mean
+from hmpo.types import Band
+
+EXP_LIMIT = 20.0
+"""Largest exponent (nat) given to exp."""
+
+
+def exp_linear(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """The exponential up to x = 20, its tangent there beyond."""
+    return _ExpLinear.apply(x)
+
+
+class _ExpLinear(torch.autograd.Function):
+    """Its slope is exp(min(x, 20)), which is all it keeps."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        slope = x.clamp(max=EXP_LIMIT).exp_()
+        ctx.save_for_backward(slope)
+        return (x - EXP_LIMIT).relu_().add_(1).mul_(slope)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):  # type: ignore[override]  (one output, one gradient)
+        return grad * ctx.saved_tensors[0]
+
+
+def log_mean(
+    log_ratio: Float[Tensor, "N T"], mask: Bool[Tensor, "N T"], p: Exponent, config: ObjectiveConfig
+) -> Float[Tensor, " N"]:
+    """Log of the configured mean of each row's ratios (nat); `p` is that of a power mean.
+
+    `log_ratio` holds 0 on padding.
+    """
+    if config.mean == "ahm":
+        return ahm_mean(log_ratio, mask, config.ahm_weight, padded=True)
+    return log_power_mean(log_ratio, mask, p, padded=True)
+
+
+@torch.no_grad()
+def measure_band(
+    log_ratio: Float[Tensor, "N T"], mask: Bool[Tensor, "N T"], p: Exponent, config: ObjectiveConfig
+) -> Band:
+    """Centre and scale of the clip band from a whole minibatch; the centre is exactly 0 for p = 1.
+
+    Args:
+        log_ratio: token log ratios (nat), 0 on padding.
+        mask: True on response tokens; rows without any do not count.
+        p: exponent in force.
+        config: the member of the family.
+    """
+    rows, tokens = mask.any(1).sum().clamp(min=1), mask.sum().clamp(min=1)
+    drift = log_mean(log_ratio, mask, p, config) - log_power_mean(log_ratio, mask, 1.0)
+    centred = (log_ratio - log_ratio.sum() / tokens) * mask
+    sigma = (centred.square().sum() / tokens).sqrt().clamp(min=config.clip_sigma)
+    return Band(center=drift.sum() / rows, sigma=sigma)
+
+
+def row_bounds(
+    lengths: Float[Tensor, " N"],
+    advantages: Float[Tensor, " N"],
+    config: ObjectiveConfig,
+    band: Band | None,
+) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
+    """Lower and upper bound of each row's band (nat); `band` is needed by `config.needs_band`."""
+    low, high = (torch.full_like(advantages, bound) for bound in config.log_bounds)
+    if config.clip_width == "z":
+        assert band is not None, "measured by the objective"
+        unit = band.sigma / lengths.clamp(min=1).sqrt()
+        low, high = low * unit, high * unit
+    if config.sign_convention == "paper":
+        low = torch.where(advantages < 0, -high, low)
+    if config.clip_center == "drift":
+        assert band is not None, "measured by the objective"
+        low, high = low + band.center, high + band.center
+    return low, high
+
+
+def active_bounds(
+    low: Float[Tensor, " N"],
+    high: Float[Tensor, " N"],
+    advantages: Float[Tensor, " N"],
+    config: ObjectiveConfig,
+) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
+    """The bounds whose crossing takes the gradient away, the others infinite.
+
+    For A >= 0 the upper one, for A < 0 the lower one and, with a dual clip, its logarithm. The
+    constant weights of a detached gate are bounded on both sides whatever the sign.
+    """
+    if config.gate == "detached":
+        return low, high
+    ceiling = math.inf if config.dual_clip is None else math.log(config.dual_clip)
+    positive = advantages >= 0
+    return low.masked_fill(positive, -math.inf), high.masked_fill(~positive, ceiling)
+
+
+def soft_gate(
+    log_ratio: Float[Tensor, "N T"],
+    mask: Bool[Tensor, "N T"],
+    advantages: Float[Tensor, " N"],
+    config: ObjectiveConfig,
+) -> Float[Tensor, "N T"]:
+    """Log of SAPO's gate (4 / tau) sigmoid(tau (r - 1)), whose slope in r is 1 at r = 1.
+
+    0 on padding. Ratios above e^20 are continued linearly (`exp_linear`).
+    """
+    positive, negative = config.gate_positive, config.gate_negative
+    tau = torch.where(
+        advantages >= 0, advantages.new_tensor(positive), advantages.new_tensor(negative)
+    )
+    return _SoftGate.apply(log_ratio, mask, tau.unsqueeze(1))
+
+
+class _SoftGate(torch.autograd.Function):
+    """The gate and its slope tau r' sigmoid(-tau (r - 1)) in the log ratio; keeps the slope."""
+
+    @staticmethod
+    def forward(ctx, d: Tensor, mask: Tensor, tau: Tensor) -> Tensor:
+        slope = d.clamp(max=EXP_LIMIT).exp_()
+        x = (d - EXP_LIMIT).relu_().add_(1).mul_(slope).sub_(1).mul_(tau).neg_()
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward(slope.mul_(x.sigmoid()).mul_(tau))
+        # log sigmoid(-x) = -log(1 + e^x), which is -x to rounding above 40
+        gate = softplus(x, threshold=40).neg_()
+        del x
+        return without_padding(gate.add_(torch.log(4 / tau)), mask)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):  # type: ignore[override]  (one output, one gradient)
+        return grad * ctx.saved_tensors[0], None, None

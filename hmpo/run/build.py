@@ -1,0 +1,123 @@
+"""From settings to the parts of a run: trainer settings, optimizer, rewards, a trained policy."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from hmpo.checkpoint import (
+    load_checkpoint,
+)
+from hmpo.config import (
+    GSPOConfig,
+    MismatchConfig,
+    OptimizerConfig,
+    PowerMeanConfig,
+    RunConfig,
+)
+from hmpo.config.identity import has_schedule
+from hmpo.errors import (
+    CheckpointError,
+    ConfigError,
+    ModelError,
+    require,
+)
+from hmpo.models import LoadedPolicy, load_policy
+from hmpo.models.policy import load_trained_state
+from hmpo.optim.param_groups import MuonWithAdamW, runs_fused, split_param_groups
+from hmpo.rewards import Rewards, load_reward
+from hmpo.tasks import Task
+
+
+def make_rewards(config: RunConfig, task: Task) -> Rewards:
+    """The configured reward functions, or the task's own check."""
+    functions = {spec: load_reward(spec) for spec in config.rewards.functions}
+    named = {spec.rpartition(":")[2]: fn for spec, fn in functions.items()}
+    if len(named) < len(functions):
+        raise ConfigError("rewards.functions: two functions share a name; rename one")
+    return Rewards(
+        named or {config.task.name.rpartition(":")[2]: task.reward},
+        config.rewards.weights,
+        on_error=config.trainer.on_reward_error,
+        timeout=config.trainer.reward_timeout,
+    )
+
+
+def load_trained(folder: Path, config: RunConfig, device: str = "cpu") -> LoadedPolicy:
+    """The policy of a run: its `policy/` folder, or else its newest valid checkpoint.
+
+    Raises:
+        CheckpointError: the run has neither.
+    """
+    loaded = load_policy(config.policy, device=device)
+    found = load_checkpoint(folder / "checkpoints")
+    if found is None:
+        raise CheckpointError(f"{folder}: has no checkpoint yet; let the run save one first")
+    load_trained_state(loaded.model, found.state["model"])
+    return loaded
+
+
+def trainer_config(config: RunConfig, **changes: Any) -> PowerMeanConfig | GSPOConfig:
+    """The trainer's own configuration of a run, with `changes` (such as token ids) put in."""
+    shared = {
+        f.name: getattr(config.trainer, f.name) for f in dataclasses.fields(config.trainer)
+    } | changes
+    if shared["total_updates"] is None and has_schedule(config):
+        shared["total_updates"] = config.updates
+    if config.algorithm == "gspo":
+        bounds = config.objective
+        plain = not bounds.needs_band and bounds.exponent.kind == "fixed"
+        require(
+            plain and bounds.clip_level == "sequence" and bounds.clip_space == "ratio",
+            "objective",
+            bounds.name,
+            'member = "gspo" with algorithm = "gspo"',
+        )
+        plain = config.mismatch == MismatchConfig()
+        require(plain, "mismatch", config.mismatch, 'its defaults with algorithm = "gspo"')
+        require(
+            bounds.clip_share is None,
+            "objective.clip_share",
+            bounds.clip_share,
+            'None with algorithm = "gspo"',
+        )
+        return GSPOConfig(epsilon_low=bounds.clip_low, epsilon_high=bounds.clip_high, **shared)
+    return PowerMeanConfig(objective=config.objective, mismatch=config.mismatch, **shared)
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """AdamW, or Muon for hidden matrices and AdamW for the rest, over trainable parameters.
+
+    Vectors (norms, biases) are never decayed. QK-clip is not part of it: the trainers wrap it.
+
+    Raises:
+        ModelError: the model has no trainable parameter.
+    """
+    if config.name == "muon":
+        groups = split_param_groups(
+            model,
+            lr=config.lr if config.muon_lr is None else config.muon_lr,
+            weight_decay=config.weight_decay,
+            adamw_lr=config.lr,
+            per_head=config.muon_per_head,
+        )
+        return MuonWithAdamW(
+            groups,
+            lr=config.lr,
+            betas=config.betas,
+            momentum=config.muon_momentum,
+            ns_coefficients=config.muon_coefficients,
+            update_scale=config.muon_update_scale,
+        )
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    if not trainable:
+        raise ModelError("policy: got no trainable parameter, expected at least one")
+    groups = [
+        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    filled = [group for group in groups if group["params"]]
+    fused = runs_fused(trainable)
+    return torch.optim.AdamW(filled, lr=config.lr, betas=config.betas, fused=fused or None)

@@ -1,0 +1,64 @@
+"""What a run was made on: versions, processor, threads, devices. No names, no paths."""
+
+import importlib.metadata
+import os
+import platform
+from typing import Any
+
+import torch
+
+from hmpo import __version__
+from hmpo.logprobs.matmul import matmul_library
+
+PACKAGES = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+    "peft",
+    "gguf",
+    "reasoning-gym",
+    "trl",
+    "tensorboard",
+    "trackio",
+    "wandb",
+)
+
+
+def describe_environment() -> dict[str, Any]:
+    """Versions and hardware as plain values."""
+    return {
+        "hmpo": __version__,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": processor_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "matmul": matmul_library(),
+        "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "packages": installed_versions(),
+    }
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of the packages that matter here, where they are installed."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def processor_name() -> str:
+    """The processor's model name, or its architecture where the system does not tell."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:  # noqa: PTH123  (not a real file)
+            for line in lines:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

@@ -1,0 +1,184 @@
+"""What controllers decide, carried out in a run: learning rate, p, clip, batch, level, end."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from hmpo.agm.control import Control
+from hmpo.config import RunConfig
+from hmpo.errors import CheckpointError, require
+from hmpo.objective.exponent import ControllerExponent
+from hmpo.run.evaluation import SUCCESS
+from hmpo.tasks import Example, Task, make_task
+from hmpo.trainer.power_mean import PowerMeanTrainer
+from hmpo.types import Event
+
+
+class Steering:
+    """Chooses a run's prompts, and sets what its controllers decide.
+
+    Without controllers it hands out the task's prompts in order and changes nothing.
+
+    Args:
+        config: the run.
+        trainer: that of the run; only a `PowerMeanTrainer` can be steered.
+        task: of the configured level, the top of a curriculum.
+    """
+
+    def __init__(self, config: RunConfig, trainer: Any, task: Task) -> None:
+        self.config, self.trainer, self.task = config, trainer, task
+        self.control: Control | None = None
+        self.levels: dict[int, Task] = {task.level: task}
+        self.level: int | None = None
+        """Level that is trained; None without a curriculum."""
+        self.drawn = 0
+        """Prompts handed out so far."""
+        self.prompts = config.prompts_per_rollout
+        """Prompts of the next rollout."""
+        settings = config.agm
+        if settings.mode == "off" or "level" not in settings.controls:
+            return
+        require(task.levels > 1, "agm.controls", "level", "a task with levels")
+        if settings.mode == "apply":
+            first = settings.first_level
+            require(first <= task.level, "agm.first_level", first, f"at most {task.level}")
+            self.level = first
+            for level in range(1, task.level):
+                easier = dataclasses.replace(config.task, level=level)
+                self.levels[level] = make_task(easier, config.seed)
+        else:
+            self.level = task.level
+
+    def start(self, head: Mapping[str, Any]) -> None:
+        """Make the controllers of the run that this `run` record is of."""
+        if self.config.agm.mode == "off":
+            return
+        weight = None
+        if isinstance(self.trainer, PowerMeanTrainer):
+            objective = self.trainer.exponent.objective
+            weight = objective.ahm_weight if objective.mean == "ahm" else None
+        self.control = Control(self.config.agm, head, weight=weight)
+
+    @property
+    def base(self) -> dict[str, int]:
+        """What a curriculum adds to the base values of the `run` record: its top level."""
+        return {} if self.level is None else {"level": self.task.level}
+
+    @property
+    def stopped(self) -> str | None:
+        """Why the controllers ended the run; None while it goes on."""
+        return None if self.control is None else self.control.stopped
+
+    # ----------------------------------------------------------------------------- the prompts
+
+    def examples(self) -> list[Example]:
+        """Prompts of the next rollout, those of the level below last."""
+        first, self.drawn = self.drawn, self.drawn + self.prompts
+        own = self._own_prompts()
+        found = []
+        for i in range(self.prompts):
+            level = self.level if self.level is None or i < own else self.level - 1
+            task = self.task if level is None else self.levels[level]
+            found.append(task.train(first + i))
+        return found
+
+    def note_rollout(self) -> None:
+        """Count successes at the present level alone: those of an easier one are no evidence."""
+        if self.level is None:
+            return
+        rows = self.trainer.samples[: self._own_prompts() * self.config.trainer.group_size]
+        rewards = [row["reward"] for row in rows if row["reward"] == row["reward"]]
+        self.trainer.rollout_metrics |= {
+            "curriculum/level": self.level,
+            "success/k": sum(reward >= SUCCESS for reward in rewards),
+            "success/n": len(rewards),
+        }
+
+    def _own_prompts(self) -> int:
+        """Prompts of a rollout that are of the present level itself."""
+        if self.level is None or self.level == 1 or self.config.agm.mode != "apply":
+            return self.prompts
+        below = round(self.config.agm.curriculum.mix_previous * self.prompts)
+        return max(1, self.prompts - below)
+
+    # --------------------------------------------------------------------------- the decisions
+
+    def observe(self, record: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Ask the controllers about a record of the log, and set what they change.
+
+        Returns:
+            The decision's record; None without controllers.
+        """
+        if self.control is None:
+            return None
+        action = self.control.observe(record)
+        if action.changes:
+            self._set(action.changes, action.record)
+            self._tell(action.changes, action.record)
+        return action.record
+
+    def _set(self, changes: Mapping[str, Any], decided: Mapping[str, Any]) -> None:
+        trainer = self.trainer
+        if "lr" in changes:
+            trainer.lr_scale = changes["lr"]
+        if "clip" in changes:
+            trainer.clip_scale = changes["clip"]
+        if "p" in changes:
+            assert isinstance(trainer.exponent, ControllerExponent), "the configuration says so"
+            trainer.exponent.set(changes["p"])
+        if "weight" in changes:
+            self._set_weight(changes["weight"])
+        if "batch" in changes:
+            self.prompts = int(decided["decision/batch"]) // self.config.trainer.group_size
+        if "level" in changes:
+            self.level = int(changes["level"])
+
+    def _set_weight(self, weight: float) -> None:
+        exponent = self.trainer.exponent
+        exponent.objective = dataclasses.replace(exponent.objective, ahm_weight=weight)
+
+    def _tell(self, changes: Mapping[str, Any], decided: Mapping[str, Any]) -> None:
+        """Events of what a reader of the log would look for."""
+        step, reason = decided["step"], decided["reason"]
+        told = []
+        if "level" in changes:
+            told.append(("curriculum_changed", {"level": changes["level"]}))
+        if decided.get("decision/action") == "rollback":
+            told.append(("rollback", {"lr_mult": decided.get("decision/lr_mult")}))
+        if "stop" in changes:
+            told.append(("early_stop", {"stop": changes["stop"]}))
+        for name, data in told:
+            self.trainer.events.append(Event(name=name, step=step, data=data | {"reason": reason}))
+
+    # ------------------------------------------------------------------------------- the state
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a bit-identical continuation needs, as plain values."""
+        return {
+            "drawn": self.drawn,
+            "prompts": self.prompts,
+            "level": self.level,
+            "control": None if self.control is None else self.control.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue exactly where `state_dict` was taken, with what was set set again.
+
+        Raises:
+            CheckpointError: the run has controllers, and the state none of theirs.
+        """
+        self.drawn, self.prompts, self.level = state["drawn"], state["prompts"], state["level"]
+        if self.control is None:
+            return
+        if state["control"] is None:
+            raise CheckpointError(
+                "the checkpoint holds no state of controllers; resume with agm.mode = 'off'"
+            )
+        self.control.load_state_dict(state["control"])
+        if self.config.agm.mode != "apply":
+            return
+        force = self.control.force
+        self.trainer.lr_scale = force["lr"]
+        self.trainer.clip_scale = force["clip"]
+        if "weight" in force:
+            self._set_weight(float(force["weight"]))  # p is in the trainer's own state

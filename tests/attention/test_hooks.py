@@ -1,0 +1,274 @@
+"""Attention outside the shared attention functions."""
+
+import copy
+import logging
+import os
+import pickle
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
+from torch.testing import assert_close
+
+from hmpo.optim import LogitTracker, MuonClipConfig, readings, with_qk_clip
+from tests.oracles.attention_logits import max_logits
+
+NAMES = [("q_proj", "k_proj"), ("W_q", "W_k"), ("query", "key"), ("q", "k")]
+
+
+class Attention(nn.Module):
+    """Someone's own attention: a mask, no rotary embedding."""
+
+    def __init__(self, names=("q", "k"), keys_first=False, kv_heads=4, **hints):
+        super().__init__()
+        self.names, self.keys_first = names, keys_first
+        self.add_module(names[0], nn.Linear(16, 16))
+        self.add_module(names[1], nn.Linear(16, 4 * kv_heads))
+        self.out = nn.Linear(16, 16)
+        self.kv_heads = kv_heads
+        for name, value in (hints or {"num_heads": 4}).items():
+            setattr(self, name, value)
+
+    def forward(self, x):
+        sides = {}
+        for name in self.names[::-1] if self.keys_first else self.names:
+            sides[name] = getattr(self, name)(x)
+        q, k = (sides[n].unflatten(-1, (-1, 4)).transpose(1, 2) for n in self.names)
+        k = k.repeat_interleave(4 // self.kv_heads, 1)
+        y = scaled_dot_product_attention(q, k, k, is_causal=True)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+def all_pairs(module, x):
+    """Every pair's logit by the loops of the oracle."""
+    query, key = (
+        getattr(module, name)(x).unflatten(-1, (-1, 4)).transpose(1, 2) for name in module.names
+    )
+    keep = torch.ones(x.shape[:2], dtype=torch.bool)
+    return max_logits(query.detach(), key.detach(), keep, 0.5, causal=False)
+
+
+@pytest.fixture
+def x():
+    return torch.randn(2, 7, 16, generator=torch.Generator().manual_seed(0)) * 3
+
+
+@pytest.mark.parametrize("keys_first", [False, True])
+@pytest.mark.parametrize("names", NAMES)
+def test_plain_modules_are_read_from_their_projections(names, keys_first, x):
+    torch.manual_seed(0)
+    model = nn.Sequential(Attention(names, keys_first), Attention(names, keys_first))
+    with LogitTracker(model) as tracker:
+        model(x)
+        found = tracker.consume()
+        with torch.no_grad():
+            model(x)
+        assert all((r.value == -torch.inf).all() for r in tracker.consume().values())
+    assert list(found) == tracker.projected == ["0", "1"]
+    assert not found["0"].exact.any(), "a projection's maximum is no exact logit"
+    assert_close(found["0"].value.double(), all_pairs(model[0], x), rtol=1e-5, atol=0)
+    inner = all_pairs(model[1], model[0](x).detach())
+    assert_close(found["1"].value.double(), inner, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("hints", [{"head_dim": 4}, {"num_heads": 4}, {"n_head": 4}])
+def test_head_width_is_taken_from_hints(hints, x):
+    model = Attention(kv_heads=2, **hints)
+    with LogitTracker(model) as tracker:
+        model(x)
+        (reading,) = tracker.consume().values()
+    assert tracker.sites[0].kv_heads == 2
+    assert_close(reading.value.double(), all_pairs(model, x), rtol=1e-5, atol=0)
+
+
+def test_head_width_is_taken_from_the_models_config(x):
+    class Config:
+        num_attention_heads = 4
+
+    model = nn.Sequential(Attention(hidden=1))
+    model.config = Config()
+    with LogitTracker(model) as tracker:
+        assert tracker.sites[0].heads == 4
+
+
+def test_module_without_a_hint_is_named(caplog):
+    model = nn.Sequential(Attention(hidden=1))
+    with caplog.at_level(logging.WARNING), LogitTracker(model) as tracker:
+        assert not tracker.sites
+    assert "set head_dim or num_heads" in tracker.unread[0] and tracker.unread[0] in caplog.text
+
+
+def test_projected_bound_covers_a_rotation(monkeypatch, x):
+    # Cauchy-Schwarz on the projections holds after any rotation, so it may certify.
+    monkeypatch.setattr(readings, "CHEAP_SCORES", 0)
+    model = Attention()
+    with LogitTracker(model, tau=1e6) as tracker:
+        model(x)
+        (reading,) = tracker.consume().values()
+    assert tracker.tiers == {"norms": 4}
+    query, key = (getattr(model, n)(x).unflatten(-1, (-1, 4)).norm(dim=-1) for n in model.names)
+    longest = (query.amax(1) * key.amax(1)).amax(0) * 0.5
+    assert (reading.value >= longest * (1 - 1e-6)).all()
+
+
+def test_plain_module_is_clipped(x):
+    torch.manual_seed(0)
+    model = Attention()
+    before = all_pairs(model, x)
+    tau = float(before.median())
+    optimizer = with_qk_clip(
+        torch.optim.SGD(model.parameters(), lr=0.0), model, MuonClipConfig(max_qk_score=tau)
+    )
+    model(x).sum().backward()
+    optimizer.step()
+    assert_close(all_pairs(model, x), before.clamp_max(tau), rtol=1e-4, atol=0)
+
+
+COMPILED = """
+    import torch
+    from hmpo.optim import LogitTracker
+    from tests.attention.test_hooks import Attention, all_pairs
+
+    torch.manual_seed(0)
+    x, model = torch.randn(2, 7, 16), Attention()
+    with LogitTracker(model) as tracker:
+        torch.compile(model, backend="eager", fullgraph=True)(x)
+        (reading,) = tracker.consume().values()
+    assert torch.allclose(reading.value.double(), all_pairs(model, x), rtol=1e-5), reading
+"""
+
+
+def test_plain_module_compiles_without_a_graph_break():
+    # In a process of its own: the tests' shape checks around hooks are what a compiler refuses.
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(Path.cwd()), os.environ.get("PYTHONPATH", "")])
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(COMPILED)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_copies_and_pickles_are_not_heard(x):
+    model = Attention()
+    with LogitTracker(model) as tracker:
+        copy.deepcopy(model)(x)
+        pickle.loads(pickle.dumps(model))(x)
+        (reading,) = tracker.consume().values()
+    assert (reading.value == -torch.inf).all()
+    assert not model.q._forward_hooks and not model.k._forward_hooks
+
+
+def multihead_max(module, query, key, hidden):
+    """Largest visible logit per head; `hidden` (B, H, Q, K)."""
+    wide = module.embed_dim
+    if module.in_proj_weight is None:
+        weights = module.q_proj_weight, module.k_proj_weight
+    else:
+        weights = module.in_proj_weight[:wide], module.in_proj_weight[wide : 2 * wide]
+    bias = module.in_proj_bias
+    bias = torch.zeros(3 * wide) if bias is None else bias
+    q = (query @ weights[0].T + bias[:wide]).unflatten(-1, (4, -1)).transpose(1, 2)
+    k = (key @ weights[1].T + bias[wide : 2 * wide]).unflatten(-1, (4, -1)).transpose(1, 2)
+    scores = q @ k.mT * q.shape[-1] ** -0.5
+    return scores.masked_fill(hidden, -torch.inf).amax((0, 2, 3)).detach()
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("masks", ["none", "causal", "float", "padding", "both"])
+def test_fused_qkv_monitored(masks, bias, batch_first, x):
+    torch.manual_seed(0)
+    module = nn.MultiheadAttention(16, 4, bias=bias, batch_first=batch_first)
+    if bias:
+        nn.init.normal_(module.in_proj_bias)
+    given = x if batch_first else x.transpose(0, 1)
+    hidden, options = torch.zeros(2, 4, 7, 7, dtype=torch.bool), {}
+    if masks in ("causal", "both", "float"):
+        future = torch.ones(7, 7).triu(1).bool()
+        hidden |= future
+        filled = torch.zeros(7, 7).masked_fill(future, -torch.inf)
+        options["attn_mask"] = filled if masks == "float" else future
+    if masks in ("padding", "both"):
+        padding = torch.zeros(2, 7, dtype=torch.bool)
+        padding[1, 4:] = True
+        hidden |= padding[:, None, None] | padding[:, None, :, None]
+        options["key_padding_mask"] = padding
+    plain = module(given, given, given, **options)[0]
+    with LogitTracker(module, source="exact") as tracker:
+        tracked = module(given, given, given, **options)[0]
+        (reading,) = tracker.consume().values()
+    assert torch.equal(plain, tracked) and not tracker.projected
+    assert reading.exact.all()
+    assert_close(reading.value, multihead_max(module, x, x, hidden), rtol=1e-5, atol=0)
+
+
+def test_cross_attention_keeps_every_query():
+    # The keys' padding says nothing about the queries of another sequence.
+    module = nn.MultiheadAttention(16, 4, kdim=12, vdim=12, batch_first=True)
+    query, key = torch.randn(2, 5, 16), torch.randn(2, 5, 12)
+    padding = torch.zeros(2, 5, dtype=torch.bool)
+    padding[:, 1:] = True
+    with LogitTracker(module, source="exact") as tracker:
+        module(query, key, key, key_padding_mask=padding)
+        (reading,) = tracker.consume().values()
+    hidden = padding[:, None, None].expand(2, 4, 5, 5)
+    assert_close(reading.value, multihead_max(module, query, key, hidden), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("kdim", [16, 12])
+def test_multihead_attention_is_clipped(kdim):
+    torch.manual_seed(0)
+    module = nn.MultiheadAttention(16, 4, kdim=kdim, vdim=kdim, batch_first=True)
+    nn.init.normal_(module.in_proj_bias)
+    query, key = torch.randn(2, 5, 16) * 3, torch.randn(2, 5, kdim) * 3
+    none = torch.zeros(2, 4, 5, 5, dtype=torch.bool)
+    before = multihead_max(module, query, key, none)
+    values = module.in_proj_bias.detach()[32:].clone()
+    tau = float(before.median())
+    optimizer = with_qk_clip(
+        torch.optim.SGD(module.parameters(), lr=0.0), module, MuonClipConfig(max_qk_score=tau)
+    )
+    module(query, key, key)[0].sum().backward()
+    optimizer.step()
+    after = multihead_max(module, query, key, none)
+    assert_close(after, before.clamp_max(tau), rtol=1e-4, atol=0)
+    assert torch.equal(module.in_proj_bias.detach()[32:], values)
+
+
+def test_multihead_attention_with_keys_of_its_own_is_named():
+    module = nn.MultiheadAttention(16, 4, add_bias_kv=True)
+    with LogitTracker(module) as tracker:
+        assert not tracker.sites and "add_bias_kv" in tracker.unread[0]
+
+
+def test_layers_of_torch_transformers_are_found(x):
+    layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True, dropout=0.0)
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    with LogitTracker(model) as tracker:
+        model(x).sum().backward()
+        found = tracker.consume()
+    assert [*found] == ["layers.0.self_attn", "layers.1.self_attn"]
+    assert all(r.value.isfinite().all() for r in found.values())
+
+
+def test_gptj_is_said_to_be_read_before_its_rotation():
+    from transformers import GPTJConfig, GPTJForCausalLM
+
+    config = GPTJConfig(vocab_size=32, n_embd=32, n_layer=2, n_head=4, rotary_dim=4, n_positions=32)
+    model = GPTJForCausalLM(config)
+    ids = torch.randint(0, 32, (2, 6))
+    with LogitTracker(model) as tracker:
+        model(input_ids=ids)
+        found = tracker.consume()
+    assert len(found) == 2 and tracker.projected == [*found]
+    assert all(r.value.isfinite().all() and not r.exact.any() for r in found.values())
