@@ -6,10 +6,14 @@ device is never waited for: on an accelerator a section holds the launches made 
 waiting that its own host reads cause.
 """
 
+import functools
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar, Token
 from types import TracebackType
+from typing import Any, TypeVar
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 PARTS = (
     "sampling",
@@ -100,6 +104,16 @@ class section:
 
     def __init__(self, name: str) -> None:
         self._name = name
+
+    def __call__(self, function: F) -> F:
+        """The function, each call of which is a section."""
+
+        @functools.wraps(function)
+        def timed(*args: Any, **keywords: Any) -> Any:
+            with section(self._name):
+                return function(*args, **keywords)
+
+        return timed  # type: ignore[return-value]
 
     def __enter__(self) -> None:
         self._watch = watch = _active.get()

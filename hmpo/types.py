@@ -127,6 +127,23 @@ class Batch:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MinibatchGradient:
+    """What a backward pass leaves beside the gradients in the parameters; all detached.
+
+    Example: `loss` () -0.03, `logprobs` and `entropy` (8, 12) for a minibatch of 8 responses.
+    """
+
+    loss: Float[Tensor, ""]
+    """Of the whole minibatch."""
+    logprobs: Float[Tensor, "M T"]
+    """Of the response tokens under the policy before the step (nat)."""
+    entropy: Float[Tensor, "M T"]
+    """Of the policy at these tokens (nat)."""
+    packed: bool
+    """Whether rows went through the model as one packed sequence."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Event:
     """Something that is counted and told, never silently repaired.
 

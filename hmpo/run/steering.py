@@ -7,7 +7,6 @@ from typing import Any
 from hmpo.agm.control import Control
 from hmpo.config import RunConfig
 from hmpo.errors import CheckpointError, require
-from hmpo.objective.exponent import ControllerExponent
 from hmpo.run.evaluation import SUCCESS
 from hmpo.tasks import Example, Task, make_task
 from hmpo.trainer.power_mean import PowerMeanTrainer
@@ -55,7 +54,7 @@ class Steering:
             return
         weight = None
         if isinstance(self.trainer, PowerMeanTrainer):
-            objective = self.trainer.exponent.objective
+            objective = self.trainer.objective
             weight = objective.ahm_weight if objective.mean == "ahm" else None
         self.control = Control(self.config.agm, head, weight=weight)
 
@@ -118,24 +117,15 @@ class Steering:
         return action.record
 
     def _set(self, changes: Mapping[str, Any], decided: Mapping[str, Any]) -> None:
-        trainer = self.trainer
         if "lr" in changes:
-            trainer.lr_scale = changes["lr"]
-        if "clip" in changes:
-            trainer.clip_scale = changes["clip"]
-        if "p" in changes:
-            assert isinstance(trainer.exponent, ControllerExponent), "the configuration says so"
-            trainer.exponent.set(changes["p"])
-        if "weight" in changes:
-            self._set_weight(changes["weight"])
+            self.trainer.lr_scale = changes["lr"]
+        objective = {name: changes[name] for name in ("p", "weight", "clip") if name in changes}
+        if objective:
+            self.trainer.in_force.set(**objective)
         if "batch" in changes:
             self.prompts = int(decided["decision/batch"]) // self.config.trainer.group_size
         if "level" in changes:
             self.level = int(changes["level"])
-
-    def _set_weight(self, weight: float) -> None:
-        exponent = self.trainer.exponent
-        exponent.objective = dataclasses.replace(exponent.objective, ahm_weight=weight)
 
     def _tell(self, changes: Mapping[str, Any], decided: Mapping[str, Any]) -> None:
         """Events of what a reader of the log would look for."""
@@ -179,6 +169,5 @@ class Steering:
             return
         force = self.control.force
         self.trainer.lr_scale = force["lr"]
-        self.trainer.clip_scale = force["clip"]
-        if "weight" in force:
-            self._set_weight(float(force["weight"]))  # p is in the trainer's own state
+        weight = float(force["weight"]) if "weight" in force else None
+        self.trainer.in_force.set(clip=force["clip"], weight=weight)  # p is in the trainer's state

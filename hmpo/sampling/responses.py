@@ -35,7 +35,7 @@ from hmpo.sampling.graph import GraphDecoder
 from hmpo.sampling.stop import StopStrings
 from hmpo.types import Rollout
 
-__all__ = ["draw_tokens", "keyed_generator", "minibatch_rows", "sample_responses"]
+__all__ = ["draw_tokens", "keyed_generator", "sample_responses"]
 
 COMPACT_SHARE = 0.25
 """Finished rows leave the batch once they are this share of it (copying a cache costs time)."""
@@ -140,23 +140,6 @@ def sample_responses(
         group_size=group_size,
         fast=slow is None,
     )
-
-
-def minibatch_rows(
-    rows: int, minibatches: int, *, seed: int, rollout: int, epoch: int
-) -> list[Int[Tensor, " M"]]:
-    """A random partition of a rollout's rows into `minibatches` parts of nearly equal size.
-
-    Args:
-        rows: N, responses of the rollout.
-        minibatches: parts, at most N.
-        seed: of the run.
-        rollout: index of the rollout.
-        epoch: pass over the rollout.
-    """
-    require(1 <= minibatches <= rows, "minibatches", minibatches, f"1 to {rows}")
-    generator = keyed_generator(seed, f"minibatch-{epoch}", rollout)
-    return list(torch.randperm(rows, generator=generator).tensor_split(minibatches))
 
 
 @contextlib.contextmanager

@@ -20,10 +20,10 @@ Fault = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Look:
+class UpdateCheck:
     """What the host learns of an update before its step.
 
-    Example: `Look(loss=-0.03, norm=0.8, fault=None)`.
+    Example: `UpdateCheck(loss=-0.03, norm=0.8, fault=None)`.
     """
 
     loss: float
@@ -32,14 +32,14 @@ class Look:
     fault: Fault | None
 
 
-def look(
+def check_update(
     policy: nn.Module,
     optimizer: torch.optim.Optimizer,
     batch: Batch,
     loss: Tensor,
     logprobs: Tensor,
     norm: Tensor,
-) -> Look:
+) -> UpdateCheck:
     """Loss, gradient norm and the first fault of an update, at one wait for the device.
 
     Only where something is not finite it is looked for, one place after the other.
@@ -53,20 +53,20 @@ def look(
         norm: global L2 norm of the gradient.
     """
     old, mask = batch.rollout.old_logprobs, batch.rollout.response_mask
-    probes = [(values.isfinite() | ~mask).all() for values in (logprobs, old)]
+    probes = [(of_tokens.isfinite() | ~mask).all() for of_tokens in (logprobs, old)]
     probes += [batch.advantages.isfinite().all()]
     probes += probe([tensor for _, tensor in _state_tensors(policy, optimizer)])
     numbers = [loss, norm, *probes]
     home = loss.device
-    found = torch.stack([n.to(home, torch.float64) for n in numbers]).tolist()
+    values = torch.stack([n.to(home, torch.float64) for n in numbers]).tolist()
     fault = None
-    if not (math.isfinite(found[0]) and math.isfinite(found[1]) and all(found[2:])):
+    if not (math.isfinite(values[0]) and math.isfinite(values[1]) and all(values[2:])):
         fault = (
             forward_fault(batch, loss, logprobs)
             or gradient_fault(policy, norm)
             or optimizer_fault(policy, optimizer)
         )
-    return Look(loss=found[0], norm=found[1], fault=fault)
+    return UpdateCheck(loss=values[0], norm=values[1], fault=fault)
 
 
 def step_fault(policy: nn.Module, optimizer: torch.optim.Optimizer) -> Fault | None:
@@ -141,7 +141,7 @@ def probe(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def seem_finite(tensors: Sequence[Tensor]) -> bool:
-    """Whether no norm of these tensors is NaN or infinite, at one look per device."""
+    """Whether no norm of these tensors is NaN or infinite, at one wait for each device."""
     flags: dict[torch.device, list[Tensor]] = defaultdict(list)
     for flag in probe(tensors):
         flags[flag.device].append(flag)
@@ -149,7 +149,7 @@ def seem_finite(tensors: Sequence[Tensor]) -> bool:
 
 
 def _first_bad(named: Iterable[tuple[str, Tensor]]) -> str | None:
-    """Name of the first floating tensor with a NaN or infinity, at one look per device."""
+    """Name of the first floating tensor with a NaN or infinity, at one wait for each device."""
     tensors = [(name, value) for name, value in named if value.is_floating_point()]
     if seem_finite([value for _, value in tensors]):
         return None

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from hmpo.attention.packed import was_packed
 from hmpo.attention.tap import hearing
 from hmpo.config import TrainerConfig
 from hmpo.config.objective import MismatchConfig, ObjectiveConfig
@@ -14,7 +15,7 @@ from hmpo.models.policy import autocast
 from hmpo.objective.loss import count_denominators, minibatch_band, power_mean_loss
 from hmpo.objective.mismatch import join_weights, on_policy_rows
 from hmpo.stopwatch import section
-from hmpo.types import Band, Batch, Denominators
+from hmpo.types import Band, Batch, Denominators, MinibatchGradient
 
 
 def accumulate(
@@ -24,7 +25,7 @@ def accumulate(
     objective: ObjectiveConfig,
     exponent: Float[Tensor, ""] | None,
     mismatch: MismatchConfig | None = None,
-) -> tuple[Float[Tensor, ""], Float[Tensor, "M T"], Float[Tensor, "M T"]]:
+) -> MinibatchGradient:
     """Back-propagate a minibatch in micro-batches.
 
     Rows whose gradient is known to be zero (`idle_rows`) go forward only: their log-probs,
@@ -43,7 +44,7 @@ def accumulate(
             corrections come with the batch.
 
     Returns:
-        (loss (), log-probs (M, T), entropy (M, T)), all detached.
+        Loss, log-probs and entropy, all detached.
     """
     mask = batch.rollout.response_mask & batch.valid[:, None]
     idle = idle_rows(batch, objective)
@@ -66,7 +67,12 @@ def accumulate(
             sides += _apart(policy, terms, config, part, idle[part])
     rows, losses, logprobs, entropies = zip(*sides)
     order = torch.cat(rows).argsort()
-    return torch.stack(losses).sum(), torch.cat(logprobs)[order], torch.cat(entropies)[order]
+    return MinibatchGradient(
+        loss=torch.stack(losses).sum(),
+        logprobs=torch.cat(logprobs)[order],
+        entropy=torch.cat(entropies)[order],
+        packed=was_packed(policy),
+    )
 
 
 _Side = tuple[Tensor, Tensor, Tensor, Tensor]

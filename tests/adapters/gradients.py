@@ -138,12 +138,12 @@ def with_old(model: torch.nn.Module, batch: dict[str, Tensor]) -> dict[str, Tens
 def direct_gradient(trainer: PowerMeanGRPOTrainer, batch: dict[str, Tensor]) -> Tensor:
     """Autograd of `power_mean_loss` on the whole batch."""
     mask = (batch["completion_mask"] * batch["tool_mask"]).bool()
-    objective = trainer.exponent.objective
+    objective = trainer.in_force.source.objective
     inputs = (logprobs_of(trainer.model, batch), batch["old_per_token_logps"], mask)
     options: dict[str, Any] = {}
     if not objective.needs_band:
         options["denominators"] = Denominators(sequences=ROWS, tokens=int(mask.sum()))
-    exponent = trainer._exponent()
+    _, exponent = trainer.in_force.at(trainer.state.global_step)
     loss = power_mean_loss(*inputs, batch["advantages"], objective, exponent=exponent, **options)
     loss.backward()
     return gradient(trainer.model)

@@ -83,9 +83,9 @@ def test_the_exponent_of_the_source_is_the_one_in_force(tmp_path: Path) -> None:
     batch = with_old(trainer.model, make_batch())
     before = trl_gradient(trainer, batch)
     with torch.no_grad():
-        trainer.exponent.rho.fill_(0.4)
+        trainer.in_force.source.rho.fill_(0.4)
     after = trl_gradient(trainer, batch)
-    assert trainer.exponent.value(0) == pytest.approx(4 * torch.tensor(0.4).tanh().item())
+    assert trainer.in_force.source.value(0) == pytest.approx(4 * torch.tensor(0.4).tanh().item())
     assert difference(after, direct_gradient(trainer, batch)) < 1e-6
     assert difference(after, before) > 0.01
 
@@ -247,7 +247,7 @@ def test_kl_term_has_the_objectives_weights(tmp_path: Path, name: str, corrected
         batch["old_per_token_logps"],
         mask,
         batch["advantages"],
-        dataclasses.replace(trainer.exponent.objective, kl_coef=0.3),
+        dataclasses.replace(trainer.in_force.source.objective, kl_coef=0.3),
         ref_logprobs=batch["ref_per_token_logps"],
         denominators=Denominators(sequences=ROWS, tokens=int(mask.sum())),
     )
@@ -438,12 +438,12 @@ def test_learnable_exponent_resumes_bit_for_bit(tmp_path: Path) -> None:
     cut.rename(tmp_path / "aside")
     resumed = train(tmp_path / "cut", resume=True, **settings)
     assert torch.equal(weights(resumed), weights(straight))
-    assert torch.equal(resumed.exponent.rho, straight.exponent.rho)
-    one, other = (t.exponent.optimizer.state_dict()["state"][0] for t in (straight, resumed))
+    assert torch.equal(resumed.in_force.source.rho, straight.in_force.source.rho)
+    one, other = (t.in_force.source.optimizer.state_dict()["state"][0] for t in (straight, resumed))
     assert all(torch.equal(one[name], other[name]) for name in one)
     log = (tmp_path / "cut" / "telemetry.jsonl").read_bytes()
     assert log == (tmp_path / "straight" / "telemetry.jsonl").read_bytes()
-    assert straight.exponent.value(0) != -1.0
+    assert straight.in_force.source.value(0) != -1.0
 
 
 def test_a_checkpoint_without_the_exponents_state_is_refused(tmp_path: Path) -> None:
@@ -463,7 +463,7 @@ def test_an_update_in_which_no_response_counts_is_told_and_harmless(tmp_path: Pa
     trainer.train()
     last = trainer.last_record
     assert (last["n_seq"], last["n_tokens"], last["loss"]) == (0, 0, 0.0)
-    assert trainer.exponent.value(0) == pytest.approx(-1.0)
+    assert trainer.in_force.source.value(0) == pytest.approx(-1.0)
     assert torch.equal(weights(trainer), before)
 
 
@@ -515,10 +515,10 @@ def test_a_calibrated_clip_settles_and_resumes(tmp_path: Path) -> None:
     assert [pair[:2] for pair in found] == [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1)]
     before, after = found[2][2], found[3][2]
     assert before == pytest.approx(0.4) and 0 < after < 0.4 and found[-1][2] == after
-    assert trainer.calibration.scale == pytest.approx(after / 0.4)
+    assert trainer.in_force.calibration.scale == pytest.approx(after / 0.4)
     (tmp_path / "checkpoint-6").rename(tmp_path / "aside")
     resumed = train(tmp_path, resume=True, max_steps=6, **settings)
-    assert resumed.calibration.state_dict() == trainer.calibration.state_dict()
+    assert resumed.in_force.calibration.state_dict() == trainer.in_force.calibration.state_dict()
     assert torch.equal(weights(resumed), weights(trainer))
 
 
@@ -526,7 +526,7 @@ def test_a_callback_sets_the_exponent_of_a_controller(tmp_path: Path) -> None:
     class Controller(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             seen.append(trainer.last_record["ratio/p"])
-            trainer.exponent.set(seen[-1] - 0.5)
+            trainer.in_force.set(p=seen[-1] - 0.5)
 
     seen: list[float] = []
     trainer = make_trainer(str(tmp_path), exponent="controller", max_steps=3)

@@ -64,7 +64,7 @@ def test_a_run_calibrates_once_and_says_so():
     assert event.data["scale"] > 1, "GSPO's band is far too narrow for six tokens"
     assert trainer.objective.log_bounds == (event.data["log_low"], event.data["log_high"])
     assert metrics[-1]["clip/hi"] == pytest.approx(event.data["log_high"])
-    assert trainer.calibration.scale == math.fsum(trainer.calibration.scales) / 6
+    assert trainer.in_force.calibration.scale == math.fsum(trainer.in_force.calibration.scales) / 6
 
 
 def test_calibration_resumes_where_it_was():
@@ -83,7 +83,7 @@ def test_calibration_resumes_where_it_was():
     while other.pending_updates:
         other.next_update()
     other.update_step(PROMPTS)
-    assert other.calibration.state_dict() == whole.calibration.state_dict()
+    assert other.in_force.calibration.state_dict() == whole.in_force.calibration.state_dict()
     assert other.objective == whole.objective != objective
 
 

@@ -104,15 +104,15 @@ def test_learnable_p_is_optimised_and_checkpointed():
         return trainer_for(model, settings(objective=learnable(target=0.999)), sgd=False, lr=0.02)
 
     straight = fresh()
-    (group,) = straight.exponent.optimizer.param_groups
-    assert group["params"] == [straight.exponent.rho] and group["weight_decay"] == 0.0
+    (group,) = straight.in_force.source.optimizer.param_groups
+    assert group["params"] == [straight.in_force.source.rho] and group["weight_decay"] == 0.0
     owned = {id(p) for g in straight.optimizer.param_groups for p in g["params"]}
-    assert id(straight.exponent.rho) not in owned, "outside the model's gradient clipping"
+    assert id(straight.in_force.source.rho) not in owned, "outside the model's gradient clipping"
     records = [straight.update_step(PROMPTS) for _ in range(3)]
-    assert straight.exponent.value(0) != -1.0 and straight.exponent.rho.grad is None
+    assert straight.in_force.source.value(0) != -1.0 and straight.in_force.source.rho.grad is None
     assert all(abs(r["ratio/p_step"]) > 0 and r["ratio/p_bound"] == 0 for r in records)
     assert records[-1]["ratio/p"] + records[-1]["ratio/p_step"] == pytest.approx(
-        straight.exponent.value(0)
+        straight.in_force.source.value(0)
     )
     for stop in range(1, 6):
         first, second = fresh(), fresh()
@@ -126,7 +126,7 @@ def test_learnable_p_is_optimised_and_checkpointed():
                 second.begin_rollout(PROMPTS, {})
             second.next_update()
         assert torch.equal(weights(second.policy), weights(straight.policy)), stop
-        assert torch.equal(second.exponent.rho, straight.exponent.rho), stop
+        assert torch.equal(second.in_force.source.rho, straight.in_force.source.rho), stop
 
 
 def test_learnable_p_survives_a_checkpoint_on_disk(tmp_path):
@@ -137,8 +137,8 @@ def test_learnable_p_survives_a_checkpoint_on_disk(tmp_path):
     save_checkpoint(tmp_path, trainer.step, trainer.state_dict())
     other = trainer_for(tiny_llama(), settings(objective=learnable()), sgd=False)
     other.load_state_dict(load_checkpoint(tmp_path).state)
-    assert torch.equal(other.exponent.rho, trainer.exponent.rho)
-    one, two = (t.exponent.optimizer.state_dict()["state"][0] for t in (trainer, other))
+    assert torch.equal(other.in_force.source.rho, trainer.in_force.source.rho)
+    one, two = (t.in_force.source.optimizer.state_dict()["state"][0] for t in (trainer, other))
     assert all(torch.equal(one[key], two[key]) for key in one) and len(one) >= 3
 
 
@@ -146,11 +146,11 @@ def test_p_does_not_learn_from_a_skipped_update():
     trainer = trainer_for(tiny_llama(), settings(objective=learnable()))
     trainer.begin_rollout(PROMPTS, {})
     trainer.next_update()
-    before = trainer.exponent.value(0)
+    before = trainer.in_force.source.value(0)
     trainer.batch.rollout.old_logprobs[:] = float("nan")
     record = trainer.next_update()
     assert record["update_skipped"] == 1 and "ratio/p_step" not in record
-    assert trainer.exponent.value(0) == before
+    assert trainer.in_force.source.value(0) == before
 
 
 @pytest.mark.parametrize("size", [1, 3])
@@ -195,7 +195,10 @@ def test_schedule_and_rewards_set_the_exponent_of_each_update():
     assert record["clip/hi"] == pytest.approx(math.log(1.2 + gain))
     other = trainer_for(tiny_llama(), settings(objective=members.apmpo()))
     other.load_state_dict(copy.deepcopy(trainer.state_dict()))
-    assert other.objective == trainer.objective and other.exponent.p == trainer.exponent.p
+    assert (
+        other.objective == trainer.objective
+        and other.in_force.source.p == trainer.in_force.source.p
+    )
 
 
 def test_a_controller_sets_the_exponent_of_the_next_updates_and_a_checkpoint_keeps_it():
@@ -203,13 +206,13 @@ def test_a_controller_sets_the_exponent_of_the_next_updates_and_a_checkpoint_kee
     trainer = trainer_for(tiny_llama(), settings(objective=objective))
     trainer.begin_rollout(PROMPTS, {})
     assert trainer.next_update()["ratio/p"] == -1.0
-    trainer.exponent.set(0.25)
+    trainer.in_force.set(p=0.25)
     assert trainer.next_update()["ratio/p"] == 0.25
     other = trainer_for(tiny_llama(), settings(objective=objective))
     other.load_state_dict(copy.deepcopy(trainer.state_dict()))
-    assert other.exponent.value(0) == 0.25
+    assert other.in_force.source.value(0) == 0.25
     with pytest.raises(ConfigError, match="p: got nan from a controller"):
-        trainer.exponent.set(math.nan)
+        trainer.in_force.set(p=math.nan)
 
 
 def test_sources_by_name():

@@ -64,7 +64,7 @@ def gradient(model, batch, objective, **changes):
     config = dataclasses.replace(SETTINGS, objective=objective, **changes)
     mismatch = MismatchConfig(off_policy_low=0.9)
     found = accumulate(model, batch, config, objective, None, mismatch)
-    return *found, [p.grad.clone() for p in model.parameters()]
+    return found.loss, found.logprobs, found.entropy, [p.grad.clone() for p in model.parameters()]
 
 
 def all_active(batch, objective):

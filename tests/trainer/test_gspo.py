@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -20,14 +21,14 @@ def pair(lr: float = 0.02, **changes):
         models[0],
         None,
         torch.optim.AdamW(models[0].parameters(), lr=lr),
-        GSPOConfig(**SHARED, **changes),
+        GSPOConfig(**(SHARED | changes)),
         low_tokens,
     )
     family = PowerMeanTrainer(
         models[1],
         None,
         torch.optim.AdamW(models[1].parameters(), lr=lr),
-        PowerMeanConfig(objective=members.gspo(), **SHARED, **changes),
+        PowerMeanConfig(objective=members.gspo(), **(SHARED | changes)),
         low_tokens,
     )
     return baseline, family
@@ -49,6 +50,51 @@ def test_gspo_is_family_member(lr: float, micro: int | None) -> None:
             gap = float((weights(baseline.policy) - weights(family.policy)).abs().max())
             assert gap < 1e-12
     assert clipped > 0, "the clip must act for the comparison to mean anything"
+
+
+def test_gspo_records_what_the_family_does_with_equal_values() -> None:
+    """All but what only the family knows: spread over exponents, bounds, advantages."""
+    family_only = ("ratio/", "adv/", "clip/", "update/idle_frac", "kl_loss")
+    baseline, family = pair()
+    reference = in_float64(tiny_llama(seed=3))
+    for trainer in (baseline, family):
+        trainer.collector = dataclasses.replace(trainer.collector, ref=reference)
+        trainer.begin_rollout(PROMPTS, {})
+    while baseline.pending_updates:
+        ours, theirs = family.next_update(), baseline.next_update()
+        assert theirs.keys() <= ours.keys()
+        missing = [name for name in ours.keys() - theirs.keys() if not name.startswith(family_only)]
+        assert not missing
+        apart = {"update/packed"}  # the witness never packs
+        for name in theirs.keys() - apart:
+            assert theirs[name] == pytest.approx(ours[name], rel=1e-9, abs=1e-12), name
+    assert {"kl/ref", "grad_norm_clipped", "adv/zero_frac"} <= theirs.keys()
+
+
+def test_gspo_update_step_averages_over_the_updates_as_the_family_does() -> None:
+    baseline, family = pair()
+    ours, theirs = family.update_step(PROMPTS), baseline.update_step(PROMPTS)
+    for name in ("loss", "pg_loss", "grad_norm", "update_skipped"):
+        assert theirs[name] == pytest.approx(ours[name], abs=1e-12), name
+
+
+def test_gspo_minibatches_carry_no_common_padding() -> None:
+    baseline, _ = pair(minibatches=16, epochs=1)
+    baseline.begin_rollout(PROMPTS, {})
+    whole, rollouts, gradient = baseline.batch.rollout, [], baseline.gradient
+
+    def watched(batch):
+        rollouts.append(batch.rollout)
+        return gradient(batch)
+
+    baseline.gradient = watched
+    while baseline.pending_updates:
+        baseline.next_update()
+    assert len(rollouts) == 16
+    for rollout in rollouts:
+        assert bool(rollout.prompt_mask.any(0).all()) and bool(rollout.response_mask.any(0).all())
+    widths = {rollout.input_ids.shape[1] for rollout in rollouts}
+    assert min(widths) < whole.input_ids.shape[1], "the comparison needs rows of unequal length"
 
 
 def test_gspo_baseline_resumes_bit_identically_inside_a_rollout() -> None:

@@ -14,7 +14,6 @@ from hmpo.adapters.trl.trainer import PowerMeanGRPOTrainer
 from hmpo.agm.control import Control
 from hmpo.config.control import ControlConfig
 from hmpo.errors import CheckpointError, require
-from hmpo.objective.exponent import ControllerExponent
 from hmpo.telemetry.records import step_record
 
 STATE_FILE = "hmpo_agm.json"
@@ -80,9 +79,7 @@ class AGMCallback(TrainerCallback):
         if log.sink is not None:
             log.sink.write(action.record)
         if "p" in action.changes:
-            exponent = self.trainer.exponent
-            assert isinstance(exponent, ControllerExponent), "the settings were checked"
-            exponent.set(float(action.changes["p"]))
+            self.trainer.in_force.set(p=float(action.changes["p"]))
         if self.config.mode == "apply" and "lr" in self.config.controls:
             factor = float(self.control.force["lr"])
             groups = kwargs["optimizer"].param_groups

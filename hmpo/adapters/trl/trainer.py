@@ -38,10 +38,8 @@ from hmpo.adapters.surrogate import surrogate_advantages
 from hmpo.adapters.trl.config import PowerMeanGRPOConfig
 from hmpo.adapters.trl.log import Rows, TelemetryLog, gather_rows, join_rows, rollout_metrics
 from hmpo.checkpoint import load_checkpoint, save_checkpoint
-from hmpo.config.objective import ObjectiveConfig
-from hmpo.objective.calibration import ClipCalibration
-from hmpo.objective.exponent import ExponentSource, exponent_source
-from hmpo.objective.loss import exponent_in_force, objective_metrics, power_mean_loss
+from hmpo.objective.in_force import ObjectiveInForce
+from hmpo.objective.loss import objective_metrics
 from hmpo.optim import MuonClipConfig, with_qk_clip
 from hmpo.optim.state import clip_metrics
 from hmpo.types import Metrics
@@ -94,7 +92,6 @@ class PowerMeanGRPOTrainer(GRPOTrainer):
         self._grad_norm: Tensor | float | None = None
         self._rollout: Metrics = {}
         self._rollouts = self._staleness = 0
-        self.calibration = ClipCalibration(args.resolved_objective)
         self.last_record: Metrics = {}
         self.resumed_from: str | None = None
         """Checkpoint folder that training goes on from."""
@@ -113,15 +110,10 @@ class PowerMeanGRPOTrainer(GRPOTrainer):
     # ---------------------------------------------------------------------------- the objective
 
     @functools.cached_property
-    def exponent(self) -> ExponentSource:
-        """Where p comes from; made when training starts, as a schedule needs its length."""
+    def in_force(self) -> ObjectiveInForce:
+        """The objective as it stands; made when training starts, as a schedule needs its length."""
         device = self.accelerator.device
-        return exponent_source(self.args.resolved_objective, device, self.state.max_steps or None)
-
-    @property
-    def present_objective(self) -> ObjectiveConfig:
-        """The objective in force; rewards or a calibration may have moved its bounds."""
-        return self.calibration.apply(self.exponent.objective)
+        return ObjectiveInForce(self.args.resolved_objective, device, self.state.max_steps or None)
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         """TRL's loss on a copy of `inputs`, which it uses again in later iterations."""
@@ -153,8 +145,10 @@ class PowerMeanGRPOTrainer(GRPOTrainer):
             entropy=entropy,
             ref_logprobs=inputs.get("ref_per_token_logps"),
         )
-        tensors = (rows.logprobs, rows.old_logprobs, rows.mask, rows.advantages)
-        weights = surrogate_advantages(*tensors, self.present_objective, self._exponent())
+        objective, exponent = self.in_force.at(self.state.global_step)
+        weights = surrogate_advantages(
+            rows.logprobs, rows.old_logprobs, rows.mask, rows.advantages, objective, exponent
+        )
         if not bool(weights.isfinite().all()):
             row, token = (~weights.isfinite()).nonzero()[0].tolist()
             raise NonFiniteError(
@@ -173,11 +167,6 @@ class PowerMeanGRPOTrainer(GRPOTrainer):
         if self.model.training:
             self._window.append(rows)
 
-    def _exponent(self) -> Tensor | None:
-        """The exponent in force, None where the objective's own fields say it."""
-        p = self.exponent.value(self.state.global_step)
-        return None if p is None else torch.tensor(p, dtype=torch.float64)
-
     def _calculate_rewards(self, *args: Any, **options: Any) -> Tensor:
         """TRL's rewards, of which a reward-adaptive exponent takes note."""
         rewards = super()._calculate_rewards(*args, **options)
@@ -185,7 +174,7 @@ class PowerMeanGRPOTrainer(GRPOTrainer):
             self._rollouts, self._staleness = self._rollouts + 1, 0
             scored = ~rewards.isnan().all(1)
             total = (rewards * self.reward_weights.to(rewards.device)).nansum(1)
-            self.exponent.observe(total[scored])
+            self.in_force.observe(total[scored])
         return rewards
 
     # ------------------------------------------------------------------- after an optimizer step
@@ -194,51 +183,36 @@ class PowerMeanGRPOTrainer(GRPOTrainer):
         """Measure the update, let a learnable exponent follow it, and log both."""
         rows = gather_rows(join_rows(self._window), self.accelerator)
         self._window = []
-        tensors = (rows.logprobs, rows.old_logprobs, rows.mask, rows.advantages)
-        objective, exponent = self.present_objective, self._exponent()
-        found = objective_metrics(
-            *tensors,
+        objective, exponent = self.in_force.at(self.state.global_step)
+        measured = objective_metrics(
+            rows.logprobs,
+            rows.old_logprobs,
+            rows.mask,
+            rows.advantages,
             dataclasses.replace(objective, kl_coef=0.0),
             ref_logprobs=rows.ref_logprobs,
             exponent=exponent,
         )
-        metrics: Metrics = {name: float(value) for name, value in found.items()}
+        metrics: Metrics = {name: float(value) for name, value in measured.items()}
         if self.beta != 0:
             metrics.pop("kl_loss", None)  # TRL's term, in TRL's log; absent where no row counts
         tokens = max(1, int(rows.mask.sum()))
         metrics["entropy"] = float((rows.entropy * rows.mask).sum(dtype=torch.float64)) / tokens
         skipped = bool(self.accelerator.optimizer_step_was_skipped)
         if not skipped:
-            self._calibrate(rows, exponent)
-            metrics |= self._learn(rows)
+            learned, _ = self.in_force.follow(
+                rows.logprobs,
+                rows.old_logprobs,
+                rows.mask,
+                rows.advantages,
+                update=self.state.global_step,
+                rollout=self._rollouts - 1,
+                staleness=self._staleness,
+            )
+            metrics |= learned
             metrics |= clip_metrics(self._bare_optimizer) if self.args.qk_clip else {}
         self._log_update(metrics, skipped)
         self._staleness += 1
-
-    def _calibrate(self, rows: Rows, exponent: Tensor | None) -> None:
-        """Let a calibrated clip see the update, and say where that settles it."""
-        base = self.exponent.objective
-        if base.clip_share is None:
-            return
-        log_ratio = (rows.logprobs - rows.old_logprobs).masked_fill(~rows.mask, 0.0)
-        units = (log_ratio, rows.mask, rows.advantages)
-        p = exponent_in_force(*units, base, exponent)
-        settled = self.calibration.observe(
-            *units, p, base, rollout=self._rollouts - 1, staleness=self._staleness
-        )
-        if settled:
-            low, high = self.present_objective.log_bounds
-            logger.info("clip half-widths calibrated: log bounds %.3g and %.3g", low, high)
-
-    def _learn(self, rows: Rows) -> Metrics:
-        """Let a learnable exponent follow the update."""
-
-        def surrogate(p: Tensor) -> Tensor:
-            tensors = (rows.logprobs, rows.old_logprobs, rows.mask, rows.advantages)
-            return power_mean_loss(*tensors, self.present_objective, exponent=p)
-
-        log_ratio = (rows.logprobs - rows.old_logprobs).masked_fill(~rows.mask, 0.0)
-        return self.exponent.learn(log_ratio, rows.mask, rows.advantages, surrogate)
 
     def _log_update(self, metrics: Metrics, skipped: bool) -> None:
         """Hand the numbers of one update to TRL's log and to ours."""
@@ -302,8 +276,7 @@ class PowerMeanGRPOTrainer(GRPOTrainer):
         if self.args.should_save:
             folder = Path(self._get_output_dir(trial=trial))
             state = {
-                "exponent": self.exponent.state_dict(),
-                "calibration": self.calibration.state_dict(),
+                **self.in_force.state_dict(),
                 "rollouts": self._rollouts,
                 "telemetry": self.telemetry.offset(),
             }
@@ -324,11 +297,10 @@ class PowerMeanGRPOTrainer(GRPOTrainer):
         saved = load_checkpoint(path)
         if saved is not None:
             state = saved.state
-            self.exponent.load_state_dict(state["exponent"])
-            self.calibration.load_state_dict(state["calibration"])
+            self.in_force.load_state_dict(state)
             self._rollouts = state["rollouts"]
             self.telemetry.resume_at = state["telemetry"]
-        elif self.exponent.state_dict():
+        elif self.in_force.state_dict()["exponent"]:
             raise CheckpointError(
                 f"{path}: missing, expected the state of the exponent; resume from a checkpoint of "
                 "PowerMeanGRPOTrainer"

@@ -1,0 +1,318 @@
+"""What every trainer does around its mathematics: rollouts, minibatches, steps, faults, state.
+
+`Trainer.update_step` is the algorithm in flow order. `begin_rollout` and `next_update` are its
+two parts, so that a run can save its state between any two updates, also inside a rollout. The
+mathematics stands in three methods of the trainer at hand: `advantages` of a rollout, `gradient`
+of a minibatch, and `measure` of an update.
+"""
+
+import logging
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Generic, TypeVar
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from hmpo.config import TrainerConfig
+from hmpo.errors import NonFiniteError, require
+from hmpo.models.policy import load_trained_state, trained_state
+from hmpo.optim import MuonClip, MuonClipConfig, discard_qk_readings, with_qk_clip
+from hmpo.optim.state import clip_metrics, join_clip_state, split_clip_state
+from hmpo.randomness import keyed_generator
+from hmpo.rewards import Rewards
+from hmpo.stopwatch import section
+from hmpo.trainer.faults import Fault, UpdateCheck, check_update, fault_text, step_fault
+from hmpo.trainer.rollout import Collected, Collector, Prompts
+from hmpo.types import Batch, Event, Metrics, MinibatchGradient
+
+logger = logging.getLogger(__name__)
+
+
+C = TypeVar("C", bound=TrainerConfig)
+
+
+class Trainer(ABC, Generic[C]):
+    """The plumbing of `PowerMeanTrainer` and `GSPOTrainer`; see there for the arguments."""
+
+    def __init__(
+        self,
+        policy_model: nn.Module,
+        ref_model: nn.Module | None,
+        optimizer: torch.optim.Optimizer,
+        config: C,
+        reward_fn: Callable[..., Any] | Rewards,
+        *,
+        tokenizer: Any = None,
+        stop: Sequence[str] = (),
+        recompute: bool = False,
+    ) -> None:
+        self.policy, self.ref, self.config = policy_model, ref_model, config
+        self.device = next(policy_model.parameters()).device
+        if not isinstance(reward_fn, Rewards):
+            reward_fn = Rewards(
+                reward_fn, on_error=config.on_reward_error, timeout=config.reward_timeout
+            )
+        self.collector = Collector(
+            policy=policy_model,
+            ref=ref_model,
+            config=config,
+            rewards=reward_fn,
+            tokenizer=tokenizer,
+            stop=tuple(stop),
+            recompute=recompute,
+        )
+        config.lr_factor(0)  # an incomplete schedule is refused now, not at the first update
+        if config.qk_clip and not isinstance(optimizer, MuonClip):
+            clip = MuonClipConfig(max_qk_score=config.max_qk_score)
+            optimizer = with_qk_clip(optimizer, policy_model, clip)
+        self.optimizer = optimizer
+        for group in optimizer.param_groups:
+            group.setdefault("initial_lr", group["lr"])
+        self.lr_scale = 1.0
+        """Factor of whoever controls the run on the learning rate; not in the state."""
+        self.step = self.rollouts = self.cursor = self.skipped_in_a_row = 0
+        self.totals = {"nonfinite_total": 0, "optim/skipped_total": 0, "num_tokens": 0}
+        self.batch: Batch | None = None
+        self.rollout_metrics: Metrics = {}
+        self.samples: list[dict[str, Any]] = []
+        self.events: list[Event] = []
+
+    # ---------------------------------------------------------------------- the way of the data
+
+    def update_step(self, prompts: Prompts, **columns: Sequence[Any]) -> Metrics:
+        """One rollout and all its optimizer updates.
+
+        Args:
+            prompts: text (with a tokenizer), lists of token ids, or ids (B, P).
+            columns: per-prompt values handed to the reward function.
+
+        Returns:
+            Metrics by telemetry name: those of the last update, with `loss`, `pg_loss` and
+            `grad_norm` averaged and `update_skipped` summed over the rollout's updates.
+        """
+        self.begin_rollout(prompts, columns)
+        records = []
+        while self.pending_updates:
+            records.append(self.next_update())
+        merged = dict(records[-1])
+        for name in ("loss", "pg_loss", "grad_norm"):
+            merged[name] = math.fsum(record[name] for record in records) / len(records)
+        merged["update_skipped"] = sum(record["update_skipped"] for record in records)
+        return merged
+
+    @section("rewards")  # less the sections inside: sampling and log-probs
+    def begin_rollout(self, prompts: Prompts, columns: Mapping[str, Sequence[Any]]) -> None:
+        """Sample responses, score them, and form advantages."""
+        found = self.collector.collect(prompts, columns, index=self.rollouts, step=self.step)
+        advantages, zero_frac = self.advantages(found.rewards, found.valid)
+        weights, mismatch = self.corrections(found)
+        self.batch = Batch(
+            rollout=found.rollout,
+            rewards=found.rewards,
+            advantages=advantages,
+            valid=found.valid,
+            ref_logprobs=found.ref_logprobs,
+            weights=weights,
+        )
+        self.cursor = 0
+        self.rollouts += 1
+        self.rollout_metrics = found.metrics | mismatch | {"adv/zero_frac": zero_frac}
+        self.samples = found.samples
+        self.events += found.events
+        self.totals["num_tokens"] += int(found.rollout.attention_mask.sum())
+
+    def next_update(self) -> Metrics:
+        """One optimizer update on the next minibatch of the rollout in use.
+
+        Returns:
+            Metrics by telemetry name.
+
+        Raises:
+            NonFiniteError: under `on_nonfinite="stop"`, after `max_nonfinite` skips in a row, or
+                where a step itself made the weights or the optimizer's state non-finite.
+        """
+        batch = self._minibatch()
+        with section("backward"):  # less the sections inside: log-probs and objective
+            gradient = self.gradient(batch)
+        check = self._step_optimizer(batch, gradient)
+        measured = self.measure(batch, gradient, applied=check.fault is None)
+        record = self._record(check, measured)
+        self.cursor += 1
+        self._count(check.fault)
+        self.step += 1
+        if not self.pending_updates:
+            self.batch = None
+        return record | self.totals
+
+    @property
+    def pending_updates(self) -> int:
+        """Updates that the rollout in use still serves."""
+        return 0 if self.batch is None else self.config.updates_per_rollout - self.cursor
+
+    def drain_events(self) -> list[Event]:
+        """Events since the last call, oldest first."""
+        events, self.events = self.events, []
+        return events
+
+    # ------------------------------------------------------------------------- the mathematics
+
+    @abstractmethod
+    def advantages(
+        self, rewards: Float[Tensor, " N"], valid: Bool[Tensor, " N"]
+    ) -> tuple[Float[Tensor, " N"], float]:
+        """Advantages of a rollout's responses, and the share of groups without a signal."""
+
+    def corrections(self, found: Collected) -> tuple[Tensor | None, Metrics]:
+        """Weights (N,) or (N, T) where sampler and trainer may differ, and how much they do."""
+        return None, {}
+
+    @abstractmethod
+    def gradient(self, batch: Batch) -> MinibatchGradient:
+        """Put a minibatch's gradient into the parameters' `grad`."""
+
+    @abstractmethod
+    def measure(self, batch: Batch, gradient: MinibatchGradient, *, applied: bool) -> Metrics:
+        """Metrics of an update; what learns from updates that were applied does so here."""
+
+    # ------------------------------------------------------------------- the parts of an update
+
+    @section("logprobs")
+    def _minibatch(self) -> Batch:
+        """Rows of the rollout in use that this update learns from, without common padding."""
+        assert self.batch is not None and self.pending_updates, "begin_rollout comes first"
+        epoch, part = divmod(self.cursor, self.config.minibatches)
+        rows = minibatch_rows(
+            len(self.batch.rewards),
+            self.config.minibatches,
+            seed=self.config.seed,
+            rollout=self.rollouts - 1,
+            epoch=epoch,
+        )[part]
+        return self.batch.select(rows.to(self.device)).trimmed()
+
+    @section("optimizer")
+    def _step_optimizer(self, batch: Batch, gradient: MinibatchGradient) -> UpdateCheck:
+        """Clip the gradient and step, unless something is not finite; no gradient is left.
+
+        The host waits for the device once before the step, to learn whether to take it, and once
+        after it.
+        """
+        factor = self.config.lr_factor(self.step) * self.lr_scale
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * factor
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        check = check_update(
+            self.policy, self.optimizer, batch, gradient.loss, gradient.logprobs, norm
+        )
+        if check.fault is None:
+            limit = self.config.max_grad_norm
+            if limit is not None and check.norm > 0.999 * limit:  # else the factor is exactly 1
+                nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+            self.optimizer.step()
+            self._check_step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return check
+
+    def _check_step(self) -> None:
+        """Stop at once if the step spoilt weights or state: there is no way back from it here."""
+        fault = step_fault(self.policy, self.optimizer)
+        if fault is None:
+            return
+        self.totals["nonfinite_total"] += 1
+        self.events.append(Event(name="nonfinite", step=self.step, data=fault))
+        raise NonFiniteError(
+            f"update {self.step}: not finite after the step at {fault_text(fault)}; resume from "
+            "the last checkpoint with a lower learning rate"
+        )
+
+    @section("telemetry")
+    def _record(self, check: UpdateCheck, measured: Metrics) -> Metrics:
+        """The record of this update by telemetry name."""
+        epoch, part = divmod(self.cursor, self.config.minibatches)
+        skipped = check.fault is not None
+        return {
+            "step": self.step,
+            "rollout": self.rollouts - 1,
+            "epoch_in_rollout": epoch,
+            "minibatch": part,
+            "staleness": self.cursor,
+            "loss": check.loss,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "grad_norm": check.norm,
+            "grad_norm_clipped": min(check.norm, self.config.max_grad_norm or math.inf),
+            "update_skipped": int(skipped),
+            "nonfinite": int(skipped),
+            **measured,
+            **self.rollout_metrics,
+            **({} if skipped else clip_metrics(self.optimizer)),
+        }
+
+    def _count(self, fault: Fault | None) -> None:
+        """Count a skipped update, and stop where the configuration says so."""
+        if fault is None:
+            self.skipped_in_a_row = 0
+            return
+        discard_qk_readings(self.optimizer)
+        self.skipped_in_a_row += 1
+        self.totals["nonfinite_total"] += 1
+        self.totals["optim/skipped_total"] += 1
+        where = fault_text(fault)
+        self.events.append(Event(name="nonfinite", step=self.step, data=fault))
+        logger.warning("update %d skipped: not finite at %s", self.step, where)
+        stop = self.config.on_nonfinite == "stop"
+        if stop or self.skipped_in_a_row >= self.config.max_nonfinite:
+            raise NonFiniteError(
+                f"update {self.step}: not finite at {where}; {self.skipped_in_a_row} update(s) "
+                "skipped in a row; lower the learning rate or resume from the last checkpoint"
+            )
+
+    # ------------------------------------------------------------------------------- the state
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a bit-identical continuation needs, as plain values and tensors."""
+        return {
+            "model": trained_state(self.policy),
+            **split_clip_state(self.optimizer),
+            "trainer": {
+                "step": self.step,
+                "rollouts": self.rollouts,
+                "cursor": self.cursor,
+                "skipped_in_a_row": self.skipped_in_a_row,
+                "totals": dict(self.totals),
+                "rollout_metrics": dict(self.rollout_metrics),
+                "batch": None if self.batch is None else self.batch.state_dict(),
+            },
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue exactly where `state_dict` was taken."""
+        load_trained_state(self.policy, state["model"])
+        join_clip_state(self.optimizer, state)
+        saved = state["trainer"]
+        self.step, self.rollouts = saved["step"], saved["rollouts"]
+        self.cursor, self.skipped_in_a_row = saved["cursor"], saved["skipped_in_a_row"]
+        self.totals = dict(saved["totals"])
+        self.rollout_metrics = dict(saved["rollout_metrics"])
+        batch = saved["batch"]
+        self.batch = None if batch is None else Batch.from_state_dict(batch, self.device)
+
+
+def minibatch_rows(
+    rows: int, minibatches: int, *, seed: int, rollout: int, epoch: int
+) -> list[Int[Tensor, " M"]]:
+    """A random partition of a rollout's rows into `minibatches` parts of nearly equal size.
+
+    Args:
+        rows: N, responses of the rollout.
+        minibatches: parts, at most N.
+        seed: of the run.
+        rollout: index of the rollout.
+        epoch: pass over the rollout.
+    """
+    require(1 <= minibatches <= rows, "minibatches", minibatches, f"1 to {rows}")
+    generator = keyed_generator(seed, f"minibatch-{epoch}", rollout)
+    return list(torch.randperm(rows, generator=generator).tensor_split(minibatches))
