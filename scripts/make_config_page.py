@@ -46,8 +46,7 @@ minibatches = 2
 The same classes serve the library: `hmpo.config.RunConfig` holds one object for each table, and
 `PowerMeanConfig`, `HMPOConfig` and `GSPOConfig` extend the trainer's table for use without a run.
 
-This page is made from `hmpo/config.py`, `hmpo/objective_config.py`, `hmpo/control_config.py` and
-`hmpo/agm_config.py` by `python scripts/make_config_page.py`.
+This page is made from the classes of `hmpo/config/` by `python scripts/make_config_page.py`.
 """
 
 TITLES = {
