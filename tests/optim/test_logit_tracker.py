@@ -11,7 +11,7 @@ from transformers.models.llama import modeling_llama
 from hmpo.errors import CheckpointError, ConfigError
 from hmpo.optim import LogitTracker, readings
 from hmpo.optim.attention_tap import _listeners, _taps
-from tests.optim.tiny import KINDS, attentions, batch, loss_of, make
+from tests.optim.tiny import KINDS, attentions, batch, loss_of, make, middle
 from tests.oracles.attention_logits import max_logits, model_max_logits
 
 INTERFACE = modeling_llama.ALL_ATTENTION_FUNCTIONS
@@ -182,7 +182,7 @@ def test_auto_is_exact_or_certified(monkeypatch):
     model = make()
     ids, mask = batch(padding="left")
     oracle = model_max_logits(model, ids, mask)
-    tau = float(torch.cat(list(oracle.values())).median())
+    tau = middle(torch.cat(list(oracle.values())))
     with LogitTracker(model, tau=tau) as tracker:
         model(input_ids=ids, attention_mask=mask)
         found = tracker.consume()
