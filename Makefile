@@ -9,8 +9,11 @@ RUN := $(VENV)/run-$(shell $(PYTHON) -c '$(HASH)' requirements.txt).stamp
 DEV := $(VENV)/dev-$(shell $(PYTHON) -c '$(HASH)' requirements.txt requirements-dev.txt).stamp
 PEER := $(PEERS)/peers-$(shell $(PYTHON) -c '$(HASH)' requirements-peers.txt pyproject.toml).stamp
 PEER_TESTS = $(wildcard tests/adapters/test_verl.py tests/differential)
+NUMERIC = python -m pytest -q -n $(JOBS) -m numeric
+OLD_CPU = OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=default DNNL_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBLE
+AVX2_CPU = OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=avx2 DNNL_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
 
-.PHONY: demo test check peers peers-test bench docs clean
+.PHONY: demo test check test-processors peers peers-test bench docs clean
 demo: $(RUN) # trains the bundled policy; makes .venv first where needed
 	$(VENV)/bin/hmpo demo
 test: $(DEV) peers-test # the whole gate; makes .venv and .venv-peers first where needed
@@ -20,7 +23,14 @@ check: docs # the whole gate in the present environment
 	ruff check .
 	pyrefly check
 	lint-imports
+	$(OLD_CPU) $(NUMERIC) $(QUICK)
 	OMP_NUM_THREADS=1 python -m pytest -q -n $(JOBS)
+test-processors: # the numeric tests as other processors and libraries would round them
+	$(OLD_CPU) $(NUMERIC)
+	$(AVX2_CPU) $(NUMERIC)
+	OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=default $(NUMERIC)
+	OMP_NUM_THREADS=1 MKL_CBWR=COMPATIBLE $(NUMERIC)
+	OMP_NUM_THREADS=2 $(NUMERIC)
 peers: $(PEER) # the second environment, .venv-peers: verl and OpenRLHF
 peers-test: $(PEER) # what is compared with them and runs inside them
 	OMP_NUM_THREADS=1 $(PEERS)/bin/python -m pytest -q -n $(JOBS) $(PEER_TESTS)

@@ -16,6 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.testing import assert_close
 
 from hmpo.optim import LogitTracker, MuonClipConfig, readings, with_qk_clip
+from tests.optim.tiny import middle
 from tests.oracles.attention_logits import max_logits
 
 NAMES = [("q_proj", "k_proj"), ("W_q", "W_k"), ("query", "key"), ("q", "k")]
@@ -120,7 +121,7 @@ def test_plain_module_is_clipped(x):
     torch.manual_seed(0)
     model = Attention()
     before = all_pairs(model, x)
-    tau = float(before.median())
+    tau = middle(before)
     optimizer = with_qk_clip(
         torch.optim.SGD(model.parameters(), lr=0.0), model, MuonClipConfig(max_qk_score=tau)
     )
@@ -234,7 +235,7 @@ def test_multihead_attention_is_clipped(kdim):
     none = torch.zeros(2, 4, 5, 5, dtype=torch.bool)
     before = multihead_max(module, query, key, none)
     values = module.in_proj_bias.detach()[32:].clone()
-    tau = float(before.median())
+    tau = middle(before)
     optimizer = with_qk_clip(
         torch.optim.SGD(module.parameters(), lr=0.0), module, MuonClipConfig(max_qk_score=tau)
     )

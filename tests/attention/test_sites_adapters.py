@@ -7,7 +7,7 @@ from peft import LoraConfig, get_peft_model
 from hmpo.attention.sites import find_sites
 from tests.attention.families import family
 from tests.optim.test_qk_clip import clip_once, parameters
-from tests.optim.tiny import batch, values
+from tests.optim.tiny import batch, middle, values
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
 
@@ -53,7 +53,7 @@ def test_lora_is_exact_where_the_base_may_be_scaled(kind, gqa):
     model = adapted(kind)
     ids, mask = batch(padding="left")
     before, old = values(model, ids, mask), parameters(model)
-    tau = float(before.median())
+    tau = middle(before)
     stats = clip_once(model, ids, mask, tau=tau, gqa=gqa, scale_frozen=True)
     torch.testing.assert_close(values(model, ids, mask), before.clamp_max(tau), rtol=1e-4, atol=0)
     assert stats.clipped_heads == 2 and stats.missed_heads == 0
@@ -66,7 +66,7 @@ def test_lora_dropout_does_not_matter():
     model = adapted("llama", lora_dropout=0.5)
     ids, mask = batch()
     before = values(model, ids, mask)
-    tau = float(before.median())
+    tau = middle(before)
     clip_once(model, ids, mask, tau=tau, scale_frozen=True)
     torch.testing.assert_close(values(model, ids, mask), before.clamp_max(tau), rtol=1e-4, atol=0)
 
@@ -76,7 +76,7 @@ def test_dora_is_exact_by_its_magnitudes_alone(kind):
     model = adapted(kind, use_dora=True)
     ids, mask = batch(padding="right")
     before, old = values(model, ids, mask), parameters(model)
-    tau = float(before.median())
+    tau = middle(before)
     stats = clip_once(model, ids, mask, tau=tau)
     torch.testing.assert_close(values(model, ids, mask), before.clamp_max(tau), rtol=1e-4, atol=0)
     assert stats.clipped_heads == 2 and stats.unclippable == ()
@@ -89,7 +89,7 @@ def test_dora_over_a_frozen_bias_needs_leave_to_scale_it():
     assert reason(model) == "q_proj.base_layer.bias is frozen"
     ids, mask = batch()
     before = values(model, ids, mask)
-    tau = float(before.median())
+    tau = middle(before)
     clip_once(model, ids, mask, tau=tau, scale_frozen=True)
     torch.testing.assert_close(values(model, ids, mask), before.clamp_max(tau), rtol=1e-4, atol=0)
 
@@ -115,7 +115,7 @@ def test_two_active_adapters_are_scaled_together():
     model.base_model.set_adapter(["default", "second"])
     ids, mask = batch()
     before = values(model, ids, mask)
-    tau = float(before.median())
+    tau = middle(before)
     clip_once(model, ids, mask, tau=tau, scale_frozen=True)
     torch.testing.assert_close(values(model, ids, mask), before.clamp_max(tau), rtol=1e-4, atol=0)
 
@@ -126,6 +126,6 @@ def test_a_base_that_trains_with_its_adapter_is_clipped():
         parameter.requires_grad_("base_layer" in name or parameter.requires_grad)
     ids, mask = batch()
     before = values(model, ids, mask)
-    tau = float(before.median())
+    tau = middle(before)
     assert clip_once(model, ids, mask, tau=tau).clipped_heads == 2
     torch.testing.assert_close(values(model, ids, mask), before.clamp_max(tau), rtol=1e-4, atol=0)

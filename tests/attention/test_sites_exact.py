@@ -6,7 +6,7 @@ import torch
 from hmpo.optim import LogitTracker, QKClip
 from tests.attention.families import FAMILIES, LAYERWISE, family
 from tests.optim.test_qk_clip import clip_once, parameters
-from tests.optim.tiny import batch, values
+from tests.optim.tiny import batch, halfway, middle, values
 
 PER_HEAD = [kind for kind in FAMILIES if kind not in LAYERWISE]
 MODES = ("balanced", "query", "group")
@@ -62,8 +62,7 @@ def frozen_copy(model, kind):
 
 def taus(before):
     """One head over; half of the heads over."""
-    top = before.flatten().sort(descending=True).values
-    return float((top[0] + top[1]) / 2), float((top[1] + top[2]) / 2)
+    return halfway(before, 1), halfway(before, 2)
 
 
 def expected(before, tau, mode, groups):
@@ -120,7 +119,7 @@ def test_shared_gains_bring_the_layer_to_tau(kind, mode):
     model = family(kind)
     ids, mask = batch(padding="right")
     before, old = values(model, ids, mask), parameters(model)
-    tau = float(before.median())
+    tau = middle(before)
     stats = clip_once(model, ids, mask, tau=tau, gqa=mode)
     gamma = tau / float(before.max())
     torch.testing.assert_close(values(model, ids, mask), before * gamma, rtol=1e-4, atol=0)
@@ -169,10 +168,10 @@ def test_soft_capped_logits_are_read_and_clipped_before_the_cap():
 def test_a_second_clip_of_the_same_batch_does_nothing(kind):
     model = family(kind)
     ids, mask = batch()
-    tau = float(values(model, ids, mask).median())
+    tau = middle(values(model, ids, mask))
     clip_once(model, ids, mask, tau=tau)
     old = parameters(model)
-    clip_once(model, ids, mask, tau=tau * (1 + 1e-5))
+    clip_once(model, ids, mask, tau=tau * (1 + 1e-4))  # the margin of the tests that reach tau
     assert all(torch.equal(p, old[name]) for name, p in model.named_parameters())
 
 
@@ -229,7 +228,7 @@ def test_layers_are_exact_each_for_its_own_input():
         before = {name: r.value for name, r in tracker.consume().items()}
     for hook in hooks:
         hook.remove()
-    tau = float(torch.stack([*before.values()]).median())
+    tau = middle(torch.stack([*before.values()]))
     inputs = dict(seen)
     clip_once(model, ids, mask, tau=tau)
     with LogitTracker(model, source="exact") as tracker:
@@ -256,7 +255,7 @@ def test_settings_of_a_clip_reach_every_family():
         model = family(kind)
         ids, mask = batch()
         before = values(model, ids, mask)[0]
-        tau = float(before.median())
+        tau = middle(before)
         with LogitTracker(model, tau=tau) as tracker:
             model(input_ids=ids, attention_mask=mask)
             QKClip(tracker, tau=tau, alpha=0.25).apply()

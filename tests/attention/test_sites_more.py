@@ -25,7 +25,7 @@ from hmpo.optim import LogitTracker, QKClip, with_qk_clip
 from hmpo.optim.muon_clip import MuonClipConfig
 from tests.attention.families import GPT2, NEOX, SIZES, family
 from tests.optim.test_qk_clip import clip_once, fake_readings, parameters
-from tests.optim.tiny import batch, loss_of, values
+from tests.optim.tiny import batch, loss_of, middle, values
 
 MORE = {
     "qwen3_next": (
@@ -82,7 +82,7 @@ def test_clip_then_rerun_beyond_the_eleven(kind):
     model = build(kind)
     ids, mask = batch(padding="left")
     before = values(model, ids, mask)
-    tau = float(before.median())
+    tau = middle(before)
     stats = clip_once(model, ids, mask, tau=tau)
     assert stats.unclippable == () and stats.clipped_heads == int((before > tau).sum()) > 0
     wanted = before.clamp_max(tau)
@@ -119,7 +119,7 @@ def test_stored_keys_of_plain_projections_stay_too():
     module.store_full_length_kv = True
     ids, _ = batch()
     before, old = values(model, ids), parameters(model)
-    tau = float(before.median())
+    tau = middle(before)
     clip_once(model, ids, tau=tau)
     moved = {name for name, p in model.named_parameters() if not torch.equal(p, old[name])}
     assert {name.split(".")[-2] for name in moved} == {"q_proj"}

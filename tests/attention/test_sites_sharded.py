@@ -23,7 +23,7 @@ from hmpo.optim import (
 )
 from tests.attention.families import family
 from tests.optim.test_qk_clip import fake_readings
-from tests.optim.tiny import batch, loss_of, values
+from tests.optim.tiny import batch, clear_of, loss_of, middle, values
 
 ODD = {"num_attention_heads": 6, "num_key_value_heads": 3, "hidden_size": 48, "head_dim": 8}
 KINDS = {"qwen2": ODD, "phi3": ODD, "gemma3": ODD, "olmo2": ODD, "gpt2": {}, "deepseek_v3": {}}
@@ -63,7 +63,8 @@ def _step_by_step(kind, mesh, rank):
     whole, sharded = family(kind, **ODD), family(kind, **ODD)
     fully_shard(sharded, mesh=mesh)
     both = torch.cat([batch(rows=2, seed=r)[0] for r in range(2)])
-    tau = float(values(whole, both).median()) / 2
+    found = values(whole, both)
+    tau = clear_of(middle(found) / 2, found)
     config = MuonClipConfig(max_qk_score=tau)
     readings = {}
     for name, model, ids in (("one", whole, both), ("two", sharded, both[2 * rank :][:2])):

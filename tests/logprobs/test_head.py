@@ -214,8 +214,11 @@ def test_rows_worked_on_together_change_nothing(rows: int, monkeypatch) -> None:
     want = run("recompute", hidden, weight, bias, targets, g, h, softcap=2.0)
     monkeypatch.setattr("hmpo.logprobs.fold.CACHED", rows * len(weight))
     got = run("recompute", hidden, weight, bias, targets, g, h, softcap=2.0)
-    assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
-    assert all(torch.equal(got[2][name], want[2][name]) for name in want[2])
+    # Not bit for bit: where a row lies in a call decides which of a kernel's loops takes it.
+    assert torch.allclose(got[0], want[0], rtol=0, atol=1e-14)
+    assert torch.allclose(got[1], want[1], rtol=0, atol=1e-14)
+    for name, gradient in want[2].items():
+        assert torch.allclose(got[2][name], gradient, rtol=0, atol=1e-13), name
 
 
 def test_half_precision_logits_are_folded_in_float32() -> None:

@@ -19,7 +19,7 @@ from hmpo.optim.adapter_factor import AIM, OVER, SplitCall, largest_factors, las
 from hmpo.optim.muon_clip import qk_clip_stats
 from tests.attention.test_sites_adapters import adapted
 from tests.optim.test_qk_clip import parameters
-from tests.optim.tiny import batch, loss_of, values
+from tests.optim.tiny import batch, clear_of, halfway, loss_of, middle, values
 from tests.oracles.adapter_factor import largest_logit, scan
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
@@ -62,9 +62,9 @@ def clip(model, batches, tau, **options):
 
 def between(low, high):
     """A threshold that the base keeps and the adapter breaks."""
-    low, high = float(low.max()), float(high.max())
-    assert high > 1.2 * low
-    return low + 0.2 * (high - low)
+    base, top = float(low.max()), float(high.max())
+    assert top > 1.2 * base
+    return clear_of(base + 0.2 * (top - base), high)
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_query_mode_is_exact_for_each_head(kind):
     ids, mask = batch(padding="right")
     before, old = values(model, ids, mask)[0], parameters(model)
     low = float(silenced_queries(model, ids, mask).max())
-    tau = max(1.05 * low, float(before.median()) + 1e-3)
+    tau = clear_of(max(1.05 * low, middle(before)), before)
     stats = clip(model, [(ids, mask)], tau, gqa="query")
     after, over = values(model, ids, mask)[0], before > tau
     assert 0 < int(over.sum()) < 4 and stats.clipped_heads == int(over.sum())
@@ -112,7 +112,7 @@ def test_only_the_rows_of_b_in_groups_above_tau_move(kind, gqa):
     ids, mask = batch()
     before, old = values(model, ids, mask)[0], parameters(model)
     pairs = before.view(2, 2).max(1).values
-    tau = float((pairs.min() + pairs.max()) / 2)
+    tau = halfway(pairs, 1)
     assert tau > float(base_values(model, ids, mask).max())
     clip(model, [(ids, mask)], tau, gqa=gqa)
     group, share = int(pairs.argmax()), []
@@ -352,7 +352,7 @@ def test_too_many_inputs_are_reported(monkeypatch):
     model = strong("llama")
     ids, mask = batch()
     old = parameters(model)
-    stats = clip(model, [(ids, mask)], float(values(model, ids, mask).median()))
+    stats = clip(model, [(ids, mask)], middle(values(model, ids, mask)))
     assert stats.missed_heads == 2 and "inputs of attention exceed" in stats.unclippable[0]
     assert all(torch.equal(p, old[name]) for name, p in model.named_parameters())
 
@@ -413,7 +413,7 @@ def test_keys_from_an_earlier_call_are_reported():
     ids, mask = batch()
     with torch.no_grad():
         cache = model(input_ids=ids, attention_mask=mask, use_cache=True).past_key_values
-    tau = float(values(model, ids, mask).median()) / 2
+    tau = middle(values(model, ids, mask)) / 2
     with LogitTracker(model, tau=tau) as tracker:
         clipper = QKClip(tracker, tau=tau)
         model(input_ids=ids, past_key_values=cache)

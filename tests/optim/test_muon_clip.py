@@ -122,7 +122,7 @@ def test_first_step_monitored(kind, maker):
     optimizer = MAKERS[maker](model, lr=0.0)
     train(model, optimizer, 1)
     stats = qk_clip_stats(optimizer)
-    assert stats.max_logit == float(before.max()) > 5.0
+    assert stats.max_logit == pytest.approx(float(before.max()), rel=1e-5) and before.max() > 5.0
     after = values(model, *batch(padding="left", seed=0))
     torch.testing.assert_close(after, before.clamp_max(5.0), rtol=1e-4, atol=0)
 

@@ -11,7 +11,7 @@ from hmpo.errors import ConfigError
 from hmpo.optim import LogitTracker, QKClip
 from hmpo.optim.logit_tracker import MaxLogits
 from hmpo.optim.qk_clip import gammas, head_factors
-from tests.optim.tiny import KINDS, attentions, batch, make, values
+from tests.optim.tiny import KINDS, attentions, batch, halfway, make, middle, values
 
 
 def clip_once(model, ids, mask=None, tau=100.0, **options):
@@ -40,13 +40,14 @@ def test_clip_then_rerun_gives_min_of_value_and_tau(kind, kv_heads, gqa):
     model = make(kind, num_key_value_heads=kv_heads, num_hidden_layers=1)
     ids, mask = batch(padding="left")
     before = values(model, ids, mask)
-    tau = float(before.median())
+    tau = middle(before)
     stats = clip_once(model, ids, mask, tau=tau, gqa=gqa)
     expected = before.clamp_max(tau)
     torch.testing.assert_close(values(model, ids, mask), expected, rtol=1e-4, atol=0)
     assert stats.clipped_heads == int((before > tau).sum()) > 0
-    assert stats.max_logit == float(before.max())
-    assert stats.min_scale == pytest.approx(tau / float(before.max()))
+    # Read from another forward pass, which may take other kernels: equal but for rounding.
+    assert stats.max_logit == pytest.approx(float(before.max()), rel=1e-5)
+    assert stats.min_scale == pytest.approx(tau / float(before.max()), rel=1e-5)
     assert stats.heads == 4 and stats.clip_rate == stats.clipped_heads / 4
 
 
@@ -55,7 +56,7 @@ def test_only_offending_head_scaled():
     ids, _ = batch()
     before, old = values(model, ids), parameters(model)
     top = int(before[0].argmax())
-    tau = float(before[0].topk(2).values.mean())
+    tau = halfway(before[0], 1)
     clip_once(model, ids, tau=tau)
     rows = torch.zeros(4, dtype=torch.bool).index_fill(0, torch.tensor(top), True)
     rows = rows.repeat_interleave(8)

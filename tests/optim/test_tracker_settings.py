@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 from hmpo.attention.tap import _listeners, listen
 from hmpo.optim import LogitTracker, readings
-from tests.optim.tiny import attentions, batch, loss_of, make
+from tests.optim.tiny import attentions, batch, loss_of, make, middle
 from tests.oracles.attention_logits import max_logits, model_max_logits
 
 
@@ -62,7 +62,7 @@ def test_compiled_auto_is_certified_or_exact(monkeypatch):
     model = make()
     ids, mask = batch(padding="left")
     oracle = model_max_logits(model, ids, mask)
-    tau = float(torch.cat(list(oracle.values())).median())
+    tau = middle(torch.cat(list(oracle.values())))
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     with LogitTracker(model, tau=tau) as tracker:
         compiled(input_ids=ids, attention_mask=mask, use_cache=False)

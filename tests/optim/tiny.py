@@ -72,5 +72,27 @@ def values(model, ids, mask=None):
         return torch.stack([r.value for r in tracker.consume().values()])
 
 
+def clear_of(tau, found):
+    """`tau`, which lies on none of the values: another processor's rounding crosses no threshold.
+
+    Another order of the sums of a layer this small moves a maximum by some 1e-6 of itself; what is
+    asked for is a hundred times that.
+    """
+    gap = float((found.double() - tau).abs().min())
+    assert gap > 1e-4 * abs(tau), f"{tau} lies within {gap} of one of {found.tolist()}"
+    return tau
+
+
+def halfway(found, above):
+    """A threshold with that many values above it, halfway between two of them."""
+    ordered = found.detach().double().flatten().sort(descending=True).values
+    return clear_of(float(ordered[above - 1 : above + 1].mean()), found)
+
+
+def middle(found):
+    """A threshold that half of the values exceed."""
+    return halfway(found, found.numel() // 2)
+
+
 def attentions(model):
     return [m for m in model.modules() if "q_proj" in dict(m.named_children())]

@@ -282,7 +282,7 @@ def test_groups_do_not_see_each_other_nor_invalid_rewards(values, size, data):
     assert torch.equal(ours, group_advantages(r, size, valid=valid))
     assert not ours[~valid].any()
     for rows in torch.arange(12).split(size):
-        assert torch.equal(ours[rows], group_advantages(dirty[rows], size, valid=valid[rows]))
+        close(ours[rows], group_advantages(dirty[rows], size, valid=valid[rows]))
         left = rows[valid[rows]]
         assume(len(left) >= 2)
         close(ours[left], group_advantages(r[left], len(left)))

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from hmpo.logprobs.responses import token_logprobs
 from hmpo.sampling.decoder import why_not_fast
 from hmpo.sampling.responses import sample_responses
 from tests.support import padded_prompts, tiny_causal, tiny_llama
@@ -149,12 +150,13 @@ def test_fast_decoder_equals_the_modules_at_any_shape(
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
 def test_bfloat16_weights_give_the_modules_logprobs_to_their_precision(kind: str) -> None:
     ids, mask = padded_prompts()
-    fast, slow = pair(
-        build(kind, torch.bfloat16, initializer_range=0.05), ids, mask, max_length=2, eos_token=39
-    )
+    model = build(kind, torch.bfloat16, initializer_range=0.05)
+    fast, _ = pair(model, ids, mask, max_length=2, eos_token=39)
     assert fast.fast and fast.old_logprobs.dtype == torch.float32
-    assert torch.equal(fast.response_ids, slow.response_ids)
-    assert torch.allclose(fast.old_logprobs, slow.old_logprobs, rtol=0, atol=0.02)
+    # Of the same tokens: in bfloat16 another kernel's rounding draws another token now and then.
+    width = fast.response_ids.shape[1]
+    modules = token_logprobs(model, fast.input_ids, fast.attention_mask, width)
+    assert torch.allclose(fast.old_logprobs, modules, rtol=0, atol=0.02)
 
 
 def test_weights_are_those_of_the_moment() -> None:
