@@ -96,7 +96,7 @@ def clip_scale(
     """
     lengths = mask.sum(1).to(log_ratio.dtype)
     band = measure_band(log_ratio, mask, p, objective) if objective.needs_band else None
-    low, high = row_bounds(lengths, advantages, objective, band)
+    low, high = row_bounds(advantages, objective, band, lengths)
     centre = torch.zeros_like(low)
     if band is not None and objective.clip_center == "drift":
         centre = centre + band.center

@@ -27,13 +27,42 @@ from torch import Tensor
 
 from hmpo.config.objective import ObjectiveConfig
 from hmpo.errors import ConfigError
-from hmpo.objective.bounds import active_bounds, row_bounds
-from hmpo.objective.masking import limited
-from hmpo.objective.means import log_power_mean, solve_size
+from hmpo.objective.bounds import limit_tokens
+from hmpo.objective.means import Exponent, log_power_mean, solve_size
 from hmpo.types import Metrics
 
 Surrogate = Callable[[Float[Tensor, ""]], Float[Tensor, ""]]
 """The loss as a function of p, everything else constant."""
+
+
+def exponent_in_force(
+    log_ratio: Float[Tensor, "N T"],
+    mask: Bool[Tensor, "N T"],
+    advantages: Float[Tensor, " N"],
+    config: ObjectiveConfig,
+    exponent: Float[Tensor, ""] | Float[Tensor, " N"] | None,
+    clipped: Float[Tensor, "N T"] | None = None,
+) -> Exponent:
+    """The exponent that the objective uses: one number, or one per row.
+
+    Args:
+        log_ratio: token log ratios (nat), 0 on padding.
+        mask: True on response tokens.
+        advantages: one per response.
+        config: the member of the family.
+        exponent: what a source says, which then is the answer; None leaves it to `config`.
+        clipped: the log ratios after a token clip, where they are known already.
+    """
+    if exponent is not None:
+        return exponent
+    if config.exponent.kind == "matched":
+        return matched_exponent(log_ratio, mask, advantages, config, clipped)
+    positive, negative = config.exponent_for(positive=True), config.exponent_for(positive=False)
+    if positive == negative:
+        return positive
+    return torch.where(
+        advantages >= 0, advantages.new_tensor(positive), advantages.new_tensor(negative)
+    )
 
 
 @torch.no_grad()
@@ -64,8 +93,7 @@ def matched_exponent(
     """
     lengths = mask.sum(1).clamp(min=1).to(log_ratio.dtype)
     if clipped is None:
-        bounds = row_bounds(lengths, advantages, config, None)
-        clipped = limited(log_ratio, *active_bounds(*bounds, advantages, config))
+        clipped = limit_tokens(log_ratio, mask, advantages, config)
     share = ((clipped != log_ratio) & mask).sum(1) / lengths
     phi = share.div_(config.exponent.saturation).clamp_(max=1)
     if config.exponent.matching == "closed_form":

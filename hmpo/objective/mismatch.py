@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hmpo.config.objective import MismatchConfig
 from hmpo.objective.kl import exp_minus_tangent
-from hmpo.objective.masking import masked_difference
+from hmpo.objective.masking import masked_difference, thinned
 
 SUM_LIMIT = 20.0
 """Largest |log rho| of a response (nat) whose exponential is taken."""
@@ -111,7 +111,7 @@ def mismatch_metrics(
     tokens, per_row = log_rho[mask], _token_mean(log_rho, mask)[rows]
     rho = tokens.clamp(-SUM_LIMIT, SUM_LIMIT).exp()
     whole = log_rho[rows].sum(1).clamp(-SUM_LIMIT / 2, SUM_LIMIT / 2).exp()
-    low, high = torch.quantile(_thinned(rho), rho.new_tensor([0.01, 0.99]))
+    low, high = torch.quantile(thinned(rho), rho.new_tensor([0.01, 0.99]))
     metrics = {
         "mismatch/k1": -tokens.mean(),
         "mismatch/k3": exp_minus_tangent(tokens.clamp(max=SUM_LIMIT)).mean(),
@@ -131,15 +131,6 @@ def mismatch_metrics(
         moved = (given != 0) & ((given - free).abs() > 1e-6 * free)
         metrics["mismatch/truncated_frac"] = moved.to(rho.dtype).mean()
     return metrics
-
-
-QUANTILE_LIMIT = 2**24
-"""Most values that `torch.quantile` takes."""
-
-
-def _thinned(values: Tensor) -> Tensor:
-    """Every n-th of too many values for a quantile."""
-    return values[:: -(-values.numel() // QUANTILE_LIMIT)]
 
 
 def _log_rho(numerator: Tensor, sampling_logprobs: Tensor, mask: Tensor) -> Tensor:

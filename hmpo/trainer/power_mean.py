@@ -21,8 +21,9 @@ from hmpo.errors import ConfigError, NonFiniteError
 from hmpo.models.policy import load_trained_state, trained_state
 from hmpo.objective.advantages import group_advantages, zero_variance_groups
 from hmpo.objective.calibration import ClipCalibration, scaled_bounds
-from hmpo.objective.exponent import exponent_source
-from hmpo.objective.loss import exponent_in_force, objective_metrics, power_mean_loss
+from hmpo.objective.exponent import exponent_in_force, exponent_source
+from hmpo.objective.loss import power_mean_loss
+from hmpo.objective.metrics import objective_metrics
 from hmpo.objective.mismatch import mismatch_metrics, mismatch_weights
 from hmpo.optim import MuonClip, MuonClipConfig, discard_qk_readings, with_qk_clip
 from hmpo.optim.state import clip_metrics, join_clip_state, split_clip_state

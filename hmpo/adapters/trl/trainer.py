@@ -40,8 +40,9 @@ from hmpo.adapters.trl.log import Rows, TelemetryLog, gather_rows, join_rows, ro
 from hmpo.checkpoint import load_checkpoint, save_checkpoint
 from hmpo.config.objective import ObjectiveConfig
 from hmpo.objective.calibration import ClipCalibration
-from hmpo.objective.exponent import ExponentSource, exponent_source
-from hmpo.objective.loss import exponent_in_force, objective_metrics, power_mean_loss
+from hmpo.objective.exponent import ExponentSource, exponent_in_force, exponent_source
+from hmpo.objective.loss import power_mean_loss
+from hmpo.objective.metrics import objective_metrics
 from hmpo.optim import MuonClipConfig, with_qk_clip
 from hmpo.optim.state import clip_metrics
 from hmpo.types import Metrics
