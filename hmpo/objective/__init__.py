@@ -16,7 +16,7 @@ _HOME = {
     "power_mean_weights": "means",
     "ahm_mean": "means",
     "effective_sample_size": "means",
-    "solve_exponent": "means",
+    "solve_exponent": "solve",
 }
 
 __all__ = list(_HOME)
@@ -31,9 +31,9 @@ if TYPE_CHECKING:
         effective_sample_size,
         log_power_mean,
         power_mean_weights,
-        solve_exponent,
     )
     from hmpo.objective.metrics import objective_metrics
+    from hmpo.objective.solve import solve_exponent
     from hmpo.objective.terms import count_denominators, minibatch_band
 
 

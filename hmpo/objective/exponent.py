@@ -28,7 +28,8 @@ from torch import Tensor
 from hmpo.config.objective import ObjectiveConfig
 from hmpo.errors import ConfigError
 from hmpo.objective.bounds import limit_tokens
-from hmpo.objective.means import Exponent, log_power_mean, solve_size
+from hmpo.objective.means import Exponent, log_power_mean
+from hmpo.objective.solve import solve_size
 from hmpo.types import Metrics
 
 Surrogate = Callable[[Float[Tensor, ""]], Float[Tensor, ""]]
