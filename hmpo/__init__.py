@@ -43,8 +43,8 @@ if TYPE_CHECKING:
         effective_sample_size,
         log_power_mean,
         power_mean_weights,
-        solve_exponent,
     )
+    from hmpo.objective.solve import solve_exponent
     from hmpo.run.loop import train
     from hmpo.sampling.responses import sample_responses
     from hmpo.trainer.gspo import GSPOTrainer

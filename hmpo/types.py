@@ -7,6 +7,7 @@ Log-probs and log ratios are natural logarithms.
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -156,6 +157,33 @@ class Event:
     """Optimizer updates done before it."""
     data: dict[str, Any] = field(default_factory=dict)
     """Plain values that say where."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokens:
+    """What the objective is a function of: the tokens of N responses, as three policies see them.
+
+    Example: for the batch above `logprobs`, `old_logprobs` and `mask` are (6, 8), and
+    `advantages` is (6,).
+    """
+
+    logprobs: Float[Tensor, "N T"]
+    """Log-probs under the policy in training (nat); the only field that carries a gradient."""
+    old_logprobs: Float[Tensor, "N T"]
+    """Log-probs under the behaviour policy."""
+    mask: Bool[Tensor, "N T"]
+    """True on response tokens; elsewhere the other fields may hold anything."""
+    advantages: Float[Tensor, " N"]
+    """One per response."""
+    ref_logprobs: Float[Tensor, "N T"] | None = None
+    """Log-probs under the frozen reference, where they are known."""
+    weights: Float[Tensor, " N"] | Float[Tensor, "N T"] | None = None
+    """Constants that multiply the gradient, per response or per token; None where all are 1."""
+
+    @functools.cached_property
+    def lengths(self) -> Int[Tensor, " N"]:
+        """Response tokens of each row."""
+        return self.mask.sum(1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,6 +18,7 @@ import hmpo.agm
 import hmpo.cli
 import hmpo.cli.agm
 import hmpo.cli.commands
+import hmpo.config.members
 import hmpo.optim
 import hmpo.rewards
 import hmpo.tasks

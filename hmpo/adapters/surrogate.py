@@ -13,7 +13,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from hmpo.config.objective import ObjectiveConfig
-from hmpo.objective.loss import minibatch_band, power_mean_loss
+from hmpo.objective.loss import power_mean_loss
+from hmpo.objective.terms import minibatch_band
 from hmpo.types import Denominators
 
 

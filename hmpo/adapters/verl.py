@@ -27,7 +27,8 @@ from hmpo.config.members import BY_NAME
 from hmpo.config.objective import ObjectiveConfig
 from hmpo.config.reading import from_dict
 from hmpo.errors import ConfigError, ShapeError, require
-from hmpo.objective.loss import objective_metrics, power_mean_loss
+from hmpo.objective.loss import power_mean_loss
+from hmpo.objective.metrics import objective_metrics
 from hmpo.types import Denominators
 
 LOSS_MODE = "power_mean"

@@ -45,7 +45,10 @@ def dr_grpo(max_length: int = 3000) -> ObjectiveConfig:
 
 
 def gspo() -> ObjectiveConfig:
-    """GSPO (arXiv 2507.18071): p = 0, sequence clip 3e-4 / 4e-4 in ratio space."""
+    """GSPO (arXiv 2507.18071): p = 0, sequence clip 3e-4 / 4e-4 in ratio space.
+
+    Its token form (equation 13) is the same function, as advantages do not vary in a response.
+    """
     return ObjectiveConfig(
         name="gspo",
         p=0.0,
@@ -64,14 +67,6 @@ def gmpo() -> ObjectiveConfig:
 def hmpo() -> ObjectiveConfig:
     """HMPO: p = -1, token clip 0.4 / 0.4 in log space."""
     return ObjectiveConfig(name="hmpo", p=-1.0)
-
-
-def gspo_token() -> ObjectiveConfig:
-    """GSPO's token form (arXiv 2507.18071, eq. 13): the same function as `gspo`.
-
-    The two differ only for advantages that vary within a response, which there are none of here.
-    """
-    return replace(gspo(), name="gspo_token")
 
 
 def luspo() -> ObjectiveConfig:
@@ -142,7 +137,6 @@ BY_NAME: dict[str, Callable[[], ObjectiveConfig]] = {
     "dapo": dapo,
     "dr_grpo": dr_grpo,
     "gspo": gspo,
-    "gspo_token": gspo_token,
     "gmpo": gmpo,
     "hmpo": hmpo,
     "luspo": luspo,

@@ -74,7 +74,8 @@ def zero_variance_groups(
 
     Takes and raises what `group_advantages` does.
     """
-    return _equal(*_groups(rewards, group_size, valid), tol)
+    groups, counted = _groups(rewards, group_size, valid)
+    return _equal(groups, counted, tol)
 
 
 def _groups(rewards: Tensor, group_size: int, valid: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -92,10 +93,10 @@ def _groups(rewards: Tensor, group_size: int, valid: Tensor | None) -> tuple[Ten
         raise ShapeError(
             f"valid: got {valid.dtype} {tuple(valid.shape)}, expected bool {tuple(rewards.shape)}"
         )
-    wrong = (valid & ~rewards.isfinite()).nonzero().flatten().tolist()
-    if wrong:
+    bad_rows = (valid & ~rewards.isfinite()).nonzero().flatten().tolist()
+    if bad_rows:
         raise NonFiniteError(
-            f"rewards: got NaN or infinity in rows {wrong[:8]}, expected finite rewards "
+            f"rewards: got NaN or infinity in rows {bad_rows[:8]}, expected finite rewards "
             "(set valid = False there to leave them out)"
         )
     wide = torch.float32 if rewards.device.type == "mps" else torch.float64

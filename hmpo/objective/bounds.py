@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import softplus
 
 from hmpo.config.objective import ObjectiveConfig
-from hmpo.objective.masking import without_padding
+from hmpo.objective.masking import limited, without_padding
 from hmpo.objective.means import Exponent, ahm_mean, log_power_mean
 from hmpo.types import Band
 
@@ -79,15 +79,22 @@ def measure_band(
 
 
 def row_bounds(
-    lengths: Float[Tensor, " N"],
     advantages: Float[Tensor, " N"],
     config: ObjectiveConfig,
-    band: Band | None,
+    band: Band | None = None,
+    lengths: Float[Tensor, " N"] | None = None,
 ) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
-    """Lower and upper bound of each row's band (nat); `band` is needed by `config.needs_band`."""
+    """Lower and upper bound of each row's band (nat).
+
+    Args:
+        advantages: one per response.
+        config: the member of the family.
+        band: of the whole minibatch; needed by `config.needs_band`.
+        lengths: tokens per response; needed by `config.clip_width = "z"`.
+    """
     low, high = (torch.full_like(advantages, bound) for bound in config.log_bounds)
     if config.clip_width == "z":
-        assert band is not None, "measured by the objective"
+        assert band is not None and lengths is not None, "measured by the objective"
         unit = band.sigma / lengths.clamp(min=1).sqrt()
         low, high = low * unit, high * unit
     if config.sign_convention == "paper":
@@ -114,6 +121,55 @@ def active_bounds(
     ceiling = math.inf if config.dual_clip is None else math.log(config.dual_clip)
     positive = advantages >= 0
     return low.masked_fill(positive, -math.inf), high.masked_fill(~positive, ceiling)
+
+
+def limit_tokens(
+    log_ratio: Float[Tensor, "N T"],
+    mask: Bool[Tensor, "N T"],
+    advantages: Float[Tensor, " N"],
+    config: ObjectiveConfig,
+) -> Float[Tensor, "N T"]:
+    """What the mean is taken of (nat): the token log ratios gated, clipped, or as they are.
+
+    The bounds of a token clip do not depend on the minibatch (`ObjectiveConfig.needs_band`), so
+    this needs neither a `Band` nor an exponent.
+
+    Args:
+        log_ratio: token log ratios (nat), 0 on padding.
+        mask: True on response tokens.
+        advantages: one per response; their sign decides which bound is active.
+        config: the member of the family.
+    """
+    if config.gate == "soft":
+        return soft_gate(log_ratio, mask, advantages, config)
+    if config.clip_level != "token":
+        return log_ratio
+    low, high = row_bounds(advantages, config)
+    low, high = active_bounds(low, high, advantages, config)
+    return limited(log_ratio, low, high)
+
+
+def limit_means(
+    log_mean: Float[Tensor, " N"],
+    lengths: Float[Tensor, " N"],
+    advantages: Float[Tensor, " N"],
+    config: ObjectiveConfig,
+    band: Band | None,
+) -> Float[Tensor, " N"]:
+    """The logs of the means (nat), between their active bounds if the clip is on sequences.
+
+    Args:
+        log_mean: log of each response's mean (nat).
+        lengths: tokens per response.
+        advantages: one per response; their sign decides which bound is active.
+        config: the member of the family.
+        band: of the whole minibatch; needed by `config.needs_band`.
+    """
+    if config.clip_level != "sequence":
+        return log_mean
+    low, high = row_bounds(advantages, config, band, lengths)
+    low, high = active_bounds(low, high, advantages, config)
+    return log_mean.clamp(low, high)
 
 
 def soft_gate(

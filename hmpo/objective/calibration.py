@@ -93,10 +93,18 @@ def clip_scale(
     """Factor on the log half-widths that makes `share` of these units clip; None if none can.
 
     Units whose active bound is infinite count as never clipped.
+
+    Args:
+        log_ratio: token log ratios (nat), 0 on padding.
+        mask: True on response tokens.
+        advantages: one per response; those of 0 do not count.
+        p: exponent in force.
+        objective: the member with the configured half-widths.
+        share: wanted share of clipped units, in (0, 1).
     """
     lengths = mask.sum(1).to(log_ratio.dtype)
     band = measure_band(log_ratio, mask, p, objective) if objective.needs_band else None
-    low, high = row_bounds(lengths, advantages, objective, band)
+    low, high = row_bounds(advantages, objective, band, lengths)
     centre = torch.zeros_like(low)
     if band is not None and objective.clip_center == "drift":
         centre = centre + band.center

@@ -27,13 +27,43 @@ from torch import Tensor
 
 from hmpo.config.objective import ObjectiveConfig
 from hmpo.errors import ConfigError
-from hmpo.objective.bounds import active_bounds, row_bounds
-from hmpo.objective.masking import limited
-from hmpo.objective.means import log_power_mean, solve_size
+from hmpo.objective.bounds import limit_tokens
+from hmpo.objective.means import Exponent, log_power_mean
+from hmpo.objective.solve import solve_size
 from hmpo.types import Metrics
 
 Surrogate = Callable[[Float[Tensor, ""]], Float[Tensor, ""]]
 """The loss as a function of p, everything else constant."""
+
+
+def exponent_in_force(
+    log_ratio: Float[Tensor, "N T"],
+    mask: Bool[Tensor, "N T"],
+    advantages: Float[Tensor, " N"],
+    config: ObjectiveConfig,
+    exponent: Float[Tensor, ""] | Float[Tensor, " N"] | None,
+    clipped: Float[Tensor, "N T"] | None = None,
+) -> Exponent:
+    """The exponent that the objective uses: one number, or one per row.
+
+    Args:
+        log_ratio: token log ratios (nat), 0 on padding.
+        mask: True on response tokens.
+        advantages: one per response.
+        config: the member of the family.
+        exponent: what a source says, which then is the answer; None leaves it to `config`.
+        clipped: what `limit_tokens` makes of the log ratios (nat), where it is known already.
+    """
+    if exponent is not None:
+        return exponent
+    if config.exponent.kind == "matched":
+        return matched_exponent(log_ratio, mask, advantages, config, clipped)
+    positive, negative = config.exponent_for(positive=True), config.exponent_for(positive=False)
+    if positive == negative:
+        return positive
+    return torch.where(
+        advantages >= 0, advantages.new_tensor(positive), advantages.new_tensor(negative)
+    )
 
 
 @torch.no_grad()
@@ -60,12 +90,11 @@ def matched_exponent(
         mask: True on response tokens.
         advantages: one per response; their sign decides which bound clips.
         config: the member of the family, with a token clip.
-        clipped: the log ratios after that clip, where they are known already.
+        clipped: the log ratios after that clip (nat), where they are known already.
     """
     lengths = mask.sum(1).clamp(min=1).to(log_ratio.dtype)
     if clipped is None:
-        bounds = row_bounds(lengths, advantages, config, None)
-        clipped = limited(log_ratio, *active_bounds(*bounds, advantages, config))
+        clipped = limit_tokens(log_ratio, mask, advantages, config)
     share = ((clipped != log_ratio) & mask).sum(1) / lengths
     phi = share.div_(config.exponent.saturation).clamp_(max=1)
     if config.exponent.matching == "closed_form":
@@ -211,13 +240,13 @@ class LearnableExponent(ExponentSource):
                 stacklevel=3,
             )
         start = math.atanh(objective.p / config.bound)
-        wide = torch.float32 if device.type == "mps" else torch.float64
-        self.rho = torch.nn.Parameter(torch.tensor(start, dtype=wide, device=device))
+        widest = torch.float32 if device.type == "mps" else torch.float64
+        self.rho = torch.nn.Parameter(torch.tensor(start, dtype=widest, device=device))
         group = {"params": [self.rho], "lr": config.lr, "weight_decay": 0.0}
         self.optimizer = torch.optim.Adam([group])
 
     def exponent(self) -> Float[Tensor, ""]:
-        """P as a function of rho, differentiable."""
+        """The exponent p = bound tanh(rho), a float scalar differentiable in rho."""
         return self.objective.exponent.bound * torch.tanh(self.rho)
 
     def value(self, update: int) -> float:
@@ -239,13 +268,13 @@ class LearnableExponent(ExponentSource):
         before = self.value(0)
         rows = mask.any(1)
         if bool(rows.any()):
-            wide = log_ratio[rows].detach().to(self.rho.dtype)
+            d = log_ratio[rows].detach().to(self.rho.dtype)
             p = self.exponent()
             match self.objective.exponent.criterion:
                 case "ess":
-                    loss = ess_criterion(wide, mask[rows], p, self.objective.exponent.target)
+                    loss = ess_criterion(d, mask[rows], p, self.objective.exponent.target)
                 case "variance":
-                    loss = variance_criterion(wide, mask[rows], advantages[rows], p)
+                    loss = variance_criterion(d, mask[rows], advantages[rows], p)
                 case _:
                     loss = surrogate(p)
             self.optimizer.zero_grad(set_to_none=True)
@@ -257,7 +286,7 @@ class LearnableExponent(ExponentSource):
         return {"ratio/p_step": after - before, "ratio/p_bound": int(at_bound)}
 
     def state_dict(self) -> dict[str, Any]:
-        """Rho and the state of its optimizer."""
+        """The parameter rho and the state of its optimizer."""
         return {"rho": self.rho.detach().clone(), "optimizer": self.optimizer.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -276,6 +305,12 @@ def ess_criterion(
     """(mean_i log(ESS_i / L_i) - log target)^2, differentiable in p; one root for each sign of p.
 
     log(ESS / L) = 2 K(p) - K(2p) = 2p (log M_p - log M_2p).
+
+    Args:
+        log_ratio: token log ratios (nat); padding may hold anything.
+        mask: True on response tokens, at least one in each row.
+        p: exponent.
+        target: wanted share ESS / L, in (0, 1).
     """
     gap = log_power_mean(log_ratio, mask, p) - log_power_mean(log_ratio, mask, 2 * p)
     return ((2 * p * gap).mean() - math.log(target)).square()
@@ -290,7 +325,13 @@ def variance_criterion(
     """mean_i A_i^2 M_p^2 sum_t w_t^2, the policy gradient's second moment (orthogonal tokens).
 
     M_p^2 sum_t w_t^2 = M_p^2 L / ESS / L^2 with M_p and L / ESS as in `ess_criterion`; its least
-    value lies at some p <= 0.
+    value lies at some p <= 0 (arXiv 2605.12058, theorem 7).
+
+    Args:
+        log_ratio: token log ratios (nat); padding may hold anything.
+        mask: True on response tokens, at least one in each row.
+        advantages: one per response.
+        p: exponent.
     """
     log_m, log_2m = (log_power_mean(log_ratio, mask, q) for q in (p, 2 * p))
     spread = torch.exp(2 * log_m - 2 * p * (log_m - log_2m)) / mask.sum(1)

@@ -23,8 +23,8 @@ from torch import Tensor
 from hmpo.config.objective import ObjectiveConfig
 from hmpo.errors import ConfigError
 from hmpo.objective.calibration import ClipCalibration, scaled_bounds
-from hmpo.objective.exponent import ControllerExponent, exponent_source
-from hmpo.objective.loss import exponent_in_force, power_mean_loss
+from hmpo.objective.exponent import ControllerExponent, exponent_in_force, exponent_source
+from hmpo.objective.loss import power_mean_loss
 from hmpo.types import Event, Metrics
 
 logger = logging.getLogger(__name__)

@@ -2,7 +2,7 @@
 
 Selecting by a mask (`where`, `masked_fill`, a clamp with tensor bounds) costs ten to twenty times
 a multiplication on a CPU. A product would turn a NaN in the padding into a NaN; an AND of the
-bits does not. Both functions here are exact.
+bits does not. All functions here are exact.
 """
 
 import torch
@@ -24,9 +24,10 @@ def without_padding(x: Float[Tensor, "N T"], mask: Bool[Tensor, "N T"]) -> Float
 def masked_difference(
     x: Float[Tensor, "N T"], y: Float[Tensor, "N T"], mask: Bool[Tensor, "N T"]
 ) -> Float[Tensor, "N T"]:
-    """X - y where `mask` holds and 0 elsewhere; float32 at least, differentiable in `x`.
+    """The difference x - y (nat) where `mask` holds and 0 elsewhere; differentiable in `x` alone.
 
-    A difference that is not finite is NaN, as a limit would hide an infinite one.
+    In float32 at least. A difference that is not finite is NaN, as a limit would hide an infinite
+    one.
     """
     dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
     return _MaskedDifference.apply(x.to(dtype), y.detach().to(dtype), mask)
@@ -40,6 +41,15 @@ def limited(
     The gradient flows inside the bounds and exactly on them, as it does through a clamp.
     """
     return _Limited.apply(x, low.unsqueeze(1), high.unsqueeze(1))
+
+
+QUANTILE_LIMIT = 2**24
+"""Most values that `torch.quantile` takes."""
+
+
+def thinned(values: Float[Tensor, " n"]) -> Float[Tensor, " m"]:
+    """All values, or every k-th of more than a quantile takes."""
+    return values[:: -(-values.numel() // QUANTILE_LIMIT)]
 
 
 def scaled_gradient(x: Float[Tensor, "N T"], scale: Float[Tensor, "N T"]) -> Float[Tensor, "N T"]:

@@ -9,12 +9,12 @@ With d_t the log ratio of token t, L tokens and K(p) = log mean_t exp(p d_t):
 References: power means, Hardy, Littlewood and Polya, Inequalities, chapter 2; the iteration of
 arithmetic and harmonic means is Heron's method for the square root of A H. Everything is
 evaluated around the centre or the dominating token, never as (logsumexp - log L) / p, whose
-rounding error exceeds GSPO's clip band in float32. Half precision is computed in float32,
-float64 stays float64. Padding may hold anything: it is replaced before any arithmetic.
+rounding error exceeds GSPO's clip band in float32 (the README of this folder says more). Half
+precision is computed in float32, float64 stays float64. Padding may hold anything: it is replaced
+before any arithmetic.
 """
 
 import math
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -29,8 +29,6 @@ Exponent = float | int | Float[Tensor, ""] | Float[Tensor, " B"]
 
 EXPM1_LIMIT = 4.0
 """Largest |p (d - mean d)| for the centred form; beyond it the dominating token is the anchor."""
-ROOT_STEPS = 60
-"""Most secant or bisection steps of `solve_exponent`; two or three are needed."""
 
 
 def log_power_mean(
@@ -56,7 +54,7 @@ def log_power_mean(
         ShapeError: the shapes of `log_ratio`, `mask` and `p` do not fit.
         ConfigError: `p` is a number but not finite.
     """
-    d, exponent = _prepare(log_ratio, mask, p, padded)
+    d, exponent = prepare(log_ratio, mask, p, padded)
     return _LogPowerMean.apply(d, mask, exponent)
 
 
@@ -67,7 +65,7 @@ def power_mean_weights(
 
     Takes and raises what `log_power_mean` does. Padding, and rows without tokens, hold 0.
     """
-    d, exponent = _prepare(log_ratio, mask, p)
+    d, exponent = prepare(log_ratio, mask, p)
     return _weights(d, mask, exponent)
 
 
@@ -79,52 +77,11 @@ def effective_sample_size(
     Takes and raises what `log_power_mean` does. In (0, 1]; 1 at p = 0 or for equal ratios, and
     0 for a row without tokens.
     """
-    d, exponent = _prepare(log_ratio, mask, p)
+    d, exponent = prepare(log_ratio, mask, p)
     squares = _weights(d, mask, exponent).square().sum(1)
     empty = squares == 0
     size = 1 / (_length(mask, d.dtype) * squares.masked_fill(empty, 1))
     return size.clamp(max=1).masked_fill(empty, 0)
-
-
-def solve_exponent(
-    log_ratio: Float[Tensor, "B T"],
-    mask: Bool[Tensor, "B T"],
-    target: float | int | Float[Tensor, ""] | Float[Tensor, " B"],
-    *,
-    p_max: float,
-    sign: int = 1,
-    relative: bool = False,
-) -> Float[Tensor, " B"]:
-    """Exponent of the given sign whose effective sample size is `target` (no gradient).
-
-    2K(p) - K(2p) falls strictly with |p| unless all ratios are equal, so a bracketed secant
-    iteration finds the root. Where even `p_max` leaves the size above `target`, and where all
-    ratios are equal (every p gives the same mean), the answer is sign * p_max. A row with a
-    non-finite counted token gives NaN.
-
-    Args:
-        log_ratio: natural log ratios (nat).
-        mask: True on the tokens that count.
-        target: wanted `effective_sample_size`, in (0, 1].
-        p_max: largest |p| allowed, > 0.
-        sign: 1 or -1.
-        relative: `target`, in [0, 1], is the share of the way from the size at `p_max` to 1;
-            0 gives sign * p_max and 1 gives 0, exactly.
-
-    Raises:
-        ShapeError: shapes do not fit.
-        ConfigError: `target`, `p_max` or `sign` is out of its range.
-    """
-    if sign not in (1, -1):
-        raise ConfigError(f"sign: got {sign!r}, expected 1 or -1")
-    if not (math.isfinite(p_max) and p_max > 0):
-        raise ConfigError(f"p_max: got {p_max!r}, expected a finite number > 0")
-    with torch.no_grad():
-        d, goal = _prepare(log_ratio, mask, target)
-        inside = goal >= 0 if relative else goal > 0
-        if not bool(inside.logical_and_(goal <= 1).all()):
-            raise ConfigError(f"target: got {target!r}, expected numbers in (0, 1]")
-        return sign * solve_size(sign * d, mask, goal, p_max=float(p_max), relative=relative)
 
 
 def ahm_mean(
@@ -193,10 +150,14 @@ class _LogPowerMean(torch.autograd.Function):
         return grad_d, None, grad_p
 
 
-def _prepare(
+def prepare(
     log_ratio: Tensor, mask: Tensor, p: float | int | Tensor, padded: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Log ratios with padding set to 0, and one exponent per row, in the computing dtype."""
+    """Log ratios (B, T) with padding set to 0, and one exponent per row (B,), to compute with.
+
+    Both are float32, or float64 for float64 log ratios. Takes and raises what `log_power_mean`
+    does.
+    """
     if log_ratio.ndim != 2 or log_ratio.shape[1] == 0 or not log_ratio.is_floating_point():
         raise ShapeError(
             f"log_ratio: got {log_ratio.dtype} {tuple(log_ratio.shape)}, "
@@ -310,103 +271,6 @@ def _slope(d: Tensor, mask: Tensor, p: Tensor) -> Tensor:
     tilted = p * (power * (e - anchor.unsqueeze(1))).sum(1) / total
     divergence = torch.where(near, centred, tilted - torch.log(total / length))
     return torch.where(tiny, series, divergence / p.masked_fill(tiny, 1).square())
-
-
-class _Spread(NamedTuple):
-    """Centred log ratios of each row with what the sample sizes need of them."""
-
-    e: Tensor
-    counts: Tensor
-    length: Tensor
-    top: Tensor
-    reach: Tensor
-    flat: Tensor
-
-    @classmethod
-    def of(cls, d: Tensor, mask: Tensor) -> "_Spread":
-        """From log ratios with 0 on padding; a row of equal ratios may be off by rounding."""
-        counts = mask.to(d.dtype)
-        length = counts.sum(1).clamp_(min=1)
-        centre = d.sum(1).div_(length)
-        e = (d - centre.unsqueeze(1)).mul_(counts)
-        top = e.amax(1)
-        reach = torch.maximum(top, -e.amin(1))
-        flat = reach <= centre.abs_().mul_(4 * torch.finfo(d.dtype).eps)
-        return cls(e, counts, length, top, reach, flat)
-
-    def log_ess(self, x: Tensor, near: Tensor | None) -> Tensor:
-        """Minus log of the effective sample size as a share of the tokens, at an exponent x >= 0.
-
-        It is log(1 + CV^2) with CV the weights' coefficient of variation. With u = expm1(x e)
-        that is exact for small x e too; the other rows (`near` tells; None if there are none)
-        use the powers themselves.
-        """
-        z = self.e * x.unsqueeze(1)
-        power = None
-        if near is not None:
-            power = (z - (x * self.top).unsqueeze(1)).exp_().mul_(self.counts)
-        u = z.expm1_()
-        total = u.sum(1)
-        square = torch.linalg.vector_norm(u, dim=1).square_().mul_(self.length)
-        spread = square.addcmul_(total, total, value=-1)
-        small = spread.div_(total.add_(self.length).square_()).log1p_()
-        small = small.clamp_(min=0)
-        if near is None or power is None:
-            return small
-        total, norm = power.sum(1), torch.linalg.vector_norm(power, dim=1)
-        large = torch.log(self.length) - 2 * torch.log(total / norm)
-        return torch.where(near, small, large.clamp_(min=0))
-
-
-def solve_size(
-    log_ratio: Float[Tensor, "B T"],
-    mask: Bool[Tensor, "B T"],
-    target: Float[Tensor, " B"],
-    *,
-    p_max: float,
-    relative: bool,
-) -> Float[Tensor, " B"]:
-    """`solve_exponent` without its checks: an exponent x in [0, p_max] with ESS(x) = target.
-
-    `log_ratio` holds 0 on padding. s(x) = sqrt(-log ESS) is nearly linear in x, with slope sigma
-    at 0. The parabola through both ends with that slope is the first guess; from there the secant
-    method, held in a bracket.
-    """
-    spread = _Spread.of(log_ratio, mask)
-    right = torch.full_like(target, p_max)
-    within = spread.reach * p_max <= EXPM1_LIMIT
-    near = None if bool(within.all()) else within
-    end = spread.log_ess(right, near)
-    log_size = torch.log1p((1 - target) * torch.expm1(-end)) if relative else target.log()
-    goal, end = log_size.neg_().sqrt_(), end.sqrt_()
-    done = spread.flat | (target == 0 if relative else end <= goal)
-
-    sigma = torch.linalg.vector_norm(spread.e, dim=1).div_(spread.length.sqrt())
-    bend = (end / p_max - sigma).mul_(4 / p_max)
-    root = torch.addcmul(sigma * sigma, bend, goal).clamp_(min=0).sqrt_()
-    x = torch.minimum(2 * goal / (sigma + root), right)
-    left, last, gap_before = torch.zeros_like(x), right, end - goal
-    # The next error of the secant method is the last two errors times s'' / 2 s', which the
-    # parabola puts at bend / (4 sigma); 0.1 covers what it does not see.
-    curvature = bend.abs_().div_(sigma).add_(0.1 / p_max)
-    tolerance = 16 * torch.finfo(target.dtype).eps
-    for _ in range(ROOT_STEPS):
-        gap = spread.log_ess(x, near).sqrt_().sub_(goal)
-        hit = gap == 0
-        way = x - last
-        step = (gap * way).div_((gap - gap_before).masked_fill_(hit, 1))
-        error = way.mul_(step).abs_().mul_(curvature)
-        if bool(((error <= tolerance * x) | hit | done).all()):
-            x = torch.clamp(x - step, left, right)
-            break
-        left, right = torch.where(gap < 0, x, left), torch.where(gap < 0, right, x)
-        last, gap_before, x = x, gap, x - step
-        inside = (x > left) & (x < right) | hit
-        x = torch.where(inside, x, 0.5 * (left + right))
-    x = torch.where(done, p_max, x)
-    if relative:
-        x.masked_fill_(target == 1, 0)
-    return x.add_(0 * spread.reach)  # a row with a NaN or an infinity gives NaN
 
 
 def _log_tanh_quarter(log_gap: Tensor) -> Tensor:

@@ -1,19 +1,96 @@
-"""What is measured of an objective's ratios: moments, spread, sample sizes, clipped shares.
+"""What is measured of an objective: its terms, moments and spread of the ratios, clipped shares.
 
-Detached scalars by telemetry name (`hmpo.telemetry.fields` defines each), over rows that all have
-at least one token. Token moments weigh all tokens equally, sequence moments all rows.
+Detached scalars by telemetry name (`hmpo.telemetry.fields` defines each). Token moments weigh all
+tokens equally, sequence moments all rows with at least one token; the other rows do not count.
 """
 
 import functools
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from hmpo.config.objective import ObjectiveConfig
-from hmpo.objective.bounds import EXP_LIMIT, active_bounds, exp_linear, row_bounds
+from hmpo.objective.bounds import (
+    EXP_LIMIT,
+    active_bounds,
+    exp_linear,
+    limit_tokens,
+    log_mean,
+    measure_band,
+    row_bounds,
+)
+from hmpo.objective.exponent import exponent_in_force
+from hmpo.objective.kl import exp_minus_tangent, k3
+from hmpo.objective.masking import thinned
 from hmpo.objective.means import effective_sample_size, log_power_mean, power_mean_weights
-from hmpo.types import Band
+from hmpo.objective.terms import (
+    check_tokens,
+    log_ratios,
+    mean_ratios,
+    row_advantages,
+    row_kl,
+    row_weights,
+)
+from hmpo.types import Band, Tokens
+
+
+@torch.no_grad()
+def objective_metrics(
+    logprobs: Float[Tensor, "N T"],
+    old_logprobs: Float[Tensor, "N T"],
+    mask: Bool[Tensor, "N T"],
+    advantages: Float[Tensor, " N"],
+    config: ObjectiveConfig,
+    *,
+    ref_logprobs: Float[Tensor, "N T"] | None = None,
+    exponent: Float[Tensor, ""] | Float[Tensor, " N"] | None = None,
+    band: Band | None = None,
+) -> dict[str, Tensor]:
+    """Detached scalars by telemetry name, over the rows with at least one token.
+
+    `pg_loss` is -J of these rows by their own denominators, `kl_loss` what the KL term adds.
+    Token moments weigh all tokens equally, sequence moments all rows; variances are population
+    variances. `clip/frac` counts the units (tokens or sequences, as the clip) whose clipped
+    branch is active: above the upper bound with A > 0, below the lower one with A < 0;
+    `clip/frac_pos` and `clip/frac_neg` are the shares among the units of that sign (0 if there
+    are none) and `clip/frac_band` is the share outside the band whatever the sign.
+    Without any counted row only the counts and bounds are returned.
+
+    Arguments and errors are those of `power_mean_objective`.
+    """
+    tokens = Tokens(
+        logprobs=logprobs,
+        old_logprobs=old_logprobs,
+        mask=mask,
+        advantages=advantages,
+        ref_logprobs=ref_logprobs,
+    )
+    check_tokens(tokens, exponent)
+    d = log_ratios(logprobs, tokens)
+    a = row_advantages(tokens, d.dtype)
+    limited = limit_tokens(d, mask, a, config)
+    p = exponent_in_force(d, mask, a, config, exponent, limited)
+    if config.needs_band and band is None:
+        band = measure_band(d, mask, p, config)
+    counted = count_units(mask, a)
+    metrics = count_metrics(tokens, d, config, band, counted)
+    if not counted.rows:
+        return metrics
+    m = mean_ratios(limited, logprobs, tokens, a, p, config, band)
+    del limited  # a (N, T) tensor less while the rest is measured
+    d_tokens = counted.of_tokens(d)
+    metrics |= loss_metrics(tokens, a, m, config)
+    metrics |= kl_metrics(tokens, d_tokens, counted)
+    all_p = torch.as_tensor(p, dtype=d.dtype, device=d.device).expand(len(mask))
+    a_rows, p_rows = counted.of_rows(a), counted.of_rows(all_p)
+    d_rows, mask_rows = counted.of_rows(d), counted.of_rows(mask)
+    log_m = log_mean(d_rows, mask_rows, p_rows, config)
+    metrics |= row_metrics(p_rows, a_rows, counted)
+    metrics |= ratio_metrics(d_rows, mask_rows, p_rows, log_m, d_tokens)
+    metrics |= clip_metrics(mask_rows, a_rows, config, band, log_m, d_tokens)
+    return metrics
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -44,11 +121,11 @@ class Counted:
 
 
 def count_units(mask: Tensor, advantages: Tensor) -> Counted:
-    """What a mask (N, T) counts, at one wait for the device."""
-    rows = mask.any(1)
-    numbers = (rows.sum(), mask.sum(), (rows & (advantages >= 0)).sum())
-    found = torch.stack(numbers).tolist()
-    return Counted(mask=mask, rows=found[0], tokens=found[1], positive=found[2])
+    """What a mask (N, T) and advantages (N,) count, at one wait for the device."""
+    in_use = mask.any(1)
+    counts = (in_use.sum(), mask.sum(), (in_use & (advantages >= 0)).sum())
+    rows, tokens, positive = torch.stack(counts).tolist()
+    return Counted(mask=mask, rows=rows, tokens=tokens, positive=positive)
 
 
 def _positions(flags: Tensor, count: int) -> Tensor:
@@ -57,26 +134,74 @@ def _positions(flags: Tensor, count: int) -> Tensor:
 
 
 def count_metrics(
-    mask: Tensor, log_ratio: Tensor, config: ObjectiveConfig, band: Band | None, counted: Counted
+    tokens: Tokens, d: Tensor, config: ObjectiveConfig, band: Band | None, counted: Counted
 ) -> dict[str, Tensor]:
-    """Counts, and bounds: with a band of varying width their mean over the rows with tokens."""
-    low, high = (log_ratio.new_tensor(bound) for bound in config.log_bounds)
-    center = log_ratio.new_tensor(0.0)
-    if band is not None:
-        lengths = counted.of_rows(mask.sum(1)).to(log_ratio.dtype)
-        low, high = (b.mean() for b in row_bounds(lengths, torch.ones_like(lengths), config, band))
+    """Counts, and bounds (nat): with a band their mean over the rows with tokens, if any.
+
+    Args:
+        tokens: the rows.
+        d: token log ratios (nat).
+        config: the member of the family.
+        band: of the whole minibatch, where the clip needs one.
+        counted: what counts among the rows.
+    """
+    low, high = (d.new_tensor(bound) for bound in config.log_bounds)
+    center = d.new_tensor(0.0)
+    if band is not None and counted.rows:
+        lengths = counted.of_rows(tokens.lengths).to(d.dtype)
+        bounds = row_bounds(torch.ones_like(lengths), config, band, lengths)
+        low, high = (bound.mean() for bound in bounds)
         center = band.center if config.clip_center == "drift" else center
     return {
-        "n_seq": mask.any(1).sum(),
-        "n_tokens": mask.sum(),
+        "n_seq": tokens.mask.any(1).sum(),
+        "n_tokens": tokens.mask.sum(),
         "clip/lo": low,
         "clip/hi": high,
         "clip/center": center,
     }
 
 
+def loss_metrics(
+    tokens: Tokens, a: Tensor, m: Tensor, config: ObjectiveConfig
+) -> dict[str, Tensor]:
+    """The two terms of the loss, by the rows' own denominators.
+
+    Args:
+        tokens: the rows.
+        a: their advantages (N,).
+        m: their means (N,).
+        config: the member of the family.
+    """
+    omega = row_weights(tokens, config, None, m.dtype)
+    kl_loss = m.new_tensor(0.0)
+    if config.kl_coef > 0:
+        kl_loss = config.kl_coef * (omega * row_kl(tokens, config)).sum()
+    return {"pg_loss": -(omega * a * m).sum(), "kl_loss": kl_loss}
+
+
+def kl_metrics(tokens: Tokens, d: Tensor, counted: Counted) -> dict[str, Tensor]:
+    """Token means of KL estimates (nat): to the old policy, and to the reference if it is known.
+
+    Args:
+        tokens: the rows.
+        d: the log ratios of the tokens alone (nat).
+        counted: what counts among the rows.
+    """
+    metrics = {"kl/k1": -d.mean(), "kl/k3": exp_minus_tangent(d).mean()}
+    if tokens.ref_logprobs is not None:
+        to_ref = counted.of_tokens(tokens.logprobs) - counted.of_tokens(tokens.ref_logprobs)
+        metrics["kl/ref"] = k3(to_ref).mean()
+    return metrics
+
+
 def row_metrics(p: Tensor, advantages: Tensor, counted: Counted) -> dict[str, Tensor]:
-    """Advantages, and exponents over all rows and those of each sign (all, if there are none)."""
+    """Advantages, and exponents over all rows and those of each sign (all, if there are none).
+
+    Args:
+        p: exponent of each counted row.
+        advantages: advantage of each counted row.
+        counted: how many rows have which sign.
+    """
     positive, mean = advantages >= 0, p.mean()
     count, rest = counted.positive, len(p) - counted.positive
     return {
@@ -96,11 +221,11 @@ def ratio_metrics(
     """Means of the unclipped ratios, their spread, and effective sample sizes.
 
     Args:
-        log_ratio: token log ratios (nat), 0 on padding.
+        log_ratio: token log ratios (nat), 0 on padding, of rows that all have some.
         mask: True on response tokens.
         p: exponent of each row.
-        log_m: log of each row's mean in use.
-        d: the log ratios of the tokens alone.
+        log_m: log of each row's mean in use (nat).
+        d: the log ratios of the tokens alone (nat).
     """
     log_a, log_g, log_h = (log_power_mean(log_ratio, mask, q) for q in (1.0, 0.0, -1.0))
     gap = (log_a - log_h).clamp(min=0)  # never negative; rounding of equal ratios may be
@@ -141,33 +266,38 @@ def clip_metrics(
     log_m: Tensor,
     d: Tensor,
 ) -> dict[str, Tensor]:
-    """Shares of clipped units; a unit is a token or, with a sequence clip, a response."""
-    low, high = row_bounds(mask.sum(1).to(d.dtype), advantages, config, band)
-    x, sign, rows = log_m, advantages, (low, high)
-    rows += active_bounds(low, high, advantages, config)
+    """Shares of clipped units; a unit is a token or, with a sequence clip, a response.
+
+    Args:
+        mask: True on response tokens, of rows that all have some.
+        advantages: advantage of each row.
+        config: the member of the family.
+        band: of the whole minibatch, where the clip needs one.
+        log_m: log of each row's mean (nat).
+        d: the log ratios of the tokens alone (nat).
+    """
+    low, high = row_bounds(advantages, config, band, mask.sum(1).to(d.dtype))
+    floor, ceiling = active_bounds(low, high, advantages, config)
+    value, sign = log_m, advantages
     if config.clip_level != "sequence":
-        x, row_of = d, _positions(mask.flatten(), len(d)) // mask.shape[1]
-        sign, *rows = (v[row_of] for v in (sign, *rows))
-    low, high, floor, ceiling = rows
-    above, below = x > high, x < low
+        row = _positions(mask.flatten(), len(d)) // mask.shape[1]
+        value, sign = d, advantages[row]
+        low, high, floor, ceiling = low[row], high[row], floor[row], ceiling[row]
+    above, below = value > high, value < low
     positive, negative = sign > 0, sign < 0
     every = torch.ones_like(positive)
+    blocked = (value > ceiling) | (value < floor)
     return {
-        "clip/frac": _share(((x > ceiling) | (x < floor)) & (positive | negative), every),
+        "clip/frac": _share(blocked & (positive | negative), every),
         "clip/frac_pos": _share(above & positive, positive),
         "clip/frac_neg": _share(below & negative, negative),
         "clip/frac_band": _share(above | below, every),
     }
 
 
-QUANTILE_LIMIT = 2**24
-"""Most values that `torch.quantile` takes; of more, every n-th is looked at."""
-
-
 def _quantiles(d: Tensor) -> dict[str, Tensor]:
     """Three quantiles of the token log ratios."""
-    d = d[:: -(-d.numel() // QUANTILE_LIMIT)]
-    low, middle, high = torch.quantile(d, d.new_tensor([0.05, 0.5, 0.95]))
+    low, middle, high = torch.quantile(thinned(d), d.new_tensor([0.05, 0.5, 0.95]))
     return {"ratio/d_p05": low, "ratio/d_p50": middle, "ratio/d_p95": high}
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hmpo.config.objective import MismatchConfig
 from hmpo.objective.kl import exp_minus_tangent
-from hmpo.objective.masking import masked_difference
+from hmpo.objective.masking import masked_difference, thinned
 
 SUM_LIMIT = 20.0
 """Largest |log rho| of a response (nat) whose exponential is taken."""
@@ -75,14 +75,19 @@ def on_policy_rows(
     """
     if config.off_policy_low is None:
         return None
-    moved = _token_mean(_log_rho(logprobs, sampling_logprobs, mask), mask)
-    return (advantages >= 0) | _inside(moved, config.off_policy_low, None)
+    log_mean = _token_mean(_log_rho(logprobs, sampling_logprobs, mask), mask)
+    return (advantages >= 0) | _inside(log_mean, config.off_policy_low, None)
 
 
 def join_weights(
     weights: Float[Tensor, " N"] | Float[Tensor, "N T"] | None, kept: Bool[Tensor, " N"] | None
 ) -> Float[Tensor, " N"] | Float[Tensor, "N T"] | None:
-    """Weights with 0 for the responses that are not kept."""
+    """Weights with 0 for the responses that are not kept; None where all are 1.
+
+    Args:
+        weights: per response, per token, or None for 1.
+        kept: False for responses left out; None keeps all.
+    """
     if kept is None:
         return weights
     if weights is None:
@@ -103,6 +108,12 @@ def mismatch_metrics(
     `mismatch/chi2_tok` and `mismatch/chi2_seq` the mean of rho^2 less 1 over tokens and over
     responses, k1 and k3 estimate KL(sampler || old policy), and the perplexity gap is the
     response mean of its per-token log.
+
+    Args:
+        old_logprobs: log-probs of the response tokens by the trainer's old policy (nat).
+        sampling_logprobs: log-probs of the distribution that they were drawn from (nat).
+        mask: True on response tokens.
+        weights: what `mismatch_weights` gave.
     """
     rows = mask.any(1)
     if not bool(rows.any()):
@@ -111,7 +122,7 @@ def mismatch_metrics(
     tokens, per_row = log_rho[mask], _token_mean(log_rho, mask)[rows]
     rho = tokens.clamp(-SUM_LIMIT, SUM_LIMIT).exp()
     whole = log_rho[rows].sum(1).clamp(-SUM_LIMIT / 2, SUM_LIMIT / 2).exp()
-    low, high = torch.quantile(_thinned(rho), rho.new_tensor([0.01, 0.99]))
+    low, high = torch.quantile(thinned(rho), rho.new_tensor([0.01, 0.99]))
     metrics = {
         "mismatch/k1": -tokens.mean(),
         "mismatch/k3": exp_minus_tangent(tokens.clamp(max=SUM_LIMIT)).mean(),
@@ -126,20 +137,11 @@ def mismatch_metrics(
         "mismatch/chi2_seq": whole.square().mean() - 1,
     }
     if weights is not None:
-        given, free = (weights[rows], whole) if weights.ndim == 1 else (weights[mask], rho)
-        metrics["mismatch/masked_frac"] = (given == 0).to(rho.dtype).mean()
-        moved = (given != 0) & ((given - free).abs() > 1e-6 * free)
-        metrics["mismatch/truncated_frac"] = moved.to(rho.dtype).mean()
+        in_use, exact = (weights[rows], whole) if weights.ndim == 1 else (weights[mask], rho)
+        metrics["mismatch/masked_frac"] = (in_use == 0).to(rho.dtype).mean()
+        truncated = (in_use != 0) & ((in_use - exact).abs() > 1e-6 * exact)
+        metrics["mismatch/truncated_frac"] = truncated.to(rho.dtype).mean()
     return metrics
-
-
-QUANTILE_LIMIT = 2**24
-"""Most values that `torch.quantile` takes."""
-
-
-def _thinned(values: Tensor) -> Tensor:
-    """Every n-th of too many values for a quantile."""
-    return values[:: -(-values.numel() // QUANTILE_LIMIT)]
 
 
 def _log_rho(numerator: Tensor, sampling_logprobs: Tensor, mask: Tensor) -> Tensor:

@@ -12,8 +12,9 @@ from hmpo.config import TrainerConfig
 from hmpo.config.objective import MismatchConfig, ObjectiveConfig
 from hmpo.logprobs.responses import response_loss, token_logprobs_and_entropy
 from hmpo.models.policy import autocast
-from hmpo.objective.loss import count_denominators, minibatch_band, power_mean_loss
+from hmpo.objective.loss import power_mean_loss
 from hmpo.objective.mismatch import join_weights, on_policy_rows
+from hmpo.objective.terms import count_denominators, minibatch_band
 from hmpo.stopwatch import section
 from hmpo.types import Band, Batch, Denominators, MinibatchGradient
 

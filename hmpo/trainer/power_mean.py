@@ -16,7 +16,7 @@ from hmpo.config.objective import ObjectiveConfig
 from hmpo.errors import ConfigError
 from hmpo.objective.advantages import group_advantages, zero_variance_groups
 from hmpo.objective.in_force import ObjectiveInForce
-from hmpo.objective.loss import objective_metrics
+from hmpo.objective.metrics import objective_metrics
 from hmpo.objective.mismatch import mismatch_metrics, mismatch_weights
 from hmpo.rewards import Rewards
 from hmpo.stopwatch import section

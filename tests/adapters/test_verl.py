@@ -29,7 +29,8 @@ from verl.workers.utils.losses import ppo_loss
 from hmpo import members
 from hmpo.adapters.verl import AGGREGATION, METRICS, PowerMeanLossConfig, power_mean
 from hmpo.errors import ConfigError, ShapeError
-from hmpo.objective.loss import objective_metrics, power_mean_loss
+from hmpo.objective.loss import power_mean_loss
+from hmpo.objective.metrics import objective_metrics
 from hmpo.types import Denominators
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -70,8 +70,8 @@ COMPARISONS = [
     ),
     Comparison("gspo", members.gspo(), "arXiv 2507.18071, eqs. 5 and 7", GSPO, BOUNDED),
     Comparison(
-        "gspo_token",
-        members.gspo_token(),
+        "gspo",
+        members.gspo(),
         "arXiv 2507.18071, eqs. 13-14",
         oracle(family.gspo_token),
         BOUNDED,

@@ -7,8 +7,9 @@ from hmpo.config.objective import MismatchConfig, ObjectiveConfig
 from hmpo.errors import ShapeError
 from hmpo.logprobs.head import LEAST_ROWS, head_logprobs
 from hmpo.logprobs.one_pass import one_pass, one_pass_serves, whole_responses
-from hmpo.objective.loss import count_denominators, minibatch_band, power_mean_loss
+from hmpo.objective.loss import power_mean_loss
 from hmpo.objective.mismatch import on_policy_rows
+from hmpo.objective.terms import count_denominators, minibatch_band
 
 F64 = torch.float64
 LENGTHS = [4, 1, 6, 0, 3, 5, 2]

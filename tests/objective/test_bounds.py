@@ -9,7 +9,8 @@ import torch
 from hmpo import members
 from hmpo.config import ObjectiveConfig
 from hmpo.errors import ConfigError
-from hmpo.objective.loss import count_denominators, minibatch_band, objective_metrics
+from hmpo.objective.metrics import objective_metrics
+from hmpo.objective.terms import count_denominators, minibatch_band
 from tests.objective.test_objective import BOTH, assert_equals, batch, loss_and_gradient, rows_of
 from tests.oracles import family as oracle
 

@@ -8,7 +8,7 @@ from hmpo import members
 from hmpo.config import ObjectiveConfig, PowerMeanConfig
 from hmpo.errors import ConfigError
 from hmpo.objective.calibration import ClipCalibration, clip_scale, scaled_bounds
-from hmpo.objective.loss import objective_metrics
+from hmpo.objective.metrics import objective_metrics
 from tests.support import tiny_llama
 from tests.trainer.test_trainer import PROMPTS, settings, trainer_for
 

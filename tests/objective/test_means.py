@@ -15,8 +15,8 @@ from hmpo.objective.means import (
     effective_sample_size,
     log_power_mean,
     power_mean_weights,
-    solve_exponent,
 )
+from hmpo.objective.solve import solve_exponent
 from tests.oracles import means as oracle
 
 EXPONENTS = [50.0, -50.0, 3.0, -3.0, 1.0, -1.0, 0.5, -0.5, 0.1, 0.01, -0.01, 1e-4, -1e-4, 1e-6, 0.0]

@@ -10,16 +10,13 @@ from torch.autograd import gradcheck
 from hmpo import members
 from hmpo.config import ObjectiveConfig
 from hmpo.errors import ConfigError
+from hmpo.objective.bounds import EXP_LIMIT
 from hmpo.objective.exponent import matched_exponent
 from hmpo.objective.kl import token_kl
-from hmpo.objective.loss import (
-    EXP_LIMIT,
-    count_denominators,
-    objective_metrics,
-    power_mean_loss,
-    power_mean_objective,
-)
+from hmpo.objective.loss import power_mean_loss, power_mean_objective
 from hmpo.objective.means import log_power_mean
+from hmpo.objective.metrics import objective_metrics
+from hmpo.objective.terms import count_denominators
 from tests.oracles import objective as oracle
 
 LENGTHS = [10, 7, 1, 4, 10, 6, 3, 10]

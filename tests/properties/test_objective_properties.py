@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from hmpo import members
 from hmpo.config import ExponentConfig, ObjectiveConfig
 from hmpo.objective.advantages import group_advantages, zero_variance_groups
-from hmpo.objective.loss import count_denominators, minibatch_band, power_mean_loss
+from hmpo.objective.loss import power_mean_loss
+from hmpo.objective.terms import count_denominators, minibatch_band
 from hmpo.types import Denominators
 
 MEMBERS = [make() for make in members.BY_NAME.values()]

@@ -6,13 +6,8 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from hmpo.objective.means import (
-    ahm_mean,
-    effective_sample_size,
-    log_power_mean,
-    power_mean_weights,
-    solve_exponent,
-)
+from hmpo.objective.means import ahm_mean, effective_sample_size, log_power_mean, power_mean_weights
+from hmpo.objective.solve import solve_exponent
 
 tokens = st.lists(st.floats(-10, 10), min_size=1, max_size=30)
 exponents = st.one_of(

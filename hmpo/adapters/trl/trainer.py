@@ -39,7 +39,7 @@ from hmpo.adapters.trl.config import PowerMeanGRPOConfig
 from hmpo.adapters.trl.log import Rows, TelemetryLog, gather_rows, join_rows, rollout_metrics
 from hmpo.checkpoint import load_checkpoint, save_checkpoint
 from hmpo.objective.in_force import ObjectiveInForce
-from hmpo.objective.loss import objective_metrics
+from hmpo.objective.metrics import objective_metrics
 from hmpo.optim import MuonClipConfig, with_qk_clip
 from hmpo.optim.state import clip_metrics
 from hmpo.types import Metrics

@@ -1,0 +1,177 @@
+"""The symbols of the objective, one function each; `hmpo.objective.loss` puts them together.
+
+    d_it      log pi(y_it) - log pi_old(y_it), the token log ratios (nat)    `log_ratios`
+    A_i       advantage, 0 for a response without tokens                     `row_advantages`
+    M_i       mean of the limited ratios                                     `mean_ratios`
+    omega_i   weight of a response in the sum                                `row_weights`
+    KL_i      token mean of KL(pi || ref) (nat)                              `row_kl`
+
+The limits of d and of M stand in `hmpo.objective.bounds`, the exponent p of M in
+`hmpo.objective.exponent`, the means themselves in `hmpo.objective.means`.
+"""
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from hmpo.config.objective import ObjectiveConfig
+from hmpo.errors import ConfigError, ShapeError
+from hmpo.objective.bounds import exp_linear, limit_means, log_mean, measure_band
+from hmpo.objective.exponent import exponent_in_force
+from hmpo.objective.kl import token_kl
+from hmpo.objective.masking import masked_difference, scaled_gradient, without_padding
+from hmpo.objective.means import Exponent
+from hmpo.types import Band, Denominators, Tokens
+
+
+def check_tokens(tokens: Tokens, exponent: Tensor | None) -> None:
+    """Shapes and dtypes, for callers without the test hook.
+
+    Raises:
+        ShapeError: a tensor is not of the shape or kind that `Tokens` documents, or `exponent`
+            is not one float or one per row.
+    """
+    shape, rows = tokens.logprobs.shape, tokens.logprobs.shape[:1]
+    if len(shape) != 2 or shape[1] == 0:
+        raise ShapeError(f"logprobs: got {tuple(shape)}, expected (N, T) with T >= 1")
+    tensors = {
+        "logprobs": (tokens.logprobs, [shape]),
+        "old_logprobs": (tokens.old_logprobs, [shape]),
+        "advantages": (tokens.advantages, [rows]),
+        "ref_logprobs": (tokens.ref_logprobs, [shape]),
+        "exponent": (exponent, [torch.Size(), rows]),
+        "weights": (tokens.weights, [rows, shape]),
+    }
+    for name, (tensor, shapes) in tensors.items():
+        if tensor is not None and not (tensor.shape in shapes and tensor.is_floating_point()):
+            expected = " or ".join(str(tuple(s)) for s in shapes)
+            raise ShapeError(
+                f"{name}: got {tensor.dtype} {tuple(tensor.shape)}, expected float {expected}"
+            )
+    mask = tokens.mask
+    if mask.shape != shape or mask.dtype != torch.bool:
+        raise ShapeError(
+            f"mask: got {mask.dtype} {tuple(mask.shape)}, expected bool {tuple(shape)}"
+        )
+
+
+def weighted_logprobs(tokens: Tokens) -> Float[Tensor, "N T"]:
+    """The policy's log-probs (nat), their gradient multiplied by the tokens' weights if any."""
+    if tokens.weights is None or tokens.weights.ndim == 1:
+        return tokens.logprobs
+    weights = without_padding(tokens.weights.detach(), tokens.mask)
+    return scaled_gradient(tokens.logprobs, weights)
+
+
+def log_ratios(logprobs: Float[Tensor, "N T"], tokens: Tokens) -> Float[Tensor, "N T"]:
+    """Token log ratios (nat), 0 on padding: `logprobs` minus the old ones, which are constants."""
+    return masked_difference(logprobs, tokens.old_logprobs, tokens.mask)
+
+
+def row_advantages(tokens: Tokens, dtype: torch.dtype) -> Float[Tensor, " N"]:
+    """The advantages as constants, 0 for a row without tokens."""
+    return torch.where(tokens.lengths > 0, tokens.advantages.detach(), 0).to(dtype)
+
+
+def mean_ratios(
+    limited: Float[Tensor, "N T"],
+    logprobs: Float[Tensor, "N T"],
+    tokens: Tokens,
+    advantages: Float[Tensor, " N"],
+    p: Exponent,
+    config: ObjectiveConfig,
+    band: Band | None,
+) -> Float[Tensor, " N"]:
+    """Each row's mean of the limited ratios, itself limited if the clip is on sequences.
+
+    With a detached gate there is no such mean, and the row's value is that of
+    mean_t const(r_it) log pi(y_it).
+
+    Args:
+        limited: what `limit_tokens` gave (nat), 0 on padding.
+        logprobs: what `weighted_logprobs` gave; used by the detached gate alone.
+        tokens: the rows.
+        advantages: what `row_advantages` gave.
+        p: exponent in force.
+        config: the member of the family.
+        band: of the whole minibatch, where the clip needs one.
+    """
+    if config.gate == "detached":
+        product = exp_linear(limited.detach()) * without_padding(logprobs, tokens.mask)
+        return product.sum(1) / tokens.lengths.clamp(min=1)
+    log_m = log_mean(limited, tokens.mask, p, config)
+    lengths = tokens.lengths.to(advantages.dtype)
+    return exp_linear(limit_means(log_m, lengths, advantages, config, band))
+
+
+def row_weights(
+    tokens: Tokens,
+    config: ObjectiveConfig,
+    denominators: Denominators | None,
+    dtype: torch.dtype,
+) -> Float[Tensor, " N"]:
+    """What each row weighs in the sum; 0 for a row without tokens.
+
+    1/N, its share of all tokens, L / (N max_length) or L / N, as `config.reduction` says; N and
+    the number of tokens are those of these rows unless `denominators` says otherwise.
+    """
+    lengths, counted = tokens.lengths, tokens.lengths > 0
+    if denominators is None:
+        total = lengths.sum() if config.reduction == "token_mean" else counted.sum()
+        total = total.clamp(min=1)
+    else:
+        sequences, all_tokens = denominators.sequences, denominators.tokens
+        total = max(all_tokens if config.reduction == "token_mean" else sequences, 1)
+    if config.reduction == "constant":
+        assert config.max_length is not None, "checked by ObjectiveConfig"
+        total = total * config.max_length
+    return (counted if config.reduction == "sequence_mean" else lengths).to(dtype) / total
+
+
+def with_row_corrections(omega: Float[Tensor, " N"], tokens: Tokens) -> Float[Tensor, " N"]:
+    """The rows' weights in the sum times their corrections, if there is one per response."""
+    if tokens.weights is None or tokens.weights.ndim == 2:
+        return omega
+    return omega * torch.where(tokens.lengths > 0, tokens.weights.detach(), 0)
+
+
+def row_kl(tokens: Tokens, config: ObjectiveConfig) -> Float[Tensor, " N"]:
+    """Token mean of KL(pi || ref) for each row (nat); 0 for a row without tokens.
+
+    Raises:
+        ConfigError: the reference's log-probs are not given.
+    """
+    if tokens.ref_logprobs is None:
+        raise ConfigError(
+            f"ref_logprobs: got None, expected (N, T) log-probs with kl_coef = {config.kl_coef}"
+        )
+    ref_logprobs = without_padding(tokens.ref_logprobs.detach(), tokens.mask)
+    logprobs = without_padding(tokens.logprobs, tokens.mask)
+    per_token = token_kl(logprobs, ref_logprobs, config.kl_estimator)
+    return per_token.sum(1) / tokens.lengths.clamp(min=1)
+
+
+def count_denominators(mask: Bool[Tensor, "N T"]) -> Denominators:
+    """Rows with at least one token, and tokens, of a whole minibatch."""
+    sequences, tokens = torch.stack((mask.any(1).sum(), mask.sum())).tolist()
+    return Denominators(sequences=sequences, tokens=tokens)
+
+
+@torch.no_grad()
+def minibatch_band(
+    logprobs: Float[Tensor, "N T"],
+    old_logprobs: Float[Tensor, "N T"],
+    mask: Bool[Tensor, "N T"],
+    advantages: Float[Tensor, " N"],
+    config: ObjectiveConfig,
+    *,
+    exponent: Float[Tensor, ""] | Float[Tensor, " N"] | None = None,
+) -> Band:
+    """Centre and scale of the clip band of a whole minibatch, to be handed to its parts.
+
+    Arguments are those of `power_mean_objective`.
+    """
+    tokens = Tokens(logprobs=logprobs, old_logprobs=old_logprobs, mask=mask, advantages=advantages)
+    d = log_ratios(logprobs, tokens)
+    p = exponent_in_force(d, mask, row_advantages(tokens, d.dtype), config, exponent)
+    return measure_band(d, mask, p, config)
