@@ -13,17 +13,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from hmpo.attention.sites.families import family_of
 from hmpo.attention.sites.norms import output_at
-
-NORMED = (
-    "Qwen3Attention",
-    "Qwen3MoeAttention",
-    "Gemma3Attention",
-    "Olmo2Attention",
-    "Olmo3Attention",
-)
-"""Attention classes of transformers, read in source: nothing but rotary embedding stands between
-`q_norm`, `k_norm` and the attention function."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +49,7 @@ class WeightBound:
 
 def weight_bound(model: nn.Module, module: nn.Module, heads: int) -> WeightBound | None:
     """The bound of one attention module, or None where weights say nothing."""
-    if type(module).__name__ not in NORMED:
+    if not family_of(module).normed:
         return None
     norms = _norms(module)
     offsets = {_offset(norm) for norm in norms}

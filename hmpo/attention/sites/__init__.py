@@ -1,7 +1,7 @@
 """Attention sites: where a model attends, and which weights make its logits.
 
 One builder per family of attention module turns a module into an `AttentionSite`, or says why it
-cannot, or passes. A new family is one more file here and its function in `BUILDERS`.
+cannot, or passes. What a class needs beyond the names of its children is a row of `FAMILIES`.
 """
 
 from collections.abc import Callable

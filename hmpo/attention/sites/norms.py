@@ -7,16 +7,10 @@ import weakref
 import torch
 from torch import Tensor, nn
 
-from hmpo.attention.sites.projections import Block, blocked
+from hmpo.attention.sites.families import QK_NORMS
+from hmpo.attention.sites.projections import HeadSlices, why_fixed
 from hmpo.attention.sites.rows import HeadRows, Scope
 from hmpo.attention.sites.site import AttentionSite, ClipTarget
-
-PAIRS = (
-    ("q_norm", "k_norm"),
-    ("q_layernorm", "k_layernorm"),
-    ("query_layernorm", "key_layernorm"),
-)
-"""Children that normalise queries and keys after the projection, which undoes scaling it."""
 
 _offsets: "weakref.WeakKeyDictionary[nn.Module, float | str]" = weakref.WeakKeyDictionary()
 
@@ -28,14 +22,14 @@ def find_norms(module: nn.Module) -> tuple[nn.Module | None, nn.Module | None] |
         for name, child in module.named_children()
         if "norm" in name and not isinstance(child, nn.Identity)
     }
-    known = {name: pair for pair in PAIRS for name in pair}
+    known = {name: pair for pair in QK_NORMS for name in pair}
     for name in children.keys() - known.keys():
         if name.startswith(("q", "k")):
             return f"{name} normalises queries or keys in a way that is not known"
     pairs = {known[name] for name in children if name in known}
     if len(pairs) > 1:
         return f"norms {sorted(children)} are more than one pair"
-    query, key = next(iter(pairs), PAIRS[0])
+    query, key = next(iter(pairs), QK_NORMS[0])
     return children.get(query), children.get(key)
 
 
@@ -52,22 +46,22 @@ def norm_rows(
     if gain is None or not own.keys() <= {"weight", "bias"}:
         return f"{name} has parameters {sorted(own)}, expected a gain called weight"
     shape = tuple(gain.shape)
-    blocks = {
-        (width,): Block(heads=1, length=width),
-        (heads, width): Block(heads=heads, length=1),
-        (heads * width,): Block(heads=heads, length=width),
+    slices = {
+        (width,): HeadSlices(heads=1, length=width),
+        (heads, width): HeadSlices(heads=heads, length=1),
+        (heads * width,): HeadSlices(heads=heads, length=width),
     }
-    if shape not in blocks:
-        return f"{name} has a gain of shape {shape}, expected one of {[*blocks]}"
+    if shape not in slices:
+        return f"{name} has a gain of shape {shape}, expected one of {[*slices]}"
     offset = gain_offset(norm, name)
     if isinstance(offset, str):
         return offset
     rows = [
-        blocks[shape].rows(parameter, offset=offset if label == "weight" else 0.0)
+        slices[shape].rows(parameter, offset=offset if label == "weight" else 0.0)
         for label, parameter in own.items()
     ]
     for label, piece in zip(own, rows, strict=True):
-        if (fault := blocked(piece, f"{name}.{label}", scope)) is not None:
+        if (fault := why_fixed(piece, f"{name}.{label}", scope)) is not None:
             return fault
     return rows, shape != (width,) or heads == 1
 

@@ -10,21 +10,15 @@ from typing import Any
 
 from torch import nn
 
+from hmpo.attention.sites.families import HEAD_COUNTS, HEAD_WIDTHS, QUERY_KEY
 from hmpo.attention.sites.norms import find_norms
-from hmpo.attention.sites.projections import Block, blocked, out_features, projection_rows
+from hmpo.attention.sites.projections import HeadSlices, out_features, projection_rows, why_fixed
 from hmpo.attention.sites.rows import HeadRows, Scope
 from hmpo.attention.sites.site import AttentionSite, ClipTarget
 
-PROJECTIONS = (("q_proj", "k_proj"), ("W_q", "W_k"), ("query", "key"), ("q", "k"))
-"""Names of the children that make queries and keys."""
-WIDTHS = ("head_dim", "attention_head_size", "d_kv", "d_k", "key_value_proj_dim")
-"""Attributes, of a module or its config, that give the width of a head."""
-HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "nhead", "heads")
-"""Attributes, of a module or its config, that give the number of query heads."""
-
 
 def plain_attention(name: str, module: nn.Module, config: Any) -> AttentionSite | str | None:
-    """A site for `nn.MultiheadAttention` or a module with a pair of `PROJECTIONS`.
+    """A site for `nn.MultiheadAttention` or a module with a pair of children in `QUERY_KEY`.
 
     Args:
         name: the module's qualified name.
@@ -67,7 +61,7 @@ def plain_attention(name: str, module: nn.Module, config: Any) -> AttentionSite 
 def projection_pair(module: nn.Module) -> tuple[str, str] | None:
     """Names of the linear layers that make queries and keys."""
     children = dict(module.named_children())
-    for query, key in PROJECTIONS:
+    for query, key in QUERY_KEY:
         if out_features(children.get(query)) and out_features(children.get(key)):
             return query, key
     return None
@@ -75,11 +69,11 @@ def projection_pair(module: nn.Module) -> tuple[str, str] | None:
 
 def _head_width(module: nn.Module, features: int, config: Any) -> int | None:
     for place in (module, getattr(module, "config", None), config):
-        for attribute in WIDTHS:
+        for attribute in HEAD_WIDTHS:
             width = getattr(place, attribute, None)
             if isinstance(width, int) and width > 0:
                 return width
-        for attribute in HEADS:
+        for attribute in HEAD_COUNTS:
             heads = getattr(place, attribute, None)
             if isinstance(heads, int) and heads > 0 and features % heads == 0:
                 return features // heads
@@ -93,7 +87,9 @@ def _resolve_pair(module: nn.Module, site: AttentionSite, scope: Scope) -> ClipT
     sides = []
     for name, heads in zip(pair, (site.heads, site.kv_heads), strict=True):
         length = out_features(children[name]) // heads
-        found = projection_rows(children[name], name, (Block(heads=heads, length=length),), scope)
+        found = projection_rows(
+            children[name], name, (HeadSlices(heads=heads, length=length),), scope
+        )
         if isinstance(found, str):
             return found
         sides.append(tuple(found[0]))
@@ -105,9 +101,9 @@ def _resolve_multihead(module: nn.Module, site: AttentionSite, scope: Scope) -> 
     assert isinstance(module, nn.MultiheadAttention)
     own = dict(module.named_parameters(recurse=False))
     width, heads = module.embed_dim // site.heads, site.heads
-    first = Block(heads=heads, length=width)
-    second = Block(heads=heads, length=width, start=module.embed_dim)
-    places: dict[str, tuple[Block, ...]] = {
+    first = HeadSlices(heads=heads, length=width)
+    second = HeadSlices(heads=heads, length=width, start=module.embed_dim)
+    places: dict[str, tuple[HeadSlices, ...]] = {
         "q_proj_weight": (first,),
         "k_proj_weight": (first,),
         "in_proj_weight": (first, second),
@@ -116,10 +112,10 @@ def _resolve_multihead(module: nn.Module, site: AttentionSite, scope: Scope) -> 
     query: list[HeadRows] = []
     key: list[HeadRows] = []
     for label, parameter in own.items():
-        blocks = places.get(label, ())
-        rows = [block.rows(parameter) for block in blocks]
+        slices = places.get(label, ())
+        rows = [s.rows(parameter) for s in slices]
         for piece in rows:
-            if (fault := blocked(piece, label, scope)) is not None:
+            if (fault := why_fixed(piece, label, scope)) is not None:
                 return fault
         if len(rows) == 2:
             query.append(rows[0])

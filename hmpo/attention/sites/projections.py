@@ -4,19 +4,18 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from hmpo.attention.sites.families import CONV1D
 from hmpo.attention.sites.rows import HeadRows, Scope
 
 Part = tuple[str, Tensor, int]
 """Name of a parameter, the parameter, and its axis that counts output features."""
 
 ADAPTER = "lora_A"
-CONV1D = "Conv1D"
-"""Transformers' linear layer with a transposed weight."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Block:
-    """Rows of a projection's output that belong to heads, see `HeadRows`."""
+class HeadSlices:
+    """Which rows of an output belong to heads, without a parameter yet: see `HeadRows`."""
 
     heads: int
     length: int
@@ -46,25 +45,25 @@ def out_features(projection: nn.Module | None) -> int:
 
 
 def projection_rows(
-    projection: nn.Module, label: str, blocks: tuple[Block, ...], scope: Scope
+    projection: nn.Module, label: str, slices: tuple[HeadSlices, ...], scope: Scope
 ) -> list[list[HeadRows]] | str:
-    """For each block, the rows of every parameter that the block's outputs are linear in.
+    """For each of `slices`, the rows of every parameter that its outputs are linear in.
 
     Returns:
-        One list of `HeadRows` for each block, or why the projection cannot be scaled.
+        One list of `HeadRows` for each of `slices`, or why the projection cannot be scaled.
     """
     parts = _parts(projection, label, scope)
     if isinstance(parts, str):
         return parts
-    found = [[block.rows(parameter, axis) for _, parameter, axis in parts] for block in blocks]
-    for rows in found:
+    all_rows = [[s.rows(parameter, axis) for _, parameter, axis in parts] for s in slices]
+    for rows in all_rows:
         for (name, _, _), piece in zip(parts, rows, strict=True):
-            if (fault := blocked(piece, name, scope)) is not None:
+            if (fault := why_fixed(piece, name, scope)) is not None:
                 return fault
-    return found
+    return all_rows
 
 
-def blocked(rows: HeadRows, name: str, scope: Scope) -> str | None:
+def why_fixed(rows: HeadRows, name: str, scope: Scope) -> str | None:
     """Why these rows cannot be scaled, or None."""
     if not rows.parameter.requires_grad and scope != "all" and rows.parameter.is_floating_point():
         return f"{name} is frozen"

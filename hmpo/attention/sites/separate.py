@@ -5,7 +5,7 @@ import weakref
 from torch import nn
 
 from hmpo.attention.sites.norms import find_norms, gain_target
-from hmpo.attention.sites.projections import Block, out_features, projection_rows
+from hmpo.attention.sites.projections import HeadSlices, out_features, projection_rows
 from hmpo.attention.sites.rows import HeadRows, Scope
 from hmpo.attention.sites.site import AttentionSite, ClipTarget, hidden_reason
 
@@ -72,7 +72,7 @@ def _rows_of_projections(module: nn.Module, site: AttentionSite, scope: Scope) -
         projection = children[name]
         if out_features(projection) != heads * width:
             return f"{name} gives {out_features(projection)} features, expected {heads} heads"
-        found = projection_rows(projection, name, (Block(heads=heads, length=width),), scope)
+        found = projection_rows(projection, name, (HeadSlices(heads=heads, length=width),), scope)
         if isinstance(found, str):
             return found
         sides.append(tuple(found[0]))
