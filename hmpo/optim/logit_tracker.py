@@ -95,7 +95,7 @@ class LogitTracker:
             weights = None if module is None else weight_bound(model, module, site.heads)
             projected = site.tap == "projections"
             self._readings[site.name] = Reading(
-                site.heads, self.tau, source, budget, weights, projected
+                site.heads, self.tau, source, budget, weights, projected=projected
             )
         settle(self._readings.values())
         ends = [_listen(site, self._readings[site.name].record) for site in self.sites]
@@ -179,12 +179,12 @@ class LogitTracker:
             self._readings[name].bound = layer["bound"].clone()
 
     def _values(self) -> dict[str, MaxLogits]:
-        mine = list(self._readings.values())
-        resolve(mine)
-        host = to_host([t for r in mine for t in (r.exact, r.bound)])
+        readings = list(self._readings.values())
+        resolve(readings)
+        host = to_host([t for r in readings for t in (r.exact, r.bound)])
         if host and dist.is_available() and dist.is_initialized():
             host = _largest_of_ranks(host, self.group)
-        settle(r for r in mine if not tiers.host_reads_are_free(r.bound.device))
+        settle(r for r in readings if not tiers.host_reads_are_free(r.bound.device))
         pairs = zip(self._readings, host[::2], host[1::2], strict=True)
         return {
             name: MaxLogits(torch.maximum(exact, bound), ~(exact < bound))

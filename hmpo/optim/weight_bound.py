@@ -17,7 +17,7 @@ from hmpo.attention.sites.families import family_of
 from hmpo.attention.sites.norms import output_at
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class WeightBound:
     """The bound of one attention module, made anew from its weights at every call."""
 
@@ -60,7 +60,9 @@ def weight_bound(model: nn.Module, module: nn.Module, heads: int) -> WeightBound
     if offsets or offset is None or not rotaries:
         return None
     scale = float(module.scaling)  # type: ignore[arg-type]
-    return WeightBound(weakref.ref(module), rotaries, heads, offset, scale)
+    return WeightBound(
+        module=weakref.ref(module), rotaries=rotaries, heads=heads, offset=offset, scale=scale
+    )
 
 
 def _norms(module: nn.Module) -> tuple[nn.Module, nn.Module]:
@@ -96,5 +98,5 @@ def _longest(norm: nn.Module, offset: float, module: nn.Module) -> Float[Tensor,
 
 def _rotary_factor(rotary: nn.Module) -> float:
     """Largest factor that a rotary embedding multiplies into queries and keys."""
-    found = [v for name, v in vars(rotary).items() if "attention_scaling" in name]
-    return max([1.0, *(abs(float(v)) for v in found)])
+    factors = [v for name, v in vars(rotary).items() if "attention_scaling" in name]
+    return max([1.0, *(abs(float(v)) for v in factors)])

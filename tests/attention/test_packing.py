@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from hmpo.attention.packed import can_pack, was_packed
 from hmpo.attention.packing import cut, pack
-from hmpo.attention.tap import hearing
+from hmpo.attention.tap import record_without_gradient
 from hmpo.logprobs import responses as logprobs
 from hmpo.logprobs.responses import token_logprobs, token_logprobs_and_entropy
 from hmpo.optim import LogitTracker, QKClip
@@ -201,7 +201,7 @@ def test_passes_without_gradient_are_heard_only_where_asked_for() -> None:
         with torch.no_grad():
             token_logprobs(model, *rows)
             assert bool((tracker.consume()["model.layers.0.self_attn"].value == -torch.inf).all())
-            with hearing():
+            with record_without_gradient():
                 token_logprobs(model, *rows)
             got = tracker.consume()["model.layers.0.self_attn"]
     assert torch.equal(got.value, want.value) and torch.equal(got.exact, want.exact)
@@ -334,7 +334,7 @@ def test_a_lora_adapter_is_clipped_alike(checkpointing, monkeypatch) -> None:
                 patch.setattr(logprobs, "can_pack", lambda *_: False)
             clipper = QKClip(tracker, tau=tau)
             token_logprobs(model, *rows).sum().backward()
-            with torch.no_grad(), hearing():
+            with torch.no_grad(), record_without_gradient():
                 token_logprobs(model, *rows)
             stats = clipper.apply()
         assert was_packed(model) is packed

@@ -28,11 +28,11 @@ def fused_projection(name: str, module: nn.Module) -> AttentionSite | str | None
     if features != expected:
         return f"{layout.projection} gives {features} features, expected {expected}"
     return AttentionSite(
-        name,
-        layout.heads,
-        layout.kv_heads,
-        weakref.ref(module),
-        resolve,
+        name=name,
+        heads=layout.heads,
+        kv_heads=layout.kv_heads,
+        module=weakref.ref(module),
+        resolve=resolve,
         hidden=hidden_reason(module),
     )
 

@@ -27,8 +27,14 @@ def latent_attention(name: str, module: nn.Module) -> AttentionSite | str | None
     heads = keys // (nope + value)
     if heads < 1 or heads * (nope + value) != keys or heads * (nope + rope) != queries:
         return f"kv_b_proj and {label} give {[keys, queries]} features, expected those of heads"
-    hidden = hidden_reason(module)
-    return AttentionSite(name, heads, heads, weakref.ref(module), resolve, hidden)
+    return AttentionSite(
+        name=name,
+        heads=heads,
+        kv_heads=heads,
+        module=weakref.ref(module),
+        resolve=resolve,
+        hidden=hidden_reason(module),
+    )
 
 
 def resolve(module: nn.Module, site: AttentionSite, scope: Scope) -> ClipTarget | str:

@@ -91,12 +91,13 @@ def gain_target(
             continue
         if norm is None:
             return f"only one of queries and keys is normalised ({side} is not)"
-        found = norm_rows(norm, f"the {side} norm", heads, width, scope)
-        if isinstance(found, str):
-            return found
-        sides.append(tuple(found[0]))
-        own.append(found[1])
-        plus_one = plus_one or found[0][0].offset != 0
+        result = norm_rows(norm, f"the {side} norm", heads, width, scope)
+        if isinstance(result, str):
+            return result
+        rows, of_each_head = result
+        sides.append(tuple(rows))
+        own.append(of_each_head)
+        plus_one = plus_one or rows[0].offset != 0
     per_head = all(own)
     if not per_head and any(rows[0].heads > 1 for rows in sides):
         return "one norm is shared by all heads and the other is not"
@@ -113,8 +114,8 @@ def gain_offset(norm: nn.Module, name: str) -> float | str:
     """
     if norm not in _offsets:
         _offsets[norm] = _probe(norm)
-    found = _offsets[norm]
-    return f"{name} {found}" if isinstance(found, str) else found
+    offset = _offsets[norm]
+    return f"{name} {offset}" if isinstance(offset, str) else offset
 
 
 def _probe(norm: nn.Module) -> float | str:

@@ -29,11 +29,11 @@ def plain_attention(name: str, module: nn.Module, config: Any) -> AttentionSite 
         if module.bias_k is not None or module.add_zero_attn:
             return "MultiheadAttention adds keys of its own (add_bias_kv, add_zero_attn)"
         return AttentionSite(
-            name or type(module).__name__,
-            module.num_heads,
-            module.num_heads,
-            weakref.ref(module),
-            _resolve_multihead,
+            name=name or type(module).__name__,
+            heads=module.num_heads,
+            kv_heads=module.num_heads,
+            module=weakref.ref(module),
+            resolve=_resolve_multihead,
             tap="multihead",
         )
     pair = projection_pair(module)
@@ -49,11 +49,11 @@ def plain_attention(name: str, module: nn.Module, config: Any) -> AttentionSite 
     if find_norms(module) != (None, None):
         return "queries or keys are normalised after the projections, where nobody can listen"
     return AttentionSite(
-        name or type(module).__name__,
-        rows[0] // width,
-        rows[1] // width,
-        weakref.ref(module),
-        _resolve_pair,
+        name=name or type(module).__name__,
+        heads=rows[0] // width,
+        kv_heads=rows[1] // width,
+        module=weakref.ref(module),
+        resolve=_resolve_pair,
         tap="projections",
     )
 
@@ -87,12 +87,11 @@ def _resolve_pair(module: nn.Module, site: AttentionSite, scope: Scope) -> ClipT
     sides = []
     for name, heads in zip(pair, (site.heads, site.kv_heads), strict=True):
         length = out_features(children[name]) // heads
-        found = projection_rows(
-            children[name], name, (HeadSlices(heads=heads, length=length),), scope
-        )
-        if isinstance(found, str):
-            return found
-        sides.append(tuple(found[0]))
+        slices = (HeadSlices(heads=heads, length=length),)
+        rows = projection_rows(children[name], name, slices, scope)
+        if isinstance(rows, str):
+            return rows
+        sides.append(tuple(rows[0]))
     how = f"rows of {pair[0]} and {pair[1]}, head by head"
     return ClipTarget(query=sides[0], key=sides[1], how=how)
 
