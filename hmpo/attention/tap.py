@@ -111,6 +111,11 @@ def add_listener(module: nn.Module, listener: Listener) -> Callable[[], None]:
     return remove
 
 
+def listener_count() -> int:
+    """Listeners of all modules of this process; a module that dies takes its own along."""
+    return sum(map(len, _listeners.values()))
+
+
 @contextmanager
 def capture_calls(module: nn.Module) -> Iterator[list[AttentionCall]]:
     """The attention calls that `module`, which must have a listener, makes without gradients.

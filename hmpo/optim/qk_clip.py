@@ -22,6 +22,8 @@ from torch import Tensor
 
 from hmpo.attention.inputs import KeptInput
 from hmpo.attention.sites import AttentionSite, ClipTarget, HeadRows, Scope, hidden_sites
+from hmpo.attention.tracker import LogitTracker, MaxLogits, smallest_of_ranks
+from hmpo.attention.weight_norm_bound import weight_norm_bound
 from hmpo.errors import require
 from hmpo.optim.adapter_clip import (
     LORA_RULES,
@@ -30,8 +32,6 @@ from hmpo.optim.adapter_clip import (
     clip_adapter,
     left_alone,
 )
-from hmpo.optim.logit_tracker import LogitTracker, MaxLogits, smallest_of_ranks
-from hmpo.optim.norm_bound import weight_norm_bound
 
 logger = logging.getLogger(__name__)
 

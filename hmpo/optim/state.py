@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
+from hmpo.attention.readings import TIERS
 from hmpo.optim.muon_clip import STATE_KEY, qk_clip_stats
-from hmpo.optim.readings import TIERS
 
 
 def split_clip_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:

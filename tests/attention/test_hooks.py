@@ -15,7 +15,8 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.testing import assert_close
 
-from hmpo.optim import LogitTracker, MuonClipConfig, readings, with_qk_clip
+from hmpo.attention import readings
+from hmpo.optim import LogitTracker, MuonClipConfig, with_qk_clip
 from tests.oracles.attention_logits import max_logits
 
 NAMES = [("q_proj", "k_proj"), ("W_q", "W_k"), ("query", "key"), ("q", "k")]

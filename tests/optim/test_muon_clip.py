@@ -14,7 +14,7 @@ from torch import nn
 from torch.amp import GradScaler
 from transformers.models.llama import modeling_llama
 
-from hmpo.attention.tap import _listeners, _taps
+from hmpo.attention.tap import listener_count
 from hmpo.errors import CheckpointError, ConfigError, ModelError
 from hmpo.optim import (
     LogitTracker,
@@ -79,7 +79,7 @@ def _nothing_left():
     before = modeling_llama.ALL_ATTENTION_FUNCTIONS["sdpa"]
     yield
     gc.collect()
-    assert not len(_listeners) and not _taps and not len(_attached)
+    assert listener_count() == 0 and not len(_attached)
     assert modeling_llama.ALL_ATTENTION_FUNCTIONS["sdpa"] is before
 
 
@@ -295,19 +295,19 @@ def test_no_hook_leak():
     for tau in (5.0, 5.0, 6.0):
         assert with_qk_clip(optimizer, model, MuonClipConfig(max_qk_score=tau)) is optimizer
         assert len(optimizer._optimizer_step_post_hooks) == 1
-        assert len(_listeners) == 2 and all(len(v) == 1 for v in _listeners.values())
+        assert listener_count() == 2, "one for each layer"
     train(model, optimizer, 1)
     assert qk_clip_stats(optimizer) is not None
     detach_qk_clip(optimizer)
     detach_qk_clip(optimizer)
-    assert qk_clip_stats(optimizer) is None and not len(_listeners)
+    assert qk_clip_stats(optimizer) is None and listener_count() == 0
     for name in before:
         if name.endswith("_hooks"):
             assert not optimizer.__dict__[name]
     for _ in range(3):
         wrapped(model)
     gc.collect()
-    assert not len(_listeners)
+    assert listener_count() == 0
 
 
 def test_nothing_keeps_model_or_optimizer_alive():
@@ -428,7 +428,7 @@ def test_pickle_without_the_model(maker):
     train(model, optimizer, 1)
     copied = pickle.loads(pickle.dumps(optimizer))
     assert type(copied) is type(optimizer)
-    assert qk_clip_stats(copied) is None and len(_listeners) == 2
+    assert qk_clip_stats(copied) is None and listener_count() == 2
     assert copied.param_groups[0]["lr"] == 1e-2
     if maker != "hooked":
         assert copied.config == CONFIG

@@ -43,7 +43,7 @@ class AttentionFamily:
     logits, so that weights bound them: `weight_norm_bound`."""
     normed: bool = False
     """It has `q_norm` and `k_norm`, and nothing but rotary embedding stands between them and the
-    attention function, so that their gains bound the logits: `weight_bound`."""
+    attention function, so that their gains bound the logits: `gain_bound`."""
 
 
 def _phi3(module: Any) -> FusedLayout:

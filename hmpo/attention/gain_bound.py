@@ -1,4 +1,4 @@
-"""Upper bounds of attention logits from weights alone, for layers with QK-norm.
+"""Upper bounds of attention logits from the gains of QK-norm alone.
 
 An RMS-normalised vector of width n has norm at most sqrt(n), so queries are at most
 sqrt(n) max|g_q| long whatever the inputs, keys likewise, and |logit| <= scale n max|g_q| max|g_k|.
@@ -18,7 +18,7 @@ from hmpo.attention.sites.norms import output_at
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class WeightBound:
+class GainBound:
     """The bound of one attention module, made anew from its weights at every call."""
 
     module: "weakref.ref[nn.Module]"
@@ -47,7 +47,7 @@ class WeightBound:
         return query * key * (self.scale * factor**2 * (1.0 + rounding))
 
 
-def weight_bound(model: nn.Module, module: nn.Module, heads: int) -> WeightBound | None:
+def gain_bound(model: nn.Module, module: nn.Module, heads: int) -> GainBound | None:
     """The bound of one attention module, or None where weights say nothing."""
     if not family_of(module).normed:
         return None
@@ -60,7 +60,7 @@ def weight_bound(model: nn.Module, module: nn.Module, heads: int) -> WeightBound
     if offsets or offset is None or not rotaries:
         return None
     scale = float(module.scaling)  # type: ignore[arg-type]
-    return WeightBound(
+    return GainBound(
         module=weakref.ref(module), rotaries=rotaries, heads=heads, offset=offset, scale=scale
     )
 

@@ -9,13 +9,14 @@ from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 from torch.testing import assert_close
 
+from hmpo.attention import readings
+from hmpo.attention.gain_bound import gain_bound
 from hmpo.attention.logits import AttentionCall, logit_bound, unmasked_bound
 from hmpo.attention.lse import call_with_lse, kernel_error, lse_bound, rows_of
+from hmpo.attention.readings import Budget, Reading
 from hmpo.attention.search import max_by_lse
 from hmpo.attention.tap import listen
-from hmpo.optim import LogitTracker, readings
-from hmpo.optim.readings import Budget, Reading
-from hmpo.optim.weight_bound import weight_bound
+from hmpo.attention.tracker import LogitTracker
 from tests.attention.test_logits import causal_mask
 from tests.optim.tiny import SIZES, attentions, batch, loss_of, make
 from tests.oracles.attention_logits import max_logits
@@ -79,7 +80,7 @@ def test_max_is_at_most_lse_is_at_most_max_plus_log_n(made):
 
 
 @given(calls())
-def test_norm_bound_is_never_below_the_masked_one(made):
+def test_unmasked_bound_is_never_below_the_masked_one(made):
     call, truth, _ = made
     assert (unmasked_bound(call) >= logit_bound(call) * (1 - 1e-6)).all()
     assert (unmasked_bound(call).double() >= truth).all()
@@ -227,7 +228,7 @@ def spread_gains(model):
 
 @pytest.mark.parametrize("yarn", [False, True])
 @pytest.mark.parametrize("kind", ["qwen3", "gemma3", "olmo2"])
-def test_weight_bound_holds_for_any_input(kind, yarn):
+def test_gain_bound_holds_for_any_input(kind, yarn):
     changes = {}
     if yarn and kind == "qwen3":
         scaling = {"rope_type": "yarn", "factor": 8.0, "rope_theta": 1e4}
@@ -239,11 +240,11 @@ def test_weight_bound_holds_for_any_input(kind, yarn):
         model(input_ids=ids)
         truth = tracker.consume()
     for layer, reading in zip(attentions(model), truth.values(), strict=True):
-        bound = weight_bound(model, layer, 4)(torch.float32)
+        bound = gain_bound(model, layer, 4)(torch.float32)
         assert bound.shape == (4,) and (bound >= reading.value).all()
 
 
-def test_weight_bound_is_reached():
+def test_gain_bound_is_reached():
     model = make("qwen3", num_hidden_layers=1)
     layer = attentions(model)[0]
     with torch.no_grad():
@@ -254,7 +255,7 @@ def test_weight_bound_is_reached():
         layer.k_proj.weight.data.unflatten(0, (2, 8)).repeat_interleave(2, 0).flatten(0, 1)
     )
     ids, _ = batch()
-    bound = weight_bound(model, layer, 4)(torch.float32)
+    bound = gain_bound(model, layer, 4)(torch.float32)
     with LogitTracker(model, source="exact") as tracker:
         model(input_ids=ids)
         (reading,) = tracker.consume().values()
@@ -275,13 +276,13 @@ def test_qk_norm_layers_are_settled_by_weights_alone(monkeypatch):
     assert all(not r.exact.any() and (r.value <= 100).all() for r in found.values())
 
 
-def test_layers_without_norm_or_with_unknown_norm_have_no_weight_bound():
+def test_layers_without_norm_or_with_unknown_norm_have_no_gain_bound():
     model = make("llama")
-    assert weight_bound(model, attentions(model)[0], 4) is None
+    assert gain_bound(model, attentions(model)[0], 4) is None
     model = make("qwen3")
     layer = attentions(model)[0]
     layer.q_norm = torch.nn.LayerNorm(8)
-    assert weight_bound(model, layer, 4) is None
+    assert gain_bound(model, layer, 4) is None
 
 
 def test_accelerator_settles_by_weights_without_asking(monkeypatch):

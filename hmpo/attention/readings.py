@@ -21,10 +21,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from hmpo.attention.gain_bound import GainBound
 from hmpo.attention.logits import AttentionCall, exact_max, logit_bound, real_rows, unmasked_bound
 from hmpo.attention.lse import kernel_error, lse_bound, reduced_precision
 from hmpo.attention.search import max_by_lse
-from hmpo.optim.weight_bound import WeightBound
 from hmpo.stopwatch import section
 
 KEEP_BYTES = 256 << 20
@@ -72,7 +72,7 @@ class Reading:
         tau: float,
         source: str,
         budget: Budget,
-        weights: WeightBound | None,
+        weights: GainBound | None,
         projected: bool = False,
     ) -> None:
         self.heads, self.tau, self.source, self.budget = heads, tau, source, budget
