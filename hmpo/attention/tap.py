@@ -212,13 +212,14 @@ def _wrap(original: Callable, name: str) -> Callable:
         usable = (
             usable and options.get("position_bias") is None
         )  # else it is not of the logits alone
+        batch, heads, queries, _ = query.shape
         call = AttentionCall(
             query=query.detach(),
             key=key.detach(),
             mask=None if attention_mask is None else attention_mask.detach(),
             causal=causal,
             scale=scale,
-            lse=rows_of(raw, *query.shape[:3]) if usable else None,
+            lse=rows_of(raw, batch=batch, heads=heads, queries=queries) if usable else None,
         )
         notify(id(module), call)
         return result
