@@ -159,7 +159,7 @@ def test_plain_module_compiles_without_a_graph_break():
     assert done.returncode == 0, done.stderr
 
 
-def test_copies_and_pickles_are_not_heard(x):
+def test_copies_and_pickles_are_not_recorded(x):
     model = Attention()
     with LogitTracker(model) as tracker:
         copy.deepcopy(model)(x)

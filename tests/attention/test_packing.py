@@ -108,7 +108,7 @@ def test_any_layout_is_exact(layout) -> None:
     width = max(n for _, n in rows) + extra
     ids, mask, width = rows_of(prompts, rows, width=width)
     if alike:
-        ids[:, : prompts[0]] = ids[0, : prompts[0]]
+        ids[:, : prompts[0]] = ids[0, : prompts[0]].clone()
         distinct = 1
     else:
         distinct = len({i for i, _ in rows})
@@ -192,7 +192,7 @@ def test_bounds_of_packed_calls_hold(source) -> None:
         assert bool((got[name].value >= want[name].value - 1e-5 * want[name].value.abs()).all())
 
 
-def test_passes_without_gradient_are_heard_only_where_asked_for() -> None:
+def test_passes_without_gradient_are_recorded_only_where_asked_for() -> None:
     model = family("llama")
     rows = rows_of((9, 14, 4), [(0, 3), (1, 17), (2, 1), (1, 30), (0, 9)])
     with LogitTracker(model, tau=20.0) as tracker:
