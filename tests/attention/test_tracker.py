@@ -179,7 +179,7 @@ def test_bfloat16_inputs_are_compared_in_float32(autocast):
 
 
 def test_auto_is_exact_or_certified(monkeypatch):
-    monkeypatch.setattr(readings, "_cheap", lambda call: False)
+    monkeypatch.setattr(readings, "CHEAP_SCORES", 0)
     model = make()
     ids, mask = batch(padding="left")
     oracle = model_max_logits(model, ids, mask)
@@ -202,7 +202,7 @@ def test_auto_is_exact_or_certified(monkeypatch):
 def test_deferred_reading_equals_immediate(monkeypatch, keep_bytes):
     model = make()
     ids, mask = batch(padding="right")
-    monkeypatch.setattr(readings, "_cheap", lambda call: False)
+    monkeypatch.setattr(readings, "CHEAP_SCORES", 0)
     with LogitTracker(model, tau=3.0) as tracker:
         model(input_ids=ids, attention_mask=mask)
         expected = tracker.consume()
