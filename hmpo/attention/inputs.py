@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from hmpo.attention.hooks import Hook
-from hmpo.attention.tap import is_heard
+from hmpo.attention.tap import is_recorded
 
 KEEP_INPUT_BYTES = 1 << 30
 """Inputs of attention modules that one tracker keeps from one step to the next."""
@@ -57,9 +57,9 @@ class InputStore:
 
     def take(self) -> tuple[dict[str, list[KeptInput]], dict[str, str]]:
         """What was kept and what was not, by layer; starts afresh."""
-        found = self.calls, self.lost
+        calls, lost = self.calls, self.lost
         self.reset()
-        return found
+        return calls, lost
 
     def add(self, name: str, call: KeptInput | str) -> None:
         """Keep a call, or note why it cannot be kept; one lost call makes the others useless."""
@@ -82,8 +82,8 @@ class InputHook(Hook):
         self.name, self.store = name, weakref.proxy(store)
 
     def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        """Keep the call if its layer is armed and gradients are enabled."""
-        if torch.compiler.is_compiling() or not is_heard():
+        """Keep the call if its layer is armed and the call `is_recorded`."""
+        if torch.compiler.is_compiling() or not is_recorded():
             return
         store, name = self.store, self.name
         if not store.armed[name]:

@@ -56,7 +56,7 @@ class AttentionCall:
         return self.query.nbytes + self.key.nbytes + (0 if self.lse is None else self.lse.nbytes)
 
 
-def seen(mask: Tensor) -> Tensor:
+def visible_pairs(mask: Tensor) -> Tensor:
     """The pairs that a mask lets through."""
     return mask if mask.dtype == torch.bool else mask > MASKED_BELOW
 
@@ -67,10 +67,10 @@ def real_rows(call: AttentionCall) -> Bool[Tensor, "b h Q"] | None:
     if call.mask is None or keys < queries or not call.own_tokens:
         return None
     diagonal = call.mask[..., :keys].diagonal(offset=keys - queries, dim1=-2, dim2=-1)
-    return seen(diagonal)
+    return visible_pairs(diagonal)
 
 
-def _seen_keys(call: AttentionCall) -> Tensor:
+def _visible_keys(call: AttentionCall) -> Tensor:
     """Keys (b, h, K) that some row sees."""
     assert call.mask is not None
     mask = call.mask[..., : call.key.shape[2]]
@@ -88,7 +88,7 @@ def logit_bound(call: AttentionCall) -> Float[Tensor, " H"]:
     width = call.query.shape[3]
     query, key = _norms(call.query), _norms(call.key)
     if call.mask is not None:
-        rows, keys = real_rows(call), _seen_keys(call)
+        rows, keys = real_rows(call), _visible_keys(call)
         query = query if rows is None else query.masked_fill_(~rows, -torch.inf)
         if keys.shape[1] > 1:  # a mask for each head
             key = key.repeat_interleave(keys.shape[1] // key.shape[1], dim=1)
@@ -103,10 +103,10 @@ def logit_bound(call: AttentionCall) -> Float[Tensor, " H"]:
     return bound.amax(0).flatten().float()
 
 
-def norm_bound(call: AttentionCall) -> Float[Tensor, " H"]:
+def unmasked_bound(call: AttentionCall) -> Float[Tensor, " H"]:
     """Upper bound of each head's |q| |k|, times the scale, over all rows, hidden or not.
 
-    Cheaper and looser than `logit_bound`: one maximum for all prompts, and no look at the mask.
+    Cheaper and looser than `logit_bound`: one maximum for all prompts, whatever the mask hides.
     """
     query, key = _longest(call.query), _longest(call.key)
     rounding = 1.0 + (call.query.shape[3] + 8) * torch.finfo(torch.float32).eps
@@ -136,7 +136,7 @@ def exact_max(call: AttentionCall, heads: Int[Tensor, " N"] | None = None) -> Fl
 
     Args:
         call: the attention call.
-        heads: query heads to look at; None means all.
+        heads: query heads to read; None means all.
 
     Returns:
         float32 (N,), or (H,) without `heads`; -inf for a head without any visible pair.
@@ -186,5 +186,5 @@ class _Visible:
 
     def block(self, b: int, size: int, start: int, stop: int, last: int) -> Tensor:
         one = slice(None) if self.mask.shape[0] == 1 else slice(b, b + size)
-        pairs = seen(self.mask[one, :, start:stop, :last])
+        pairs = visible_pairs(self.mask[one, :, start:stop, :last])
         return pairs if self.rows is None else pairs & self.rows[one, :, start:stop, None]

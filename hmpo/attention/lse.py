@@ -46,9 +46,9 @@ def call_with_lse(function: Callable[[], tuple[Any, ...]]) -> tuple[tuple[Any, .
     if plain and torch.is_grad_enabled():
         result = function()
         return result, _from_graph(result[0])
-    with _Catch() as caught:
+    with _CatchLse() as caught:
         result = function()
-    return result, caught.found[0] if len(caught.found) == 1 else None
+    return result, caught.outputs[0] if len(caught.outputs) == 1 else None
 
 
 def rows_of(raw: Tensor | None, batch: int, heads: int, queries: int) -> Tensor | None:
@@ -100,17 +100,17 @@ def _from_graph(output: Tensor) -> Tensor | None:
     return None
 
 
-class _Catch(TorchDispatchMode):
+class _CatchLse(TorchDispatchMode):
     """Keeps the second output of every fused attention kernel that runs inside."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: list[Tensor] = []
+        self.outputs: list[Tensor] = []
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
         if func in KERNELS and out[1].numel():
-            self.found.append(out[1].detach())
+            self.outputs.append(out[1].detach())
         return out

@@ -5,7 +5,7 @@ attention function, so gradient checkpointing, which calls a layer again in the 
 it there. The functions that models look up ("sdpa" in the interface object, "eager" in the modeling
 file's globals) are wrapped once: a call with a layout becomes one call for each of its blocks, with
 an ordinary mask; any other call passes through. So whatever the model's own function does (scaling,
-soft caps, sinks, grouped heads) is done, and whoever listens to the calls below hears batches.
+soft caps, sinks, grouped heads) is done, and whoever listens to the calls below gets batches.
 
 Whether a model's layers all attend that way is not taken on trust: `can_pack` compares a small
 packed example with the padded one, once for each policy.
@@ -37,9 +37,9 @@ TOLERANCE = 1024
 """Units of rounding that packed and padded may differ by in the comparison; a wrong pair of
 tokens is worth a thousand times as much."""
 
-_unpacking: weakref.WeakSet[Callable[..., Any]] = weakref.WeakSet()
+_split_packed_calls: weakref.WeakSet[Callable[..., Any]] = weakref.WeakSet()
 """Attention functions that know the keyword."""
-_answers: weakref.WeakKeyDictionary[nn.Module, dict[str, str]] = weakref.WeakKeyDictionary()
+_obstacles: weakref.WeakKeyDictionary[nn.Module, dict[str, str]] = weakref.WeakKeyDictionary()
 """By policy and attention implementation: why it cannot be packed, "" where it can."""
 _last: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
 """By policy: was the last pass packed?"""
@@ -78,29 +78,29 @@ def unpacking(function: Callable[..., Any], *, eager: bool) -> Callable[..., Any
         packed.readers.add(id(module))
         causal = options.get("is_causal")
         causal = getattr(module, "is_causal", True) if causal is None else causal
-        return attend(
+        return packed_attention(
             functools.partial(function, module),
             packed,
-            query,
-            key,
-            value,
-            options,
+            query=query,
+            key=key,
+            value=value,
+            options=options,
             additive=eager,
             causal=bool(causal) and not eager,
         )
 
-    _unpacking.add(attention)
+    _split_packed_calls.add(attention)
     return attention
 
 
-def prepare(policy: nn.Module, name: str) -> None:
-    """See to it that the attention functions that `policy` looks up know packed calls."""
+def wrap_attention(policy: nn.Module, name: str) -> None:
+    """Wrap the attention functions that `policy` looks up by `unpacking`, each once."""
     for kind in {type(module) for module in policy.modules()}:
         names = getattr(inspect.unwrap(kind.forward), "__globals__", {})
         if INTERFACE not in names:
             continue
         place, entry = (names, EAGER) if name == "eager" else (names[INTERFACE], name)
-        if entry in place and place[entry] not in _unpacking:
+        if entry in place and place[entry] not in _split_packed_calls:
             place[entry] = unpacking(place[entry], eager=name == "eager")
 
 
@@ -108,7 +108,7 @@ def can_pack(policy: nn.Module, core: nn.Module) -> bool:
     """Whether packed rows give the hidden states that padded rows give.
 
     Asked of a small example once for each policy, in evaluation mode and without random numbers;
-    the answer is told. Compiled modules are not packed: each layout would be compiled anew.
+    the answer is logged. Compiled modules are not packed: each layout would be compiled anew.
 
     Args:
         policy: what is trained; the answer is kept with it.
@@ -118,15 +118,15 @@ def can_pack(policy: nn.Module, core: nn.Module) -> bool:
         return False
     config: Any = core.config
     name = config._attn_implementation
-    known = _answers.setdefault(policy, {})
-    if name not in known:
+    obstacles = _obstacles.setdefault(policy, {})
+    if name not in obstacles:
         with random_state_kept():  # a resumed run asks again, where the run it continues did not
-            known[name] = _obstacle(core, name)
-        told = f"not packed: {known[name]}" if known[name] else "packed"
-        logger.info("rows of %s are %s", type(core).__name__, told)
-    if known[name]:
+            obstacles[name] = _obstacle(core, name)
+        outcome = f"not packed: {obstacles[name]}" if obstacles[name] else "packed"
+        logger.info("rows of %s are %s", type(core).__name__, outcome)
+    if obstacles[name]:
         return False
-    prepare(core, name)
+    wrap_attention(core, name)
     return True
 
 
@@ -157,7 +157,7 @@ def _obstacle(core: nn.Module, name: str) -> str:
         return "it has no decoder of its own"
     if window(core) < EXAMPLE.shape[1]:
         return f"its layers look back on {window(core):g} tokens only"
-    prepare(core, name)
+    wrap_attention(core, name)
     try:
         return _difference(core)
     except Exception as error:  # a model may refuse anything; padded rows are always there
@@ -182,28 +182,28 @@ def _difference(core: Any) -> str:
     packed = pack(ids, mask, width - 3)
     assert packed is not None, "the example is regular"
     with torch.autocast(device.type, enabled=False):
-        got = core.base_model(**model_inputs(packed)).last_hidden_state[0]
+        states = core.base_model(**model_inputs(packed)).last_hidden_state[0]
         positions = (mask.long().cumsum(1) - 1).clamp_min(0)
         plain = {"input_ids": ids, "attention_mask": mask.long(), "position_ids": positions}
-        want = core.base_model(**plain, use_cache=False).last_hidden_state
-    got = got.index_select(0, packed.predictors)
-    want = want[:, 2:-1][mask[:, 3:]]
+        padded = core.base_model(**plain, use_cache=False).last_hidden_state
+    states = states.index_select(0, packed.predictors)
+    padded = padded[:, 2:-1][mask[:, 3:]]
     layers = core.config.num_hidden_layers
     if len(packed.readers) != layers:
         return f"{len(packed.readers)} of {layers} layers attend through the shared interface"
-    error = float((got - want).abs().max() / want.abs().max())
-    limit = min(0.1, TOLERANCE * torch.finfo(want.dtype).eps)
+    error = float((states - padded).abs().max() / padded.abs().max())
+    limit = min(0.1, TOLERANCE * torch.finfo(padded.dtype).eps)
     return "" if error <= limit else f"hidden states differ by {error:.2g} of the largest"
 
 
-def attend(
+def packed_attention(
     function: Callable[..., tuple[Any, ...]],
     packed: Packed,
+    *,
     query: Float[Tensor, "1 H N D"],
     key: Float[Tensor, "1 G N D"],
     value: Float[Tensor, "1 G N E"],
     options: dict[str, Any],
-    *,
     additive: bool,
     causal: bool,
 ) -> tuple[Float[Tensor, "1 N H E"], None]:
@@ -216,13 +216,13 @@ def attend(
         key: of all tokens, not repeated over query heads.
         value: of all tokens, likewise.
         options: keywords handed on.
-        additive: the function adds its mask to the logits, else it takes True for seen.
+        additive: the function adds its mask to the logits, else it takes True for visible.
         causal: without a mask the function is causal.
     """
     sides = [x[0].transpose(0, 1).flatten(1) for x in (query, key, value)]
-    queries = _Spread.apply(packed, False, sides[0])
-    keys = _Spread.apply(packed, True, sides[1])
-    values = _Spread.apply(packed, True, sides[2])
+    queries = _TokensToBlocks.apply(packed, False, sides[0])
+    keys = _TokensToBlocks.apply(packed, True, sides[1])
+    values = _TokensToBlocks.apply(packed, True, sides[2])
     outputs = []
     for i, block in enumerate(packed.blocks):
         rows, width = block.own.shape
@@ -230,15 +230,15 @@ def attend(
             x[i].view(rows, -1, *full.shape[1::2]).transpose(1, 2)
             for x, full in ((queries, query), (keys, key), (values, value))
         )
-        mask: Tensor | None = _added(packed, i, query.dtype) if additive else block.mask
+        mask: Tensor | None = _additive_mask(packed, i, query.dtype) if additive else block.mask
         if causal and len(block.mask) == 1 and not block.prefix and width > 1:
             mask = None
         outputs.append(function(q, k, v, mask, **options)[0].flatten(0, 1).flatten(1))
     heads, wide = query.shape[1], value.shape[3]
-    return _Collect.apply(packed, *outputs).view(1, -1, heads, wide), None
+    return _BlocksToTokens.apply(packed, *outputs).view(1, -1, heads, wide), None
 
 
-def _added(packed: Packed, index: int, dtype: torch.dtype) -> Tensor:
+def _additive_mask(packed: Packed, index: int, dtype: torch.dtype) -> Tensor:
     """The mask of a block as numbers to add to the logits."""
     if (index, dtype) not in packed.additive:
         mask = packed.blocks[index].mask
@@ -247,7 +247,7 @@ def _added(packed: Packed, index: int, dtype: torch.dtype) -> Tensor:
     return packed.additive[index, dtype]
 
 
-class _Spread(torch.autograd.Function):
+class _TokensToBlocks(torch.autograd.Function):
     """(N, C) tokens -> for each block (R * Q, C), or with prefix (R * (K + Q), C)."""
 
     @staticmethod
@@ -265,9 +265,9 @@ class _Spread(torch.autograd.Function):
             if ctx.prefix and block.prompts is not None:
                 whole = gradient.view(*block.keys.shape, -1)
                 if total is None:  # summed over rows in float32 at least
-                    kind = torch.promote_types(gradient.dtype, torch.float32)
+                    dtype = torch.promote_types(gradient.dtype, torch.float32)
                     shape = (*packed.prompt_shape, whole.shape[2])
-                    total = torch.zeros(shape, dtype=kind, device=whole.device)
+                    total = torch.zeros(shape, dtype=dtype, device=whole.device)
                 _add_rows(total[:, : block.prefix], block, whole[:, : block.prefix])
                 gradient = whole[:, block.prefix :].flatten(0, 1)
             parts.append(gradient.index_select(0, block.back))
@@ -288,7 +288,7 @@ def _add_rows(total: Tensor, block: Block, rows: Tensor) -> None:
         total[prompt] += row
 
 
-class _Collect(torch.autograd.Function):
+class _BlocksToTokens(torch.autograd.Function):
     """For each block (R * Q, C) -> (N, C), without the repeated slots."""
 
     @staticmethod
@@ -301,9 +301,9 @@ class _Collect(torch.autograd.Function):
     def backward(ctx, tokens):  # type: ignore[override]
         gradients = []
         for block in ctx.packed.blocks:
-            mine = tokens[block.start : block.stop]
-            spread = mine.new_zeros(block.own.numel(), mine.shape[1])
-            gradients.append(spread.index_copy_(0, block.back, mine))
+            part = tokens[block.start : block.stop]
+            slots = part.new_zeros(block.own.numel(), part.shape[1])
+            gradients.append(slots.index_copy_(0, block.back, part))
         return None, *gradients
 
 
@@ -323,13 +323,13 @@ class _Pick(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):  # type: ignore[override]
         packed = ctx.packed
-        kind = torch.promote_types(gradient.dtype, torch.float32)
+        dtype = torch.promote_types(gradient.dtype, torch.float32)
         tokens = gradient.new_zeros(ctx.shape)
         tokens.index_copy_(0, packed.predictors, gradient)  # a shared token holds any of its rows
         shared = packed.predictors[packed.shared]
         total = torch.zeros(
-            packed.prompt_tokens, gradient.shape[1], dtype=kind, device=gradient.device
+            packed.prompt_tokens, gradient.shape[1], dtype=dtype, device=gradient.device
         )
-        total.index_add_(0, shared, gradient[packed.shared].to(kind))
+        total.index_add_(0, shared, gradient[packed.shared].to(dtype))
         tokens[shared] = total[shared].to(tokens.dtype)
         return None, tokens

@@ -209,10 +209,10 @@ def _block(start: int, lengths: Tensor, prompts: tuple[Tensor, Tensor, Tensor] |
         which, first, tokens = prompts
         before = torch.arange(int(tokens.max()), device=lengths.device)
         keys = torch.cat([first[:, None] + torch.minimum(before, tokens[:, None] - 1), own], 1)
-        seen = before < tokens[:, None]
-        rows = 1 if len(mask) == 1 and bool(seen.all()) else len(seen)
-        seen = seen[:rows, None, None].expand(-1, 1, width, -1)
-        mask = torch.cat([seen, mask.expand(rows, -1, -1, -1)], 3)
+        real = before < tokens[:, None]
+        rows = 1 if len(mask) == 1 and bool(real.all()) else len(real)
+        real = real[:rows, None, None].expand(-1, 1, width, -1)
+        mask = torch.cat([real, mask.expand(rows, -1, -1, -1)], 3)
     return Block(
         start=start,
         stop=start + int(lengths.sum()),

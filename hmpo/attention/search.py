@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hmpo.attention.logits import AttentionCall, real_rows, seen
+from hmpo.attention.logits import AttentionCall, real_rows, visible_pairs
 
 FIRST_ROWS = 8
 """Rows computed one by one, best first, before the rest is taken in blocks."""
@@ -33,7 +33,7 @@ def max_by_lse(
 
     Args:
         call: an attention call with its log-sum-exp.
-        heads: query heads to look at.
+        heads: query heads to read.
         slack: per head, how far a row's log-sum-exp may be below its true value, beyond the
             rounding of a float32 product.
 
@@ -45,7 +45,7 @@ def max_by_lse(
     rows = real_rows(call)
     if rows is not None:
         limit.masked_fill_(~(rows[:, heads] if rows.shape[1] > 1 else rows), -torch.inf)
-    found, computed = [], 0
+    maxima, computed = [], 0
     with torch.autocast(call.query.device.type, enabled=False):
         bests, left = _best_rows(call, heads, limit)
         for n, head in enumerate(heads.tolist()):
@@ -53,9 +53,9 @@ def max_by_lse(
             if not _no_better(left[n], best):
                 best, more = _head_max(call, head, limit[:, n], best)
                 count += more
-            found.append(best)
+            maxima.append(best)
             computed += count
-    return torch.tensor(found, dtype=torch.float32, device=call.query.device), computed
+    return torch.tensor(maxima, dtype=torch.float32, device=call.query.device), computed
 
 
 def _best_rows(
@@ -81,7 +81,7 @@ def _best_rows(
     scores = (key @ query.unsqueeze(2)).squeeze(2)
     if call.mask is not None:
         here = (b if call.mask.shape[0] > 1 else 0, heads if call.mask.shape[1] > 1 else 0, i)
-        scores.masked_fill_(~seen(call.mask[here]), -torch.inf)
+        scores.masked_fill_(~visible_pairs(call.mask[here]), -torch.inf)
     elif call.causal:
         scores.masked_fill_(
             torch.arange(key.shape[1], device=b.device) > i.unsqueeze(1), -torch.inf
@@ -147,7 +147,7 @@ def _rows_max(call: AttentionCall, b: int, head: int, rows: Tensor | slice, last
         b: prompt.
         head: query head.
         rows: query rows, or a slice of one row.
-        last: without a mask and causal, keys from this one on are seen by none of the rows.
+        last: without a mask and causal, keys from this one on are visible to none of the rows.
     """
     dtype = torch.promote_types(call.query.dtype, torch.float32)
     query = call.query[b, head, rows].to(dtype)
@@ -161,7 +161,7 @@ def _rows_max(call: AttentionCall, b: int, head: int, rows: Tensor | slice, last
         if call.mask is not None:
             mask = call.mask[b if call.mask.shape[0] > 1 else 0]
             mask = mask[head if mask.shape[0] > 1 else 0]
-            scores.masked_fill_(~seen(mask[rows, start:stop]), -torch.inf)
+            scores.masked_fill_(~visible_pairs(mask[rows, start:stop]), -torch.inf)
         elif causal and isinstance(rows, Tensor):
             columns = torch.arange(start, stop, device=rows.device)
             scores.masked_fill_(columns > rows[:, None], -torch.inf)

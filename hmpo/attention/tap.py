@@ -9,7 +9,7 @@ taken out again when the last listener leaves.
 Inside `torch.compile` the call is one opaque operator, so that the graph does not break; it hands
 the listener the same queries and keys when the graph runs. The log-sum-exp stays in the graph.
 
-A packed call (`hmpo.attention.packed`) is split first, so the listener hears its batches.
+A packed call (`hmpo.attention.packed`) is split first, so the listener gets its batches.
 """
 
 import functools
@@ -34,9 +34,10 @@ _listeners: dict[int, list[Listener]] = {}
 """By id of the module, which a compiler can look up; a module that dies takes its entry along."""
 _finalizers: dict[int, weakref.finalize] = {}
 _taps: dict[tuple[int, str], "_Tap"] = {}
-_overheard: dict[int, list[AttentionCall]] = {}
+_captured: dict[int, list[AttentionCall]] = {}
 """By id of a module that is run once more, the calls it makes."""
-_hearing = False
+_without_gradient = False
+"""Are passes without gradients recorded now?"""
 
 
 @dataclass(eq=False)
@@ -58,9 +59,9 @@ def modeling_globals(module: nn.Module) -> dict[str, Any]:
 def listen(module: nn.Module, listener: Listener) -> Callable[[], None]:
     """Call `listener` with every attention call of `module` made while gradients are enabled.
 
-    Passes under `torch.no_grad()` (sampling, reference and behaviour log-probs) are not heard,
-    but for those in a `hearing()` block.
-    With gradient checkpointing the recomputed call is heard, and in the non-reentrant mode the
+    Passes under `torch.no_grad()` (sampling, reference and behaviour log-probs) are not recorded,
+    but for those in a `record_without_gradient()` block.
+    With gradient checkpointing the recomputed call is recorded, and in the non-reentrant mode the
     first one too. The listener must not hold `module`.
 
     Returns:
@@ -69,72 +70,77 @@ def listen(module: nn.Module, listener: Listener) -> Callable[[], None]:
     names = modeling_globals(module)
     places = [(names[INTERFACE], "sdpa"), (names, EAGER)]
     taps = [_acquire(place, name) for place, name in places if name in place]
-    return _Release(attend(module, listener), taps)
+    return _Release(add_listener(module, listener), taps)
 
 
 @contextmanager
-def hearing() -> Iterator[None]:
-    """Passes in this block are heard although they need no gradients.
+def record_without_gradient() -> Iterator[None]:
+    """Passes in this block are recorded although they need no gradients.
 
     For rows of an update whose gradient is known to be zero.
     """
-    global _hearing
-    before, _hearing = _hearing, True
+    global _without_gradient
+    before, _without_gradient = _without_gradient, True
     try:
         yield
     finally:
-        _hearing = before
+        _without_gradient = before
 
 
-def is_heard() -> bool:
+def is_recorded() -> bool:
     """Whether attention calls made now are part of training."""
-    return torch.is_grad_enabled() or _hearing
+    return torch.is_grad_enabled() or _without_gradient
 
 
-def attend(module: nn.Module, listener: Listener) -> Callable[[], None]:
-    """Enter a listener of `module`; returns what strikes it off, once."""
-    key = id(module)
-    if key not in _listeners:
-        _listeners[key] = []
-        _finalizers[key] = weakref.finalize(module, _forget, key)
-    mine = _listeners[key]
-    mine.append(listener)
+def add_listener(module: nn.Module, listener: Listener) -> Callable[[], None]:
+    """Register a listener of `module`; returns a function that removes it, once."""
+    module_id = id(module)
+    if module_id not in _listeners:
+        _listeners[module_id] = []
+        _finalizers[module_id] = weakref.finalize(module, _forget_module, module_id)
+    listeners = _listeners[module_id]
+    listeners.append(listener)
 
-    def strike() -> None:
-        if listener in mine:
-            mine.remove(listener)
-            if not mine and _listeners.get(key) is mine:
-                _finalizers[key].detach()
-                _forget(key)
+    def remove() -> None:
+        if listener in listeners:
+            listeners.remove(listener)
+            if not listeners and _listeners.get(module_id) is listeners:
+                _finalizers[module_id].detach()
+                _forget_module(module_id)
 
-    return strike
+    return remove
+
+
+def listener_count() -> int:
+    """Listeners of all modules of this process; a module that dies takes its own along."""
+    return sum(map(len, _listeners.values()))
 
 
 @contextmanager
-def overhear(module: nn.Module) -> Iterator[list[AttentionCall]]:
+def capture_calls(module: nn.Module) -> Iterator[list[AttentionCall]]:
     """The attention calls that `module`, which must have a listener, makes without gradients.
 
-    They go to this list alone; the listeners hear nothing.
+    They go to this list alone, not to the listeners.
     """
     calls: list[AttentionCall] = []
-    _overheard[id(module)] = calls
+    _captured[id(module)] = calls
     try:
         yield calls
     finally:
-        del _overheard[id(module)]
+        del _captured[id(module)]
 
 
-def _forget(key: int) -> None:
-    del _listeners[key], _finalizers[key]
+def _forget_module(module_id: int) -> None:
+    del _listeners[module_id], _finalizers[module_id]
 
 
 @dataclass(eq=False)
 class _Release:
-    strike: Callable[[], None]
+    remove_listener: Callable[[], None]
     taps: list[_Tap]
 
     def __call__(self) -> None:
-        self.strike()
+        self.remove_listener()
         while self.taps:
             _give_back(self.taps.pop())
 
@@ -157,7 +163,7 @@ def _give_back(tap: _Tap) -> None:
     if _taps.get((id(tap.place), tap.name)) is tap:
         del _taps[id(tap.place), tap.name]
     if tap.place[tap.name] is not tap.wrapper:
-        return  # somebody wrapped our wrapper: it stays below theirs and hears nobody
+        return  # somebody wrapped our wrapper: it stays below theirs and passes calls through
     if not isinstance(tap.place, dict):
         del tap.place[tap.name]  # an interface's own entry, which may shadow a shared one
         if tap.place.get(tap.name) is tap.original:
@@ -178,41 +184,44 @@ def _wrap(original: Callable, name: str) -> Callable:
         value: Any,
         attention_mask: Any,
         *args: Any,
-        **kw: Any,
+        **options: Any,
     ) -> Any:
-        heard = _listeners.get(id(module)) and is_heard() and query.numel() > 0
-        if not heard:
-            if id(module) in _overheard:
-                scale, causal = _scale_and_causal(module, query, kw, eager=name == EAGER)
-                _overheard[id(module)].append(
+        recorded = _listeners.get(id(module)) and is_recorded() and query.numel() > 0
+        if not recorded:
+            if id(module) in _captured:
+                scale, causal = _scale_and_causal(module, query, options, eager=name == EAGER)
+                _captured[id(module)].append(
                     AttentionCall(
                         query=query, key=key, mask=attention_mask, causal=causal, scale=scale
                     )
                 )
-            return original(module, query, key, value, attention_mask, *args, **kw)
+            return original(module, query, key, value, attention_mask, *args, **options)
         if args:
             raise ModelError(
                 f"{type(module).__name__} passes {len(args)} positional options to {name}; "
                 "expected keywords; detach the logit tracker from this model"
             )
-        call = functools.partial(original, module, query, key, value, attention_mask, **kw)
-        scale, causal = _scale_and_causal(module, query, kw, eager=name == EAGER)
+        run = functools.partial(original, module, query, key, value, attention_mask, **options)
+        scale, causal = _scale_and_causal(module, query, options, eager=name == EAGER)
         if torch.compiler.is_compiling():
             mask = None if attention_mask is None else attention_mask.detach()
-            report(id(module), query.detach(), key.detach(), mask, scale, causal)
-            return call()
-        result, raw = (call(), None) if name == EAGER else call_with_lse(call)
+            notify_compiled(id(module), query.detach(), key.detach(), mask, scale, causal)
+            return run()
+        result, raw = (run(), None) if name == EAGER else call_with_lse(run)
         usable = attention_mask is None or attention_mask.dtype == torch.bool
-        usable = usable and kw.get("position_bias") is None  # else it is not of the logits alone
-        seen = AttentionCall(
+        usable = (
+            usable and options.get("position_bias") is None
+        )  # else it is not of the logits alone
+        batch, heads, queries, _ = query.shape
+        call = AttentionCall(
             query=query.detach(),
             key=key.detach(),
             mask=None if attention_mask is None else attention_mask.detach(),
             causal=causal,
             scale=scale,
-            lse=rows_of(raw, *query.shape[:3]) if usable else None,
+            lse=rows_of(raw, batch=batch, heads=heads, queries=queries) if usable else None,
         )
-        tell(id(module), seen)
+        notify(id(module), call)
         return result
 
     return attention
@@ -229,16 +238,16 @@ def _scale_and_causal(
     return scale, bool(causal) and query.shape[2] > 1 and not eager
 
 
-def report(
-    key: int, query: Tensor, the_keys: Tensor, mask: Tensor | None, scale: float, causal: bool
+def notify_compiled(
+    module_id: int, query: Tensor, key: Tensor, mask: Tensor | None, scale: float, causal: bool
 ) -> None:
-    """Tell the listeners of the module with id `key` about a call, inside a compiled graph too."""
-    torch.ops.hmpo.observe_logits(query, the_keys, mask, _pulse, scale, causal, key)
+    """`notify` from inside a compiled graph, through an operator that does not break it."""
+    torch.ops.hmpo.observe_logits(query, key, mask, _pulse, scale, causal, module_id)
 
 
-def tell(key: int, call: AttentionCall) -> None:
-    """Hand a call to the listeners of the module with id `key`."""
-    for listener in tuple(_listeners.get(key, ())):
+def notify(module_id: int, call: AttentionCall) -> None:
+    """Hand a call to the listeners of the module with this `id`."""
+    for listener in tuple(_listeners.get(module_id, ())):
         listener(call)
 
 
@@ -254,10 +263,10 @@ def _observe_logits(
     pulse: Tensor,
     scale: float,
     causal: bool,
-    module: int,
+    module_id: int,
 ) -> None:
     call = AttentionCall(query=query, key=key, mask=mask, causal=causal, scale=scale, borrowed=True)
-    tell(module, call)
+    notify(module_id, call)
 
 
 @_observe_logits.register_fake

@@ -1,6 +1,6 @@
 """Muon, and QK-clip for any optimizer. Why it is hard: README.md beside this file."""
 
-from hmpo.optim.logit_tracker import LogitTracker, MaxLogits
+from hmpo.attention.tracker import LogitTracker, MaxLogits
 from hmpo.optim.muon import Muon
 from hmpo.optim.muon_clip import (
     MuonClip,

@@ -20,10 +20,11 @@ from hmpo.attention.inputs import KeptInput
 from hmpo.attention.logits import AttentionCall
 from hmpo.attention.packed import PACKED
 from hmpo.attention.sites import AttentionSite, ClipTarget, HeadRows
-from hmpo.attention.tap import overhear
+from hmpo.attention.tap import capture_calls
 from hmpo.optim.adapter_factor import Agree, SplitCall, largest_factors, split
 
 LORA_RULES = ("adapter", "report")
+"""What to do with LoRA over a frozen base, see `QKClip`."""
 NOT_KEPT = (
     "its inputs were not kept: no head was above tau / 2 at the last step, or the forward pass is "
     "compiled, or its readings come from a checkpoint"
@@ -59,7 +60,7 @@ def adapter_target(site: AttentionSite, gqa: str) -> ClipTarget | str:
     if isinstance(target, str) or module is None:
         return target
     if site.tap != "interface":
-        return "its logits are heard at its projections only"
+        return "its logits are read from its projections only"
     if any(isinstance(parameter, DTensor) for parameter in module.parameters()):
         return "its parameters are sharded, so it cannot be run again by itself"
     if gqa == "query" and not target.query:
@@ -104,10 +105,11 @@ def clip_adapter(
     groups = over.view(site.kv_heads, share).any(1)
     heads = over if gqa == "query" else groups.repeat_interleave(share)
     calls = inputs if isinstance(inputs, str) else _split_all(site, target, inputs, heads)
-    told = agree(torch.tensor([float(not isinstance(calls, str)), -float(bool(calls))]))
-    if isinstance(calls, str) or told[0] == 0:
+    runnable = not isinstance(calls, str)
+    all_runnable, minus_any = agree(torch.tensor([float(runnable), -float(bool(calls))]))
+    if isinstance(calls, str) or all_runnable == 0:
         return left_alone(site, calls if isinstance(calls, str) else "another rank cannot run it")
-    if told[1] == 0:
+    if minus_any == 0:  # no rank has a call
         return left_alone(site, NOT_KEPT)
     query = torch.ones(site.heads, dtype=torch.float64)
     key = torch.ones(site.kv_heads, dtype=torch.float64)
@@ -115,9 +117,9 @@ def clip_adapter(
         fixed = query[heads]
         query[heads] = largest_factors(calls, tau, len(fixed), agree, fixed)
     else:
-        found = largest_factors(calls, tau, int(groups.sum()), agree)
-        key[groups] = found.where(found >= 0, 1.0)
-        query[heads] = found.repeat_interleave(share)
+        factors = largest_factors(calls, tau, int(groups.sum()), agree)
+        key[groups] = factors.where(factors >= 0, 1.0)
+        query[heads] = factors.repeat_interleave(share)
         if gqa == "balanced" and target.query:
             fixed = key[groups].repeat_interleave(share)
             query[heads] = largest_factors(calls, tau, len(fixed), agree, fixed)
@@ -136,15 +138,16 @@ def clip_adapter(
 def _split_all(
     site: AttentionSite, target: ClipTarget, inputs: list[KeptInput], heads: Tensor
 ) -> list[SplitCall] | str:
-    module, wanted = site.module(), heads.nonzero().flatten()
+    module, numbers = site.module(), heads.nonzero().flatten()
     if module is None:
         return "the module no longer exists"
     calls = []
     for kept in inputs:
-        found = _run_again(module, target, kept)
-        if isinstance(found, str):
-            return found
-        calls += [split(*pair, wanted.to(pair[0].query.device)) for pair in found]
+        pairs = _run_again(module, target, kept)
+        if isinstance(pairs, str):
+            return pairs
+        for base, whole in pairs:
+            calls.append(split(base, whole, heads=numbers.to(base.query.device)))
     return calls
 
 
@@ -157,7 +160,7 @@ def _run_again(
         stack.enter_context(_evaluating(module))
         on = kept.autocast is not None
         stack.enter_context(torch.autocast(kept.device, dtype=kept.autocast, enabled=on))
-        with overhear(module) as calls:
+        with capture_calls(module) as calls:
             module(*kept.args, **kept.kwargs)
             with _silenced(module, target):
                 module(*kept.args, **kept.kwargs)
@@ -184,8 +187,8 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
 @contextmanager
 def _silenced(module: nn.Module, target: ClipTarget) -> Iterator[None]:
     """The layers whose rows are scaled give zeros; the parameters stay as they are."""
-    mine = {id(rows.parameter) for rows in target.rows}
-    ups = [m for m in module.modules() if any(id(p) in mine for p in m.parameters(recurse=False))]
+    scaled = {id(rows.parameter) for rows in target.rows}
+    ups = [m for m in module.modules() if any(id(p) in scaled for p in m.parameters(recurse=False))]
     handles = [up.register_forward_hook(_zeros) for up in ups]
     try:
         yield

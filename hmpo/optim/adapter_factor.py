@@ -14,14 +14,14 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from hmpo.attention.logits import BLOCK_ELEMENTS, AttentionCall, real_rows, seen
+from hmpo.attention.logits import BLOCK_ELEMENTS, AttentionCall, real_rows, visible_pairs
 
 AIM = 1 - 2e-5
 """Part of tau that is aimed at: what rounding the weights may add stays below tau."""
 OVER = 1 - 1e-5
 """Part of tau above which a pair is over; above `AIM`, so that a root that was reached stays."""
-NEAR = 0.999
-"""Part of tau up to which a pair is not looked at again in float64."""
+RECHECKED = 0.999
+"""Part of tau above which a pair is computed again in float64."""
 
 Agree = Callable[[Tensor], Tensor]
 """Takes the smallest of each factor over all ranks."""
@@ -118,7 +118,7 @@ def _descend(
     lowest = factor.to(device)
     for a, b, d, visible in _pairs(call, key_factor):
         at = c.to(a)[:, None, None]
-        near = ((a + at * (b + at * d)) > tau * NEAR) & visible
+        near = ((a + at * (b + at * d)) > tau * RECHECKED) & visible
         head = near.nonzero()[:, 1]
         a, b, d, at = a[near].double(), b[near].double(), d[near].double(), c[head]
         over = a + at * (b + at * d) > tau * OVER
@@ -162,7 +162,7 @@ def _visible(call: SplitCall, some: slice, part: slice) -> Bool[Tensor, "b n q K
     as_call = AttentionCall(
         query=call.query, key=call.key, mask=call.mask, causal=call.causal, scale=call.scale
     )
-    pairs, real = seen(call.mask[one, :, part, :keys]), real_rows(as_call)
+    pairs, real = visible_pairs(call.mask[one, :, part, :keys]), real_rows(as_call)
     return pairs if real is None else pairs & real[one, :, part, None]
 
 

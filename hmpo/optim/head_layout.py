@@ -9,10 +9,16 @@ from dataclasses import dataclass
 from torch import nn
 
 from hmpo.attention.sites import AttentionSite, find_sites, hidden_sites
-from hmpo.attention.sites.fused import LAYOUTS
-from hmpo.attention.sites.projections import CONV1D, out_features
+from hmpo.attention.sites.families import (
+    CONV1D,
+    QUERY_KEY_VALUE,
+    FusedLayout,
+    fused_layout,
+    latent_query,
+)
+from hmpo.attention.sites.projections import out_features
 
-SEPARATE = ("q_proj", "k_proj", "v_proj", "W_q", "W_k", "W_v", "query", "key", "value")
+SEPARATE = tuple(name for names in QUERY_KEY_VALUE for name in names)
 """Children of an attention module whose outputs are heads."""
 
 
@@ -56,18 +62,19 @@ def head_layouts(
             second projections. Heads of the output projection are no rows and stay together.
         split_fused: query, key and value apart where one matrix holds them.
     """
-    found: dict[int, HeadLayout] = {}
+    layouts: dict[int, HeadLayout] = {}
     for module in model.modules():
         if type(module).__name__ == CONV1D:
-            found[id(module.weight)] = HeadLayout(transposed=True)
+            layouts[id(module.weight)] = HeadLayout(transposed=True)
     for site in (*find_sites(model)[0], *hidden_sites(model)):
         for weight, sizes, repeats in _divided(site, per_head, split_fused):
-            transposed = found.get(id(weight), HeadLayout()).transposed
-            found[id(weight)] = HeadLayout(sizes=sizes, repeats=repeats, transposed=transposed)
-    return found
+            transposed = layouts.get(id(weight), HeadLayout()).transposed
+            layouts[id(weight)] = HeadLayout(sizes=sizes, repeats=repeats, transposed=transposed)
+    return layouts
 
 
 Division = tuple[object, tuple[int, ...], int]
+"""A weight, and the `sizes` and `repeats` of its `HeadLayout`."""
 
 
 def _divided(site: AttentionSite, per_head: bool, split_fused: bool) -> list[Division]:
@@ -75,22 +82,23 @@ def _divided(site: AttentionSite, per_head: bool, split_fused: bool) -> list[Div
     if module is None:
         return []
     children = dict(module.named_children())
-    if type(module).__name__ in LAYOUTS:
-        label, heads, kv_heads, width, interleaved = LAYOUTS[type(module).__name__](module)
-        weight = children[label].weight
-        return _fused(weight, (heads, kv_heads, width), interleaved, per_head, split_fused)
+    layout = fused_layout(module)
+    if layout is not None:
+        return _fused(children[layout.projection].weight, layout, per_head, split_fused)
     if isinstance(module, nn.MultiheadAttention):
         width = module.embed_dim // module.num_heads
         if module.in_proj_weight is not None:
-            heads = (site.heads, site.heads, width)
-            return _fused(module.in_proj_weight, heads, False, per_head, split_fused)
+            layout = FusedLayout(
+                projection="in_proj", heads=site.heads, kv_heads=site.heads, width=width
+            )
+            return _fused(module.in_proj_weight, layout, per_head, split_fused)
         weights = (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
         return [(w, (width,) * site.heads, 1) for w in weights if per_head]
     if not per_head:
         return []
     if "kv_b_proj" in children:
-        label = "q_b_proj" if "q_b_proj" in children else "q_proj"
-        return [_heads(children[name], site.heads) for name in (label, "kv_b_proj")]
+        names = (latent_query(children), "kv_b_proj")
+        return [_heads(children[name], site.heads) for name in names]
     query = next(n for n in SEPARATE if n in children) if set(SEPARATE) & set(children) else None
     if query is None:
         return []
@@ -101,18 +109,14 @@ def _divided(site: AttentionSite, per_head: bool, split_fused: bool) -> list[Div
 
 
 def _fused(
-    weight: object,
-    shape: tuple[int, int, int],
-    interleaved: bool,
-    per_head: bool,
-    split_fused: bool,
+    weight: object, layout: FusedLayout, per_head: bool, split_fused: bool
 ) -> list[Division]:
-    heads, kv_heads, width = shape
+    heads, kv_heads, width = layout.heads, layout.kv_heads, layout.width
     if per_head:
         return [(weight, (width,) * (heads + 2 * kv_heads), 1)]
     if not split_fused:
         return []
-    if interleaved:
+    if layout.interleaved:
         return [(weight, (width,) * 3, heads)]
     return [(weight, (heads * width, kv_heads * width, kv_heads * width), 1)]
 

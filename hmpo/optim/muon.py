@@ -213,10 +213,9 @@ def _orthogonal_step(group: dict[str, Any], entries: Sequence[Entry]) -> None:
     rows, columns = shape[:-1].numel(), shape[-1]
     size = _batch_size(rows * columns, grad.device)
     # Filled matrix by matrix: stacking would pass over everything twice more.
-    precise = (
-        grad.dtype if dtype == torch.float16 else dtype
-    )  # its range is too small for gradients
-    batch = grad.new_empty((min(size, len(entries)), *shape), dtype=precise)
+    # float16 has no range for gradients: they are cast only after the division by their norm.
+    wide = grad.dtype if dtype == torch.float16 else dtype
+    batch = grad.new_empty((min(size, len(entries)), *shape), dtype=wide)
     scratch = grad.new_empty(shape)
     for start in range(0, len(entries), size):
         chunk = entries[start : start + size]

@@ -15,12 +15,12 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from hmpo.attention.readings import SOURCES
+from hmpo.attention.tracker import LogitTracker
 from hmpo.errors import ConfigError, ModelError, require
 from hmpo.optim.adapter_clip import LORA_RULES
-from hmpo.optim.logit_tracker import LogitTracker
 from hmpo.optim.param_groups import MuonWithAdamW, split_param_groups
 from hmpo.optim.qk_clip import GQA_RULES, ClipStats, Masters, QKClip
-from hmpo.optim.readings import SOURCES
 from hmpo.stopwatch import section
 
 AnyOptimizer = TypeVar("AnyOptimizer", bound=Optimizer)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from hmpo.attention.sites.projections import CONV1D
+from hmpo.attention.sites.families import CONV1D
 from hmpo.errors import ConfigError, ModelError, require
 from hmpo.optim.head_layout import HeadLayout, head_layouts
 from hmpo.optim.muon import Muon, muon_update

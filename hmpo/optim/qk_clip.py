@@ -22,6 +22,8 @@ from torch import Tensor
 
 from hmpo.attention.inputs import KeptInput
 from hmpo.attention.sites import AttentionSite, ClipTarget, HeadRows, Scope, hidden_sites
+from hmpo.attention.tracker import LogitTracker, MaxLogits, smallest_of_ranks
+from hmpo.attention.weight_norm_bound import weight_norm_bound
 from hmpo.errors import require
 from hmpo.optim.adapter_clip import (
     LORA_RULES,
@@ -30,13 +32,11 @@ from hmpo.optim.adapter_clip import (
     clip_adapter,
     left_alone,
 )
-from hmpo.optim.logit_tracker import LogitTracker, MaxLogits, smallest_of_ranks
-from hmpo.optim.norm_bound import weight_norm_bound
 
 logger = logging.getLogger(__name__)
 
-NEAR = 0.5
-"""Part of tau up to which a layer's inputs are not kept: it would have to double in one step."""
+INPUTS_KEPT_ABOVE = 0.5
+"""Part of tau above which a layer's inputs are kept: below, it would have to double in one step."""
 GQA_RULES = ("balanced", "query", "group")
 Masters = Callable[[Tensor], Tensor | None]
 """Gives the float32 copy that an optimizer keeps of a parameter, of the same shape, or None."""
@@ -189,7 +189,7 @@ class QKClip:
         self._adapters(self._targets())
 
     def apply(self) -> ClipStats:
-        """Consume the readings, scale, and tell. One wait for the device."""
+        """Consume the readings, scale, and report what was done. One wait for the device."""
         start = time.perf_counter()
         targets, inputs = self._targets(), self.tracker.inputs.take()
         adapters = self._adapters(targets)
@@ -219,14 +219,14 @@ class QKClip:
     def _bounded(self) -> list[tuple[AttentionSite, Tensor, ClipTarget]]:
         """Layers that nobody can read, with the bound of their logits where there is one."""
         model = self.tracker.model
-        found = []
+        layers = []
         for site in () if model is None else hidden_sites(model):
             target = site.target(self.scope)
             bound = None if model is None else weight_norm_bound(model, site)
             if isinstance(target, ClipTarget) and isinstance(bound, Tensor):
                 at_tau = bound.cpu() <= self.tau * (1 + 1e-5)  # where an earlier clip put it
-                found.append((site, bound.cpu().masked_fill(at_tau, 0.0), target))
-        return found
+                layers.append((site, bound.cpu().masked_fill(at_tau, 0.0), target))
+        return layers
 
     def _scale(self, clippable: list[tuple[AttentionSite, Tensor, ClipTarget]]) -> None:
         """Apply every site's factors; a parameter shared between sites is scaled once."""
@@ -256,13 +256,13 @@ class QKClip:
 
     def _adapters(self, targets: dict[str, ClipTarget | str]) -> dict[str, ClipTarget]:
         """Layers of which the adapter alone can be scaled; their inputs are kept from now on."""
-        found = {}
+        adapters = {}
         for site in self.tracker.sites if self.lora == "adapter" else ():
             target = adapter_target(site, self.gqa) if isinstance(targets[site.name], str) else ""
             if isinstance(target, ClipTarget):
                 self.tracker.watch_inputs(site)
-                found[site.name] = target
-        return found
+                adapters[site.name] = target
+        return adapters
 
     def _adapted(
         self,
@@ -273,22 +273,23 @@ class QKClip:
         """What to do in each layer with LoRA that has a head above tau."""
         agree = functools.partial(smallest_of_ranks, group=self.tracker.group)
         uses = Counter(rows.key for target in adapters.values() for rows in target.rows)
-        found, (calls, lost) = {}, inputs
+        clips, (calls, lost) = {}, inputs
         for site in self.tracker.sites:
             if site.name not in adapters:
                 continue
             value, target = readings[site.name].value, adapters[site.name]
             over = value.isfinite() & (value > self.tau)
             if bool(over.any()) and any(uses[rows.key] > 1 for rows in target.rows):
-                found[site.name] = left_alone(site, "its adapter serves other layers too")
+                clips[site.name] = left_alone(site, "its adapter serves other layers too")
             elif bool(over.any()):
-                mine = lost.get(site.name, calls.get(site.name, []))
-                found[site.name] = clip_adapter(
-                    site, target, over, mine, tau=self.tau, gqa=self.gqa, agree=agree
+                kept = lost.get(site.name, calls.get(site.name, []))
+                clips[site.name] = clip_adapter(
+                    site, target, over, kept, tau=self.tau, gqa=self.gqa, agree=agree
                 )
             if bool((value > -torch.inf).any()):
-                self.tracker.inputs.arm([site.name], not bool((value <= self.tau * NEAR).all()))
-        return found
+                low = value <= self.tau * INPUTS_KEPT_ABOVE
+                self.tracker.inputs.arm([site.name], not bool(low.all()))
+        return clips
 
     def _factors(
         self, site: AttentionSite, target: ClipTarget, gamma: Tensor

@@ -1,19 +1,19 @@
-"""The optimizer that a run's configuration names, and its state as a checkpoint keeps it."""
+"""An optimizer's state as a checkpoint keeps it, and what its clip did as telemetry names it."""
 
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
+from hmpo.attention.readings import TIERS
 from hmpo.optim.muon_clip import STATE_KEY, qk_clip_stats
-from hmpo.optim.readings import TIERS
 
 
 def split_clip_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """The optimizer's state under "optimizer" and QK-clip's under "qk_clip".
 
     Apart, so that a checkpoint can insist on finite optimizer state: the clip's running maxima
-    are -inf where nothing has been seen yet.
+    are -inf where nothing has been read yet.
     """
     state = dict(optimizer.state_dict())
     return {"qk_clip": state.pop(STATE_KEY, None), "optimizer": state}
@@ -54,9 +54,3 @@ def clip_lists(optimizer: torch.optim.Optimizer) -> dict[str, list[float]]:
         return {}
     heads = [value for row in stats.max_by_head.values() for value in row]
     return {"qk/max_by_layer": list(stats.max_by_layer.values()), "qk/max_by_head": heads}
-
-
-def clip_timing(optimizer: torch.optim.Optimizer) -> dict[str, float]:
-    """Seconds that the last step's clip took, by telemetry name; empty without one."""
-    stats = qk_clip_stats(optimizer)
-    return {} if stats is None else {"time/qk_clip_s": stats.seconds}

@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from hmpo.attention.packed import was_packed
-from hmpo.attention.tap import hearing
+from hmpo.attention.tap import record_without_gradient
 from hmpo.config import TrainerConfig
 from hmpo.config.objective import MismatchConfig, ObjectiveConfig
 from hmpo.logprobs.responses import response_loss, token_logprobs_and_entropy
@@ -151,7 +151,7 @@ def _apart(
         sides.append((moving, loss.detach(), new, entropy))
     if len(still):
         with torch.no_grad():
-            with hearing():
+            with record_without_gradient():
                 new, entropy = _forward(policy, terms.batch.select(still), config)
             sides.append((still, terms.loss(new, still), new, entropy))
     return sides
@@ -200,13 +200,13 @@ def micro_batches(batch: Batch, size: int | None) -> list[Int[Tensor, " m"]]:
 def _training_forward(
     policy: nn.Module, batch: Batch, config: TrainerConfig, idle: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Log-probs and entropy (M, T); idle rows without gradient, but heard by a logit tracker."""
+    """Log-probs and entropy (M, T); idle rows without gradient, but recorded by a logit tracker."""
     if not bool(idle.any()):
         return _forward(policy, batch, config)
     rows, parts = [(~idle).nonzero()[:, 0], idle.nonzero()[:, 0]], []
     if len(rows[0]):
         parts.append(_forward(policy, batch.select(rows[0]), config))
-    with torch.no_grad(), hearing():
+    with torch.no_grad(), record_without_gradient():
         parts.append(_forward(policy, batch.select(rows[1]), config))
     order = torch.cat(rows).argsort()
     logprobs, entropy = (torch.cat(side)[order] for side in zip(*parts))

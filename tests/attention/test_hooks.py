@@ -15,7 +15,8 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.testing import assert_close
 
-from hmpo.optim import LogitTracker, MuonClipConfig, readings, with_qk_clip
+from hmpo.attention import readings
+from hmpo.optim import LogitTracker, MuonClipConfig, with_qk_clip
 from tests.optim.tiny import middle
 from tests.oracles.attention_logits import max_logits
 
@@ -159,7 +160,7 @@ def test_plain_module_compiles_without_a_graph_break():
     assert done.returncode == 0, done.stderr
 
 
-def test_copies_and_pickles_are_not_heard(x):
+def test_copies_and_pickles_are_not_recorded(x):
     model = Attention()
     with LogitTracker(model) as tracker:
         copy.deepcopy(model)(x)

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hmpo.attention import logits as attention_max
+from hmpo.attention import logits
 from hmpo.attention.logits import AttentionCall, exact_max, logit_bound
 from tests.oracles.attention_logits import max_logits
 
@@ -59,12 +59,12 @@ def test_certificate_never_passes_a_violating_head(made, tau):
 def test_exact_max_equals_the_loops(made, block, subset):
     call, truth = made
     heads = torch.arange(call.query.shape[1])[::2] if subset else None
-    whole = attention_max.BLOCK_ELEMENTS
-    attention_max.BLOCK_ELEMENTS = block
+    whole = logits.BLOCK_ELEMENTS
+    logits.BLOCK_ELEMENTS = block
     try:
         found = exact_max(call, heads).double()
     finally:
-        attention_max.BLOCK_ELEMENTS = whole
+        logits.BLOCK_ELEMENTS = whole
     truth = truth if heads is None else truth[heads]
     # Error of a float32 dot product: relative to |q||k|, not to a sum that may cancel.
     size = logit_bound(call).double().max().clamp_min(1e-30)
@@ -127,7 +127,7 @@ def test_exact_memory_is_bounded():
         exact_max(AttentionCall(query=query, key=query, mask=None, causal=True, scale=1.0))
     finally:
         torch.Tensor.amax = original
-    assert 0 < biggest <= attention_max.BLOCK_ELEMENTS
+    assert 0 < biggest <= logits.BLOCK_ELEMENTS
 
 
 def test_padding_does_not_loosen_the_bound():

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from hmpo.attention.packed import can_pack, was_packed
 from hmpo.attention.packing import cut, pack
-from hmpo.attention.tap import hearing
+from hmpo.attention.tap import record_without_gradient
 from hmpo.logprobs import responses as logprobs
 from hmpo.logprobs.responses import token_logprobs, token_logprobs_and_entropy
 from hmpo.optim import LogitTracker, QKClip
@@ -108,7 +108,7 @@ def test_any_layout_is_exact(layout) -> None:
     width = max(n for _, n in rows) + extra
     ids, mask, width = rows_of(prompts, rows, width=width)
     if alike:
-        ids[:, : prompts[0]] = ids[0, : prompts[0]]
+        ids[:, : prompts[0]] = ids[0, : prompts[0]].clone()
         distinct = 1
     else:
         distinct = len({i for i, _ in rows})
@@ -192,7 +192,7 @@ def test_bounds_of_packed_calls_hold(source) -> None:
         assert bool((got[name].value >= want[name].value - 1e-5 * want[name].value.abs()).all())
 
 
-def test_passes_without_gradient_are_heard_only_where_asked_for() -> None:
+def test_passes_without_gradient_are_recorded_only_where_asked_for() -> None:
     model = family("llama")
     rows = rows_of((9, 14, 4), [(0, 3), (1, 17), (2, 1), (1, 30), (0, 9)])
     with LogitTracker(model, tau=20.0) as tracker:
@@ -201,7 +201,7 @@ def test_passes_without_gradient_are_heard_only_where_asked_for() -> None:
         with torch.no_grad():
             token_logprobs(model, *rows)
             assert bool((tracker.consume()["model.layers.0.self_attn"].value == -torch.inf).all())
-            with hearing():
+            with record_without_gradient():
                 token_logprobs(model, *rows)
             got = tracker.consume()["model.layers.0.self_attn"]
     torch.testing.assert_close(got.value, want.value, rtol=1e-6, atol=0)
@@ -335,7 +335,7 @@ def test_a_lora_adapter_is_clipped_alike(checkpointing, monkeypatch) -> None:
                 patch.setattr(logprobs, "can_pack", lambda *_: False)
             clipper = QKClip(tracker, tau=tau)
             token_logprobs(model, *rows).sum().backward()
-            with torch.no_grad(), hearing():
+            with torch.no_grad(), record_without_gradient():
                 token_logprobs(model, *rows)
             stats = clipper.apply()
         assert was_packed(model) is packed

@@ -60,13 +60,13 @@ def build(kind):
 @pytest.mark.parametrize("kind", ["phi3", "gpt2", "gpt_neox"])
 def test_fused_qkv_monitored(kind):
     # One token: rotary embedding does nothing there, so the projection's output tells the logit.
-    model, heard = family(kind), []
+    model, outputs = family(kind), []
     label = {"phi3": "qkv_proj", "gpt2": "c_attn", "gpt_neox": "query_key_value"}[kind]
     fused = next(m for name, m in model.named_modules() if name.endswith(label))
-    fused.register_forward_hook(lambda module, args, out: heard.append(out[:, 0]))
+    fused.register_forward_hook(lambda module, args, out: outputs.append(out[:, 0]))
     ids, _ = batch(rows=5, length=1)
     read = values(model, ids)[0]
-    (out,) = heard
+    (out,) = outputs
     if kind == "gpt_neox":
         query, key = out.view(5, 4, 3, 8)[:, :, 0], out.view(5, 4, 3, 8)[:, :, 1]
     else:

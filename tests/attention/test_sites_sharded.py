@@ -45,9 +45,9 @@ def _worker(rank, folder):
         fully_shard(sharded, mesh=mesh)
         heads = changes.get("num_attention_heads", 4)
         stats = clip(whole, heads)
-        with CommDebugMode() as heard:
+        with CommDebugMode() as traffic:
             assert clip(sharded, heads) == stats, kind
-        assert heard.get_total_counts() == 0, kind
+        assert traffic.get_total_counts() == 0, kind
         assert stats.clipped_heads >= 2 and stats.unclippable == (), (kind, stats)
         for (name, a), b in zip(whole.named_parameters(), sharded.parameters(), strict=True):
             assert isinstance(b, DTensor)

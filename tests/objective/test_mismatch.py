@@ -5,12 +5,13 @@ import math
 import pytest
 import torch
 
-from hmpo import collect, members
+from hmpo import members
 from hmpo.config import MismatchConfig
 from hmpo.errors import ConfigError
 from hmpo.objective.loss import power_mean_loss
 from hmpo.objective.mismatch import join_weights, mismatch_metrics, mismatch_weights, on_policy_rows
 from hmpo.objective.terms import count_denominators
+from hmpo.trainer import rollout as collect
 from tests.oracles import mismatch as oracle
 from tests.support import tiny_llama
 from tests.trainer.test_trainer import PROMPTS, low_tokens, settings, trainer_for

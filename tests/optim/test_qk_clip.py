@@ -7,9 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hmpo.attention.tracker import MaxLogits
 from hmpo.errors import ConfigError
 from hmpo.optim import LogitTracker, QKClip
-from hmpo.optim.logit_tracker import MaxLogits
 from hmpo.optim.qk_clip import gammas, head_factors
 from tests.optim.tiny import KINDS, attentions, batch, halfway, make, middle, values
 

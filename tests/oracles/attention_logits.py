@@ -1,6 +1,6 @@
 """Largest attention logit of every query head, by loops in float64.
 
-Independent of `hmpo.optim`: queries and keys are recomputed from the inputs of the attention
+Independent of `hmpo.attention`: queries and keys are recomputed from the inputs of the attention
 module (projection, bias, rotary embedding), never taken from the attention interface.
 """
 

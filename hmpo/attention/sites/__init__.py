@@ -1,7 +1,7 @@
 """Attention sites: where a model attends, and which weights make its logits.
 
 One builder per family of attention module turns a module into an `AttentionSite`, or says why it
-cannot, or passes. A new family is one more file here and its function in `BUILDERS`.
+cannot, or passes. What a class needs beyond the names of its children is a row of `FAMILIES`.
 """
 
 from collections.abc import Callable
@@ -26,9 +26,9 @@ BUILDERS: tuple[Callable[[str, nn.Module], AttentionSite | str | None], ...] = (
 
 def find_sites(model: nn.Module) -> tuple[list[AttentionSite], list[str]]:
     """All sites that can be read, and the attention that cannot be, as "name: reason"."""
-    found = _scan(model)
-    sites = [s for _, s in found if isinstance(s, AttentionSite) and not s.hidden]
-    reasons = [(n, s.hidden if isinstance(s, AttentionSite) else s) for n, s in found]
+    results = _scan(model)
+    sites = [s for _, s in results if isinstance(s, AttentionSite) and not s.hidden]
+    reasons = [(n, s.hidden if isinstance(s, AttentionSite) else s) for n, s in results]
     return sites, [f"{name}: {reason}" for name, reason in reasons if reason]
 
 
@@ -38,15 +38,16 @@ def hidden_sites(model: nn.Module) -> list[AttentionSite]:
 
 
 def _scan(model: nn.Module) -> list[tuple[str, AttentionSite | str]]:
-    found = []
+    """Every attention module by name: its site, or why it has none."""
+    results = []
     for name, module in model.named_modules():
         if uses_interface(module):
             built = (build(name, module) for build in BUILDERS)
             site = next((s for s in built if s is not None), None)
             unknown = f"{type(module).__name__} has no q_proj and k_proj, nor a fused projection"
-            found.append((name or type(module).__name__, unknown if site is None else site))
+            results.append((name or type(module).__name__, unknown if site is None else site))
         else:
             site = plain_attention(name, module, getattr(model, "config", None))
             if site is not None:
-                found.append((name or type(module).__name__, site))
-    return found
+                results.append((name or type(module).__name__, site))
+    return results

@@ -8,11 +8,10 @@ import weakref
 
 from torch import nn
 
-from hmpo.attention.sites.projections import Block, out_features, projection_rows
+from hmpo.attention.sites.families import LATENT_WIDTHS, latent_query
+from hmpo.attention.sites.projections import HeadSlices, out_features, projection_rows
 from hmpo.attention.sites.rows import Scope
 from hmpo.attention.sites.site import AttentionSite, ClipTarget, hidden_reason
-
-WIDTHS = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 
 
 def latent_attention(name: str, module: nn.Module) -> AttentionSite | str | None:
@@ -20,31 +19,37 @@ def latent_attention(name: str, module: nn.Module) -> AttentionSite | str | None
     children = dict(module.named_children())
     if "kv_b_proj" not in children:
         return None
-    if not all(isinstance(getattr(module, width, None), int) for width in WIDTHS):
-        return f"{type(module).__name__} has kv_b_proj without {', '.join(WIDTHS)}"
-    nope, rope, value = (int(getattr(module, width)) for width in WIDTHS)
-    label = _query_label(children)
+    if not all(isinstance(getattr(module, width, None), int) for width in LATENT_WIDTHS):
+        return f"{type(module).__name__} has kv_b_proj without {', '.join(LATENT_WIDTHS)}"
+    nope, rope, value = (int(getattr(module, width)) for width in LATENT_WIDTHS)
+    label = latent_query(children)
     keys, queries = out_features(children["kv_b_proj"]), out_features(children.get(label))
     heads = keys // (nope + value)
     if heads < 1 or heads * (nope + value) != keys or heads * (nope + rope) != queries:
         return f"kv_b_proj and {label} give {[keys, queries]} features, expected those of heads"
-    hidden = hidden_reason(module)
-    return AttentionSite(name, heads, heads, weakref.ref(module), resolve, hidden)
+    return AttentionSite(
+        name=name,
+        heads=heads,
+        kv_heads=heads,
+        module=weakref.ref(module),
+        resolve=resolve,
+        hidden=hidden_reason(module),
+    )
 
 
 def resolve(module: nn.Module, site: AttentionSite, scope: Scope) -> ClipTarget | str:
     """Nope rows of queries and keys share gamma, rope rows of the queries take all of it."""
     children = dict(module.named_children())
-    nope, rope, value = (int(getattr(module, width)) for width in WIDTHS)
-    label, heads = _query_label(children), site.heads
+    nope, rope, value = (int(getattr(module, width)) for width in LATENT_WIDTHS)
+    label, heads = latent_query(children), site.heads
     parts = (
-        Block(heads=heads, length=nope, stride=nope + rope),
-        Block(heads=heads, length=rope, start=nope, stride=nope + rope),
+        HeadSlices(heads=heads, length=nope, stride=nope + rope),
+        HeadSlices(heads=heads, length=rope, start=nope, stride=nope + rope),
     )
     query = projection_rows(children[label], label, parts, scope)
     if isinstance(query, str):
         return query
-    keys = (Block(heads=heads, length=nope, stride=nope + value),)
+    keys = (HeadSlices(heads=heads, length=nope, stride=nope + value),)
     key = projection_rows(children["kv_b_proj"], "kv_b_proj", keys, scope)
     if isinstance(key, str):
         return key
@@ -54,7 +59,3 @@ def resolve(module: nn.Module, site: AttentionSite, scope: Scope) -> ClipTarget 
         both=tuple(query[1]),
         how=f"nope rows of {label} and kv_b_proj, rope rows of {label}, head by head",
     )
-
-
-def _query_label(children: dict[str, nn.Module]) -> str:
-    return "q_b_proj" if "q_b_proj" in children else "q_proj"

@@ -7,16 +7,10 @@ import weakref
 import torch
 from torch import Tensor, nn
 
-from hmpo.attention.sites.projections import Block, blocked
+from hmpo.attention.sites.families import QK_NORMS
+from hmpo.attention.sites.projections import HeadSlices, why_fixed
 from hmpo.attention.sites.rows import HeadRows, Scope
 from hmpo.attention.sites.site import AttentionSite, ClipTarget
-
-PAIRS = (
-    ("q_norm", "k_norm"),
-    ("q_layernorm", "k_layernorm"),
-    ("query_layernorm", "key_layernorm"),
-)
-"""Children that normalise queries and keys after the projection, which undoes scaling it."""
 
 _offsets: "weakref.WeakKeyDictionary[nn.Module, float | str]" = weakref.WeakKeyDictionary()
 
@@ -28,14 +22,14 @@ def find_norms(module: nn.Module) -> tuple[nn.Module | None, nn.Module | None] |
         for name, child in module.named_children()
         if "norm" in name and not isinstance(child, nn.Identity)
     }
-    known = {name: pair for pair in PAIRS for name in pair}
+    known = {name: pair for pair in QK_NORMS for name in pair}
     for name in children.keys() - known.keys():
         if name.startswith(("q", "k")):
             return f"{name} normalises queries or keys in a way that is not known"
     pairs = {known[name] for name in children if name in known}
     if len(pairs) > 1:
         return f"norms {sorted(children)} are more than one pair"
-    query, key = next(iter(pairs), PAIRS[0])
+    query, key = next(iter(pairs), QK_NORMS[0])
     return children.get(query), children.get(key)
 
 
@@ -52,22 +46,22 @@ def norm_rows(
     if gain is None or not own.keys() <= {"weight", "bias"}:
         return f"{name} has parameters {sorted(own)}, expected a gain called weight"
     shape = tuple(gain.shape)
-    blocks = {
-        (width,): Block(heads=1, length=width),
-        (heads, width): Block(heads=heads, length=1),
-        (heads * width,): Block(heads=heads, length=width),
+    slices = {
+        (width,): HeadSlices(heads=1, length=width),
+        (heads, width): HeadSlices(heads=heads, length=1),
+        (heads * width,): HeadSlices(heads=heads, length=width),
     }
-    if shape not in blocks:
-        return f"{name} has a gain of shape {shape}, expected one of {[*blocks]}"
+    if shape not in slices:
+        return f"{name} has a gain of shape {shape}, expected one of {[*slices]}"
     offset = gain_offset(norm, name)
     if isinstance(offset, str):
         return offset
     rows = [
-        blocks[shape].rows(parameter, offset=offset if label == "weight" else 0.0)
+        slices[shape].rows(parameter, offset=offset if label == "weight" else 0.0)
         for label, parameter in own.items()
     ]
     for label, piece in zip(own, rows, strict=True):
-        if (fault := blocked(piece, f"{name}.{label}", scope)) is not None:
+        if (fault := why_fixed(piece, f"{name}.{label}", scope)) is not None:
             return fault
     return rows, shape != (width,) or heads == 1
 
@@ -97,12 +91,13 @@ def gain_target(
             continue
         if norm is None:
             return f"only one of queries and keys is normalised ({side} is not)"
-        found = norm_rows(norm, f"the {side} norm", heads, width, scope)
-        if isinstance(found, str):
-            return found
-        sides.append(tuple(found[0]))
-        own.append(found[1])
-        plus_one = plus_one or found[0][0].offset != 0
+        result = norm_rows(norm, f"the {side} norm", heads, width, scope)
+        if isinstance(result, str):
+            return result
+        rows, of_each_head = result
+        sides.append(tuple(rows))
+        own.append(of_each_head)
+        plus_one = plus_one or rows[0].offset != 0
     per_head = all(own)
     if not per_head and any(rows[0].heads > 1 for rows in sides):
         return "one norm is shared by all heads and the other is not"
@@ -119,8 +114,8 @@ def gain_offset(norm: nn.Module, name: str) -> float | str:
     """
     if norm not in _offsets:
         _offsets[norm] = _probe(norm)
-    found = _offsets[norm]
-    return f"{name} {found}" if isinstance(found, str) else found
+    offset = _offsets[norm]
+    return f"{name} {offset}" if isinstance(offset, str) else offset
 
 
 def _probe(norm: nn.Module) -> float | str:

@@ -10,21 +10,15 @@ from typing import Any
 
 from torch import nn
 
+from hmpo.attention.sites.families import HEAD_COUNTS, HEAD_WIDTHS, QUERY_KEY
 from hmpo.attention.sites.norms import find_norms
-from hmpo.attention.sites.projections import Block, blocked, out_features, projection_rows
+from hmpo.attention.sites.projections import HeadSlices, out_features, projection_rows, why_fixed
 from hmpo.attention.sites.rows import HeadRows, Scope
 from hmpo.attention.sites.site import AttentionSite, ClipTarget
 
-PROJECTIONS = (("q_proj", "k_proj"), ("W_q", "W_k"), ("query", "key"), ("q", "k"))
-"""Names of the children that make queries and keys."""
-WIDTHS = ("head_dim", "attention_head_size", "d_kv", "d_k", "key_value_proj_dim")
-"""Attributes, of a module or its config, that give the width of a head."""
-HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "nhead", "heads")
-"""Attributes, of a module or its config, that give the number of query heads."""
-
 
 def plain_attention(name: str, module: nn.Module, config: Any) -> AttentionSite | str | None:
-    """A site for `nn.MultiheadAttention` or a module with a pair of `PROJECTIONS`.
+    """A site for `nn.MultiheadAttention` or a module with a pair of children in `QUERY_KEY`.
 
     Args:
         name: the module's qualified name.
@@ -35,11 +29,11 @@ def plain_attention(name: str, module: nn.Module, config: Any) -> AttentionSite 
         if module.bias_k is not None or module.add_zero_attn:
             return "MultiheadAttention adds keys of its own (add_bias_kv, add_zero_attn)"
         return AttentionSite(
-            name or type(module).__name__,
-            module.num_heads,
-            module.num_heads,
-            weakref.ref(module),
-            _resolve_multihead,
+            name=name or type(module).__name__,
+            heads=module.num_heads,
+            kv_heads=module.num_heads,
+            module=weakref.ref(module),
+            resolve=_resolve_multihead,
             tap="multihead",
         )
     pair = projection_pair(module)
@@ -55,11 +49,11 @@ def plain_attention(name: str, module: nn.Module, config: Any) -> AttentionSite 
     if find_norms(module) != (None, None):
         return "queries or keys are normalised after the projections, where nobody can listen"
     return AttentionSite(
-        name or type(module).__name__,
-        rows[0] // width,
-        rows[1] // width,
-        weakref.ref(module),
-        _resolve_pair,
+        name=name or type(module).__name__,
+        heads=rows[0] // width,
+        kv_heads=rows[1] // width,
+        module=weakref.ref(module),
+        resolve=_resolve_pair,
         tap="projections",
     )
 
@@ -67,7 +61,7 @@ def plain_attention(name: str, module: nn.Module, config: Any) -> AttentionSite 
 def projection_pair(module: nn.Module) -> tuple[str, str] | None:
     """Names of the linear layers that make queries and keys."""
     children = dict(module.named_children())
-    for query, key in PROJECTIONS:
+    for query, key in QUERY_KEY:
         if out_features(children.get(query)) and out_features(children.get(key)):
             return query, key
     return None
@@ -75,11 +69,11 @@ def projection_pair(module: nn.Module) -> tuple[str, str] | None:
 
 def _head_width(module: nn.Module, features: int, config: Any) -> int | None:
     for place in (module, getattr(module, "config", None), config):
-        for attribute in WIDTHS:
+        for attribute in HEAD_WIDTHS:
             width = getattr(place, attribute, None)
             if isinstance(width, int) and width > 0:
                 return width
-        for attribute in HEADS:
+        for attribute in HEAD_COUNTS:
             heads = getattr(place, attribute, None)
             if isinstance(heads, int) and heads > 0 and features % heads == 0:
                 return features // heads
@@ -93,10 +87,11 @@ def _resolve_pair(module: nn.Module, site: AttentionSite, scope: Scope) -> ClipT
     sides = []
     for name, heads in zip(pair, (site.heads, site.kv_heads), strict=True):
         length = out_features(children[name]) // heads
-        found = projection_rows(children[name], name, (Block(heads=heads, length=length),), scope)
-        if isinstance(found, str):
-            return found
-        sides.append(tuple(found[0]))
+        slices = (HeadSlices(heads=heads, length=length),)
+        rows = projection_rows(children[name], name, slices, scope)
+        if isinstance(rows, str):
+            return rows
+        sides.append(tuple(rows[0]))
     how = f"rows of {pair[0]} and {pair[1]}, head by head"
     return ClipTarget(query=sides[0], key=sides[1], how=how)
 
@@ -105,9 +100,9 @@ def _resolve_multihead(module: nn.Module, site: AttentionSite, scope: Scope) -> 
     assert isinstance(module, nn.MultiheadAttention)
     own = dict(module.named_parameters(recurse=False))
     width, heads = module.embed_dim // site.heads, site.heads
-    first = Block(heads=heads, length=width)
-    second = Block(heads=heads, length=width, start=module.embed_dim)
-    places: dict[str, tuple[Block, ...]] = {
+    first = HeadSlices(heads=heads, length=width)
+    second = HeadSlices(heads=heads, length=width, start=module.embed_dim)
+    places: dict[str, tuple[HeadSlices, ...]] = {
         "q_proj_weight": (first,),
         "k_proj_weight": (first,),
         "in_proj_weight": (first, second),
@@ -116,10 +111,10 @@ def _resolve_multihead(module: nn.Module, site: AttentionSite, scope: Scope) -> 
     query: list[HeadRows] = []
     key: list[HeadRows] = []
     for label, parameter in own.items():
-        blocks = places.get(label, ())
-        rows = [block.rows(parameter) for block in blocks]
+        slices = places.get(label, ())
+        rows = [s.rows(parameter) for s in slices]
         for piece in rows:
-            if (fault := blocked(piece, label, scope)) is not None:
+            if (fault := why_fixed(piece, label, scope)) is not None:
                 return fault
         if len(rows) == 2:
             query.append(rows[0])

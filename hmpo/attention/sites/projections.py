@@ -1,22 +1,29 @@
 """The parameters behind one projection: a plain linear layer, or one that an adapter wraps."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from hmpo.attention.sites.families import CONV1D
 from hmpo.attention.sites.rows import HeadRows, Scope
 
-Part = tuple[str, Tensor, int]
-"""Name of a parameter, the parameter, and its axis that counts output features."""
-
 ADAPTER = "lora_A"
-CONV1D = "Conv1D"
-"""Transformers' linear layer with a transposed weight."""
+"""Child by which a LoRA layer of PEFT is recognised."""
+
+
+class OutputParameter(NamedTuple):
+    """A parameter that a projection's output is linear in."""
+
+    name: str
+    parameter: Tensor
+    axis: int
+    """Its axis that counts output features."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Block:
-    """Rows of a projection's output that belong to heads, see `HeadRows`."""
+class HeadSlices:
+    """Which rows of an output belong to heads, without a parameter yet: see `HeadRows`."""
 
     heads: int
     length: int
@@ -46,25 +53,25 @@ def out_features(projection: nn.Module | None) -> int:
 
 
 def projection_rows(
-    projection: nn.Module, label: str, blocks: tuple[Block, ...], scope: Scope
+    projection: nn.Module, label: str, slices: tuple[HeadSlices, ...], scope: Scope
 ) -> list[list[HeadRows]] | str:
-    """For each block, the rows of every parameter that the block's outputs are linear in.
+    """For each of `slices`, the rows of every parameter that its outputs are linear in.
 
     Returns:
-        One list of `HeadRows` for each block, or why the projection cannot be scaled.
+        One list of `HeadRows` for each of `slices`, or why the projection cannot be scaled.
     """
-    parts = _parts(projection, label, scope)
-    if isinstance(parts, str):
-        return parts
-    found = [[block.rows(parameter, axis) for _, parameter, axis in parts] for block in blocks]
-    for rows in found:
-        for (name, _, _), piece in zip(parts, rows, strict=True):
-            if (fault := blocked(piece, name, scope)) is not None:
+    outputs = _output_parameters(projection, label, scope)
+    if isinstance(outputs, str):
+        return outputs
+    all_rows = [[s.rows(output.parameter, output.axis) for output in outputs] for s in slices]
+    for rows in all_rows:
+        for output, piece in zip(outputs, rows, strict=True):
+            if (fault := why_fixed(piece, output.name, scope)) is not None:
                 return fault
-    return found
+    return all_rows
 
 
-def blocked(rows: HeadRows, name: str, scope: Scope) -> str | None:
+def why_fixed(rows: HeadRows, name: str, scope: Scope) -> str | None:
     """Why these rows cannot be scaled, or None."""
     if not rows.parameter.requires_grad and scope != "all" and rows.parameter.is_floating_point():
         return f"{name} is frozen"
@@ -72,7 +79,9 @@ def blocked(rows: HeadRows, name: str, scope: Scope) -> str | None:
     return None if fault is None else f"{name} {fault}"
 
 
-def _parts(projection: nn.Module, label: str, scope: Scope) -> list[Part] | str:
+def _output_parameters(
+    projection: nn.Module, label: str, scope: Scope
+) -> list[OutputParameter] | str:
     children = dict(projection.named_children())
     if ADAPTER in children:
         return _adapted(projection, children, label, scope)
@@ -88,19 +97,21 @@ def _parts(projection: nn.Module, label: str, scope: Scope) -> list[Part] | str:
     axes = {"weight": 1 if transposed else 0, "bias": 0}
     if unknown := own.keys() - axes.keys():
         return f"{label} has parameters {sorted(unknown)} beside weight and bias"
-    return [(f"{label}.{name}", parameter, axes[name]) for name, parameter in own.items()]
+    return [
+        OutputParameter(f"{label}.{name}", parameter, axes[name]) for name, parameter in own.items()
+    ]
 
 
 def _adapted(
     projection: nn.Module, children: dict[str, nn.Module], label: str, scope: Scope
-) -> list[Part] | str:
-    """Parts of a PEFT LoRA layer, y = W x + s B A x, or DoRA, y = m / norm (W + s B A) x.
+) -> list[OutputParameter] | str:
+    """Parameters of a PEFT LoRA layer, y = W x + s B A x, or DoRA, y = m / norm (W + s B A) x.
 
     Scaling B alone is not scaling y: W's rows must shrink with it. DoRA's magnitudes m are rows
     of y already. A bias is added after both and shrinks with them.
     """
     base = children["base_layer"]
-    own = _parts(base, f"{label}.base_layer", scope)
+    own = _output_parameters(base, f"{label}.base_layer", scope)
     if isinstance(own, str):
         return own
     if getattr(projection, "disable_adapters", False):
@@ -115,16 +126,21 @@ def _adapted(
         return f"{label} has adapters {special} that are not plain LoRA"
     if not special:
         ups = dict(children["lora_B"].named_children())
-        parts = [(f"{label}.lora_B.{n}", up, 0) for n in active for up in ups[n].parameters()]
-        if scope == "trained" and own and not own[0][1].requires_grad:
+        added = [
+            OutputParameter(f"{label}.lora_B.{n}", up, axis=0)
+            for n in active
+            for up in ups[n].parameters()
+        ]
+        if scope == "trained" and own and not own[0].parameter.requires_grad:
             return (
                 f"{label} has LoRA over a frozen base; scaling the adapter alone would not scale "
                 "the logits (train DoRA, or allow scale_frozen=True and save the base)"
             )
-        return own + parts
+        return own + added
     magnitudes = dict(children.get("lora_magnitude_vector", nn.ModuleDict()).named_children())
     if len(active) > 1 or active[0] not in magnitudes:
         return f"{label} has adapters {active} of a kind that is not known"
     vector = dict(magnitudes[active[0]].named_parameters())["weight"]
-    bias = [part for part in own if part[0].endswith(".bias")]
-    return [(f"{label}.lora_magnitude_vector.{active[0]}", vector, 0), *bias]
+    bias = [output for output in own if output.name.endswith(".bias")]
+    name = f"{label}.lora_magnitude_vector.{active[0]}"
+    return [OutputParameter(name, vector, axis=0), *bias]

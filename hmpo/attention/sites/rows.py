@@ -79,7 +79,7 @@ class HeadRows:
 
     def _row_factors(self, factors: Tensor, rows: int) -> Float[Tensor, " rows"]:
         heads = torch.arange(self.heads)[:, None] * self.stride
-        mine = self.start + heads + torch.arange(self.length)
+        rows_of_heads = self.start + heads + torch.arange(self.length)
         full = factors.new_ones(rows)
-        full[mine.flatten()] = factors.repeat_interleave(self.length)
+        full[rows_of_heads.flatten()] = factors.repeat_interleave(self.length)
         return full

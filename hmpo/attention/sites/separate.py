@@ -5,7 +5,7 @@ import weakref
 from torch import nn
 
 from hmpo.attention.sites.norms import find_norms, gain_target
-from hmpo.attention.sites.projections import Block, out_features, projection_rows
+from hmpo.attention.sites.projections import HeadSlices, out_features, projection_rows
 from hmpo.attention.sites.rows import HeadRows, Scope
 from hmpo.attention.sites.site import AttentionSite, ClipTarget, hidden_reason
 
@@ -30,8 +30,14 @@ def separate_projections(name: str, module: nn.Module) -> AttentionSite | str | 
         heads = kv_heads * share  # q_proj gives more than queries, for example a gate
     if heads % kv_heads:
         return f"{heads} query heads do not divide into {kv_heads} key heads"
-    hidden = hidden_reason(module)
-    return AttentionSite(name, heads, kv_heads, weakref.ref(module), resolve, hidden)
+    return AttentionSite(
+        name=name,
+        heads=heads,
+        kv_heads=kv_heads,
+        module=weakref.ref(module),
+        resolve=resolve,
+        hidden=hidden_reason(module),
+    )
 
 
 def resolve(module: nn.Module, site: AttentionSite, scope: Scope) -> ClipTarget | str:
@@ -72,10 +78,10 @@ def _rows_of_projections(module: nn.Module, site: AttentionSite, scope: Scope) -
         projection = children[name]
         if out_features(projection) != heads * width:
             return f"{name} gives {out_features(projection)} features, expected {heads} heads"
-        found = projection_rows(projection, name, (Block(heads=heads, length=width),), scope)
-        if isinstance(found, str):
-            return found
-        sides.append(tuple(found[0]))
+        rows = projection_rows(projection, name, (HeadSlices(heads=heads, length=width),), scope)
+        if isinstance(rows, str):
+            return rows
+        sides.append(tuple(rows[0]))
     if alone:
         how = "rows of q, head by head; other layers read the same keys"
         return ClipTarget(query=sides[0], key=(), how=how)

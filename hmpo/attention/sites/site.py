@@ -32,7 +32,7 @@ class ClipTarget:
         return (*self.query, *self.key, *self.both)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class AttentionSite:
     """One attention module.
 
@@ -54,7 +54,7 @@ class AttentionSite:
     tap: str = "interface"
     """Where they are read: "interface", the attention function itself; "multihead",
     `nn.MultiheadAttention` with its masks; "projections", before any rotary embedding and with
-    every pair of tokens, since that is all there is to hear."""
+    every pair of tokens, since that is all there is to record."""
 
     def target(self, scope: Scope = "trained") -> ClipTarget | str:
         """What to scale now, or why nothing can be scaled.
@@ -67,10 +67,10 @@ class AttentionSite:
         module = self.module()
         if module is None:
             return "the module no longer exists"
-        found = self.resolve(module, self, scope)
-        if isinstance(found, ClipTarget) and not found.rows:
+        target = self.resolve(module, self, scope)
+        if isinstance(target, ClipTarget) and not target.rows:
             return "neither queries nor keys have a LoRA adapter"
-        return found
+        return target
 
 
 def uses_interface(module: nn.Module) -> bool:

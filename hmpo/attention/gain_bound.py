@@ -1,4 +1,4 @@
-"""Upper bounds of attention logits from weights alone, for layers with QK-norm.
+"""Upper bounds of attention logits from the gains of QK-norm alone.
 
 An RMS-normalised vector of width n has norm at most sqrt(n), so queries are at most
 sqrt(n) max|g_q| long whatever the inputs, keys likewise, and |logit| <= scale n max|g_q| max|g_k|.
@@ -13,21 +13,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from hmpo.attention.sites.families import family_of
 from hmpo.attention.sites.norms import output_at
 
-NORMED = (
-    "Qwen3Attention",
-    "Qwen3MoeAttention",
-    "Gemma3Attention",
-    "Olmo2Attention",
-    "Olmo3Attention",
-)
-"""Attention classes of transformers, read in source: nothing but rotary embedding stands between
-`q_norm`, `k_norm` and the attention function."""
 
-
-@dataclass(frozen=True, eq=False)
-class WeightBound:
+@dataclass(frozen=True, eq=False, kw_only=True)
+class GainBound:
     """The bound of one attention module, made anew from its weights at every call."""
 
     module: "weakref.ref[nn.Module]"
@@ -56,9 +47,9 @@ class WeightBound:
         return query * key * (self.scale * factor**2 * (1.0 + rounding))
 
 
-def weight_bound(model: nn.Module, module: nn.Module, heads: int) -> WeightBound | None:
+def gain_bound(model: nn.Module, module: nn.Module, heads: int) -> GainBound | None:
     """The bound of one attention module, or None where weights say nothing."""
-    if type(module).__name__ not in NORMED:
+    if not family_of(module).normed:
         return None
     norms = _norms(module)
     offsets = {_offset(norm) for norm in norms}
@@ -69,7 +60,9 @@ def weight_bound(model: nn.Module, module: nn.Module, heads: int) -> WeightBound
     if offsets or offset is None or not rotaries:
         return None
     scale = float(module.scaling)  # type: ignore[arg-type]
-    return WeightBound(weakref.ref(module), rotaries, heads, offset, scale)
+    return GainBound(
+        module=weakref.ref(module), rotaries=rotaries, heads=heads, offset=offset, scale=scale
+    )
 
 
 def _norms(module: nn.Module) -> tuple[nn.Module, nn.Module]:
@@ -105,5 +98,5 @@ def _longest(norm: nn.Module, offset: float, module: nn.Module) -> Float[Tensor,
 
 def _rotary_factor(rotary: nn.Module) -> float:
     """Largest factor that a rotary embedding multiplies into queries and keys."""
-    found = [v for name, v in vars(rotary).items() if "attention_scaling" in name]
-    return max([1.0, *(abs(float(v)) for v in found)])
+    factors = [v for name, v in vars(rotary).items() if "attention_scaling" in name]
+    return max([1.0, *(abs(float(v)) for v in factors)])

@@ -17,22 +17,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from hmpo.attention.sites import AttentionSite, ClipTarget, HeadRows
+from hmpo.attention.sites.families import INPUT_NORMS, family_of
 from hmpo.attention.sites.norms import find_norms, gain_offset
 
-BOUNDED = (
-    "LlamaAttention",
-    "MistralAttention",
-    "Qwen2Attention",
-    "Qwen3Attention",
-    "Gemma2Attention",
-    "Gemma3Attention",
-    "Olmo2Attention",
-    "Phi3Attention",
-    "GPTNeoXAttention",
-    "GPT2Attention",
-)
-"""Modules in which nothing but norm, projection and rotary embedding lies before the logits."""
-INPUT_NORMS = ("input_layernorm", "ln_1")
 ROUNDING = 1.0 + 1e-5
 
 
@@ -45,7 +32,7 @@ def weight_norm_bound(model: nn.Module, site: AttentionSite) -> Float[Tensor, " 
     module, target = site.module(), site.target("all")
     if module is None or isinstance(target, str):
         return "the module no longer exists" if isinstance(target, ClipTarget) else target
-    if type(module).__name__ not in BOUNDED or not target.key:
+    if not family_of(module).bounded or not target.key:
         return f"no bound is known for {type(module).__name__}"
     norms = find_norms(module)
     if isinstance(norms, str):

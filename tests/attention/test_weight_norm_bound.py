@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from hmpo.attention.sites import find_sites, hidden_sites
+from hmpo.attention.weight_norm_bound import weight_norm_bound
 from hmpo.optim import LogitTracker, MuonClip, MuonClipConfig, QKClip
-from hmpo.optim.norm_bound import weight_norm_bound
 from tests.attention.families import FAMILIES, family
 from tests.optim.test_qk_clip import parameters
 from tests.optim.tiny import batch, values

@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from hmpo.attention.tap import _listeners, listen
-from hmpo.optim import LogitTracker, readings
+from hmpo.attention import readings
+from hmpo.attention.tap import listen, listener_count
+from hmpo.attention.tracker import LogitTracker
 from tests.optim.tiny import attentions, batch, loss_of, make, middle
 from tests.oracles.attention_logits import max_logits, model_max_logits
 
@@ -89,12 +90,12 @@ def test_compiled_calls_are_never_kept(monkeypatch):
 
 def test_module_that_dies_is_forgotten():
     model = make(num_hidden_layers=1)
-    before = len(_listeners)
+    before = listener_count()
     tracker = LogitTracker(model)
-    assert len(_listeners) == before + 1
+    assert listener_count() == before + 1
     del model
     gc.collect()
-    assert len(_listeners) == before
+    assert listener_count() == before
     tracker.close()
 
 

@@ -8,9 +8,10 @@ from torch import nn
 from torch.testing import assert_close
 from transformers.models.llama import modeling_llama
 
-from hmpo.attention.tap import _listeners, _taps
+from hmpo.attention import readings
+from hmpo.attention.tap import listener_count
+from hmpo.attention.tracker import LogitTracker
 from hmpo.errors import CheckpointError, ConfigError
-from hmpo.optim import LogitTracker, readings
 from tests.optim.tiny import KINDS, attentions, batch, loss_of, make, middle
 from tests.oracles.attention_logits import max_logits, model_max_logits
 
@@ -178,7 +179,7 @@ def test_bfloat16_inputs_are_compared_in_float32(autocast):
 
 
 def test_auto_is_exact_or_certified(monkeypatch):
-    monkeypatch.setattr(readings, "_cheap", lambda call: False)
+    monkeypatch.setattr(readings, "CHEAP_SCORES", 0)
     model = make()
     ids, mask = batch(padding="left")
     oracle = model_max_logits(model, ids, mask)
@@ -201,7 +202,7 @@ def test_auto_is_exact_or_certified(monkeypatch):
 def test_deferred_reading_equals_immediate(monkeypatch, keep_bytes):
     model = make()
     ids, mask = batch(padding="right")
-    monkeypatch.setattr(readings, "_cheap", lambda call: False)
+    monkeypatch.setattr(readings, "CHEAP_SCORES", 0)
     with LogitTracker(model, tau=3.0) as tracker:
         model(input_ids=ids, attention_mask=mask)
         expected = tracker.consume()
@@ -256,7 +257,7 @@ def test_close_restores_everything():
     b.close()
     assert INTERFACE["sdpa"] is sdpa and INTERFACE._local_mapping == local
     assert modeling_llama.eager_attention_forward is eager
-    assert not _taps and not len(_listeners)
+    assert listener_count() == 0
 
 
 def test_second_model_untouched():
@@ -278,11 +279,11 @@ def test_dropped_tracker_and_model_leave_nothing():
     tracker = LogitTracker(model)
     del tracker
     gc.collect()
-    assert INTERFACE["sdpa"] is sdpa and not len(_listeners)
+    assert INTERFACE["sdpa"] is sdpa and listener_count() == 0
     tracker = LogitTracker(model)
     del model
     gc.collect()
-    assert tracker.model is None and not len(_listeners)
+    assert tracker.model is None and listener_count() == 0
     tracker.close()
     assert INTERFACE["sdpa"] is sdpa
 

@@ -4,8 +4,8 @@ Values are those of the weights that made them: the maxima over every forward pa
 gradients enabled since the last `consume()`, so gradient accumulation needs no care. The
 forward pass and its gradients stay bit-identical.
 
-Values come by tiers, cheapest first (see `hmpo.optim.readings`): bounds certify that a head is at
-most tau, and only what they leave is read exactly. Nothing waits for the device in the forward.
+Values come by tiers, cheapest first (see `hmpo.attention.readings`): bounds certify that a head is
+at most tau, and only what they leave is read exactly. Nothing waits for the device in the forward.
 Where `torch.distributed` is initialised, `consume()` takes the maximum over all ranks with one
 reduction for all layers.
 """
@@ -22,14 +22,14 @@ import torch.distributed as dist
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from hmpo.attention import readings as tiers
+from hmpo.attention.gain_bound import gain_bound
 from hmpo.attention.hooks import listen_outside
 from hmpo.attention.inputs import InputHook, InputStore
+from hmpo.attention.readings import SOURCES, Budget, Reading, resolve, settle, to_host
 from hmpo.attention.sites import AttentionSite, find_sites
 from hmpo.attention.tap import Listener, listen
 from hmpo.errors import CheckpointError, require
-from hmpo.optim import readings as tiers
-from hmpo.optim.readings import SOURCES, Budget, Reading, resolve, settle, to_host
-from hmpo.optim.weight_bound import weight_bound
 
 logger = logging.getLogger(__name__)
 
@@ -92,10 +92,10 @@ class LogitTracker:
         self._readings: dict[str, Reading] = {}
         for site in self.sites:
             module = site.module()
-            weights = None if module is None else weight_bound(model, module, site.heads)
+            weights = None if module is None else gain_bound(model, module, site.heads)
             projected = site.tap == "projections"
             self._readings[site.name] = Reading(
-                site.heads, self.tau, source, budget, weights, projected
+                site.heads, self.tau, source, budget, weights, projected=projected
             )
         settle(self._readings.values())
         ends = [_listen(site, self._readings[site.name].record) for site in self.sites]
@@ -179,12 +179,12 @@ class LogitTracker:
             self._readings[name].bound = layer["bound"].clone()
 
     def _values(self) -> dict[str, MaxLogits]:
-        mine = list(self._readings.values())
-        resolve(mine)
-        host = to_host([t for r in mine for t in (r.exact, r.bound)])
+        readings = list(self._readings.values())
+        resolve(readings)
+        host = to_host([t for r in readings for t in (r.exact, r.bound)])
         if host and dist.is_available() and dist.is_initialized():
             host = _largest_of_ranks(host, self.group)
-        settle(r for r in mine if not tiers.host_reads_are_free(r.bound.device))
+        settle(r for r in readings if not tiers.host_reads_are_free(r.bound.device))
         pairs = zip(self._readings, host[::2], host[1::2], strict=True)
         return {
             name: MaxLogits(torch.maximum(exact, bound), ~(exact < bound))

@@ -9,13 +9,14 @@ from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 from torch.testing import assert_close
 
-from hmpo.attention.logits import AttentionCall, logit_bound, norm_bound
+from hmpo.attention import readings
+from hmpo.attention.gain_bound import gain_bound
+from hmpo.attention.logits import AttentionCall, logit_bound, unmasked_bound
 from hmpo.attention.lse import call_with_lse, kernel_error, lse_bound, rows_of
+from hmpo.attention.readings import Budget, Reading
 from hmpo.attention.search import max_by_lse
 from hmpo.attention.tap import listen
-from hmpo.optim import LogitTracker, readings
-from hmpo.optim.readings import Budget, Reading
-from hmpo.optim.weight_bound import weight_bound
+from hmpo.attention.tracker import LogitTracker
 from tests.attention.test_logits import causal_mask
 from tests.optim.tiny import SIZES, attentions, batch, loss_of, make
 from tests.oracles.attention_logits import max_logits
@@ -63,7 +64,7 @@ def calls(draw):
 
 
 def slack_of(call):
-    return norm_bound(call) * kernel_error(call.query.shape[-1])
+    return unmasked_bound(call) * kernel_error(call.query.shape[-1])
 
 
 @given(calls())
@@ -79,25 +80,25 @@ def test_max_is_at_most_lse_is_at_most_max_plus_log_n(made):
 
 
 @given(calls())
-def test_norm_bound_is_never_below_the_masked_one(made):
+def test_unmasked_bound_is_never_below_the_masked_one(made):
     call, truth, _ = made
-    assert (norm_bound(call) >= logit_bound(call) * (1 - 1e-6)).all()
-    assert (norm_bound(call).double() >= truth).all()
+    assert (unmasked_bound(call) >= logit_bound(call) * (1 - 1e-6)).all()
+    assert (unmasked_bound(call).double() >= truth).all()
 
 
 @given(calls(), st.sampled_from([1, 8, 1 << 16]), st.sampled_from([0.0, math.inf]))
 def test_branch_and_bound_equals_the_loops(made, block, share):
     """With and without all heads' best rows at once; NaN and infinity have their own test."""
-    from hmpo.attention import search as branch_and_bound
+    from hmpo.attention import search
 
     call, truth, _ = made
     heads = torch.arange(call.query.shape[1]).flip(0)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(branch_and_bound, "BLOCK_SCORES", block)
-        patch.setattr(branch_and_bound, "BLOCK_KEYS", min(block, 16))
-        patch.setattr(branch_and_bound, "GATHER_SHARE", share)
+        patch.setattr(search, "BLOCK_SCORES", block)
+        patch.setattr(search, "BLOCK_KEYS", min(block, 16))
+        patch.setattr(search, "GATHER_SHARE", share)
         found, computed = max_by_lse(call, heads, slack_of(call))
-    size = float(norm_bound(call).max().clamp_min(1e-30))
+    size = float(unmasked_bound(call).max().clamp_min(1e-30))
     assert_close(found.double(), truth.flip(0), rtol=0, atol=2e-6 * size)
     assert computed <= call.query.shape[:3].numel()
 
@@ -113,7 +114,7 @@ def test_no_tier_passes_a_head_over_the_threshold(made, source, tau):
         readings.CHEAP_SCORES = cheap
     value = torch.maximum(reading.exact, reading.bound).double()
     exact = ~(reading.exact < reading.bound)
-    rounding = 2e-6 * norm_bound(call).double()  # of a float32 dot product
+    rounding = 2e-6 * unmasked_bound(call).double()  # of a float32 dot product
     assert (value >= truth - torch.where(exact, rounding, 0.0)).all()
     assert not ((value <= tau) & (truth - rounding > tau)).any()
     if source in ("auto", "exact"):  # what is over the threshold is known exactly
@@ -135,9 +136,9 @@ def test_branch_and_bound_computes_few_rows_where_attention_is_peaked():
 
 @pytest.mark.parametrize("share", [0.0, math.inf])
 def test_nan_and_infinity_survive_branch_and_bound(monkeypatch, share):
-    from hmpo.attention import search as branch_and_bound
+    from hmpo.attention import search
 
-    monkeypatch.setattr(branch_and_bound, "GATHER_SHARE", share)
+    monkeypatch.setattr(search, "GATHER_SHARE", share)
     query, key = torch.randn(1, 3, 20, 4), torch.randn(1, 3, 20, 4)
     query[0, 0, 11, 2] = torch.nan
     query[0, 1, 7, 1], key[0, 1, :, 1] = torch.inf, 1.0
@@ -156,19 +157,19 @@ def test_lse_of_another_layout_is_not_used(heads):
     assert rows_of(raw[..., 0], 2, 4, 9) is None
 
 
-def heard(model, run):
+def recorded(model, run):
     """Every call that the first layer's listener gets."""
-    found = []
-    end = listen(attentions(model)[0], found.append)
+    calls = []
+    end = listen(attentions(model)[0], calls.append)
     run()
     end()
-    return found
+    return calls
 
 
 def test_kernels_lse_arrives_and_is_the_log_sum_exp():
     model = make()
     ids, mask = batch(padding="left")
-    (call,) = heard(model, lambda: model(input_ids=ids, attention_mask=mask))
+    (call,) = recorded(model, lambda: model(input_ids=ids, attention_mask=mask))
     scores = call.query @ call.key.repeat_interleave(2, 1).mT * call.scale
     truth = scores.masked_fill(~call.mask, -torch.inf).logsumexp(-1)
     rows = mask.bool()[:, None].expand_as(truth)
@@ -180,20 +181,20 @@ def test_lse_arrives_through_hooks_on_saved_tensors():
     # There the graph must not be asked: unpacking would recompute the layer, or copy.
     model = make().train()
     ids, _ = batch()
-    (plain,) = heard(model, lambda: model(input_ids=ids))
+    (plain,) = recorded(model, lambda: model(input_ids=ids))
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    again = heard(model, lambda: loss_of(model, ids).backward())
+    again = recorded(model, lambda: loss_of(model, ids).backward())
     assert again and all(torch.equal(call.lse, plain.lse) for call in again)
     model, unpacked = make(), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: t, unpacked.append):
-        (hooked,) = heard(model, lambda: model(input_ids=ids))
+        (hooked,) = recorded(model, lambda: model(input_ids=ids))
     assert torch.equal(hooked.lse, plain.lse) and not unpacked
 
 
 def test_eager_attention_and_additive_masks_give_no_lse():
     model = make(attention="eager")
     ids, _ = batch()
-    (call,) = heard(model, lambda: model(input_ids=ids))
+    (call,) = recorded(model, lambda: model(input_ids=ids))
     assert call.lse is None
 
 
@@ -227,7 +228,7 @@ def spread_gains(model):
 
 @pytest.mark.parametrize("yarn", [False, True])
 @pytest.mark.parametrize("kind", ["qwen3", "gemma3", "olmo2"])
-def test_weight_bound_holds_for_any_input(kind, yarn):
+def test_gain_bound_holds_for_any_input(kind, yarn):
     changes = {}
     if yarn and kind == "qwen3":
         scaling = {"rope_type": "yarn", "factor": 8.0, "rope_theta": 1e4}
@@ -239,11 +240,11 @@ def test_weight_bound_holds_for_any_input(kind, yarn):
         model(input_ids=ids)
         truth = tracker.consume()
     for layer, reading in zip(attentions(model), truth.values(), strict=True):
-        bound = weight_bound(model, layer, 4)(torch.float32)
+        bound = gain_bound(model, layer, 4)(torch.float32)
         assert bound.shape == (4,) and (bound >= reading.value).all()
 
 
-def test_weight_bound_is_reached():
+def test_gain_bound_is_reached():
     model = make("qwen3", num_hidden_layers=1)
     layer = attentions(model)[0]
     with torch.no_grad():
@@ -254,7 +255,7 @@ def test_weight_bound_is_reached():
         layer.k_proj.weight.data.unflatten(0, (2, 8)).repeat_interleave(2, 0).flatten(0, 1)
     )
     ids, _ = batch()
-    bound = weight_bound(model, layer, 4)(torch.float32)
+    bound = gain_bound(model, layer, 4)(torch.float32)
     with LogitTracker(model, source="exact") as tracker:
         model(input_ids=ids)
         (reading,) = tracker.consume().values()
@@ -265,7 +266,7 @@ def test_weight_bound_is_reached():
 def test_qk_norm_layers_are_settled_by_weights_alone(monkeypatch):
     monkeypatch.setattr(readings, "CHEAP_SCORES", 0)
     monkeypatch.setattr(readings, "logit_bound", None)  # no activation may be looked at
-    monkeypatch.setattr(readings, "norm_bound", None)
+    monkeypatch.setattr(readings, "unmasked_bound", None)
     model = make("qwen3")
     ids, _ = batch()
     with LogitTracker(model) as tracker:
@@ -275,13 +276,13 @@ def test_qk_norm_layers_are_settled_by_weights_alone(monkeypatch):
     assert all(not r.exact.any() and (r.value <= 100).all() for r in found.values())
 
 
-def test_layers_without_norm_or_with_unknown_norm_have_no_weight_bound():
+def test_layers_without_norm_or_with_unknown_norm_have_no_gain_bound():
     model = make("llama")
-    assert weight_bound(model, attentions(model)[0], 4) is None
+    assert gain_bound(model, attentions(model)[0], 4) is None
     model = make("qwen3")
     layer = attentions(model)[0]
     layer.q_norm = torch.nn.LayerNorm(8)
-    assert weight_bound(model, layer, 4) is None
+    assert gain_bound(model, layer, 4) is None
 
 
 def test_accelerator_settles_by_weights_without_asking(monkeypatch):

@@ -6,7 +6,7 @@ Cheapest first, each only for what the one before leaves above tau:
 2. "norms": Cauchy-Schwarz from the row norms of queries and keys;
 3. "lse": the log-sum-exp that the attention kernel computed anyway;
 4. "exact": the maximum itself, by branch and bound over the log-sum-exps, or block by block;
-   "projections" where only projections can be heard.
+   "projections" where only projections can be read.
 
 On an accelerator asking which heads are left would stall the queue, so calls are kept, within a
 budget, until the step asks once for all layers.
@@ -21,10 +21,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from hmpo.attention.logits import AttentionCall, exact_max, logit_bound, norm_bound, real_rows
+from hmpo.attention.gain_bound import GainBound
+from hmpo.attention.logits import AttentionCall, exact_max, logit_bound, real_rows, unmasked_bound
 from hmpo.attention.lse import kernel_error, lse_bound, reduced_precision
 from hmpo.attention.search import max_by_lse
-from hmpo.optim.weight_bound import WeightBound
 from hmpo.stopwatch import section
 
 KEEP_BYTES = 256 << 20
@@ -52,12 +52,14 @@ class Budget:
         return True
 
 
-@dataclass(frozen=True, eq=False)
-class Kept:
+@dataclass(frozen=True, eq=False, kw_only=True)
+class KeptCall:
     """A call whose undecided heads wait for the host."""
 
     over: Bool[Tensor, " H"]
+    """Heads that no bound certifies."""
     slack: Float[Tensor, " H"]
+    """How far a row's log-sum-exp may be below its true value, see `max_by_lse`."""
     call: AttentionCall
 
 
@@ -70,7 +72,7 @@ class Reading:
         tau: float,
         source: str,
         budget: Budget,
-        weights: WeightBound | None,
+        weights: GainBound | None,
         projected: bool = False,
     ) -> None:
         self.heads, self.tau, self.source, self.budget = heads, tau, source, budget
@@ -80,7 +82,7 @@ class Reading:
         """Are calls read from projections? Their maxima are then no exact logits."""
         self.settled = False
         """Did the weights' bound certify every head when the host last looked?"""
-        self.kept: list[Kept] = []
+        self.kept: list[KeptCall] = []
         self.reset()
 
     def reset(self) -> None:
@@ -124,7 +126,7 @@ class Reading:
             bound, tier = logit_bound(call), "norms"
             slack = bound  # not used: without a log-sum-exp nothing is searched by it
         else:
-            norms, tier = norm_bound(call), "lse"
+            norms, tier = unmasked_bound(call), "lse"
             error = norms * kernel_error(call.query.shape[-1])
             bound = lse_bound(call.lse, real_rows(call), error).fmin(norms)
             slack = norms * reduced_precision()
@@ -140,7 +142,7 @@ class Reading:
         if host_reads_are_free(call.query.device):
             self.decide(over, slack, call)
         elif not call.borrowed and self.budget.take(call.nbytes):
-            self.kept.append(Kept(over, slack, call))
+            self.kept.append(KeptCall(over=over, slack=slack, call=call))
         else:
             self._add_exact(exact_max(call))
             return False
@@ -156,16 +158,16 @@ class Reading:
             values = exact_max(call, there)
         else:
             values, _ = max_by_lse(call, heads, slack)
-        found = torch.full((self.heads,), -torch.inf, device=call.query.device)
-        found[there] = values
-        self._add_exact(found, len(heads))
+        maxima = torch.full((self.heads,), -torch.inf, device=call.query.device)
+        maxima[there] = values
+        self._add_exact(maxima, len(heads))
         self.tiers.subtract({"norms" if call.lse is None else "lse": len(heads)})
 
-    def _add_exact(self, found: Tensor, heads: int | None = None) -> None:
+    def _add_exact(self, maxima: Tensor, heads: int | None = None) -> None:
         if self.projected:
-            self.bound = torch.maximum(self.bound.to(found.device), found)
+            self.bound = torch.maximum(self.bound.to(maxima.device), maxima)
         else:
-            self.exact = torch.maximum(self.exact.to(found.device), found)
+            self.exact = torch.maximum(self.exact.to(maxima.device), maxima)
         tier = "projections" if self.projected else "exact"
         self.tiers[tier] += self.heads if heads is None else heads
 
@@ -199,9 +201,9 @@ def resolve(readings: Iterable[Reading]) -> None:
 
 
 def settle(readings: Iterable[Reading]) -> None:
-    """Look at the weights' bounds, with one wait for the device."""
-    able = [r for r in readings if r.weights is not None]
-    bounds = [(r, b) for r in able if (b := r.weights(torch.float32)) is not None]  # type: ignore[misc]
+    """Read the weights' bounds, with one wait for the device."""
+    bounded = [r for r in readings if r.weights is not None]
+    bounds = [(r, b) for r in bounded if (b := r.weights(torch.float32)) is not None]  # type: ignore[misc]
     for (reading, _), bound in zip(bounds, to_host([b for _, b in bounds]), strict=True):
         reading.settled = bool((bound <= SETTLED * reading.tau).all())
 
@@ -210,7 +212,7 @@ def to_host(tensors: list[Tensor]) -> list[Tensor]:
     """Copies on the CPU, with one transfer for each device."""
     host: dict[int, Tensor] = {}
     for device in {t.device for t in tensors}:
-        mine = [i for i, t in enumerate(tensors) if t.device == device]
-        flat = torch.cat([tensors[i] for i in mine]).cpu()
-        host.update(zip(mine, flat.split([len(tensors[i]) for i in mine]), strict=True))
+        numbers = [i for i, t in enumerate(tensors) if t.device == device]
+        flat = torch.cat([tensors[i] for i in numbers]).cpu()
+        host.update(zip(numbers, flat.split([len(tensors[i]) for i in numbers]), strict=True))
     return [host[i] for i in range(len(tensors))]
