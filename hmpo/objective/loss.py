@@ -71,14 +71,11 @@ def power_mean_objective(
         config: the member of the family.
         ref_logprobs: log-probs under the frozen reference; needed if `config.kl_coef` > 0.
         exponent: overrides the config's exponents, for all rows or per row; differentiable.
-        weights: constants that correct for what the sampler did differently
-            (`hmpo.objective.mismatch`): one per response multiplies its advantage; one per token
-            multiplies the gradient of that token's log-prob and leaves the value alone. 0 takes a
-            response or token out of the gradient, not out of the denominators. The KL term is not
-            weighted.
+        weights: constants (`hmpo.objective.mismatch`): one per response multiplies its advantage;
+            one per token the gradient of its log-prob, not the value. 0 takes it out of the
+            gradient, not out of the denominators. The KL term is not weighted.
         denominators: counts over the whole minibatch, if these rows are a part of it.
-        band: `minibatch_band` of the whole minibatch, if these rows are a part of it and
-            `config.needs_band`; measured from these rows otherwise.
+        band: `minibatch_band` likewise, if `config.needs_band`; else that of these rows.
 
     Returns:
         The scalar loss to minimise (0 if no row counts) and the detached metrics.

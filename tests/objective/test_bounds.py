@@ -11,7 +11,7 @@ from hmpo.config import ObjectiveConfig
 from hmpo.errors import ConfigError
 from hmpo.objective.metrics import objective_metrics
 from hmpo.objective.terms import count_denominators, minibatch_band
-from tests.objective.test_objective import BOTH, assert_equals, batch, loss_and_gradient, rows_of
+from tests.objective.cases import BOTH, assert_equals, batch, loss_and_gradient, rows_of
 from tests.oracles import family as oracle
 
 SEQUENCE = ObjectiveConfig(clip_level="sequence", clip_low=0.05, clip_high=0.08)

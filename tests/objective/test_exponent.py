@@ -21,7 +21,7 @@ from hmpo.objective.exponent import (
 )
 from hmpo.objective.means import effective_sample_size
 from hmpo.run.build import trainer_config
-from tests.objective.test_objective import batch, rows_of
+from tests.objective.cases import batch, rows_of
 from tests.support import in_float64, tiny_llama
 from tests.trainer.test_trainer import PROMPTS, settings, trainer_for, weights
 

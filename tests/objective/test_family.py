@@ -11,7 +11,7 @@ from hmpo.config import ExponentConfig, ObjectiveConfig
 from hmpo.errors import ConfigError
 from hmpo.objective.exponent import LinearExponent, RewardExponent, matched_exponent
 from hmpo.objective.metrics import objective_metrics
-from tests.objective.test_objective import BOTH, assert_equals, batch, loss_and_gradient, rows_of
+from tests.objective.cases import BOTH, assert_equals, batch, loss_and_gradient, rows_of
 from tests.oracles import family as oracle
 from tests.oracles import objective as basic
 

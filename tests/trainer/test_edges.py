@@ -14,7 +14,7 @@ import torch
 from hmpo import members
 from hmpo.objective.loss import power_mean_loss
 from hmpo.objective.metrics import objective_metrics
-from tests.objective.test_objective import batch
+from tests.objective.cases import batch
 from tests.support import tiny_llama
 from tests.trainer.test_trainer import PROMPTS, settings, trainer_for, weights
 
