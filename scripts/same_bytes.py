@@ -25,7 +25,11 @@ STOP_AT = 5
 """Updates before the interruption: inside the third rollout."""
 CASES: dict[str, dict[str, Any]] = {
     "hmpo": {},
-    "grpo with reference and stop": {"objective__member": "grpo", "objective__kl_coef": 0.05},
+    "grpo with a reference": {
+        "objective__member": "grpo",
+        "objective__kl_coef": 0.05,
+        "reference": "start",
+    },
     "gmpo, epochs and micro-batches": {
         "objective__member": "gmpo",
         "trainer__epochs": 2,
@@ -56,36 +60,34 @@ CHANGED = {
 }
 """Cases that may differ, and why."""
 CHILD = """
-import json, sys, warnings, logging
+import json, logging, os, sys, warnings
+from pathlib import Path
 import torch
-torch.set_num_threads(1)
-logging.disable(logging.WARNING); warnings.simplefilter("ignore")
 from hmpo import train
 from tests.faults.micro import micro_config, micro_policy
-from pathlib import Path
-place, name, changes, stop = Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3]), int(sys.argv[4])
-policy = place / "policy"
-if not policy.exists():
-    micro_policy(policy)
-changes = dict(changes)
-if changes.get("objective__kl_coef"):
-    changes["policy__reference"] = "start"
-config = micro_config(Path("policy"), Path("."), name, **changes)
-import os
-os.chdir(place)
 try:
     from hmpo.run import Observer
 except ImportError:
     from hmpo.observer import Observer
+
 class Stop(Observer):
     def on_update(self, record, timing):
         if stop and record["step"] + 1 == stop:
             raise KeyboardInterrupt
+
+torch.set_num_threads(1)
+logging.disable(logging.WARNING)
+warnings.simplefilter("ignore")
+changes, stop = json.loads(sys.argv[2]), int(sys.argv[3])
+os.chdir(sys.argv[1])
+if not os.path.exists("policy"):
+    micro_policy(Path("policy"))
+config = micro_config(Path("policy"), Path("."), **changes)
 train(config, resume=True, exist_ok=True, observer=Stop())
 """
 
 
-def run(tree: Path, place: Path, name: str, changes: dict[str, Any], stop: int = 0) -> str:
+def run(tree: Path, place: Path, changes: dict[str, Any], stop: int = 0) -> str:
     """Make or continue a run by `tree`; its error, or nothing."""
     environment = os.environ | {
         "PYTHONPATH": str(tree),
@@ -93,7 +95,7 @@ def run(tree: Path, place: Path, name: str, changes: dict[str, Any], stop: int =
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
-    arguments = [str(place), name, json.dumps(changes), str(stop)]
+    arguments = [str(place), json.dumps(changes), str(stop)]
     done = subprocess.run(
         [sys.executable, "-c", CHILD, *arguments],
         cwd=tree,
@@ -117,27 +119,24 @@ def left(folder: Path) -> dict[str, str]:
 
 def compare(old: Path, place: Path, name: str, changes: dict[str, Any]) -> dict[str, Any]:
     """What differs between the trees in one case."""
+    sides = {side: place / side for side in ("old", "new", "handed")}
+    for folder in sides.values():
+        folder.mkdir()
     errors = [
-        run(old, place, "old", changes),
-        run(ROOT, place, "new", changes),
-        run(old, place, "handed", changes, STOP_AT),
-        run(ROOT, place, "handed", changes),
+        run(old, sides["old"], changes),
+        run(ROOT, sides["new"], changes),
+        run(old, sides["handed"], changes, STOP_AT),
+        run(ROOT, sides["handed"], changes),
     ]
     if any(errors):
         return {"case": name, "error": next(filter(None, errors))}
-    ids = {run: json.loads((place / run / "telemetry.jsonl").open().readline())["run_id"] for run in ("old", "new", "handed")}
-    sides = {}
-    for run_name, run_id in ids.items():
-        log = place / run_name / "telemetry.jsonl"
-        log.write_bytes(log.read_bytes().replace(run_id.encode(), b"RUN"))
-        sides[run_name] = left(place / run_name)
+    files = {side: left(folder / "run") for side, folder in sides.items()}
+    whole = files.pop("old")
     differ = {
-        side: sorted(
-            f for f in {*sides["old"], *sides[side]} if sides["old"].get(f) != sides[side].get(f)
-        )
-        for side in ("new", "handed")
+        side: sorted(f for f in {*whole, *found} if whole.get(f) != found.get(f))
+        for side, found in files.items()
     }
-    return {"case": name, "files": len(sides["old"]), "differ": differ, "may": CHANGED.get(name)}
+    return {"case": name, "files": len(whole), "differ": differ, "may": CHANGED.get(name)}
 
 
 def main() -> int:
@@ -161,7 +160,9 @@ def finish(old: Path, rows: list[dict[str, Any]]) -> int:
     }
     result = {"commits": commits, "machine": platform.machine(), "rows": rows}
     RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    bad = [row for row in rows if "error" in row or (any(row["differ"].values()) and not row["may"])]
+    bad = [
+        row for row in rows if "error" in row or (any(row["differ"].values()) and not row["may"])
+    ]
     return 1 if bad else 0
 
 
