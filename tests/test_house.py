@@ -3,9 +3,11 @@
 import re
 import subprocess
 import tomllib
+from importlib.metadata import PackageNotFoundError, metadata
 from pathlib import Path
 
 import pytest
+from packaging.specifiers import SpecifierSet
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -30,6 +32,20 @@ def test_every_dependency_is_pinned_once() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     for wanted in project["dependencies"]:
         assert re.split(r"[<>=\[]", wanted)[0] in run, wanted
+
+
+@pytest.mark.parametrize("python", ["3.11.0", "3.14.0"])
+def test_every_pin_serves_the_first_python_that_readme_names_and_the_newest(python: str) -> None:
+    refused = {}
+    for name in [*pins("requirements.txt"), *pins("requirements-dev.txt")]:
+        try:
+            wanted = metadata(name)["Requires-Python"]
+        except PackageNotFoundError:
+            continue  # of another platform
+        if wanted and not SpecifierSet(wanted).contains(python):
+            refused[name] = wanted
+    assert not refused
+    assert "`python3` (3.11 or newer)" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_makefile_is_short_and_installs_the_pinned_torch() -> None:
