@@ -200,7 +200,7 @@ class GSPOTrainer:
         for start in range(0, len(batch.rewards), size):
             rows = slice(start, start + size)
             with section("logprobs"), autocast(rollout.response_ids.device, config):
-                new, entropy = token_logprobs_and_entropy(
+                result = token_logprobs_and_entropy(
                     self.policy,
                     rollout.input_ids[rows],
                     rollout.attention_mask[rows],
@@ -208,6 +208,7 @@ class GSPOTrainer:
                     temperature=config.temperature,
                     chunk=config.logprob_chunk,
                 )
+            new = result.logprobs
             with section("objective"):
                 mask = rollout.response_mask[rows].to(new.dtype)
                 log_s = ((new - rollout.old_logprobs[rows]) * mask).sum(1) / mask.sum(1)
@@ -221,7 +222,7 @@ class GSPOTrainer:
             clipped += int((bounded * advantage < s * advantage).sum())
             ratios.append(log_s.detach())
             logprobs.append(new.detach())
-            entropy_sum += float((entropy.detach() * mask).sum())
+            entropy_sum += float((result.entropy.detach() * mask).sum())
         log_g = torch.cat(ratios)
         metrics: Metrics = {
             "loss": total,

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hmpo.attention.packed import was_packed
 from hmpo.config import HMPOConfig, PowerMeanConfig
 from hmpo.config.objective import ObjectiveConfig
 from hmpo.errors import ConfigError, NonFiniteError
@@ -30,7 +29,7 @@ from hmpo.rewards import Rewards
 from hmpo.sampling.responses import minibatch_rows
 from hmpo.stopwatch import section
 from hmpo.trainer.faults import Fault, Look, fault_text, look, step_fault
-from hmpo.trainer.gradient import accumulate, idle_rows
+from hmpo.trainer.gradient import MinibatchGradient, accumulate, idle_rows
 from hmpo.trainer.rollout import Collector, Prompts
 from hmpo.types import Batch, Event, Metrics, Rollout, on_host
 
@@ -207,17 +206,18 @@ class PowerMeanTrainer:
         with section("logprobs"):
             batch = self._minibatch(epoch, part)
         with section("backward"):  # less the sections inside: log-probs and objective
-            loss, logprobs, entropy = accumulate(
+            gradient = accumulate(
                 self.policy, batch, config, self.objective, exponent, config.mismatch
             )
+        logprobs = gradient.logprobs
         with section("optimizer"):
-            seen = self._step_optimizer(batch, loss, logprobs)
+            seen = self._step_optimizer(batch, gradient.loss, logprobs)
         learned: Metrics = {}
         with section("objective"):
             if seen.fault is None:
                 learned = self._learn_exponent(batch, logprobs)
         with section("telemetry"):
-            record_of = self._objective_record(batch, logprobs, entropy, exponent)
+            record_of = self._objective_record(batch, gradient, exponent)
         with section("objective"):
             if seen.fault is None:
                 self._calibrate(batch, logprobs, exponent)
@@ -366,13 +366,13 @@ class PowerMeanTrainer:
             )
 
     def _objective_record(
-        self, batch: Batch, logprobs: Tensor, entropy: Tensor, exponent: Tensor | None
+        self, batch: Batch, gradient: MinibatchGradient, exponent: Tensor | None
     ) -> Metrics:
         """The objective's metrics over a whole minibatch, exact whatever the micro-batches."""
         rollout = batch.rollout
         mask = rollout.response_mask & batch.valid[:, None]
         metrics = objective_metrics(
-            logprobs,
+            gradient.logprobs,
             rollout.old_logprobs,
             mask,
             batch.advantages,
@@ -381,9 +381,9 @@ class PowerMeanTrainer:
             exponent=exponent,
         )
         metrics["update/idle_frac"] = idle_rows(batch, self.objective).double().mean()
-        total = (entropy * mask).sum(dtype=torch.float64)
+        total = (gradient.entropy * mask).sum(dtype=torch.float64)
         metrics["entropy"] = total / metrics["n_tokens"].clamp(min=1)
-        return on_host(metrics) | {"update/packed": float(was_packed(self.policy))}
+        return on_host(metrics) | {"update/packed": float(gradient.packed)}
 
     # ------------------------------------------------------------------------------- the state
 

@@ -52,7 +52,7 @@ def test_the_shared_gradient_is_that_of_autograd(padding: int | None, waits) -> 
     parameters = list(model.parameters())
     loss = (token_logprobs(model, ids, mask, 6) * mix).sum()
     want = torch.autograd.grad(loss, parameters)
-    got = response_loss(model, ids, mask, 6, lambda new, rows: (new * mix[rows]).sum())[0]
+    got = response_loss(model, ids, mask, 6, lambda new, rows: (new * mix[rows]).sum()).loss
     assert waits == [True]
     (2 * got).backward()
     for parameter, gradient in zip(parameters, want):
@@ -70,7 +70,7 @@ def test_the_gradient_stays_in_the_matrix_that_the_projection_filled(waits, monk
         return found
 
     monkeypatch.setattr(head_loss.Gradients, "wanted", noted)
-    response_loss(model, ids, mask, 6, lambda new, rows: (new * mix[rows]).sum())[0].backward()
+    response_loss(model, ids, mask, 6, lambda new, rows: (new * mix[rows]).sum()).loss.backward()
     assert waits == [True]
     assert places == [model.lm_head.weight.grad.data_ptr()]
 
@@ -78,10 +78,12 @@ def test_the_gradient_stays_in_the_matrix_that_the_projection_filled(waits, monk
 def test_a_second_backward_pass_adds_to_the_first(waits) -> None:
     model, (ids, mask, mix) = model_of(), problem()
     for _ in range(2):
-        response_loss(model, ids, mask, 6, lambda new, rows: (new * mix[rows]).sum())[0].backward()
+        response_loss(
+            model, ids, mask, 6, lambda new, rows: (new * mix[rows]).sum()
+        ).loss.backward()
     twice = model.lm_head.weight.grad.clone()
     model.zero_grad()
-    response_loss(model, ids, mask, 6, lambda new, rows: (new * mix[rows]).sum())[0].backward()
+    response_loss(model, ids, mask, 6, lambda new, rows: (new * mix[rows]).sum()).loss.backward()
     assert torch.equal(twice, 2 * model.lm_head.weight.grad)
 
 
