@@ -7,7 +7,8 @@ import torch
 from hmpo.errors import ConfigError, ShapeError
 from hmpo.randomness import keyed_generator
 from hmpo.sampling import draw as drawing
-from hmpo.sampling.responses import draw_tokens, minibatch_rows, sample_responses
+from hmpo.sampling.draw import draw_tokens
+from hmpo.sampling.responses import minibatch_rows, sample_responses
 from tests.oracles.logprobs import response_logprobs
 from tests.support import padded_prompts, tiny_causal, tiny_llama
 
