@@ -35,8 +35,8 @@ from common import one_thread, roofline, save
 
 from hmpo.config import HMPOConfig, PolicyConfig, TaskConfig
 from hmpo.logprobs import fold as head_fold
+from hmpo.logprobs.fold import triton_kernels
 from hmpo.logprobs.head import block_rows
-from hmpo.logprobs.kernels import triton_kernels
 from hmpo.models import load_policy, stop_token_ids
 from hmpo.rewards import Rewards
 from hmpo.stopwatch import Stopwatch

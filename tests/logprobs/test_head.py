@@ -18,7 +18,7 @@ from hmpo.logprobs.head import (
     logits_logprobs,
 )
 from hmpo.logprobs.one_pass import one_pass
-from hmpo.logprobs.schemes import Rows, compacted
+from hmpo.logprobs.schemes import BackwardRows, compacted
 from tests.oracles.head import head_by_loops
 
 F64 = torch.float64
@@ -140,7 +140,7 @@ def test_rows_without_gradient_are_left_out_and_nothing_changes(scheme: str, mon
     monkeypatch.setattr(head_schemes.Gradients, "add", add)
     run(scheme, hidden, weight, bias, targets, g, h)
     assert sum(counted) == int(((g != 0) | (h != 0)).sum()) < 30
-    monkeypatch.setattr(Rows, "moving", lambda self: None)
+    monkeypatch.setattr(BackwardRows, "with_gradient", lambda self: None)
     counted.clear()
     want = run(scheme, hidden, weight, bias, targets, g, h)
     assert sum(counted) == 30

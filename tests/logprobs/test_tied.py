@@ -39,7 +39,7 @@ def waits(monkeypatch):
     inner = head_loss._OnePass.apply
 
     def counted(*arguments):
-        met.append(any(isinstance(x, TiedGradient) for x in arguments))
+        met.append(arguments[-1].tied is not None)
         return inner(*arguments)
 
     monkeypatch.setattr(head_loss._OnePass, "apply", counted)
