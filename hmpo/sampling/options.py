@@ -25,20 +25,23 @@ class SamplingOptions:
     pad_token: int = 0
     """Fills the rest of finished rows."""
     temperature: float = 1.0
-    """Divides the logits; 0 takes the most probable token."""
+    """Divides the logits; 0 takes the most probable token (log-probs are then those of 1)."""
     top_k: int = 0
     """Keep the k most probable tokens; 0 keeps all."""
     top_p: float = 1.0
     """Keep the smallest set of tokens with this mass; 1 keeps all."""
     use_cache: bool = True
-    """False runs the whole sequence for each token."""
+    """False runs the whole sequence for each token: the slow path to the same tokens."""
     decoder: Literal["auto", "module"] = "auto"
-    """"auto" takes the fast decoder for the models that it knows, "module" the model's own
-    modules."""
+    """"auto" takes the fast decoder for the models that it knows (`Rollout.fast` says whether, the
+    log says why not), "module" always the model's own modules. In float32 the tokens are the same
+    and the log-probs differ by rounding."""
     dtype: torch.dtype | None = None
-    """Of a copy of the weights to sample from; None samples from the weights themselves."""
+    """Of a copy of the current weights to sample from, made anew by each call, whose log-probs are
+    recorded; None samples from the weights themselves."""
     stop: tuple[str, ...] = ()
-    """Strings that end a response too, whichever tokens they are made of."""
+    """Strings that end a response too, whichever tokens they are made of; the token that completes
+    one is the last of its row. They need a tokenizer."""
 
     def __post_init__(self) -> None:
         require(self.max_length >= 1, "max_length", self.max_length, "an integer >= 1")

@@ -57,29 +57,15 @@ def sample_responses(
 ) -> Rollout:
     """Sample `group_size` responses to each prompt.
 
-    The keywords from `max_length` on but `generator` and `tokenizer` are the fields of
-    `SamplingOptions`, which says more of each; `sample_rollout` takes that record.
-
-    Args:
-        policy: a Hugging Face causal LM, or a causal module from ids (N, S) to logits (N, S, V).
-        prompt_ids: token ids, left-padded.
-        prompt_mask: True on prompt tokens; None means no padding.
-        group_size: G, responses per prompt; rows of one prompt are adjacent.
-        max_length: longest response, in tokens.
-        eos_token: id or ids that end a response.
-        pad_token: fills the rest of finished rows.
-        temperature: divides the logits; 0 takes the most probable token.
-        top_k: keep the k most probable tokens; 0 keeps all.
-        top_p: keep the smallest set with this mass; 1 keeps all.
-        generator: source of randomness, for repeatable rollouts.
-        use_cache: False runs the whole sequence for each token (the slow path, same tokens).
-        decoder: "auto", or "module" for the model's own modules.
-        dtype: of a copy of the current weights to sample from; None takes the weights themselves.
-        stop: strings that end a response too. Needs `tokenizer`.
-        tokenizer: from token ids to text, as transformers' are.
+    `policy` is a Hugging Face causal LM, or a causal module from ids (N, S) to logits (N, S, V).
+    Prompts are left-padded; without a `prompt_mask`, True on their tokens, there is no padding.
+    A `generator` makes the rollout repeatable. `eos_token` is the id, or the ids, that end a
+    response, and `stop` needs a `tokenizer`, from token ids to text, as transformers' are. All
+    other keywords are fields of `SamplingOptions`, which says what each does.
 
     Returns:
-        A `Rollout` of N = B * G rows. Training flags of the policy are restored.
+        A `Rollout` of N = B * group_size rows, those of one prompt adjacent. Training flags of
+        the policy are restored.
 
     Raises:
         ConfigError: a sampling option out of range, or `stop` without `tokenizer`.
@@ -119,7 +105,17 @@ def sample_rollout(
     generator: torch.Generator | None = None,
     tokenizer: Any = None,
 ) -> Rollout:
-    """`sample_responses` with its options in one record; arguments and errors as there."""
+    """`sample_responses` with its options in one record.
+
+    Args:
+        policy: a Hugging Face causal LM, or a causal module from ids (N, S) to logits (N, S, V).
+        prompt_ids: token ids, left-padded.
+        prompt_mask: True on prompt tokens; None means no padding.
+        options: how responses are drawn.
+        group_size: G, responses per prompt; rows of one prompt are adjacent.
+        generator: source of randomness, for repeatable rollouts.
+        tokenizer: from token ids to text, for `options.stop`.
+    """
     if prompt_mask is None:
         prompt_mask = torch.ones_like(prompt_ids, dtype=torch.bool)
     _check_inputs(prompt_ids, prompt_mask, group_size)
@@ -141,18 +137,7 @@ def sample_rollout(
             responses.strings = StopStrings(tokenizer, options.stop, len(responses.rows))
         with arithmetic(prompt_ids.device, fast=fast):
             _make_tokens(engine, responses, generator, options)
-    length = max(1, int(responses.mask.sum(1).max()))
-    return Rollout(
-        prompt_ids=prompt_ids.repeat_interleave(group_size, 0),
-        prompt_mask=prompt_mask.repeat_interleave(group_size, 0),
-        response_ids=responses.tokens[:, :length],
-        response_mask=responses.mask[:, :length],
-        old_logprobs=responses.old[:, :length],
-        sampling_logprobs=responses.sampling[:, :length],
-        finished=responses.finished,
-        group_size=group_size,
-        fast=fast,
-    )
+    return responses.as_rollout(prompt_ids, prompt_mask, group_size, fast=fast)
 
 
 def minibatch_rows(
@@ -265,6 +250,23 @@ class _Responses:
         keep = self.alive.nonzero()[:, 0]
         self.rows, self.alive = self.rows[keep], self.alive[keep]
         return keep
+
+    def as_rollout(
+        self, prompt_ids: Tensor, prompt_mask: Tensor, group_size: int, *, fast: bool
+    ) -> Rollout:
+        """The record of all that was sampled, without columns that are padding in all rows."""
+        length = max(1, int(self.mask.sum(1).max()))
+        return Rollout(
+            prompt_ids=prompt_ids.repeat_interleave(group_size, 0),
+            prompt_mask=prompt_mask.repeat_interleave(group_size, 0),
+            response_ids=self.tokens[:, :length],
+            response_mask=self.mask[:, :length],
+            old_logprobs=self.old[:, :length],
+            sampling_logprobs=self.sampling[:, :length],
+            finished=self.finished,
+            group_size=group_size,
+            fast=fast,
+        )
 
     def _end_at_strings(self, strings: StopStrings, step: int) -> None:
         """End rows at the first token, since the last check, that completes a stop string."""

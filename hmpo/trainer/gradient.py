@@ -71,14 +71,8 @@ def accumulate(
     elif objective.needs_band:
         with torch.no_grad():
             forward = [_forward(policy, batch.select(rows), config).logprobs for rows in micro]
-        band = minibatch_band(
-            torch.cat(forward)[torch.cat(micro).argsort()],
-            batch.rollout.old_logprobs,
-            mask,
-            batch.advantages,
-            objective,
-            exponent=exponent,
-        )
+        new, old = torch.cat(forward)[torch.cat(micro).argsort()], batch.rollout.old_logprobs
+        band = minibatch_band(new, old, mask, batch.advantages, objective, exponent=exponent)
     loss = MinibatchLoss(
         batch=batch,
         mask=mask,

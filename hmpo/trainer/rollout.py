@@ -92,15 +92,7 @@ def sample_and_score(
         )
     with section("rewards"):
         repeated = [prompt for prompt in as_given for _ in range(group_size)]
-        token_ids = [
-            row[: int(length)].tolist()
-            for row, length in zip(rollout.response_ids.cpu(), rollout.lengths.cpu())
-        ]
-        completions: list[Any] = token_ids
-        if tokenizer is not None:
-            completions = decode_responses(
-                tokenizer, rollout.response_ids, rollout.response_mask, options.stop
-            )
+        completions, token_ids = _completions(rollout, tokenizer, options.stop)
         by_response = _repeated(columns, len(as_given), group_size)
         result = rewards(repeated, completions, token_ids, by_response, step=step)
     return ScoredResponses(
@@ -303,6 +295,20 @@ def _encoded(
         ids[i, width - len(row) :] = torch.as_tensor(row)
         mask[i, width - len(row) :] = True
     return [list(row) for row in prompts], ids, mask
+
+
+def _completions(
+    rollout: Rollout, tokenizer: Any, stop: Sequence[str]
+) -> tuple[list[Any], list[list[int]]]:
+    """(texts, or token ids where there is no tokenizer; token ids) of the responses."""
+    token_ids = [
+        row[: int(length)].tolist()
+        for row, length in zip(rollout.response_ids.cpu(), rollout.lengths.cpu())
+    ]
+    if tokenizer is None:
+        return token_ids, token_ids
+    texts = decode_responses(tokenizer, rollout.response_ids, rollout.response_mask, stop)
+    return texts, token_ids
 
 
 def _repeated(
