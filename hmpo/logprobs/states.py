@@ -61,7 +61,8 @@ class States(NamedTuple):
     """Whether the rows went through the model as one packed sequence."""
 
 
-_PLAIN_HEAD: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
+_is_projection: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
+"""By policy: are its logits its projection of the hidden states, and nothing more?"""
 
 
 def response_states(
@@ -121,14 +122,14 @@ def _padded(
     states, places, start = [], torch.zeros_like(mask, dtype=torch.long), 0
     for part in parts:
         rows = torch.tensor(order[part], device=mask.device)
-        ids, seen = input_ids[rows], attention_mask[rows]
-        left = int(seen[:, :-response_length].any(0).long().argmax())
+        ids, real = input_ids[rows], attention_mask[rows]
+        left = int(real[:, :-response_length].any(0).long().argmax())
         length = max(1, int(mask[rows].any(0).sum()))
         right = ids.shape[1] - response_length + length
-        ids, seen = ids[:, left:right], seen[:, left:right]
-        inner = mask[rows]
-        states.append(run(ids, seen, length)[inner[:, :length]])
-        numbers = start + inner.flatten().long().cumsum(0).view(inner.shape) - 1
+        ids, real = ids[:, left:right], real[:, left:right]
+        response = mask[rows]
+        states.append(run(ids, real, length)[response[:, :length]])
+        numbers = start + response.flatten().long().cumsum(0).view(response.shape) - 1
         places[rows] = numbers
         start += len(states[-1])
     return torch.cat(states).index_select(0, places[mask])
@@ -175,15 +176,15 @@ def split_head(policy: nn.Module) -> SplitModel | None:
         _refuse_adapter(head)
         return None
     softcap = getattr(core.config.get_text_config(), "final_logit_softcapping", None)
-    if policy not in _PLAIN_HEAD:
+    if policy not in _is_projection:
         ids = torch.tensor([[0, 1]], device=head.weight.device)
         inputs = _model_inputs(ids, torch.ones_like(ids, dtype=torch.bool))
         with torch.no_grad(), evaluating(policy):
             whole = policy(**inputs).logits
             parts = head(base(**inputs).last_hidden_state)
         capped = parts if softcap is None else softcap * torch.tanh(parts / softcap)
-        _PLAIN_HEAD[policy] = torch.equal(whole, capped)
-    return SplitModel(base, head, softcap) if _PLAIN_HEAD[policy] else None
+        _is_projection[policy] = torch.equal(whole, capped)
+    return SplitModel(base, head, softcap) if _is_projection[policy] else None
 
 
 def _refuse_adapter(head: Any) -> None:

@@ -24,7 +24,7 @@ from hmpo.sampling.graph import GraphDecoder
 from hmpo.sampling.options import SamplingOptions
 from hmpo.sampling.prefill import DistinctPrompts
 
-logger = logging.getLogger("hmpo.sampling.responses")
+logger = logging.getLogger(__name__)
 
 GRAPHS = True
 """Whether the fast decoder's steps become CUDA graphs where there is CUDA."""
