@@ -34,9 +34,9 @@ import torch
 from common import one_thread, roofline, save
 
 from hmpo.config import HMPOConfig, PolicyConfig, TaskConfig
-from hmpo.logprobs import fold as head_fold
+from hmpo.logprobs import fold as fold_module
+from hmpo.logprobs.fold import triton_kernels
 from hmpo.logprobs.head import block_rows
-from hmpo.logprobs.kernels import triton_kernels
 from hmpo.models import load_policy, stop_token_ids
 from hmpo.rewards import Rewards
 from hmpo.stopwatch import Stopwatch
@@ -186,12 +186,12 @@ def kernels(meter: Meter, weight: torch.Tensor, top: dict[str, float]) -> list[d
     logits = torch.randn(rows, vocab, device=meter.device).bfloat16()
     targets = torch.randint(vocab, (rows,), device=meter.device)
     ones = torch.ones(rows, device=meter.device)
-    with mock.patch.object(head_fold, "triton_kernels", lambda _: None):
-        _, lse, entropy = head_fold.fold(logits, targets)
+    with mock.patch.object(fold_module, "triton_kernels", lambda _: None):
+        _, lse, entropy = fold_module.fold(logits, targets)
         known = targets, lse, entropy, ones, ones
         plain = {
-            "fold": lambda: head_fold.fold(logits, targets),
-            "gradient": lambda: head_fold.gradient_in_place(logits.clone(), *known),
+            "fold": lambda: fold_module.fold(logits, targets),
+            "gradient": lambda: fold_module.gradient_in_place(logits.clone(), *known),
         }
         times = {("torch", 0, 0): meter.medians(plain, 5)}
     found = triton_kernels(meter.device)

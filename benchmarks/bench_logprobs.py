@@ -20,8 +20,7 @@ from common import alternate, ceilings, one_thread, peak_memory, roofline, save
 from torch import Tensor
 from torch.nn import functional
 
-from hmpo.logprobs import matmul
-from hmpo.logprobs import schemes as head_schemes
+from hmpo.logprobs import matmul, schemes
 from hmpo.logprobs.head import head_logprobs
 from hmpo.logprobs.one_pass import one_pass
 
@@ -257,11 +256,11 @@ def profile(rows: int) -> list[dict[str, Any]]:
         OURS[name](work)
         parts.clear()
         with (
-            timed(head_schemes, "project", "logits"),
-            timed(head_schemes, "times", "gradient of hidden states"),
-            timed(head_schemes, "add_outer", "gradient of projection"),
-            timed(head_schemes, "fold", "log-probs and entropy"),
-            timed(head_schemes, "gradient_in_place", "gradient of logits"),
+            timed(schemes, "project", "logits"),
+            timed(schemes, "times", "gradient of hidden states"),
+            timed(schemes, "add_outer", "gradient of projection"),
+            timed(schemes, "fold", "log-probs and entropy"),
+            timed(schemes, "gradient_in_place", "gradient of logits"),
         ):
             began = time.process_time()
             OURS[name](work)

@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hmpo.attention import packing
-from hmpo.logprobs import responses as logprobs
+from hmpo.logprobs import states
 from hmpo.logprobs.responses import token_logprobs_and_entropy
 
 MICRO = 8
@@ -88,11 +88,11 @@ def padded(parts: bool) -> Iterator[None]:
     def whole(costs: list[int], call: int) -> list[slice]:
         return [slice(0, len(costs))]
 
-    with mock.patch.object(logprobs, "can_pack", lambda *_: False):
+    with mock.patch.object(states, "can_pack", lambda *_: False):
         if parts:
             yield
         else:
-            with mock.patch.object(logprobs, "cut", whole):
+            with mock.patch.object(states, "cut", whole):
                 yield
 
 
@@ -105,7 +105,7 @@ def sides(case: Case, model: Any, ids: Tensor, mask: Tensor) -> dict[str, Callab
         left = int(seen.any(0).long().argmax())
         width = int(seen[:, case.prompt :].sum(1).max())
         kept = slice(left, case.prompt + width)
-        new, _ = token_logprobs_and_entropy(model, ids[rows, kept], seen[:, kept], width)
+        new = token_logprobs_and_entropy(model, ids[rows, kept], seen[:, kept], width).logprobs
         (new * weight[rows, :width]).sum().backward()
         return torch.nn.functional.pad(new.detach(), (0, case.limit - width))
 

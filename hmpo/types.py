@@ -139,9 +139,9 @@ class MinibatchGradient:
     logprobs: Float[Tensor, "M T"]
     """Of the response tokens under the policy before the step (nat)."""
     entropy: Float[Tensor, "M T"]
-    """Of the policy at these tokens (nat)."""
+    """Of the policy at these tokens (nat); 0 on padding."""
     packed: bool
-    """Whether rows went through the model as one packed sequence."""
+    """Whether the rows that went through the policy last went as one packed sequence."""
 
 
 @dataclass(frozen=True, kw_only=True)

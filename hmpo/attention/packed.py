@@ -41,8 +41,6 @@ _split_packed_calls: weakref.WeakSet[Callable[..., Any]] = weakref.WeakSet()
 """Attention functions that know the keyword."""
 _obstacles: weakref.WeakKeyDictionary[nn.Module, dict[str, str]] = weakref.WeakKeyDictionary()
 """By policy and attention implementation: why it cannot be packed, "" where it can."""
-_last: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
-"""By policy: was the last pass packed?"""
 
 
 def model_inputs(packed: Packed) -> dict[str, Any]:
@@ -135,16 +133,6 @@ def window(core: nn.Module) -> float:
     config: Any = core.config
     limits = (getattr(config, key, None) for key in ("sliding_window", "attention_chunk_size"))
     return min((float(limit) for limit in limits if limit), default=torch.inf)
-
-
-def was_packed(policy: nn.Module) -> bool:
-    """Whether the rows of this policy's last pass were packed."""
-    return _last.get(policy, False)
-
-
-def note(policy: nn.Module, packed: bool) -> None:
-    """Keep whether a pass was packed, for `was_packed`."""
-    _last[policy] = packed
 
 
 def _obstacle(core: nn.Module, name: str) -> str:

@@ -8,9 +8,13 @@ With raw logits a (n, V), softcap c and temperature tau, everything here is of
 the gradient that the next products need. Both compute in float32 (float64 for float64 logits)
 whatever the logits' precision, on a few rows at a time that stay in the processor's cache: the
 five to seven passes over them then cost less than one pass through memory each. On CUDA the
-kernels of `hmpo.logprobs.triton_fold` do the same in one pass, where they run.
+kernels of `hmpo.logprobs.triton_fold` do the same in one pass, where they run (`triton_kernels`);
+these here are what serves everywhere else, and what the kernels are tested against.
 """
 
+import functools
+import importlib
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,7 +22,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hmpo.logprobs.kernels import triton_kernels
+logger = logging.getLogger(__name__)
 
 CACHED = 1 << 17
 """Logits of one thread that are worked on together: 512 KiB in float32, a part of its cache."""
@@ -93,8 +97,9 @@ def gradient_in_place(
         softcap: as in `fold`.
     """
     if (kernels := _kernels(logits)) is not None:
-        known = targets, lse, entropy, grad_picked, grad_entropy
-        kernels.gradient_in_place(logits, *known, temperature, softcap)
+        kernels.gradient_in_place(
+            logits, targets, lse, entropy, grad_picked, grad_entropy, temperature, softcap
+        )
         return
     kind = lse.dtype
     own = logits.dtype == kind
@@ -127,6 +132,34 @@ def gradient_in_place(
 def _kernels(logits: Tensor) -> Any | None:
     """The Triton kernels where they serve these logits; they compute in float32."""
     return None if logits.dtype == torch.float64 else triton_kernels(logits.device)
+
+
+@functools.cache
+def triton_kernels(device: torch.device) -> Any | None:
+    """`hmpo.logprobs.triton_fold` where its kernels run, else None: torch's operations serve.
+
+    On CUDA the kernels are tried once on two rows; that they cannot run (no Triton, no compiler
+    for its launcher, a card that it does not know) is logged once. Elsewhere Triton is not even
+    imported.
+
+    Args:
+        device: where the logits are.
+    """
+    if device.type != "cuda":
+        return None
+    try:
+        kernels = importlib.import_module("hmpo.logprobs.triton_fold")
+        logits = torch.zeros(2, 3, dtype=torch.bfloat16, device=device)
+        targets = torch.zeros(2, dtype=torch.long, device=device)
+        picked, lse, entropy = kernels.fold(logits, targets)
+        kernels.gradient_in_place(logits, targets, lse, entropy, picked, picked)
+        torch.cuda.synchronize(device)
+    except Exception as error:
+        # Whatever a compiler's tool chain raises is a reason not to use it, and it is told.
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        logger.warning("log-probs on %s without Triton kernels, slower (%s)", device, reason)
+        return None
+    return kernels
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:

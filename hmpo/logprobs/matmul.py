@@ -31,7 +31,7 @@ def project(
     bias: Float[Tensor, " V"] | None,
     out: Float[Tensor, "n V"] | None = None,
 ) -> Float[Tensor, "n V"]:
-    """X @ weight.T + bias, without gradient: in `out` if torch computes it, else a new tensor."""
+    """`x @ weight.T + bias`, without gradient: in `out` if torch computes it, else a new tensor."""
     if _onednn(x):
         return _linear(x, weight, bias)
     if bias is None:
@@ -40,14 +40,14 @@ def project(
 
 
 def times(gradient: Float[Tensor, "n V"], weight: Float[Tensor, "V H"]) -> Float[Tensor, "n H"]:
-    """Gradient @ weight, without gradient of its own."""
+    """`gradient @ weight`, without gradient of its own."""
     return _linear(gradient, weight.t(), None) if _onednn(gradient) else gradient @ weight
 
 
 def add_outer(
     total: Float[Tensor, "V H"], gradient: Float[Tensor, "n V"], x: Float[Tensor, "n H"]
 ) -> None:
-    """Total += gradient.T @ x.
+    """`total += gradient.T @ x`.
 
     On CUDA the product reaches a total of higher precision as it is accumulated there, in float32;
     elsewhere as it is rounded to the precision of its factors.
@@ -94,7 +94,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 @functools.cache
 def _faster() -> str:
-    """The library that a head of 2048 x 256 and 128 rows says: the three products of a step."""
+    """The library that is faster at a step's three products: 128 rows, a head of 2048 x 256."""
     x, weight = torch.full((128, 256), 0.5), torch.full((2048, 256), 0.25)
     gradient, total = torch.full((128, 2048), 0.125), torch.zeros(2048, 256)
 

@@ -8,6 +8,7 @@ compute the logits again.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from hmpo.errors import ShapeError
 from hmpo.logprobs.fold import statistics_dtype
 from hmpo.logprobs.head import block_rows, compute_dtype, limits
-from hmpo.logprobs.schemes import Gradients, Head, Plan, Rows, compacted
+from hmpo.logprobs.schemes import BackwardRows, Gradients, Head, Plan, compacted
 from hmpo.logprobs.tied import TiedGradient
 
 BlockLoss = Callable[[Tensor, slice], Tensor]
@@ -80,15 +81,15 @@ def one_pass(
         with_entropy=with_entropy,
         compute=compute_dtype(weight),
     )
-    how = (
-        lengths,
-        whole_responses(lengths, plan.rows),
-        loss_of,
-        plan,
-        tied,
-        torch.is_grad_enabled(),
+    inputs = _Inputs(
+        lengths=lengths,
+        groups=whole_responses(lengths, plan.rows),
+        loss_of=loss_of,
+        plan=plan,
+        tied=tied,
+        differentiate=torch.is_grad_enabled(),
     )
-    return OnePass(*_OnePass.apply(hidden, weight, bias, targets, *how))
+    return OnePass(*_OnePass.apply(hidden, weight, bias, targets, inputs))
 
 
 def one_pass_serves(weight: Float[Tensor, "V H"], lengths: Sequence[int], chunk: int) -> bool:
@@ -114,14 +115,27 @@ def whole_responses(lengths: Sequence[int], rows: int) -> list[slice]:
     return [*groups, slice(start, len(lengths))] if lengths else []
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Inputs:
+    """What `_OnePass` is given besides tensors."""
+
+    lengths: Sequence[int]
+    groups: list[slice]
+    """Responses of each block."""
+    loss_of: BlockLoss
+    plan: Plan
+    tied: TiedGradient | None
+    differentiate: bool
+
+
 class _OnePass(torch.autograd.Function):
     """(loss, log-probs, entropy); the gradients are made in the forward pass and handed out."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, *how):  # type: ignore[override]
-        lengths, groups, loss_of, plan, tied, differentiate = how
+    def forward(ctx, hidden, weight, bias, targets, inputs):  # type: ignore[override]
+        plan, differentiate = inputs.plan, inputs.differentiate
         n, wanted = len(targets), ctx.needs_input_grad[:3]
-        tokens = [sum(lengths[group]) for group in groups]
+        tokens = [sum(inputs.lengths[group]) for group in inputs.groups]
         picked = hidden.new_empty(n, dtype=statistics_dtype(plan.compute))
         entropy, loss = torch.empty_like(picked), picked.new_zeros(())
         sums = Gradients.wanted(wanted if differentiate else (False,) * 3, hidden, weight, bias)
@@ -130,19 +144,19 @@ class _OnePass(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             head = Head.of(weight, bias, plan, max(tokens, default=0))
             stop = 0
-            for group, count in zip(groups, tokens):
+            for group, count in zip(inputs.groups, tokens):
                 rows = slice(stop, stop := stop + count)
                 x, y = hidden[rows].to(plan.compute), targets[rows]
                 logits = head.logits(x)
                 picked[rows], lse, entropy[rows] = head.fold(logits, y)
-                part, g = _block_gradient(loss_of, picked[rows], group)
+                part, g = _block_gradient(inputs.loss_of, picked[rows], group)
                 loss += part
                 if differentiate and any(wanted):
-                    known = Rows(x, y, lse, entropy[rows], g, None)
-                    _add(head, sums, logits, known, rows)
+                    block = BackwardRows(x, y, lse, entropy[rows], g, h=None)
+                    _add(head, sums, logits, block, rows)
                 del logits  # oneDNN brings its own: never two at a time
         ctx.gradients = sums.like(weight, bias) if differentiate else None
-        ctx.tied = tied
+        ctx.tied = inputs.tied
         ctx.mark_non_differentiable(picked, entropy)
         return loss, picked, entropy
 
@@ -156,7 +170,7 @@ class _OnePass(torch.autograd.Function):
             gradients = tuple(None if x is None else x.mul_(grad) for x in gradients)
         if ctx.tied is not None:
             ctx.tied.total, gradients = gradients[1], (gradients[0], None, gradients[2])
-        return *gradients, *[None] * 7
+        return *gradients, None, None  # neither targets nor what is no tensor
 
 
 def _block_gradient(loss_of: BlockLoss, logprobs: Tensor, group: slice) -> tuple[Tensor, Tensor]:
@@ -168,11 +182,11 @@ def _block_gradient(loss_of: BlockLoss, logprobs: Tensor, group: slice) -> tuple
     return part.detach(), torch.zeros_like(leaf) if g is None else g
 
 
-def _add(head: Head, sums: Gradients, logits: Tensor, known: Rows, rows: slice) -> None:
+def _add(head: Head, sums: Gradients, logits: Tensor, block: BackwardRows, rows: slice) -> None:
     """Turn a block's logits into their gradient and add up what it gives."""
-    kept = known.moving()
+    kept = block.with_gradient()
     where: slice | Tensor = rows
     if kept is not None:
-        known, logits, where = known.take(kept), compacted(logits, kept), kept + rows.start
-    head.differentiate(logits, known)
-    sums.add(head, logits, known.hidden, where)
+        block, logits, where = block.take(kept), compacted(logits, kept), kept + rows.start
+    head.differentiate(logits, block)
+    sums.add(head, logits, block.hidden, where)

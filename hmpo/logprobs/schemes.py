@@ -62,16 +62,25 @@ class Head:
         return project(x, self.weight, self.bias, out)
 
     def fold(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """`hmpo.head_fold.fold` by the plan."""
+        """`hmpo.logprobs.fold.fold` by the plan."""
         plan = self.plan
         return fold(logits, targets, plan.temperature, plan.softcap, plan.with_entropy)
 
-    def differentiate(self, logits: Tensor, rows: "Rows") -> None:
-        """`hmpo.head_fold.gradient_in_place` by the plan."""
-        gradient_in_place(logits, *rows[1:], self.plan.temperature, self.plan.softcap)
+    def differentiate(self, logits: Tensor, rows: "BackwardRows") -> None:
+        """`hmpo.logprobs.fold.gradient_in_place` by the plan."""
+        gradient_in_place(
+            logits,
+            rows.targets,
+            rows.lse,
+            rows.entropy,
+            rows.g,
+            rows.h,
+            self.plan.temperature,
+            self.plan.softcap,
+        )
 
 
-class Rows(NamedTuple):
+class BackwardRows(NamedTuple):
     """What the backward pass knows of each row."""
 
     hidden: Tensor
@@ -83,16 +92,23 @@ class Rows(NamedTuple):
     h: Tensor | None
     """Gradient of the entropy."""
 
-    def take(self, rows: slice | Tensor) -> "Rows":
+    def take(self, rows: slice | Tensor) -> "BackwardRows":
         """Some of the rows."""
-        return Rows(*(None if values is None else values[rows] for values in self))  # type: ignore[arg-type]
+        return BackwardRows(
+            hidden=self.hidden[rows],
+            targets=self.targets[rows],
+            lse=self.lse[rows],
+            entropy=self.entropy[rows],
+            g=self.g[rows],
+            h=None if self.h is None else self.h[rows],
+        )
 
-    def moving(self) -> Tensor | None:
+    def with_gradient(self) -> Tensor | None:
         """Indices of the rows that have a gradient; None for all of them."""
         if self.g.device.type != "cpu":
             return None
-        moving = (self.g != 0) if self.h is None else (self.g != 0) | (self.h != 0)
-        return None if bool(moving.all()) else moving.nonzero()[:, 0]
+        nonzero = (self.g != 0) if self.h is None else (self.g != 0) | (self.h != 0)
+        return None if bool(nonzero.all()) else nonzero.nonzero()[:, 0]
 
 
 @dataclass
@@ -153,7 +169,8 @@ class Logprobs(torch.autograd.Function):
                 picked[rows], lse[rows], entropy[rows] = head.fold(logits, y)
                 if unit is not None:
                     ones = torch.ones_like(lse[rows])
-                    head.differentiate(logits, Rows(x, y, lse[rows], entropy[rows], ones, None))
+                    block = BackwardRows(x, y, lse[rows], entropy[rows], g=ones, h=None)
+                    head.differentiate(logits, block)
                     unit[rows] = times(logits, head.weight).to(unit.dtype)
                 if plan.scheme == "store":
                     ctx.logits = logits
@@ -177,9 +194,9 @@ class Logprobs(torch.autograd.Function):
             return unit * g[:, None].to(unit.dtype), None, None, None, None
         g = torch.zeros_like(lse) if g is None else g
         sums = Gradients.wanted(ctx.needs_input_grad, hidden, weight, bias)
-        known = Rows(hidden, targets, lse, entropy, g, h)
+        rows = BackwardRows(hidden, targets, lse, entropy, g, h)
         with torch.autocast(hidden.device.type, enabled=False):
-            _backward(ctx.plan, sums, weight, bias, known, logits)
+            _backward(ctx.plan, sums, weight, bias, rows, logits)
         return *sums.like(weight, bias), None, None
 
 
@@ -188,27 +205,27 @@ def _backward(
     sums: Gradients,
     weight: Tensor,
     bias: Tensor | None,
-    known: Rows,
+    rows: BackwardRows,
     logits: Tensor | None,
 ) -> None:
     """Add up the gradients of the rows that have any; logits that are given are overwritten."""
-    kept = known.moving()
+    kept = rows.with_gradient()
     if kept is not None:
-        known = known.take(kept)
+        rows = rows.take(kept)
         logits = None if logits is None else compacted(logits, kept)
         if sums.hidden is not None:
             sums.hidden.zero_()
-    n = len(known.targets)
+    n = len(rows.targets)
     if logits is None:
         head = Head.of(weight, bias, plan, min(n, plan.rows))
     else:
         head, plan = Head(plan, weight.to(plan.compute), None, None), replace(plan, rows=max(1, n))
-    for rows in blocks(n, plan.rows):
-        some = known.take(rows)
-        x = some.hidden.to(plan.compute)
+    for where in blocks(n, plan.rows):
+        part = rows.take(where)
+        x = part.hidden.to(plan.compute)
         block = head.logits(x) if logits is None else logits
-        head.differentiate(block, some)
-        sums.add(head, block, x, rows if kept is None else kept[rows])
+        head.differentiate(block, part)
+        sums.add(head, block, x, where if kept is None else kept[where])
         del block
 
 

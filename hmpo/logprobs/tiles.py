@@ -26,11 +26,11 @@ def tiled_logprobs(
 ) -> Float[Tensor, " n"]:
     """Log-probs of the targets, in nats, without gradient; arguments as in `head_logprobs`."""
     buffer = hidden.new_empty(min(ROWS, len(hidden)) * min(COLUMNS, len(weight)))
-    found = [
+    parts = [
         _block(x, weight, bias, y, temperature, softcap, buffer)
         for x, y in zip(hidden.split(ROWS), targets.split(ROWS))
     ]
-    return torch.cat(found)
+    return torch.cat(parts)
 
 
 def _block(

@@ -1,8 +1,8 @@
 """Triton kernels for the elementwise part of log-probs: one read of a logits tile each way.
 
 The matrix products stay with cuBLAS; what the two kernels save is the temporaries that torch's
-own operations write between them. Triton is imported here and nowhere else in hmpo, and only
-where `why_not_triton` has found nothing against it.
+own operations write between them (`hmpo.logprobs.fold`, their fallback). Triton is imported here
+and nowhere else in hmpo, and this module only by `hmpo.logprobs.fold.triton_kernels`, on CUDA.
 
 With z the logits of one row after softcap and temperature, m their running maximum,
 s = sum exp(z - m) and t = sum exp(z - m) (z - m), taken in one pass (the online softmax of
@@ -27,7 +27,7 @@ BLOCK = 4096
 WARPS = 8
 """Warps of one program: 16 entries of a block a thread."""
 LOWEST = tl.constexpr(-3e38)
-"""Nearly the least float32: adding an entropy to it overflows not."""
+"""Nearly the least float32: adding an entropy to it does not overflow."""
 
 
 def fold(

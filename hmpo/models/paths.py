@@ -78,7 +78,5 @@ def _check_contents(folder: Path, path: str) -> None:
         others = sorted(
             p.name for pattern in ("*.bin", "*.pt", "*.gguf") for p in folder.glob(pattern)
         )
-        found = (
-            f" (found {others[0]}: convert it, pickled weights are not loaded)" if others else ""
-        )
-        raise ModelError(f"policy {path!r}: has no model.safetensors{found}")
+        hint = f" (found {others[0]}: convert it, pickled weights are not loaded)" if others else ""
+        raise ModelError(f"policy {path!r}: has no model.safetensors{hint}")

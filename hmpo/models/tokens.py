@@ -53,7 +53,7 @@ def encode_prompts(
 def stop_token_ids(tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> tuple[int, ...]:
     """Ids that end a response: the end token and EVERY token whose text contains a stop string.
 
-    A stop string that spans two tokens is therefore seen only when one token holds all of it;
+    A stop string that spans two tokens ends a row by id only when one token holds all of it;
     `decode_responses` cuts the text there in any case.
 
     Returns:
@@ -64,15 +64,15 @@ def stop_token_ids(tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> t
     """
     if any(not text for text in stop):
         raise ModelError("stop: got an empty string, expected strings of at least one character")
-    found = set() if tokenizer.eos_token_id is None else {int(tokenizer.eos_token_id)}
+    ends = set() if tokenizer.eos_token_id is None else {int(tokenizer.eos_token_id)}
     if stop:
         special = set(tokenizer.all_special_ids)
         ordinary = [index for index in range(len(tokenizer)) if index not in special]
         texts = tokenizer.batch_decode([[index] for index in ordinary])
-        found |= {i for i, text in zip(ordinary, texts) if any(s in text for s in stop)}
-    if not found:
+        ends |= {i for i, text in zip(ordinary, texts) if any(s in text for s in stop)}
+    if not ends:
         raise ModelError(f"stop: got {list(stop)!r}, but no token ends a response; name others")
-    return tuple(sorted(found))
+    return tuple(sorted(ends))
 
 
 def decode_responses(

@@ -1,19 +1,19 @@
 """Success of a policy on held-out prompts, sampled, greedy and pass@k, with intervals."""
 
+import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from hmpo.config import TrainerConfig
-from hmpo.models import decode_responses, encode_prompts
 from hmpo.randomness import keyed_generator
 from hmpo.rewards import Rewards
-from hmpo.sampling.responses import sample_responses
 from hmpo.stats import wilson_interval
 from hmpo.tasks import Example, Task
+from hmpo.trainer.rollout import sample_and_score, sampling_options
 from hmpo.types import Metrics
 
 SUCCESS = 1.0
@@ -127,60 +127,54 @@ class Evaluator:
         examples = [self.task.heldout(index) for index in range(prompts)]
         samples = max(1, pass_at)
         totals = self._run(examples, samples, self.config.temperature)
-        hits = [[reward >= SUCCESS for reward in row] for row in totals]
-        known = [row[0] for row in totals if row[0] == row[0]]
+        successes = [[reward >= SUCCESS for reward in row] for row in totals]
+        rewards = [row[0] for row in totals if not math.isnan(row[0])]
         best = None
         if greedy:
             best = Rate(
                 successes=sum(row[0] >= SUCCESS for row in self._run(examples, 1, 0.0)),
                 trials=prompts,
             )
+        passed = Rate(successes=sum(any(row) for row in successes), trials=prompts)
         return Evaluation(
-            sampled=Rate(successes=sum(row[0] for row in hits), trials=prompts),
+            sampled=Rate(successes=sum(row[0] for row in successes), trials=prompts),
             greedy=best,
-            pass_at=Rate(successes=sum(any(r) for r in hits), trials=prompts) if pass_at else None,
+            pass_at=passed if pass_at else None,
             k=pass_at,
-            mean_reward=sum(known) / len(known) if known else float("nan"),
+            mean_reward=sum(rewards) / len(rewards) if rewards else math.nan,
         )
 
     def _run(
         self, examples: Sequence[Example], samples: int, temperature: float
     ) -> list[list[float]]:
-        """Total rewards, `samples` for each example."""
+        """Total rewards, `samples` for each example; in the precision of the rollouts.
+
+        Nothing is truncated and no copy in another dtype is sampled from: what is measured is the
+        policy itself.
+        """
+        options = dataclasses.replace(
+            sampling_options(self.config, self.task.stop),
+            temperature=temperature,
+            top_k=0,
+            top_p=1.0,
+            dtype=None,
+        )
         totals: list[list[float]] = []
         size = max(1, self.batch_size // samples)
         for start in range(0, len(examples), size):
             part = examples[start : start + size]
-            ids, mask = encode_prompts(self.tokenizer, [example.prompt for example in part])
-            device = next(self.policy.parameters()).device
-            rollout = sample_responses(
+            scored = sample_and_score(
                 self.policy,
-                ids.to(device),
-                mask.to(device),
+                [example.prompt for example in part],
+                gather_columns(part),
+                config=self.config,
+                options=options,
+                rewards=self.rewards,
                 group_size=samples,
-                max_length=self.config.max_length,
-                eos_token=self.config.eos_token,
-                pad_token=self.config.pad_token,
-                temperature=temperature,
                 generator=keyed_generator(self.seed, "evaluation", start),
-                decoder=self.config.decoder,
-                stop=self.task.stop,
                 tokenizer=self.tokenizer,
             )
-            completions = decode_responses(
-                self.tokenizer, rollout.response_ids, rollout.response_mask, self.task.stop
-            )
-            tokens = [
-                row[: int(n)].tolist()
-                for row, n in zip(rollout.response_ids.cpu(), rollout.lengths.cpu())
-            ]
-            result = self.rewards(
-                [example.prompt for example in part for _ in range(samples)],
-                completions,
-                tokens,
-                gather_columns([example for example in part for _ in range(samples)]),
-            )
-            totals += torch.tensor(result.total).view(-1, samples).tolist()
+            totals += scored.rewards.view(-1, samples).tolist()
         return totals
 
 

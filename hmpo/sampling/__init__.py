@@ -4,13 +4,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 _HOME = {
+    "SamplingOptions": "options",
     "sample_responses": "responses",
+    "sample_rollout": "responses",
 }
 
 __all__ = list(_HOME)
 
 if TYPE_CHECKING:
-    from hmpo.sampling.responses import sample_responses
+    from hmpo.sampling.options import SamplingOptions
+    from hmpo.sampling.responses import sample_responses, sample_rollout
 
 
 def __getattr__(name: str) -> Any:

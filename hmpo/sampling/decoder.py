@@ -13,14 +13,14 @@ its modules. Both paths make the same tokens in float32, up to ties within round
 """
 
 import sys
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hmpo.sampling.prefill import read_prompts
+from hmpo.sampling.prefill import DistinctPrompts, read_prompts
 from hmpo.sampling.weights import DecoderWeights, Scratch, as_pairs, rotate
 
 FAMILIES = {
@@ -51,11 +51,11 @@ def why_not_fast(policy: nn.Module, width: int) -> str | None:
         A short reason that names what was found.
     """
     kind = type(policy)
-    known = sys.modules.get(kind.__module__)
+    modeling = sys.modules.get(kind.__module__)
     prefix = FAMILIES.get(kind.__name__)
     if prefix is None or not kind.__module__.startswith("transformers.models."):
         return f"{kind.__name__} is not one of {', '.join(FAMILIES)}"
-    parts = {vars(known).get(prefix + part) for part in PARTS} | set(PLAIN)
+    parts = {vars(modeling).get(prefix + part) for part in PARTS} | set(PLAIN)
     for name, module in policy.named_modules():
         where = name or "the model"
         if type(module) not in parts and not _is_silu(module):
@@ -148,11 +148,26 @@ class StepViews:
         self.own_scores_by_row = self.own_scores.view(by_row)
         self.own_share = self.share[..., width:].view(by_row)
         self.read_by_row = self.read.view(by_row)
-        self.together: list[Tensor] = []
-        """Queries, scores, shares and what is read, of all rows of a prompt as one matrix."""
         if rows % groups == 0:
-            parts = self.query, self.prompt_scores, self.prompt_share, self.read
-            self.together = [x.view(heads * groups, -1, x.shape[3]) for x in parts]
+
+            def grouped(x: Tensor) -> Tensor:
+                return x.view(heads * groups, -1, x.shape[3])
+
+            self.by_prompt = ByPrompt(
+                query=grouped(self.query),
+                scores=grouped(self.prompt_scores),
+                share=grouped(self.prompt_share),
+                read=grouped(self.read),
+            )
+
+
+class ByPrompt(NamedTuple):
+    """The memory of all rows of a prompt as one matrix each, (HB, rows of a prompt, X)."""
+
+    query: Tensor
+    scores: Tensor
+    share: Tensor
+    read: Tensor
 
 
 class FastDecoder:
@@ -161,22 +176,22 @@ class FastDecoder:
     def __init__(
         self,
         policy: Any,
-        ids: Int[Tensor, "B P"],
-        mask: Bool[Tensor, "B P"],
-        prompt_of: Int[Tensor, " N"],
+        prompts: DistinctPrompts,
         max_length: int,
         dtype: torch.dtype,
+        *,
+        capacity: int = GROWTH,
     ) -> None:
         """Copy the weights and read the prompts.
 
         Args:
             policy: the model, see `why_not_fast`.
-            ids: distinct prompts, left-padded.
-            mask: True on prompt tokens.
-            prompt_of: the prompt that each row answers.
+            prompts: what the rows answer.
             max_length: longest response.
             dtype: of the products.
+            capacity: tokens that the buffers of keys and values hold at first.
         """
+        ids, mask, prompt_of = prompts.ids, prompts.mask, prompts.prompt_of
         rows, width = len(prompt_of), mask.shape[1] + max_length
         self.weights = DecoderWeights(policy, dtype, width, rows * max_length)
         logits, self.prompts = read_prompts(self.weights, ids, mask)
@@ -188,7 +203,7 @@ class FastDecoder:
             self.bias = empty.masked_fill_(~mask, -torch.inf)[prompt_of, None]
         self.position = mask.sum(1)[prompt_of] - 1
         self.made = 0
-        shape = (2, self.weights.heads, rows, min(GROWTH, max_length), self.weights.size)
+        shape = (2, self.weights.heads, rows, min(capacity, max_length), self.weights.size)
         self.own = self.prompts[0][0].new_empty(len(self.prompts), *shape)
         """Keys and values of the responses, of all layers."""
         self.newest: tuple[Tensor, ...] = ()
@@ -200,7 +215,7 @@ class FastDecoder:
             token = token[keep]
             self._select(keep)
         if self.made == self.own.shape[4]:
-            self.own = _doubled(self.own)
+            self.own = doubled(self.own)
         self.newest = as_pairs(self.own[..., self.made, :]).permute(0, 3, 1, 2, 4).unbind()
         self.position = self.position + 1
         self.logits = self._read(token)
@@ -245,7 +260,7 @@ class FastDecoder:
         if later is not None:
             views.own_scores.masked_fill_(later, -torch.inf)
         if self.slots is None:
-            torch.bmm(views.together[0], prompt[0], out=views.together[1])
+            torch.bmm(views.by_prompt.query, prompt[0], out=views.by_prompt.scores)
         else:
             grouped = self._filled(views.query, self.slots).bmm(prompt[0])
             shape = views.prompt_scores.shape
@@ -257,7 +272,7 @@ class FastDecoder:
         torch.softmax(views.scores, -1, out=views.share)
         torch.bmm(views.own_share, own[1], out=views.read_by_row)
         if self.slots is None:
-            views.together[3].baddbmm_(views.together[2], prompt[1])
+            views.by_prompt.read.baddbmm_(views.by_prompt.share, prompt[1])
         else:
             grouped = self._filled(views.prompt_share, self.slots).bmm(prompt[1])
             views.read.add_(_gathered(grouped, self.slots, views.read.shape))
@@ -309,7 +324,7 @@ def _gathered(
     return x.view(shape[0], -1, *shape[2:]).index_select(1, slots)
 
 
-def _doubled(x: Float[Tensor, "*L T D"]) -> Float[Tensor, "*L T2 D"]:
+def doubled(x: Float[Tensor, "*L T D"]) -> Float[Tensor, "*L T2 D"]:
     """The same buffer with room for as many tokens again."""
     wide = x.new_empty(*x.shape[:-2], 2 * x.shape[-2], x.shape[-1])
     wide[..., : x.shape[-2], :] = x

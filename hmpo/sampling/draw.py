@@ -7,10 +7,14 @@ the logarithm of its share of the sum that is known already. A vocabulary of at 
 has one level, a running sum over all of it: fewer operations, each of which costs as much there.
 """
 
+from typing import NamedTuple
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
+
+from hmpo.sampling.options import SamplingOptions
 
 BLOCK = 128
 """Tokens of one block of the first level."""
@@ -21,7 +25,15 @@ CANDIDATES = 256
 BELOW_ONE = 1 - 2**-53
 """The largest float64 below 1: a target times it lies strictly below the sum it is a share of."""
 
-Drawn = tuple[Int[Tensor, " N"], Float[Tensor, " N"], Float[Tensor, " N"]]
+
+class Drawn(NamedTuple):
+    """One token a row."""
+
+    token: Int[Tensor, " N"]
+    logprob: Float[Tensor, " N"]
+    """At the temperature, of the whole vocabulary."""
+    sampling_logprob: Float[Tensor, " N"]
+    """Of the distribution drawn from, which top-k and top-p may have truncated."""
 
 
 def draw_tokens(
@@ -31,7 +43,7 @@ def draw_tokens(
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
-) -> tuple[Int[Tensor, " N"], Float[Tensor, " N"], Float[Tensor, " N"]]:
+) -> Drawn:
     """Tokens by inverse CDF, with their untruncated and truncated log-probs.
 
     Args:
@@ -40,22 +52,21 @@ def draw_tokens(
         temperature: 0 is greedy.
         top_k: 0 keeps all; tokens as probable as the k-th stay.
         top_p: 1 keeps all.
-
-    Returns:
-        (token, log-prob at the temperature, log-prob of the distribution drawn from).
     """
-    return draw_in_place(logits.clone(), uniform, temperature=temperature, top_k=top_k, top_p=top_p)
+    options = SamplingOptions(temperature=temperature, top_k=top_k, top_p=top_p)
+    return draw_in_place(logits.clone(), uniform, options)
 
 
 def draw_in_place(
-    logits: Tensor, uniform: Tensor, *, temperature: float, top_k: int, top_p: float
+    logits: Float[Tensor, "N V"], uniform: Float[Tensor, " N"], options: SamplingOptions
 ) -> Drawn:
     """`draw_tokens` in the memory of `logits` (where they are float32 or float64)."""
+    temperature, top_k, top_p = options.temperature, options.top_k, options.top_p
     logits = logits if logits.dtype == torch.float64 else logits.float()
     if temperature == 0:
         top, token = logits.max(-1)
         picked = top - logits.logsumexp(-1)
-        return token, picked, torch.zeros_like(picked)
+        return Drawn(token, picked, torch.zeros_like(picked))
     weights = logits.sub_(logits.amax(-1, keepdim=True))
     if temperature != 1:
         weights.div_(temperature)
@@ -72,8 +83,8 @@ def draw_in_place(
     mass = weights.gather(1, token[:, None])[:, 0].double()
     picked = (mass / total).log().to(weights.dtype)
     if not truncated:
-        return token, picked, picked
-    return token, picked, (mass / blocks.sum(-1)).log().to(weights.dtype)
+        return Drawn(token, picked, picked)
+    return Drawn(token, picked, (mass / blocks.sum(-1)).log().to(weights.dtype))
 
 
 def _small_inverse_cdf(weights: Float[Tensor, "N V"], uniform: Float[Tensor, " N"]) -> Drawn:
@@ -83,7 +94,7 @@ def _small_inverse_cdf(weights: Float[Tensor, "N V"], uniform: Float[Tensor, " N
     target = total * uniform[:, None].clamp(max=BELOW_ONE).mul_(BELOW_ONE)
     token = torch.searchsorted(running, target, right=True).clamp_(max=weights.shape[1] - 1)
     picked = (weights.gather(1, token) / total).log_().to(weights.dtype)[:, 0]
-    return token[:, 0], picked, picked
+    return Drawn(token[:, 0], picked, picked)
 
 
 def _block_sums(weights: Float[Tensor, "N V"]) -> Float[Tensor, "N K"]:

@@ -6,51 +6,46 @@ row, the prompt that it answers; `advance` reads one token a row, after dropping
 not kept.
 """
 
+import contextlib
 import functools
 import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
 from hmpo.models.policy import is_hugging_face, position_ids, unwrap
 from hmpo.sampling.decoder import FastDecoder, why_not_fast
 from hmpo.sampling.graph import GraphDecoder
+from hmpo.sampling.options import SamplingOptions
+from hmpo.sampling.prefill import DistinctPrompts
 
-logger = logging.getLogger("hmpo.sampling.responses")
+logger = logging.getLogger(__name__)
 
 GRAPHS = True
 """Whether the fast decoder's steps become CUDA graphs where there is CUDA."""
 
 
-def distinct_prompts(
-    ids: Int[Tensor, "B P"], mask: Bool[Tensor, "B P"], group_size: int
-) -> tuple[Int[Tensor, "D P"], Bool[Tensor, "D P"], Int[Tensor, " N"]]:
-    """Prompts that differ, with their mask, and which of them each of the B * G rows answers."""
-    marked = torch.where(mask, ids, -1)
-    found, prompt_of = marked.unique(dim=0, return_inverse=True)
-    if len(found) == len(ids):
-        prompt_of = torch.arange(len(ids), device=ids.device)
-    else:
-        mask = found >= 0
-        ids = torch.where(mask, found, 0)
-    return ids, mask, prompt_of.repeat_interleave(group_size)
+def takes_fast_decoder(policy: nn.Module, options: SamplingOptions, prompt_width: int) -> bool:
+    """Whether the fast decoder samples from `policy`; the log says why the modules do instead.
 
-
-def why_not_decoder(policy: nn.Module, width: int, use_cache: bool, decoder: str) -> str | None:
-    """Why `policy` is not sampled by the fast decoder, or None where it is; told in the log."""
-    if not use_cache or not is_hugging_face(policy):
-        return "no cache"
-    slow = "the module path was asked for"
-    if decoder == "auto":
-        slow = why_not_fast(policy, width)
-    if slow is not None:
-        logger.info("sampling through the modules of %s: %s", type(policy).__name__, slow)
-    return slow
+    Args:
+        policy: any causal module.
+        options: of the rollout.
+        prompt_width: P, of the padded prompts.
+    """
+    if not options.use_cache or not is_hugging_face(policy):
+        return False
+    reason: str | None = "the module path was asked for"
+    if options.decoder == "auto":
+        reason = why_not_fast(policy, prompt_width + options.max_length)
+    if reason is not None:
+        logger.info("sampling through the modules of %s: %s", type(policy).__name__, reason)
+    return reason is None
 
 
 def decoder_kind(device: torch.device) -> type[FastDecoder]:
@@ -86,20 +81,17 @@ class CachedModules:
     def __init__(
         self,
         policy: nn.Module,
-        ids: Int[Tensor, "D P"],
-        mask: Bool[Tensor, "D P"],
-        prompt_of: Int[Tensor, " N"],
+        prompts: DistinctPrompts,
         dtype: torch.dtype | None,
     ) -> None:
         """Read the prompts.
 
         Args:
             policy: a Hugging Face causal LM.
-            ids: distinct prompts, left-padded.
-            mask: True on prompt tokens.
-            prompt_of: the prompt that each row answers.
+            prompts: what the rows answer.
             dtype: of a copy of the weights; None takes them as they are.
         """
+        ids, mask, prompt_of = prompts.ids, prompts.mask, prompts.prompt_of
         self.call = in_dtype(policy, dtype)
         self.keep: dict[str, Any] = {"use_cache": True, "return_dict": True}
         if "logits_to_keep" in inspect.signature(unwrap(policy).forward).parameters:
@@ -138,19 +130,18 @@ class WholeSequences:
     def __init__(
         self,
         policy: nn.Module,
-        ids: Int[Tensor, "D P"],
-        mask: Bool[Tensor, "D P"],
-        prompt_of: Int[Tensor, " N"],
+        prompts: DistinctPrompts,
         dtype: torch.dtype | None,
-        pad: int,
+        pad_token: int,
     ) -> None:
-        """As `CachedModules`; `pad` fills what follows a row's end."""
+        """As `CachedModules`; `pad_token` fills what follows a row's end."""
+        ids, mask, prompt_of = prompts.ids, prompts.mask, prompts.prompt_of
         self.call, self.hugging_face = in_dtype(policy, dtype), is_hugging_face(policy)
         # Rows start at the left edge: a causal module without a mask never sees padding then.
         order = (~mask).to(torch.int8).argsort(dim=1, stable=True)
         self.ids = ids.gather(1, order)[prompt_of]
         self.lengths = mask.sum(1)[prompt_of]
-        self.pad = pad
+        self.pad_token = pad_token
         self.logits = self._run()
 
     def _run(self) -> Float[Tensor, "N V"]:
@@ -162,10 +153,41 @@ class WholeSequences:
         """Append `token`, after dropping all rows but `keep`."""
         if keep is not None:
             token, self.ids, self.lengths = token[keep], self.ids[keep], self.lengths[keep]
-        self.ids = functional.pad(self.ids, (0, 1), value=self.pad)
+        self.ids = functional.pad(self.ids, (0, 1), value=self.pad_token)
         self.ids[torch.arange(len(token), device=token.device), self.lengths] = token
         self.lengths = self.lengths + 1
         self.logits = self._run()
 
 
 Engine = FastDecoder | CachedModules | WholeSequences
+
+
+@contextlib.contextmanager
+def arithmetic(device: torch.device, *, fast: bool) -> Iterator[None]:
+    """The fast decoder chooses the dtype of each product itself; the modules follow autocast."""
+    if not fast:
+        yield
+        return
+    with torch.inference_mode(), torch.autocast(device.type, enabled=False):
+        yield
+
+
+def start_engine(
+    policy: nn.Module, prompts: DistinctPrompts, options: SamplingOptions, *, fast: bool
+) -> Engine:
+    """The engine of a rollout, with the prompts read.
+
+    Args:
+        policy: any causal module, in evaluation mode.
+        prompts: what the rows answer.
+        options: of the rollout.
+        fast: what `takes_fast_decoder` said.
+    """
+    if fast:
+        device = prompts.mask.device
+        dtype = products_dtype(policy, options.dtype)  # autocast says, which is off below
+        with arithmetic(device, fast=True):
+            return decoder_kind(device)(policy, prompts, options.max_length, dtype)
+    if options.use_cache and is_hugging_face(policy):
+        return CachedModules(policy, prompts, options.dtype)
+    return WholeSequences(policy, prompts, options.dtype, options.pad_token)

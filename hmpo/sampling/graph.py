@@ -14,10 +14,11 @@ import logging
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from hmpo.sampling.decoder import FastDecoder, _doubled
+from hmpo.sampling.decoder import FastDecoder, doubled
+from hmpo.sampling.prefill import DistinctPrompts
 from hmpo.sampling.weights import as_pairs, rotate
 
 logger = logging.getLogger(__name__)
@@ -32,32 +33,18 @@ class GraphDecoder(FastDecoder):
     def __init__(
         self,
         policy: Any,
-        ids: Int[Tensor, "B P"],
-        mask: Bool[Tensor, "B P"],
-        prompt_of: Int[Tensor, " N"],
+        prompts: DistinctPrompts,
         max_length: int,
         dtype: torch.dtype,
         *,
-        bucket: int = BUCKET,
+        capacity: int = BUCKET,
     ) -> None:
-        """As `FastDecoder`.
-
-        Args:
-            policy: the model, see `why_not_fast`.
-            ids: distinct prompts, left-padded.
-            mask: True on prompt tokens.
-            prompt_of: the prompt that each row answers.
-            max_length: longest response.
-            dtype: of the products.
-            bucket: tokens that the buffers of keys and values hold at first.
-        """
-        super().__init__(policy, ids, mask, prompt_of, max_length, dtype)
-        rows, capacity = len(prompt_of), min(bucket, max_length)
-        shape = (*self.own.shape[:3], rows, capacity, self.weights.size)
-        self.own = self.own.new_zeros(shape)
-        self.token = torch.zeros_like(prompt_of)
-        self.column = torch.zeros(1, dtype=torch.long, device=mask.device)
-        self.graphs = mask.is_cuda
+        """As `FastDecoder`, with buffers that hold numbers from the start."""
+        super().__init__(policy, prompts, max_length, dtype, capacity=capacity)
+        self.own = self._cleared(self.own)
+        self.token = torch.zeros_like(prompts.prompt_of)
+        self.column = torch.zeros(1, dtype=torch.long, device=prompts.mask.device)
+        self.graphs = prompts.mask.is_cuda
         """Whether steps become graphs; False for good once a capture has failed."""
         self.captures = 0
         self._fresh()
@@ -70,7 +57,7 @@ class GraphDecoder(FastDecoder):
             token, self.token = token[keep], self.token[keep]
             self._fresh()
         if self.made == self.own.shape[4]:
-            self.own = self._cleared(_doubled(self.own))
+            self.own = self._cleared(doubled(self.own))
             self._fresh()
         self.token.copy_(token)
         self.column.fill_(self.made)

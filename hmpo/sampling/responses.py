@@ -4,14 +4,13 @@ One uniform number per row and step drives an inverse-CDF draw, taken for every 
 is finished or not; so for a given generator the tokens of a row do not depend on when other
 rows finish. Log-probs of the drawn tokens are recorded from the logits at hand.
 
-Three engines give the next token's logits (`hmpo.sampling.engines`). What is finished is asked of
-the device after every step on a CPU, after every `READ_EVERY` steps elsewhere: rows that ended in
+Three engines give the next token's logits (`hmpo.sampling.engines`). Which rows are finished is
+checked after every step on a CPU, after every `CHECK_EVERY` steps elsewhere: rows that ended in
 between are cut afterwards, and the tokens are the same.
 """
 
-import contextlib
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -19,33 +18,23 @@ from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 from hmpo.errors import ConfigError, ShapeError, require
-from hmpo.models.policy import evaluating, is_hugging_face
-from hmpo.randomness import keyed_generator
-from hmpo.sampling.draw import draw_in_place, draw_tokens
-from hmpo.sampling.engines import (
-    CachedModules,
-    Engine,
-    WholeSequences,
-    decoder_kind,
-    distinct_prompts,
-    products_dtype,
-    why_not_decoder,
-)
+from hmpo.models.policy import evaluating
+from hmpo.sampling.draw import Drawn, draw_in_place
+from hmpo.sampling.engines import Engine, arithmetic, start_engine, takes_fast_decoder
 from hmpo.sampling.graph import GraphDecoder
+from hmpo.sampling.options import SamplingOptions
+from hmpo.sampling.prefill import distinct_prompts
 from hmpo.sampling.stop import StopStrings
 from hmpo.types import Rollout
-
-__all__ = ["draw_tokens", "keyed_generator", "sample_responses"]
 
 COMPACT_SHARE = 0.25
 """Finished rows leave the batch once they are this share of it (copying a cache costs time)."""
 GRAPH_SHARE = 0.5
 """The same where the step is a CUDA graph, which has to be captured again then."""
-READ_EVERY = 8
-"""Steps between two looks at what is finished where a look waits for the device: not on a CPU."""
+CHECK_EVERY = 8
+"""Steps between two checks for finished rows where a check waits for the device: not on a CPU."""
 
 
-@torch.no_grad()
 def sample_responses(
     policy: nn.Module,
     prompt_ids: Int[Tensor, "B P"],
@@ -67,168 +56,168 @@ def sample_responses(
 ) -> Rollout:
     """Sample `group_size` responses to each prompt.
 
-    Args:
-        policy: a Hugging Face causal LM, or a causal module from ids (N, S) to logits (N, S, V).
-        prompt_ids: token ids, left-padded.
-        prompt_mask: True on prompt tokens; None means no padding.
-        group_size: G, responses per prompt; rows of one prompt are adjacent.
-        max_length: longest response, in tokens.
-        eos_token: id or ids that end a response; the end token belongs to the response.
-        pad_token: fills the rest of finished rows.
-        temperature: divides the logits; 0 takes the most probable token (log-probs are then
-            those of temperature 1).
-        top_k: keep the k most probable tokens; 0 keeps all.
-        top_p: keep the smallest set with this mass; 1 keeps all.
-        generator: source of randomness, for repeatable rollouts.
-        use_cache: False runs the whole sequence for each token (the slow path, same tokens).
-        decoder: "auto" takes the fast decoder for the models that it knows (`Rollout.fast` says
-            whether, the log says why not), "module" always the model's own modules. In float32
-            the tokens are the same and the log-probs differ by rounding.
-        dtype: sample from a copy of the current weights in this dtype, made anew by each call;
-            None samples from the weights themselves. The log-probs are those of the copy.
-        stop: strings that end a response too, whichever tokens they are made of; the token that
-            completes one is the last of its row. Needs `tokenizer`.
-        tokenizer: from token ids to text, as transformers' are.
+    `policy` is a Hugging Face causal LM, or a causal module from ids (N, S) to logits (N, S, V).
+    Prompts are left-padded; without a `prompt_mask`, True on their tokens, there is no padding.
+    A `generator` makes the rollout repeatable. `eos_token` is the id, or the ids, that end a
+    response, and `stop` needs a `tokenizer`, from token ids to text, as transformers' are. All
+    other keywords are fields of `SamplingOptions`, which says what each does.
 
     Returns:
-        A `Rollout` of N = B * G rows. Training flags of the policy are restored.
+        A `Rollout` of N = B * group_size rows, those of one prompt adjacent. Training flags of
+        the policy are restored.
 
     Raises:
         ConfigError: a sampling option out of range, or `stop` without `tokenizer`.
         ShapeError: an empty prompt, or a mask of another shape.
     """
-    if prompt_mask is None:
-        prompt_mask = torch.ones_like(prompt_ids, dtype=torch.bool)
-    _check(prompt_ids, prompt_mask, group_size, max_length, temperature, top_k, top_p, decoder)
-    if stop and (tokenizer is None or "" in stop):
-        raise ConfigError(
-            f"stop: got {stop!r}, expected a tokenizer and strings that are not empty"
-        )
-    if temperature > 0 and (top_k > 0 or top_p < 1):
-        warnings.warn(
-            f"top_k={top_k}, top_p={top_p}: responses come from a truncated distribution, while "
-            "importance ratios use the policy's own log-probs (sampling_logprobs has the others)",
-            stacklevel=3,
-        )
-    prompts = distinct_prompts(prompt_ids, prompt_mask, group_size)
-    slow = why_not_decoder(policy, prompt_ids.shape[1] + max_length, use_cache, decoder)
-    products = products_dtype(policy, dtype)
-    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-    with evaluating(policy):
-        with _arithmetic(prompt_ids.device, fast=slow is None):
-            if slow is None:
-                decode = decoder_kind(prompt_ids.device)
-                steps = decode(policy, *prompts, max_length, products)
-            elif use_cache and is_hugging_face(policy):
-                steps = CachedModules(policy, *prompts, dtype)
-            else:
-                steps = WholeSequences(policy, *prompts, dtype, pad_token)
-        state = _State(len(prompts[2]), max_length, pad_token, eos_token, steps.logits)
-        if stop:
-            state.strings = StopStrings(tokenizer, stop, len(state.rows))
-        with _arithmetic(prompt_ids.device, fast=slow is None):
-            _make_tokens(steps, state, generator, options)
-    length = max(1, int(state.mask.sum(1).max()))
-    return Rollout(
-        prompt_ids=prompt_ids.repeat_interleave(group_size, 0),
-        prompt_mask=prompt_mask.repeat_interleave(group_size, 0),
-        response_ids=state.tokens[:, :length],
-        response_mask=state.mask[:, :length],
-        old_logprobs=state.old[:, :length],
-        sampling_logprobs=state.sampling[:, :length],
-        finished=state.finished,
+    options = SamplingOptions(
+        max_length=max_length,
+        eos_tokens=(eos_token,) if isinstance(eos_token, int) else eos_token,
+        pad_token=pad_token,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        use_cache=use_cache,
+        decoder=decoder,
+        dtype=dtype,
+        stop=tuple(stop),
+    )
+    return sample_rollout(
+        policy,
+        prompt_ids,
+        prompt_mask,
+        options,
         group_size=group_size,
-        fast=slow is None,
+        generator=generator,
+        tokenizer=tokenizer,
     )
 
 
-@contextlib.contextmanager
-def _arithmetic(device: torch.device, *, fast: bool) -> Iterator[None]:
-    """The fast decoder chooses the dtype of each product itself; the modules follow autocast."""
-    if not fast:
-        yield
-        return
-    with torch.inference_mode(), torch.autocast(device.type, enabled=False):
-        yield
+@torch.no_grad()
+def sample_rollout(
+    policy: nn.Module,
+    prompt_ids: Int[Tensor, "B P"],
+    prompt_mask: Bool[Tensor, "B P"] | None,
+    options: SamplingOptions,
+    *,
+    group_size: int = 1,
+    generator: torch.Generator | None = None,
+    tokenizer: Any = None,
+) -> Rollout:
+    """`sample_responses` with its options in one record.
+
+    Args:
+        policy: a Hugging Face causal LM, or a causal module from ids (N, S) to logits (N, S, V).
+        prompt_ids: token ids, left-padded.
+        prompt_mask: True on prompt tokens; None means no padding.
+        options: how responses are drawn.
+        group_size: G, responses per prompt; rows of one prompt are adjacent.
+        generator: source of randomness, for repeatable rollouts.
+        tokenizer: from token ids to text, for `options.stop`.
+    """
+    if prompt_mask is None:
+        prompt_mask = torch.ones_like(prompt_ids, dtype=torch.bool)
+    _check_inputs(prompt_ids, prompt_mask, group_size)
+    if options.stop and tokenizer is None:
+        raise ConfigError(f"stop: got {options.stop!r} without a tokenizer, expected one")
+    if options.temperature > 0 and options.truncates:
+        warnings.warn(
+            f"top_k={options.top_k}, top_p={options.top_p}: responses come from a truncated "
+            "distribution, while importance ratios use the policy's own log-probs "
+            "(sampling_logprobs has the others)",
+            stacklevel=4,
+        )
+    prompts = distinct_prompts(prompt_ids, prompt_mask, group_size)
+    fast = takes_fast_decoder(policy, options, prompt_ids.shape[1])
+    with evaluating(policy):
+        engine = start_engine(policy, prompts, options, fast=fast)
+        responses = _Responses(len(prompts.prompt_of), options, engine.logits)
+        if options.stop:
+            responses.strings = StopStrings(tokenizer, options.stop, len(responses.rows))
+        with arithmetic(prompt_ids.device, fast=fast):
+            _make_tokens(engine, responses, generator, options)
+    return responses.as_rollout(prompt_ids, prompt_mask, group_size, fast=fast)
 
 
-def look_every(device: torch.device) -> int:
-    """Steps between two looks at what is finished."""
-    return 1 if device.type == "cpu" else READ_EVERY
+def check_every(device: torch.device) -> int:
+    """Steps between two checks for finished rows."""
+    return 1 if device.type == "cpu" else CHECK_EVERY
 
 
 def _make_tokens(
-    steps: Engine, state: "_State", generator: torch.Generator | None, options: dict[str, Any]
+    engine: Engine,
+    responses: "_Responses",
+    generator: torch.Generator | None,
+    options: SamplingOptions,
 ) -> None:
     """Draw token after token until every row has ended or is full."""
-    rows, length = state.tokens.shape
-    device = state.tokens.device
-    every = look_every(device)
-    share = GRAPH_SHARE if isinstance(steps, GraphDecoder) else COMPACT_SHARE
+    rows, length = responses.tokens.shape
+    device = responses.tokens.device
+    every = check_every(device)
+    share = GRAPH_SHARE if isinstance(engine, GraphDecoder) else COMPACT_SHARE
     noise = torch.empty(0)
     for step in range(length):
         if step % every == 0:
             ahead = min(every, length - step)
             noise = torch.rand(ahead, rows, dtype=torch.float64, generator=generator).to(device)
         uniform = noise[step % every]
-        if len(state.rows) < rows:
-            uniform = uniform[state.rows]
-        drawn = draw_in_place(steps.logits, uniform, **options)
-        state.note(*drawn)
+        if len(responses.rows) < rows:
+            uniform = uniform[responses.rows]
+        drawn = draw_in_place(engine.logits, uniform, options)
+        responses.append(drawn)
         keep = None
         if (step + 1) % every == 0 or step + 1 == length:
-            keep = state.compact(step, share)
+            keep = responses.compact(step, share)
             if keep is not None and len(keep) == 0:
                 return
         if step + 1 < length:
-            steps.advance(drawn[0], keep)
-    state.write()
+            engine.advance(drawn.token, keep)
+    responses.write()
 
 
-class _State:
+class _Responses:
     """What has been sampled: full-size buffers, and the rows still in the batch.
 
-    Steps are noted as they come and written to the buffers together, before rows leave: eight
+    Steps are kept as they come and written to the buffers together, before rows leave: eight
     operations a step fewer.
     """
 
     strings: StopStrings | None = None
 
-    def __init__(
-        self, rows: int, length: int, pad: int, ends: int | tuple[int, ...], logits: Tensor
-    ) -> None:
-        device = logits.device
-        kind = torch.float64 if logits.dtype == torch.float64 else torch.float32
-        self.pad = pad
-        self.ends = torch.tensor([ends] if isinstance(ends, int) else ends, device=device)
-        self.tokens = torch.full((rows, length), pad, device=device)
+    def __init__(self, rows: int, options: SamplingOptions, logits: Tensor) -> None:
+        device, length = logits.device, options.max_length
+        dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        self.pad = options.pad_token
+        self.ends = torch.tensor(options.eos_tokens, device=device)
+        self.tokens = torch.full((rows, length), self.pad, device=device)
         self.mask = torch.zeros(rows, length, dtype=torch.bool, device=device)
-        self.old = torch.zeros(rows, length, dtype=kind, device=device)
+        self.old = torch.zeros(rows, length, dtype=dtype, device=device)
         self.sampling = torch.zeros_like(self.old)
         self.finished = torch.zeros(rows, dtype=torch.bool, device=device)
         self.rows = torch.arange(rows, device=device)
         self.alive = torch.ones(rows, dtype=torch.bool, device=device)
-        self.noted: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+        self.steps: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+        """Token, alive, log-prob and sampling log-prob of each step not yet in the buffers."""
         self.written = 0
         self.searched = 0
 
-    def note(self, token: Tensor, old: Tensor, drawn: Tensor) -> None:
+    def append(self, drawn: Drawn) -> None:
         """Take one token of every row still alive."""
-        self.noted.append((token, self.alive, old, drawn))
-        self.alive = self.alive & torch.isin(token, self.ends, invert=True)
+        self.steps.append((drawn.token, self.alive, drawn.logprob, drawn.sampling_logprob))
+        self.alive = self.alive & torch.isin(drawn.token, self.ends, invert=True)
 
     def write(self) -> None:
-        """Put what was noted into the buffers."""
-        if not self.noted:
+        """Put the steps into the buffers."""
+        if not self.steps:
             return
-        token, alive, old, drawn = (torch.stack(parts, 1) for parts in zip(*self.noted))
-        steps = slice(self.written, self.written + len(self.noted))
+        token, alive, old, sampling = (torch.stack(parts, 1) for parts in zip(*self.steps))
+        steps = slice(self.written, self.written + len(self.steps))
         self.tokens[self.rows, steps] = token.where(alive, self.pad)
         self.mask[self.rows, steps] = alive
         self.old[self.rows, steps] = old.where(alive, 0)
-        self.sampling[self.rows, steps] = drawn.where(alive, 0)
+        self.sampling[self.rows, steps] = sampling.where(alive, 0)
         self.finished[self.rows] = ~self.alive
-        self.noted.clear()
+        self.steps.clear()
         self.written = steps.stop
 
     def compact(self, step: int, share: float) -> Int[Tensor, " K"] | None:
@@ -244,8 +233,25 @@ class _State:
         self.rows, self.alive = self.rows[keep], self.alive[keep]
         return keep
 
+    def as_rollout(
+        self, prompt_ids: Tensor, prompt_mask: Tensor, group_size: int, *, fast: bool
+    ) -> Rollout:
+        """The record of all that was sampled, without columns that are padding in all rows."""
+        length = max(1, int(self.mask.sum(1).max()))
+        return Rollout(
+            prompt_ids=prompt_ids.repeat_interleave(group_size, 0),
+            prompt_mask=prompt_mask.repeat_interleave(group_size, 0),
+            response_ids=self.tokens[:, :length],
+            response_mask=self.mask[:, :length],
+            old_logprobs=self.old[:, :length],
+            sampling_logprobs=self.sampling[:, :length],
+            finished=self.finished,
+            group_size=group_size,
+            fast=fast,
+        )
+
     def _end_at_strings(self, strings: StopStrings, step: int) -> None:
-        """End rows at the first token, since the last look, that completes a stop string."""
+        """End rows at the first token, since the last check, that completes a stop string."""
         steps = slice(self.searched, step + 1)
         self.searched = step + 1
         tokens, masks = (x[self.rows, steps].tolist() for x in (self.tokens, self.mask))
@@ -260,17 +266,8 @@ class _State:
                     break
 
 
-def _check(
-    ids: Tensor,
-    mask: Tensor,
-    group_size: int,
-    max_length: int,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    decoder: str,
-) -> None:
-    """Refuse bad sampling input with one line that names it."""
+def _check_inputs(ids: Tensor, mask: Tensor, group_size: int) -> None:
+    """Refuse prompts that cannot be sampled from, with one line that names them."""
     if mask.shape != ids.shape:
         raise ShapeError(f"prompt_mask: got {tuple(mask.shape)}, expected {tuple(ids.shape)}")
     if ids.numel() == 0 or not bool(mask[:, -1].all()):
@@ -279,8 +276,3 @@ def _check(
             "and padding on the left"
         )
     require(group_size >= 1, "group_size", group_size, "an integer >= 1")
-    require(max_length >= 1, "max_length", max_length, "an integer >= 1")
-    require(temperature >= 0, "temperature", temperature, "a number >= 0")
-    require(top_k >= 0, "top_k", top_k, "an integer >= 0")
-    require(0 < top_p <= 1, "top_p", top_p, "a number in (0, 1]")
-    require(decoder in ("auto", "module"), "decoder", decoder, '"auto" or "module"')

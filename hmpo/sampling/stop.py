@@ -1,7 +1,7 @@
 """Stop strings of several tokens: whether a response's newest token completes one.
 
-A token can complete a stop string only if the string's last character comes with it, so nearly all
-tokens are told by a look into a dictionary. The rest are decoded together with as many tokens
+A token can complete a stop string only if the string's last character comes with it, so a
+dictionary answers for nearly all tokens. The rest are decoded together with as many tokens
 before them as the longest stop string may need.
 """
 
@@ -33,8 +33,8 @@ class StopStrings:
         """
         if token in self.special:
             return False
-        mine = self.tokens[row]
-        mine.append(token)
+        tokens = self.tokens[row]
+        tokens.append(token)
         if token not in self._known:
             self._known[token] = self._describe(token)
         possible, length = self._known[token]
@@ -43,8 +43,8 @@ class StopStrings:
         enough = self.longest + length + MARGIN
         count = enough
         while True:
-            tail = self.tokenizer.decode(mine[-count:], skip_special_tokens=True)
-            if len(tail) >= enough or count >= len(mine):
+            tail = self.tokenizer.decode(tokens[-count:], skip_special_tokens=True)
+            if len(tail) >= enough or count >= len(tokens):
                 return any(text in tail for text in self.stop)
             count *= 2
 

@@ -86,7 +86,7 @@ class Norm:
 
 
 @dataclass(frozen=True)
-class Projection:
+class FusedLinear:
     """One or more linear layers with the same input as one product."""
 
     weight: Float[Tensor, "I O"]
@@ -99,7 +99,7 @@ class Projection:
         dtype: torch.dtype,
         transposed: bool,
         rotated: tuple[int, int] = (0, 0),
-    ) -> "Projection":
+    ) -> "FusedLinear":
         """Copy the weights as they are now, in `dtype`.
 
         Args:
@@ -153,14 +153,14 @@ class Layer:
     """The weights of one layer."""
 
     attention_norm: Norm
-    qkv: Projection
+    qkv: FusedLinear
     q_norm: Norm | None
     k_norm: Norm | None
-    out: Projection
+    out: FusedLinear
     mlp_norm: Norm
-    gate: Projection
-    up: Projection
-    down: Projection
+    gate: FusedLinear
+    up: FusedLinear
+    down: FusedLinear
 
     def mlp(self, x: Tensor, compute: torch.dtype, scratch: Scratch) -> Tensor:
         """The residual stream after the gated layers, in the memory of `x`."""
@@ -196,7 +196,7 @@ class DecoderWeights:
         }
         self.layers = [_layer(module, kind, self.size) for module in core.layers]
         self.norm = Norm.of(core.norm)
-        self.head = Projection.of(policy.lm_head, **kind)
+        self.head = FusedLinear.of(policy.lm_head, **kind)
         everywhere = torch.arange(width, device=self.embedding.device)[None]
         cos, sin = (x[0] for x in core.rotary_emb(self.embedding, everywhere))
         half = self.size // 2
@@ -247,14 +247,14 @@ def _layer(module: Any, kind: dict[str, Any], size: int) -> Layer:
     inputs = attention.q_proj, attention.k_proj, attention.v_proj
     return Layer(
         attention_norm=Norm.of(module.input_layernorm),
-        qkv=Projection.of(*inputs, **kind, rotated=(2, size)),
+        qkv=FusedLinear.of(*inputs, **kind, rotated=(2, size)),
         q_norm=None if q_norm is None else Norm.of(q_norm, size),
         k_norm=None if k_norm is None else Norm.of(k_norm, size),
-        out=Projection.of(attention.o_proj, **kind),
+        out=FusedLinear.of(attention.o_proj, **kind),
         mlp_norm=Norm.of(module.post_attention_layernorm),
-        gate=Projection.of(mlp.gate_proj, **kind),
-        up=Projection.of(mlp.up_proj, **kind),
-        down=Projection.of(mlp.down_proj, **kind),
+        gate=FusedLinear.of(mlp.gate_proj, **kind),
+        up=FusedLinear.of(mlp.up_proj, **kind),
+        down=FusedLinear.of(mlp.down_proj, **kind),
     )
 
 

@@ -6,11 +6,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from hmpo.attention.packed import was_packed
 from hmpo.attention.tap import record_without_gradient
 from hmpo.config import TrainerConfig
 from hmpo.config.objective import MismatchConfig, ObjectiveConfig
-from hmpo.logprobs.responses import response_loss, token_logprobs_and_entropy
+from hmpo.logprobs.responses import (
+    ResponseLogprobs,
+    response_loss,
+    token_logprobs_and_entropy,
+)
 from hmpo.models.policy import autocast
 from hmpo.objective.loss import power_mean_loss
 from hmpo.objective.mismatch import join_weights, on_policy_rows
@@ -43,45 +46,58 @@ def accumulate(
         exponent: overrides the objective's own exponent.
         mismatch: its off-policy mask, which looks at the policy in training; the other
             corrections come with the batch.
-
-    Returns:
-        Loss, log-probs and entropy, all detached.
     """
     mask = batch.rollout.response_mask & batch.valid[:, None]
     idle = idle_rows(batch, objective)
-    parts = micro_batches(batch, config.micro_batch_size)
+    micro = micro_batches(batch, config.micro_batch_size)
     denominators, band = count_denominators(mask), None
-    if objective.needs_band and len(parts) == 1:
+    if objective.needs_band and len(micro) == 1:
         denominators = None  # nothing is left out, so the objective measures its own band
     elif objective.needs_band:
         with torch.no_grad():
-            whole = torch.cat([_forward(policy, batch.select(part), config)[0] for part in parts])
-        whole = whole[torch.cat(parts).argsort()]
-        inputs = batch.rollout.old_logprobs, mask, batch.advantages, objective
-        band = minibatch_band(whole, *inputs, exponent=exponent)
-    terms = _Terms(batch, mask, objective, exponent, mismatch, denominators, band)
-    sides = []
-    for part in parts:
+            forward = [_forward(policy, batch.select(rows), config).logprobs for rows in micro]
+        new, old = torch.cat(forward)[torch.cat(micro).argsort()], batch.rollout.old_logprobs
+        band = minibatch_band(new, old, mask, batch.advantages, objective, exponent=exponent)
+    loss = MinibatchLoss(
+        batch=batch,
+        mask=mask,
+        objective=objective,
+        exponent=exponent,
+        mismatch=mismatch,
+        denominators=denominators,
+        band=band,
+    )
+    parts: list[Part] = []
+    for rows in micro:
         if denominators is None:
-            sides.append(_together(policy, terms, config, part, idle[part]))
+            parts.append(all_then_loss(policy, loss, config, rows, idle[rows]))
         else:
-            sides += _apart(policy, terms, config, part, idle[part])
-    rows, losses, logprobs, entropies = zip(*sides)
-    order = torch.cat(rows).argsort()
+            parts += by_response(policy, loss, config, rows, idle[rows])
+    order = torch.cat([part.rows for part in parts]).argsort()
     return MinibatchGradient(
-        loss=torch.stack(losses).sum(),
-        logprobs=torch.cat(logprobs)[order],
-        entropy=torch.cat(entropies)[order],
-        packed=was_packed(policy),
+        loss=torch.stack([part.loss for part in parts]).sum(),
+        logprobs=torch.cat([part.logprobs for part in parts])[order],
+        entropy=torch.cat([part.entropy for part in parts])[order],
+        packed=parts[-1].packed,
     )
 
 
-_Side = tuple[Tensor, Tensor, Tensor, Tensor]
-"""Row numbers (m,), their loss (), log-probs (m, T) and entropy (m, T), detached."""
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """Some rows of a minibatch after their backward pass, detached."""
+
+    rows: Int[Tensor, " m"]
+    """Their numbers in the minibatch."""
+    loss: Float[Tensor, ""]
+    """Theirs; the parts' losses add up to the minibatch's."""
+    logprobs: Float[Tensor, "m T"]
+    entropy: Float[Tensor, "m T"]
+    packed: bool
+    """As in `MinibatchGradient`."""
 
 
-@dataclass(frozen=True)
-class _Terms:
+@dataclass(frozen=True, kw_only=True)
+class MinibatchLoss:
     """The loss of some rows of a minibatch; with denominators, the sum over any split is its own.
 
     An exponent that depends on the log-probs depends on those of its own response.
@@ -95,15 +111,20 @@ class _Terms:
     denominators: Denominators | None
     band: Band | None
 
-    def loss(self, new: Tensor, rows: Tensor) -> Tensor:
-        """Of the given rows, whose log-probs are (m, T)."""
+    def of(self, new: Float[Tensor, "m T"], rows: Int[Tensor, " m"]) -> Float[Tensor, ""]:
+        """The loss of the given rows, whose log-probs are `new`."""
         with section("objective"):
             batch, mask = self.batch.select(rows), self.mask[rows]
             weights = batch.weights
             if self.mismatch is not None:
-                drawn = batch.rollout.sampling_logprobs
-                inner = new.detach(), drawn, mask, batch.advantages
-                weights = join_weights(weights, on_policy_rows(*inner, self.mismatch))
+                on_policy = on_policy_rows(
+                    new.detach(),
+                    batch.rollout.sampling_logprobs,
+                    mask,
+                    batch.advantages,
+                    self.mismatch,
+                )
+                weights = join_weights(weights, on_policy)
             return power_mean_loss(
                 new,
                 batch.rollout.old_logprobs,
@@ -118,43 +139,85 @@ class _Terms:
             )
 
 
-def _together(
-    policy: nn.Module, terms: _Terms, config: TrainerConfig, part: Tensor, idle: Tensor
-) -> _Side:
-    """All log-probs of a micro-batch, then its loss."""
-    new, entropy = _training_forward(policy, terms.batch.select(part), config, idle)
-    loss = terms.loss(new, part)
-    if loss.requires_grad:
-        loss.backward()
-    return part, loss.detach(), new.detach(), entropy.detach()
+def all_then_loss(
+    policy: nn.Module,
+    loss: MinibatchLoss,
+    config: TrainerConfig,
+    rows: Int[Tensor, " m"],
+    idle: Bool[Tensor, " m"],
+) -> Part:
+    """Back-propagate a micro-batch whose loss needs all of its log-probs first.
+
+    Args:
+        policy: the model that is trained; its gradients are added to.
+        loss: of the minibatch.
+        config: precision and temperature.
+        rows: of the micro-batch, in the minibatch.
+        idle: which of them go forward only.
+    """
+    result = _training_forward(policy, loss.batch.select(rows), config, idle)
+    part = loss.of(result.logprobs, rows)
+    if part.requires_grad:
+        part.backward()
+    return Part(
+        rows=rows,
+        loss=part.detach(),
+        logprobs=result.logprobs.detach(),
+        entropy=result.entropy.detach(),
+        packed=result.packed,
+    )
 
 
-def _apart(
-    policy: nn.Module, terms: _Terms, config: TrainerConfig, part: Tensor, idle: Tensor
-) -> list[_Side]:
-    """Loss and gradient of the rows that have one, then the loss of the idle ones."""
-    sides, moving, still = [], part[~idle], part[idle]
+def by_response(
+    policy: nn.Module,
+    loss: MinibatchLoss,
+    config: TrainerConfig,
+    rows: Int[Tensor, " m"],
+    idle: Bool[Tensor, " m"],
+) -> list[Part]:
+    """Back-propagate a micro-batch whose loss is a sum over its responses; arguments as above.
+
+    The rows that have a gradient come first, in one pass over the vocabulary where that serves;
+    then the loss of the idle ones, if there are any.
+    """
+    parts, moving, still = [], rows[~idle], rows[idle]
     if len(moving):
-        rollout = terms.batch.rollout.select(moving)
+        rollout = loss.batch.rollout.select(moving)
         with section("logprobs"), autocast(rollout.response_ids.device, config):
-            loss, new, entropy = response_loss(
+            trained = response_loss(
                 policy,
                 rollout.input_ids,
                 rollout.attention_mask,
                 rollout.response_ids.shape[1],
-                lambda new, rows: terms.loss(new, moving[rows]),
+                lambda new, some: loss.of(new, moving[some]),
                 temperature=config.temperature,
                 chunk=config.logprob_chunk,
             )
-        if loss.requires_grad:
-            loss.backward()
-        sides.append((moving, loss.detach(), new, entropy))
+        if trained.loss.requires_grad:
+            trained.loss.backward()
+        parts.append(
+            Part(
+                rows=moving,
+                loss=trained.loss.detach(),
+                logprobs=trained.logprobs,
+                entropy=trained.entropy,
+                packed=trained.packed,
+            )
+        )
     if len(still):
         with torch.no_grad():
             with record_without_gradient():
-                new, entropy = _forward(policy, terms.batch.select(still), config)
-            sides.append((still, terms.loss(new, still), new, entropy))
-    return sides
+                result = _forward(policy, loss.batch.select(still), config)
+            parts.append(
+                Part(
+                    rows=still,
+                    loss=loss.of(result.logprobs, still),
+                    logprobs=result.logprobs,
+                    entropy=result.entropy,
+                    packed=result.packed,
+                )
+            )
+    return parts
 
 
 def idle_rows(batch: Batch, objective: ObjectiveConfig) -> Bool[Tensor, " M"]:
@@ -199,22 +262,26 @@ def micro_batches(batch: Batch, size: int | None) -> list[Int[Tensor, " m"]]:
 
 def _training_forward(
     policy: nn.Module, batch: Batch, config: TrainerConfig, idle: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Log-probs and entropy (M, T); idle rows without gradient, but recorded by a logit tracker."""
+) -> ResponseLogprobs:
+    """Of all rows (M, T); idle ones without gradient, but recorded by a logit tracker."""
     if not bool(idle.any()):
         return _forward(policy, batch, config)
-    rows, parts = [(~idle).nonzero()[:, 0], idle.nonzero()[:, 0]], []
-    if len(rows[0]):
-        parts.append(_forward(policy, batch.select(rows[0]), config))
+    moving, still = (~idle).nonzero()[:, 0], idle.nonzero()[:, 0]
+    results = []
+    if len(moving):
+        results.append(_forward(policy, batch.select(moving), config))
     with torch.no_grad(), record_without_gradient():
-        parts.append(_forward(policy, batch.select(rows[1]), config))
-    order = torch.cat(rows).argsort()
-    logprobs, entropy = (torch.cat(side)[order] for side in zip(*parts))
-    return logprobs, entropy
+        results.append(_forward(policy, batch.select(still), config))
+    order = torch.cat([moving, still]).argsort()
+    return ResponseLogprobs(
+        logprobs=torch.cat([result.logprobs for result in results])[order],
+        entropy=torch.cat([result.entropy for result in results])[order],
+        packed=results[-1].packed,
+    )
 
 
-def _forward(policy: nn.Module, batch: Batch, config: TrainerConfig) -> tuple[Tensor, Tensor]:
-    """Log-probs and entropy (M, T) of some rows under the policy."""
+def _forward(policy: nn.Module, batch: Batch, config: TrainerConfig) -> ResponseLogprobs:
+    """Log-probs and entropy of some rows under the policy."""
     rollout = batch.rollout
     with section("logprobs"), autocast(rollout.response_ids.device, config):
         return token_logprobs_and_entropy(

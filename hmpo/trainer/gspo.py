@@ -68,7 +68,7 @@ class GSPOTrainer(Trainer[GSPOConfig]):
         for start in range(0, len(batch.rewards), size):
             rows = slice(start, start + size)
             with section("logprobs"), autocast(rollout.response_ids.device, config):
-                new, entropy = token_logprobs_and_entropy(
+                result = token_logprobs_and_entropy(
                     self.policy,
                     rollout.input_ids[rows],
                     rollout.attention_mask[rows],
@@ -77,6 +77,7 @@ class GSPOTrainer(Trainer[GSPOConfig]):
                     chunk=config.logprob_chunk,
                 )
             with section("objective"):
+                new = result.logprobs
                 s = self._log_ratio(batch, new, rows).exp()
                 advantage = batch.advantages[rows].to(s.dtype) * batch.valid[rows]
                 bounded = s.clamp(1 - config.epsilon_low, 1 + config.epsilon_high)
@@ -84,12 +85,12 @@ class GSPOTrainer(Trainer[GSPOConfig]):
             loss.backward()
             losses.append(loss.detach())
             logprobs.append(new.detach())
-            entropies.append(entropy.detach())
+            entropies.append(result.entropy.detach())
         return MinibatchGradient(
             loss=torch.stack(losses).sum(),
             logprobs=torch.cat(logprobs),
             entropy=torch.cat(entropies),
-            packed=False,
+            packed=result.packed,
         )
 
     @section("telemetry")

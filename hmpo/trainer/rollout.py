@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from hmpo.config import TrainerConfig
@@ -17,14 +17,106 @@ from hmpo.logprobs.responses import token_logprobs
 from hmpo.models import decode_responses, encode_prompts
 from hmpo.models.policy import autocast
 from hmpo.randomness import keyed_generator
-from hmpo.rewards import Rewards
-from hmpo.sampling.responses import sample_responses
+from hmpo.rewards import RewardResult, Rewards
+from hmpo.sampling.options import SamplingOptions
+from hmpo.sampling.responses import sample_rollout
 from hmpo.stopwatch import section
 from hmpo.types import Event, Metrics, Rollout
 
 logger = logging.getLogger(__name__)
 
 Prompts = Sequence[str] | Sequence[Sequence[int]] | Tensor
+"""Text (with a tokenizer), lists of token ids, or ids (B, P) without padding."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoredResponses:
+    """Responses to some prompts, and what the reward functions say of them.
+
+    Example: 2 prompts, groups of 4: `rewards` (8,), 8 prompts, 8 completions.
+    """
+
+    rollout: Rollout
+    rewards: Float[Tensor, " N"]
+    """Total rewards; NaN where dropped."""
+    prompts: list[Any]
+    """As given, repeated for each response."""
+    completions: list[Any]
+    """Text up to the first stop string, or token ids where there is no tokenizer."""
+    result: RewardResult
+    """Rewards by function, and faults."""
+
+
+def sample_and_score(
+    policy: nn.Module,
+    prompts: Prompts,
+    columns: Mapping[str, Sequence[Any]],
+    *,
+    config: TrainerConfig,
+    options: SamplingOptions,
+    rewards: Rewards,
+    group_size: int,
+    generator: torch.Generator,
+    tokenizer: Any = None,
+    step: int = 0,
+) -> ScoredResponses:
+    """Sample responses and score them, for a rollout or an evaluation.
+
+    Args:
+        policy: a Hugging Face causal LM, or a causal module from ids (N, S) to logits (N, S, V).
+        prompts: B of them.
+        columns: per-prompt values handed to the reward functions.
+        config: the precision of the policy's forward passes.
+        options: how responses are drawn.
+        rewards: what scores them.
+        group_size: G, responses per prompt; rows of one prompt are adjacent.
+        generator: source of randomness.
+        tokenizer: for prompts given as text, and to decode the responses.
+        step: updates done, for messages and events.
+
+    Raises:
+        ConfigError: no prompts, text without a tokenizer, or a column of another length.
+        RewardError: a reward function gave something unusable, and that is not to be skipped.
+    """
+    device = next(policy.parameters()).device
+    with section("sampling"), autocast(device, config):
+        as_given, ids, mask = _encoded(prompts, tokenizer, options.pad_token)
+        rollout = sample_rollout(
+            policy,
+            ids.to(device),
+            mask.to(device),
+            options,
+            group_size=group_size,
+            generator=generator,
+            tokenizer=tokenizer,
+        )
+    with section("rewards"):
+        repeated = [prompt for prompt in as_given for _ in range(group_size)]
+        completions, token_ids = _completions(rollout, tokenizer, options.stop)
+        by_response = _repeated(columns, len(as_given), group_size)
+        result = rewards(repeated, completions, token_ids, by_response, step=step)
+    return ScoredResponses(
+        rollout=rollout,
+        rewards=torch.tensor(result.total, device=device),
+        prompts=repeated,
+        completions=completions,
+        result=result,
+    )
+
+
+def sampling_options(config: TrainerConfig, stop: Sequence[str]) -> SamplingOptions:
+    """How the rollouts of a trainer are drawn; `stop` needs a tokenizer."""
+    return SamplingOptions(
+        max_length=config.max_length,
+        eos_tokens=config.stop_tokens,
+        pad_token=config.pad_token,
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        decoder=config.decoder,
+        dtype=torch.bfloat16 if config.sampling_dtype == "bfloat16" else None,
+        stop=tuple(stop),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +177,11 @@ class Collector:
         return self.recompute or rounded or any(p.dtype in half for p in self.policy.parameters())
 
     @property
+    def options(self) -> SamplingOptions:
+        """How its rollouts are drawn."""
+        return sampling_options(self.config, () if self.tokenizer is None else self.stop)
+
+    @property
     def device(self) -> torch.device:
         """Where the policy's weights are."""
         return next(self.policy.parameters()).device
@@ -101,32 +198,23 @@ class Collector:
             step: updates done, for events.
         """
         config = self.config
-        with section("sampling"), autocast(self.device, config):
-            texts, prompt_ids, prompt_mask = self._encode(prompts)
-            rollout = sample_responses(
-                self.policy,
-                prompt_ids,
-                prompt_mask,
-                group_size=config.group_size,
-                max_length=config.max_length,
-                eos_token=config.eos_token,
-                pad_token=config.pad_token,
-                temperature=config.temperature,
-                top_k=config.top_k,
-                top_p=config.top_p,
-                generator=keyed_generator(config.seed, "rollout", index),
-                decoder=config.decoder,
-                dtype=torch.bfloat16 if config.sampling_dtype == "bfloat16" else None,
-                stop=() if self.tokenizer is None else self.stop,
-                tokenizer=self.tokenizer,
-            )
+        scored = sample_and_score(
+            self.policy,
+            prompts,
+            columns,
+            config=config,
+            options=self.options,
+            rewards=self.rewards,
+            group_size=config.group_size,
+            generator=keyed_generator(config.seed, "rollout", index),
+            tokenizer=self.tokenizer,
+            step=step,
+        )
+        rollout, rewards = scored.rollout, scored.rewards
         if self.recomputes:
             rollout = dataclasses.replace(
                 rollout, old_logprobs=self._logprobs(self.policy, rollout)
             )
-        with section("rewards"):
-            scored = self._score(texts, rollout, columns, step)
-        rewards, by_function, samples, events = scored
         valid = rewards.isfinite()
         if config.mask_truncated:
             valid = valid & rollout.finished
@@ -135,73 +223,10 @@ class Collector:
             rewards=rewards,
             valid=valid,
             ref_logprobs=None if self.ref is None else self._logprobs(self.ref, rollout),
-            metrics=self._describe(rollout, rewards, by_function),
-            samples=samples,
-            events=events,
+            metrics=self._describe(rollout, rewards, scored.result.by_function),
+            samples=_samples(scored),
+            events=_events(scored.result, step),
         )
-
-    def _encode(self, prompts: Prompts) -> tuple[list[Any], Tensor, Tensor]:
-        """(prompts for the reward function, ids (B, P) left-padded, mask (B, P))."""
-        if isinstance(prompts, Tensor):
-            mask = torch.ones_like(prompts, dtype=torch.bool)
-            return prompts.tolist(), prompts.to(self.device), mask.to(self.device)
-        if len(prompts) == 0:
-            raise ConfigError("prompts: got none, expected at least one prompt")
-        if isinstance(prompts[0], str):
-            if self.tokenizer is None:
-                raise ConfigError("prompts: got text, expected token ids (or pass a tokenizer)")
-            ids, mask = encode_prompts(self.tokenizer, cast("list[str]", list(prompts)))
-            return list(prompts), ids.to(self.device), mask.to(self.device)
-        width = max(len(row) for row in prompts)
-        ids = torch.full((len(prompts), width), self.config.pad_token)
-        mask = torch.zeros(len(prompts), width, dtype=torch.bool)
-        for i, row in enumerate(prompts):
-            ids[i, width - len(row) :] = torch.as_tensor(row)
-            mask[i, width - len(row) :] = True
-        return [list(row) for row in prompts], ids.to(self.device), mask.to(self.device)
-
-    def _score(
-        self,
-        prompts: list[Any],
-        rollout: Rollout,
-        columns: Mapping[str, Sequence[Any]],
-        step: int,
-    ) -> tuple[Tensor, dict[str, list[float]], list[dict[str, Any]], list[Event]]:
-        """(total rewards (N,), NaN where dropped; rewards by function; samples; faults)."""
-        group = self.config.group_size
-        for name, values in columns.items():
-            if len(values) != len(prompts):
-                raise ConfigError(
-                    f"column {name}: got {len(values)} values, expected {len(prompts)} "
-                    "(one a prompt)"
-                )
-        repeated = [prompt for prompt in prompts for _ in range(group)]
-        expanded = {k: [v for v in values for _ in range(group)] for k, values in columns.items()}
-        ids = [
-            row[: int(length)].tolist()
-            for row, length in zip(rollout.response_ids.cpu(), rollout.lengths.cpu())
-        ]
-        if self.tokenizer is None:
-            completions: list[Any] = ids
-        else:
-            completions = decode_responses(
-                self.tokenizer, rollout.response_ids, rollout.response_mask, self.stop
-            )
-        result = self.rewards(repeated, completions, ids, expanded, step=step)
-        events = [
-            Event(
-                name=event.name,
-                step=step,
-                data={"function": event.function, "sample": event.sample, "detail": event.detail},
-            )
-            for event in result.events
-        ]
-        samples = [
-            {"prompt": p, "completion": c, "reward": r, "finished": bool(f)}
-            for p, c, r, f in zip(repeated, completions, result.total, rollout.finished.tolist())
-        ]
-        total = torch.tensor(result.total, device=self.device)
-        return total, result.by_function, samples, events
 
     def _logprobs(self, model: nn.Module, rollout: Rollout) -> Tensor:
         """Log-probs of the responses by a model's own forward pass, without gradient."""
@@ -225,20 +250,20 @@ class Collector:
     ) -> Metrics:
         """Metrics of a whole rollout: the same for each of its updates."""
         rewards = total.double()
-        known = rewards[rewards.isfinite()]
+        finite = rewards[rewards.isfinite()]
         lengths = rollout.lengths.double()
-        group = self.config.group_size
-        within = rewards.view(-1, group)
-        whole = within[within.isfinite().all(1)]
+        groups = rewards.view(-1, self.config.group_size)
+        whole_groups = groups[groups.isfinite().all(1)]
+        within = _mean(_variance(whole_groups)) if len(whole_groups) else math.nan
         metrics = {
-            "reward/mean": _mean(known),
-            "reward/std": _variance(known) ** 0.5,
-            "reward/within_var": _mean(_variance(whole)) if len(whole) else math.nan,
-            "reward/total_var": _variance(known),
+            "reward/mean": _mean(finite),
+            "reward/std": _variance(finite) ** 0.5,
+            "reward/within_var": within,
+            "reward/total_var": _variance(finite),
             "reward/dropped": (~rewards.isfinite()).sum(),
-            "success/k": (known >= 1.0).sum(),
-            "success/n": len(known),
-            "n_groups": len(within),
+            "success/k": (finite >= 1.0).sum(),
+            "success/n": len(finite),
+            "n_groups": len(groups),
             "len/mean": lengths.mean(),
             "len/max": lengths.max(),
             "len/trunc_frac": (~rollout.finished).double().mean(),
@@ -248,6 +273,76 @@ class Collector:
             column = torch.tensor(values, dtype=torch.float64)
             metrics[f"reward/{name}/mean"] = _mean(column[column.isfinite()])
         return {name: float(value) for name, value in metrics.items()}
+
+
+def _encoded(
+    prompts: Prompts, tokenizer: Any, pad_token: int
+) -> tuple[list[Any], Int[Tensor, "B P"], Bool[Tensor, "B P"]]:
+    """(prompts for the reward functions, ids left-padded, mask)."""
+    if isinstance(prompts, Tensor):
+        return prompts.tolist(), prompts, torch.ones_like(prompts, dtype=torch.bool)
+    if len(prompts) == 0:
+        raise ConfigError("prompts: got none, expected at least one prompt")
+    if isinstance(prompts[0], str):
+        if tokenizer is None:
+            raise ConfigError("prompts: got text, expected token ids (or pass a tokenizer)")
+        ids, mask = encode_prompts(tokenizer, cast("list[str]", list(prompts)))
+        return list(prompts), ids, mask
+    width = max(len(row) for row in prompts)
+    ids = torch.full((len(prompts), width), pad_token)
+    mask = torch.zeros(len(prompts), width, dtype=torch.bool)
+    for i, row in enumerate(prompts):
+        ids[i, width - len(row) :] = torch.as_tensor(row)
+        mask[i, width - len(row) :] = True
+    return [list(row) for row in prompts], ids, mask
+
+
+def _completions(
+    rollout: Rollout, tokenizer: Any, stop: Sequence[str]
+) -> tuple[list[Any], list[list[int]]]:
+    """(texts, or token ids where there is no tokenizer; token ids) of the responses."""
+    token_ids = [
+        row[: int(length)].tolist()
+        for row, length in zip(rollout.response_ids.cpu(), rollout.lengths.cpu())
+    ]
+    if tokenizer is None:
+        return token_ids, token_ids
+    texts = decode_responses(tokenizer, rollout.response_ids, rollout.response_mask, stop)
+    return texts, token_ids
+
+
+def _repeated(
+    columns: Mapping[str, Sequence[Any]], prompts: int, group_size: int
+) -> dict[str, list[Any]]:
+    """Per-prompt columns, with a value for each response."""
+    for name, values in columns.items():
+        if len(values) != prompts:
+            raise ConfigError(
+                f"column {name}: got {len(values)} values, expected {prompts} (one a prompt)"
+            )
+    return {k: [v for v in values for _ in range(group_size)] for k, values in columns.items()}
+
+
+def _samples(scored: ScoredResponses) -> list[dict[str, Any]]:
+    """Prompt, completion, reward and `finished` of each response."""
+    finished = scored.rollout.finished.tolist()
+    columns = zip(scored.prompts, scored.completions, scored.result.total, finished)
+    return [
+        {"prompt": prompt, "completion": completion, "reward": reward, "finished": bool(ended)}
+        for prompt, completion, reward, ended in columns
+    ]
+
+
+def _events(result: RewardResult, step: int) -> list[Event]:
+    """Reward faults as events of the run."""
+    return [
+        Event(
+            name=event.name,
+            step=step,
+            data={"function": event.function, "sample": event.sample, "detail": event.detail},
+        )
+        for event in result.events
+    ]
 
 
 def _fast_at_bfloat16(device: torch.device) -> bool:

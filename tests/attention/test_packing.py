@@ -7,10 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hmpo.attention.packed import can_pack, was_packed
+from hmpo.attention.packed import can_pack
 from hmpo.attention.packing import cut, pack
 from hmpo.attention.tap import record_without_gradient
-from hmpo.logprobs import responses as logprobs
+from hmpo.logprobs import states
 from hmpo.logprobs.responses import token_logprobs, token_logprobs_and_entropy
 from hmpo.optim import LogitTracker, QKClip
 from tests.attention.families import FAMILIES, family
@@ -47,12 +47,13 @@ def both(model, ids, mask, width, monkeypatch):
     for packed in (True, False):
         with monkeypatch.context() as patch:
             if not packed:
-                patch.setattr(logprobs, "can_pack", lambda *_: False)
-            new, entropy = token_logprobs_and_entropy(model, ids, mask, width, temperature=0.9)
+                patch.setattr(states, "can_pack", lambda *_: False)
+            result = token_logprobs_and_entropy(model, ids, mask, width, temperature=0.9)
+        new, entropy = result.logprobs, result.entropy
         loss = (new * mix.to(new.dtype)).sum() + (entropy * mix.flip(0).to(new.dtype)).sum()
         wanted = [p for p in model.parameters() if p.requires_grad]
         found.append((new.detach(), entropy.detach(), torch.autograd.grad(loss, wanted)))
-        assert was_packed(model) is packed
+        assert result.packed is packed
     return found
 
 
@@ -78,7 +79,7 @@ def test_packed_equals_padded_in_float64(kind, monkeypatch) -> None:
 def test_packed_equals_padded_with_a_soft_cap(monkeypatch) -> None:
     model = family("gemma2", gain=3.0, num_hidden_layers=2)
     pair = both(model, *rows_of(*ODD), monkeypatch)
-    head = logprobs._split_head(model)
+    head = states.split_head(model)
     assert head is not None and head.softcap is not None, "its logits are capped as well"
     assert largest(pair) < 256 * torch.finfo(torch.float32).eps
 
@@ -163,10 +164,11 @@ def test_the_tracker_reads_packed_calls_as_padded_ones(kind, source, monkeypatch
     for packed in (True, False):
         with monkeypatch.context() as patch, LogitTracker(model, tau=20.0, source=source) as read:
             if not packed:
-                patch.setattr(logprobs, "can_pack", lambda *_: False)
-            token_logprobs(model, ids, mask, width).sum().backward()
+                patch.setattr(states, "can_pack", lambda *_: False)
+            result = token_logprobs_and_entropy(model, ids, mask, width)
+            result.logprobs.sum().backward()
             readings.append(read.consume())
-            assert was_packed(model) is packed
+            assert result.packed is packed
     mine, theirs = readings
     assert mine and mine.keys() == theirs.keys()
     for name, reading in mine.items():
@@ -213,8 +215,9 @@ def test_gradient_checkpointing_finds_the_layout_again() -> None:
     plain = torch.autograd.grad(token_logprobs(model, *rows).sum(), list(model.parameters()))
     model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
-    again = torch.autograd.grad(token_logprobs(model, *rows).sum(), list(model.parameters()))
-    assert was_packed(model) and all(torch.equal(a, b) for a, b in zip(plain, again))
+    result = token_logprobs_and_entropy(model, *rows)
+    again = torch.autograd.grad(result.logprobs.sum(), list(model.parameters()))
+    assert result.packed and all(torch.equal(a, b) for a, b in zip(plain, again))
 
 
 def test_lora_is_packed(monkeypatch) -> None:
@@ -246,9 +249,9 @@ def test_rows_longer_than_a_window_are_padded(monkeypatch) -> None:
     assert largest(both(model, *short, monkeypatch)) < 1e-12
     with torch.no_grad():
         whole = token_logprobs(model, *long)
-        monkeypatch.setattr(logprobs, "window", lambda _: 1000.0)
+        monkeypatch.setattr(states, "window", lambda _: 1000.0)
         blind = token_logprobs(model, *long)
-        monkeypatch.setattr(logprobs, "can_pack", lambda *_: False)
+        monkeypatch.setattr(states, "can_pack", lambda *_: False)
         padded = token_logprobs(model, *long)
     assert float((whole - blind).abs().max()) > 1e-6, "the window matters"
     assert torch.equal(whole, padded)
@@ -266,8 +269,7 @@ def test_a_model_that_attends_otherwise_is_padded_and_told(caplog) -> None:
             return attention.o_proj(hidden_states), None
 
         attention.forward = forward
-    token_logprobs(own, *rows)
-    assert not was_packed(own)
+    assert not token_logprobs_and_entropy(own, *rows).packed
     (line,) = [r.getMessage() for r in caplog.records if "packed" in r.getMessage()]
     assert line == (
         "rows of LlamaForCausalLM are not packed: 0 of 2 layers attend through the shared interface"
@@ -275,8 +277,8 @@ def test_a_model_that_attends_otherwise_is_padded_and_told(caplog) -> None:
     wrong = tiny_llama()
     core = wrong.model.forward
     wrong.model.forward = lambda **kw: core(**kw | {"position_ids": None})
-    token_logprobs(wrong, *rows)
-    assert not was_packed(wrong) and "differ by" in caplog.text
+    assert not token_logprobs_and_entropy(wrong, *rows).packed
+    assert "differ by" in caplog.text
 
 
 def test_the_question_is_asked_once_and_draws_nothing() -> None:
@@ -294,16 +296,17 @@ def test_the_question_is_asked_once_and_draws_nothing() -> None:
 def test_parts_of_like_length_equal_the_whole(kind, monkeypatch) -> None:
     model = in_float64(tiny_llama()) if kind == "llama" else tiny_causal(40).double()
     rows = rows_of(*ODD)
-    monkeypatch.setattr(logprobs, "can_pack", lambda *_: False)
+    monkeypatch.setattr(states, "can_pack", lambda *_: False)
     passes = []
     inner = model.model if kind == "llama" else model.embed
     inner.register_forward_hook(lambda *_: passes.append(1))
     token_logprobs(model, *rows)
     found = []
     for cost in (10**9, 1):
-        monkeypatch.setattr(logprobs, "PASS_TOKENS", cost)
+        monkeypatch.setattr(states, "PASS_TOKENS", cost)
         passes.clear()
-        new, entropy = token_logprobs_and_entropy(model, *rows)
+        result = token_logprobs_and_entropy(model, *rows)
+        new, entropy = result.logprobs, result.entropy
         gradients = torch.autograd.grad((new.exp() + entropy).sum(), [*model.parameters()])
         found.append((new.detach(), entropy.detach(), gradients))
         found.append(len(passes))
@@ -332,13 +335,13 @@ def test_a_lora_adapter_is_clipped_alike(checkpointing, monkeypatch) -> None:
             model.train()
         with monkeypatch.context() as patch, LogitTracker(model, tau=tau) as tracker:
             if not packed:
-                patch.setattr(logprobs, "can_pack", lambda *_: False)
+                patch.setattr(states, "can_pack", lambda *_: False)
             clipper = QKClip(tracker, tau=tau)
             token_logprobs(model, *rows).sum().backward()
             with torch.no_grad(), record_without_gradient():
-                token_logprobs(model, *rows)
+                result = token_logprobs_and_entropy(model, *rows)
             stats = clipper.apply()
-        assert was_packed(model) is packed
+        assert result.packed is packed
         assert stats.clipped_heads > 0 and stats.unclippable == ()
         found.append([p.detach() for n, p in model.named_parameters() if "lora_B" in n])
     for mine, theirs in zip(*found):

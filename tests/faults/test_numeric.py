@@ -1,5 +1,6 @@
 """NaN and infinity at every site of a run: told with step and site, never in a checkpoint."""
 
+import dataclasses
 import math
 
 import pytest
@@ -78,8 +79,8 @@ class Spoiler(run.Observer):
 
     def _forward(self, compute):
         def forward(*args, **keywords):
-            new, entropy = compute(*args, **keywords)
-            return self._spoilt(new), entropy
+            result = compute(*args, **keywords)
+            return dataclasses.replace(result, logprobs=self._spoilt(result.logprobs))
 
         return forward
 
@@ -88,8 +89,8 @@ class Spoiler(run.Observer):
             def spoilt(new, rows):
                 return loss_of(self._spoilt(new), rows)
 
-            loss, new, entropy = compute(policy, ids, mask, length, spoilt, **keywords)
-            return loss, self._spoilt(new), entropy
+            result = compute(policy, ids, mask, length, spoilt, **keywords)
+            return dataclasses.replace(result, logprobs=self._spoilt(result.logprobs))
 
         return response_loss
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from hmpo.logprobs import fold as head_fold
-from hmpo.logprobs import schemes as head_schemes
+from hmpo.logprobs import fold as fold_module
+from hmpo.logprobs import schemes
 from hmpo.logprobs.fold import fold, gradient_in_place
 from hmpo.logprobs.head import (
     BUFFER,
@@ -18,7 +18,7 @@ from hmpo.logprobs.head import (
     logits_logprobs,
 )
 from hmpo.logprobs.one_pass import one_pass
-from hmpo.logprobs.schemes import Rows, compacted
+from hmpo.logprobs.schemes import BackwardRows, compacted
 from tests.oracles.head import head_by_loops
 
 F64 = torch.float64
@@ -131,16 +131,16 @@ def test_rows_without_gradient_are_left_out_and_nothing_changes(scheme: str, mon
     h[torch.arange(30) % 2 > 0] = 0
     got = run(scheme, hidden, weight, bias, targets, g, h)
     counted: list[int] = []
-    original = head_schemes.Gradients.add
+    original = schemes.Gradients.add
 
     def add(self, head, gradient, x, rows):
         counted.append(len(gradient))
         original(self, head, gradient, x, rows)
 
-    monkeypatch.setattr(head_schemes.Gradients, "add", add)
+    monkeypatch.setattr(schemes.Gradients, "add", add)
     run(scheme, hidden, weight, bias, targets, g, h)
     assert sum(counted) == int(((g != 0) | (h != 0)).sum()) < 30
-    monkeypatch.setattr(Rows, "moving", lambda self: None)
+    monkeypatch.setattr(BackwardRows, "with_gradient", lambda self: None)
     counted.clear()
     want = run(scheme, hidden, weight, bias, targets, g, h)
     assert sum(counted) == 30
@@ -265,11 +265,11 @@ def test_a_gpu_holds_more_by_its_memory(monkeypatch) -> None:
 
 
 def test_passes_over_logits_take_more_rows_on_a_gpu_and_never_all_of_many() -> None:
-    assert head_fold._block(torch.empty(10_000, 32_000, device="meta")) == (
+    assert fold_module._block(torch.empty(10_000, 32_000, device="meta")) == (
         (1 << 26) // 32_000,
         32_000,
     )
-    assert head_fold._block(torch.empty(5, 32_000, device="meta")) == (5, 32_000)
+    assert fold_module._block(torch.empty(5, 32_000, device="meta")) == (5, 32_000)
 
 
 def peak_bytes(call) -> int:
@@ -308,6 +308,6 @@ def test_memory_is_one_buffer_and_the_gradients(scheme: str, rows: int) -> None:
     hidden.grad = weight.grad = None
     held = 4 * vocab * (n if scheme == "store" else rows)  # logits, overwritten by their gradient
     gradients = 4 * width * (n + vocab)
-    scratch = 3 * 4 * head_fold.CACHED + 16 * 4 * n  # rows in cache, and numbers by row
+    scratch = 3 * 4 * fold_module.CACHED + 16 * 4 * n  # rows in cache, and numbers by row
     block = 4 * width * rows + 4 * width * n  # hidden states of a block, and their gradient
     assert held + gradients <= peak_bytes(call) <= held + gradients + scratch + 2 * block

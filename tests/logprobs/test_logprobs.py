@@ -5,12 +5,8 @@ from torch.nn import functional
 
 from hmpo.errors import ModelError, ShapeError
 from hmpo.logprobs.head import head_logprobs
-from hmpo.logprobs.responses import (
-    _split_head,
-    response_loss,
-    token_logprobs,
-    token_logprobs_and_entropy,
-)
+from hmpo.logprobs.responses import response_loss, token_logprobs, token_logprobs_and_entropy
+from hmpo.logprobs.states import split_head
 from hmpo.models.policy import evaluating
 from hmpo.sampling.responses import sample_responses
 from tests.attention.families import family
@@ -43,9 +39,11 @@ def test_logprobs_and_entropy_equal_a_loop_over_prefixes(kind: str, temperature:
     model = (tiny_llama() if kind == "llama" else tiny_causal(40)).double()
     rollout = rollout_of(model)
     width = rollout.response_ids.shape[1]
-    got, entropy = token_logprobs_and_entropy(
+    result = token_logprobs_and_entropy(
         model, rollout.input_ids, rollout.attention_mask, width, temperature=temperature, chunk=5
     )
+    got, entropy = result.logprobs, result.entropy
+    assert result.packed == (kind == "llama")
     for i, prompt, response in rows(rollout):
         expected, spread = response_logprobs(model.eval(), prompt, response, temperature)
         assert got[i, : len(response)].tolist() == pytest.approx(expected, abs=1e-12)
@@ -123,18 +121,18 @@ def test_a_model_that_caps_its_logits_takes_the_general_path() -> None:
         return out
 
     model.forward = capped
-    assert _split_head(model) is None
+    assert split_head(model) is None
     rollout = rollout_of(model)
     got = token_logprobs(
         model, rollout.input_ids, rollout.attention_mask, rollout.response_ids.shape[1]
     )
     assert torch.allclose(got, rollout.old_logprobs, rtol=0, atol=2e-5)
-    assert _split_head(tiny_llama()) is not None
+    assert split_head(tiny_llama()) is not None
 
 
 def test_softcapped_logits_are_taken_in_blocks() -> None:
     model = in_float64(family("gemma2", gain=3.0))
-    head = _split_head(model)
+    head = split_head(model)
     assert head is not None and head.softcap == model.config.final_logit_softcapping
     rollout = rollout_of(model)
     arguments = (rollout.input_ids, rollout.attention_mask, rollout.response_ids.shape[1])
@@ -173,14 +171,16 @@ def test_a_loss_by_response_equals_the_loss_of_all_log_probs() -> None:
 
         parameters = list(model.parameters())
         want = token_logprobs_and_entropy(model, *arguments)
-        whole = loss_of(want[0], slice(None))
-        loss, got, entropy = response_loss(model, *arguments, loss_of, chunk=3)
-        assert torch.allclose(loss, whole, rtol=1e-12)
-        assert torch.allclose(got, want[0], rtol=0, atol=1e-12)  # products of other row counts
-        assert torch.allclose(entropy, want[1], rtol=0, atol=1e-12)
-        assert not got.requires_grad and not entropy.requires_grad
+        whole = loss_of(want.logprobs, slice(None))
+        result = response_loss(model, *arguments, loss_of, chunk=3)
+        assert torch.allclose(result.loss, whole, rtol=1e-12)
+        close = {"rtol": 0, "atol": 1e-12}  # products of other row counts
+        assert torch.allclose(result.logprobs, want.logprobs, **close)
+        assert torch.allclose(result.entropy, want.entropy, **close)
+        assert not result.logprobs.requires_grad and not result.entropy.requires_grad
+        assert result.packed == want.packed == hasattr(model, "lm_head")
         exact = torch.autograd.grad(whole, parameters)
-        for a, b in zip(torch.autograd.grad(loss, parameters), exact):
+        for a, b in zip(torch.autograd.grad(result.loss, parameters), exact):
             assert torch.allclose(a, b, rtol=0, atol=1e-12)
 
 

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from hmpo.logprobs import head
-from hmpo.logprobs import tiles as head_tiles
+from hmpo.logprobs import head, tiles
 from hmpo.logprobs.head import head_logprobs
 from hmpo.logprobs.tiles import tiled_logprobs
 from tests.logprobs.test_head import problem
@@ -16,8 +15,8 @@ F64 = torch.float64
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     """Several tiles in both directions, none of which fits."""
-    monkeypatch.setattr(head_tiles, "ROWS", 4)
-    monkeypatch.setattr(head_tiles, "COLUMNS", 5)
+    monkeypatch.setattr(tiles, "ROWS", 4)
+    monkeypatch.setattr(tiles, "COLUMNS", 5)
 
 
 @pytest.mark.parametrize("softcap", [None, 2.5])

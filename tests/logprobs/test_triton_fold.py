@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hmpo.logprobs import kernels as head_kernels
-from hmpo.logprobs.kernels import triton_kernels
+from hmpo.logprobs.fold import triton_kernels
 
 CASES = Path(__file__).with_name("triton_cases.py")
 COMPILE = """
@@ -70,21 +69,22 @@ def test_without_a_working_triton_one_message_tells_of_the_fallback(
 ) -> None:
     if not missing and torch.cuda.is_available():
         pytest.skip("Triton may well work here")
-    monkeypatch.setattr(head_kernels, "_FOUND", {})
     if missing:
         monkeypatch.setitem(sys.modules, "hmpo.logprobs.triton_fold", None)
     device = torch.device("cuda", 0)
-    with caplog.at_level(logging.WARNING, "hmpo.logprobs.kernels"):
+    triton_kernels.cache_clear()
+    with caplog.at_level(logging.WARNING, "hmpo.logprobs.fold"):
         assert triton_kernels(device) is None
         assert triton_kernels(device) is None
+    triton_kernels.cache_clear()
     assert len(caplog.records) == 1
     assert "log-probs on cuda:0 without Triton kernels" in caplog.text
 
 
 def test_a_cpu_never_imports_triton() -> None:
     code = (
-        "import sys, torch, hmpo, hmpo.logprobs.head, hmpo.logprobs.kernels as k\n"
-        "assert k.triton_kernels(torch.device('cpu')) is None\n"
+        "import sys, torch, hmpo, hmpo.logprobs.head, hmpo.logprobs.fold as fold\n"
+        "assert fold.triton_kernels(torch.device('cpu')) is None\n"
         "assert 'triton' not in sys.modules and 'hmpo.logprobs.triton_fold' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from hmpo.logprobs import fold as head_fold
-from hmpo.logprobs import triton_fold as triton_head
+from hmpo.logprobs import fold as fold_module
+from hmpo.logprobs import triton_fold
 from hmpo.logprobs.head import head_logprobs
 from hmpo.logprobs.triton_fold import fold, gradient_in_place
 from tests.oracles import vocabulary_head as oracle
@@ -170,7 +170,7 @@ def test_a_head_gives_the_same_through_the_kernels_as_through_torch(
     used = []
 
     def through(kernels: object) -> list[Tensor]:
-        monkeypatch.setattr(head_fold, "triton_kernels", lambda _: used.append(1) or kernels)
+        monkeypatch.setattr(fold_module, "triton_kernels", lambda _: used.append(1) or kernels)
         picked, entropy = head_logprobs(
             hidden,
             weight,
@@ -186,7 +186,7 @@ def test_a_head_gives_the_same_through_the_kernels_as_through_torch(
 
     # A bfloat16 unit is 2^-7 of a number, and a gradient sums some of them.
     tolerance = 0.03 if dtype == torch.bfloat16 else 2e-5
-    for with_kernels, with_torch in zip(through(triton_head), through(None)):
+    for with_kernels, with_torch in zip(through(triton_fold), through(None)):
         scale = with_torch.float().abs().max()
         assert (with_kernels - with_torch).float().abs().max() <= tolerance * scale
     assert used

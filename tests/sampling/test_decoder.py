@@ -255,7 +255,7 @@ def test_adapters_autocast_and_other_classes_take_the_modules(caplog) -> None:
     assert "TinyCausal is not one of" in (why_not_fast(tiny_causal(40), 20) or "")
     adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
     ids, mask = padded_prompts()
-    with caplog.at_level(logging.INFO, "hmpo.sampling.responses"):
+    with caplog.at_level(logging.INFO, "hmpo.sampling.engines"):
         first, second = pair(adapted, ids, mask, max_length=5)
     assert not first.fast
     assert torch.equal(first.response_ids, second.response_ids)

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from hmpo.sampling import engines
-from hmpo.sampling import responses as sampling
 from hmpo.sampling.decoder import FastDecoder
 from hmpo.sampling.graph import GraphDecoder
 from hmpo.sampling.responses import sample_responses
@@ -38,7 +37,7 @@ def rollouts(model, monkeypatch, kind, *, length: int = 30, **options):
         return made[-1]
 
     for decoder in (FastDecoder, keeping):
-        monkeypatch.setattr(sampling, "decoder_kind", lambda _, decoder=decoder: decoder)
+        monkeypatch.setattr(engines, "decoder_kind", lambda _, decoder=decoder: decoder)
         found.append(
             sample_responses(
                 model,
@@ -53,7 +52,7 @@ def rollouts(model, monkeypatch, kind, *, length: int = 30, **options):
 
 def graphed(*arguments) -> GraphDecoder:
     """A decoder that takes the CPU for CUDA."""
-    decoder = GraphDecoder(*arguments, bucket=BUCKET)
+    decoder = GraphDecoder(*arguments, capacity=BUCKET)
     decoder.graphs = True
     return decoder
 
@@ -69,14 +68,14 @@ def assert_same(fast, static, tolerance: float) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_tokens_equal_the_fast_decoders_in_float32(kind: str, monkeypatch) -> None:
-    fast, static, _ = rollouts(build(kind), monkeypatch, partial(GraphDecoder, bucket=BUCKET))
+    fast, static, _ = rollouts(build(kind), monkeypatch, partial(GraphDecoder, capacity=BUCKET))
     assert_same(fast, static, 1e-5)
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_logprobs_equal_the_fast_decoders_in_float64(kind: str, monkeypatch) -> None:
     model = build(kind, torch.float64)
-    static = partial(GraphDecoder, bucket=BUCKET)
+    static = partial(GraphDecoder, capacity=BUCKET)
     *pair, decoder = rollouts(model, monkeypatch, static)
     assert_same(*pair, 1e-12)
     assert len(decoder.prompt_of) < 9, "rows must have left for this to mean anything"
@@ -131,7 +130,7 @@ def test_a_step_that_cannot_be_captured_runs_without_a_graph_and_says_so(
             return super()._columns()
 
     def curious(*arguments) -> GraphDecoder:
-        decoder = Curious(*arguments, bucket=BUCKET)
+        decoder = Curious(*arguments, capacity=BUCKET)
         decoder.graphs = True
         return decoder
 

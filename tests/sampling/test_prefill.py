@@ -3,10 +3,9 @@ import torch
 
 from hmpo.models.policy import position_ids
 from hmpo.sampling import engines
-from hmpo.sampling.engines import distinct_prompts
-from hmpo.sampling.prefill import read_prompts
+from hmpo.sampling.prefill import distinct_prompts, read_prompts
 from hmpo.sampling.responses import sample_responses
-from hmpo.sampling.weights import PAD, DecoderWeights, Projection
+from hmpo.sampling.weights import PAD, DecoderWeights, FusedLinear
 from tests.sampling.test_decoder import KINDS, assert_same, build, pair
 from tests.support import padded_prompts, tiny_llama
 
@@ -39,9 +38,9 @@ def test_equal_prompts_are_read_once_and_answered_as_if_read_apart(monkeypatch) 
     read = []
     plain = engines.FastDecoder.__init__
 
-    def counted(self, policy, ids, *rest):
-        read.append(len(ids))
-        plain(self, policy, ids, *rest)
+    def counted(self, policy, prompts, *rest):
+        read.append(len(prompts.ids))
+        plain(self, policy, prompts, *rest)
 
     monkeypatch.setattr(engines.FastDecoder, "__init__", counted)
     model = build("llama", torch.float64)
@@ -63,11 +62,11 @@ def test_equal_prompts_are_read_once_and_answered_as_if_read_apart(monkeypatch) 
 def test_prompts_that_differ_in_padding_alone_are_not_equal() -> None:
     ids = torch.tensor([[0, 5, 6], [0, 5, 6], [7, 5, 6]])
     mask = torch.tensor([[0, 1, 1], [1, 1, 1], [0, 1, 1]], dtype=torch.bool)
-    found, found_mask, prompt_of = distinct_prompts(ids, mask, 2)
-    assert len(found) == 2
-    assert torch.equal(found_mask[prompt_of], mask.repeat_interleave(2, 0))
+    prompts = distinct_prompts(ids, mask, 2)
+    assert len(prompts.ids) == 2
+    assert torch.equal(prompts.mask[prompts.prompt_of], mask.repeat_interleave(2, 0))
     real = mask.repeat_interleave(2, 0)
-    assert torch.equal(found[prompt_of][real], ids.repeat_interleave(2, 0)[real])
+    assert torch.equal(prompts.ids[prompts.prompt_of][real], ids.repeat_interleave(2, 0)[real])
 
 
 @pytest.mark.parametrize("transposed", [True, False])
@@ -76,7 +75,7 @@ def test_a_copied_projection_is_the_layers_side_by_side(transposed: bool) -> Non
     layers = [torch.nn.Linear(140, 9), torch.nn.Linear(140, 300, bias=False)]
     x = torch.randn(5, 140)
     with torch.no_grad():
-        copied = Projection.of(*layers, dtype=torch.float32, transposed=transposed)
+        copied = FusedLinear.of(*layers, dtype=torch.float32, transposed=transposed)
         out = copied(x, torch.empty(5, copied.outputs))
         expected = torch.cat([layer(x) for layer in layers], 1)
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)

@@ -6,8 +6,9 @@ import torch
 
 from hmpo.errors import ConfigError, ShapeError
 from hmpo.randomness import keyed_generator
-from hmpo.sampling import draw as drawing
-from hmpo.sampling.responses import draw_tokens, sample_responses
+from hmpo.sampling import draw
+from hmpo.sampling.draw import draw_tokens
+from hmpo.sampling.responses import sample_responses
 from hmpo.trainer.base import minibatch_rows
 from tests.oracles.logprobs import response_logprobs
 from tests.support import padded_prompts, tiny_causal, tiny_llama
@@ -110,7 +111,7 @@ def test_rows_do_not_depend_on_when_other_rows_finish() -> None:
 @pytest.mark.parametrize("small", [0, 1024])
 @pytest.mark.parametrize("width", [1, 100, 128, 300, 512])
 def test_one_and_two_levels_draw_what_a_plain_walk_draws(small, width, monkeypatch) -> None:
-    monkeypatch.setattr(drawing, "SMALL", small)
+    monkeypatch.setattr(draw, "SMALL", small)
     torch.manual_seed(width)
     logits = torch.randn(200, width, dtype=torch.float64) * 4
     logits[:, 1::3] = -torch.inf
@@ -127,7 +128,7 @@ def test_one_and_two_levels_draw_what_a_plain_walk_draws(small, width, monkeypat
 
 @pytest.mark.parametrize("small", [0, 1024])
 def test_draws_follow_the_distribution_by_chi_square(small: int, monkeypatch) -> None:
-    monkeypatch.setattr(drawing, "SMALL", small)
+    monkeypatch.setattr(draw, "SMALL", small)
     torch.manual_seed(0)
     logits = torch.randn(1, 12) * 2
     draws = 60_000

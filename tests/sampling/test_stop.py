@@ -139,7 +139,7 @@ def test_looking_rarely_at_what_is_finished_changes_nothing(
     tokenizer, monkeypatch, every: int, stop
 ) -> None:
     often = rollout(tokenizer, stop=stop, eos_token=(2, 5))
-    monkeypatch.setattr(sampling, "look_every", lambda device: every)
+    monkeypatch.setattr(sampling, "check_every", lambda device: every)
     rarely = rollout(tokenizer, stop=stop, eos_token=(2, 5))
     for name in ("response_ids", "response_mask", "finished"):
         assert torch.equal(getattr(often, name), getattr(rarely, name)), name

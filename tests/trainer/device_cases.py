@@ -14,8 +14,7 @@ from hmpo.config import HMPOConfig
 from hmpo.config.objective import ExponentConfig, MismatchConfig, ObjectiveConfig
 from hmpo.logprobs import head
 from hmpo.optim import Muon
-from hmpo.sampling import decoder
-from hmpo.sampling import responses as sampling
+from hmpo.sampling import decoder, engines
 from hmpo.sampling.graph import GraphDecoder
 from hmpo.trainer.power_mean import HMPOTrainer
 from tests.pretend_gpu import DEVICE, Away, pretended_gpu
@@ -98,7 +97,7 @@ def test_a_training_never_mixes_devices_and_gives_the_cpus_numbers(name: str) ->
 
 def test_a_decoder_with_steps_of_one_shape_never_mixes_devices(monkeypatch) -> None:
     here, _ = trained(torch.device("cpu"), {}, tiny_llama(), tiny_llama())
-    monkeypatch.setattr(sampling, "decoder_kind", lambda _: GraphDecoder)
+    monkeypatch.setattr(engines, "decoder_kind", lambda _: GraphDecoder)
     with pretended_gpu() as device:
         there, _ = trained(device, {}, tiny_llama(), tiny_llama())
     assert here["loss"] == pytest.approx(there["loss"], abs=1e-5)

@@ -7,7 +7,7 @@ import torch
 
 from hmpo import members
 from hmpo.config import MismatchConfig, ObjectiveConfig, PowerMeanConfig
-from hmpo.logprobs import responses as logprobs
+from hmpo.logprobs import responses
 from hmpo.objective.loss import power_mean_loss
 from hmpo.optim import LogitTracker
 from hmpo.sampling.responses import sample_responses
@@ -63,8 +63,9 @@ def gradient(model, batch, objective, **changes):
     model.zero_grad()
     config = dataclasses.replace(SETTINGS, objective=objective, **changes)
     mismatch = MismatchConfig(off_policy_low=0.9)
-    found = accumulate(model, batch, config, objective, None, mismatch)
-    return found.loss, found.logprobs, found.entropy, [p.grad.clone() for p in model.parameters()]
+    result = accumulate(model, batch, config, objective, None, mismatch)
+    gradients = [p.grad.clone() for p in model.parameters()]
+    return result.loss, result.logprobs, result.entropy, gradients
 
 
 def all_active(batch, objective):
@@ -117,13 +118,13 @@ def test_leaving_idle_rows_out_of_the_backward_pass_changes_nothing(
 
 def test_idle_rows_run_without_gradient(monkeypatch) -> None:
     model, calls = tiny_llama(), []
-    compute = logprobs.response_states
+    compute = responses.response_states
 
     def counted(policy, ids, *args):
         calls.append((len(ids), torch.is_grad_enabled()))
         return compute(policy, ids, *args)
 
-    monkeypatch.setattr(logprobs, "response_states", counted)
+    monkeypatch.setattr(responses, "response_states", counted)
     gradient(model, batch_of(model), members.hmpo())
     assert calls == [(6, True), (6, False)]
 
@@ -133,13 +134,13 @@ def test_idle_rows_run_without_gradient(monkeypatch) -> None:
 def test_one_pass_over_the_vocabulary_changes_no_gradient(name, size, monkeypatch) -> None:
     model, objective = in_float64(tiny_llama()), MEMBERS[name]
     batch, passes = batch_of(model), []
-    inner = logprobs.one_pass
+    inner = responses.one_pass
 
     def counted(*args, **options):
         passes.append(args[4])
         return inner(*args, **options)
 
-    monkeypatch.setattr(logprobs, "one_pass", counted)
+    monkeypatch.setattr(responses, "one_pass", counted)
     want = gradient(model, batch, objective, micro_batch_size=size)
     assert not passes, "few logits may wait for the backward pass"
     monkeypatch.setattr("hmpo.logprobs.head.STORE", 0)
