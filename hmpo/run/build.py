@@ -1,5 +1,6 @@
-"""From settings to the parts of a run: trainer settings, optimizer, rewards, a trained policy."""
+"""From settings to the parts of a run: trainer, optimizer, rewards, a trained policy."""
 
+import copy
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,15 @@ from hmpo.config import GSPOConfig, OptimizerConfig, PowerMeanConfig, RunConfig
 from hmpo.config.identity import has_schedule
 from hmpo.config.unread import GSPO_READS, refuse_unread_by_gspo
 from hmpo.errors import CheckpointError, ConfigError, ModelError, require
-from hmpo.models import LoadedPolicy, load_policy
+from hmpo.models import LoadedPolicy, load_policy, stop_token_ids
 from hmpo.models.policy import load_trained_state
 from hmpo.optim.param_groups import MuonWithAdamW, runs_fused, split_param_groups
 from hmpo.rewards import Rewards, load_reward
 from hmpo.tasks import Task
+from hmpo.trainer.gspo import GSPOTrainer
+from hmpo.trainer.power_mean import PowerMeanTrainer
+
+Trainer = PowerMeanTrainer | GSPOTrainer
 
 
 def make_rewards(config: RunConfig, task: Task) -> Rewards:
@@ -40,10 +45,10 @@ def load_trained(folder: Path, config: RunConfig, device: str = "cpu") -> Loaded
         CheckpointError: the run has neither.
     """
     loaded = load_policy(config.policy, device=device)
-    found = load_checkpoint(folder / "checkpoints")
-    if found is None:
+    saved = load_checkpoint(folder / "checkpoints")
+    if saved is None:
         raise CheckpointError(f"{folder}: has no checkpoint yet; let the run save one first")
-    load_trained_state(loaded.model, found.state["model"])
+    load_trained_state(loaded.model, saved.state["model"])
     return loaded
 
 
@@ -72,6 +77,29 @@ def trainer_config(config: RunConfig, **changes: Any) -> PowerMeanConfig | GSPOC
         bounds = {own: getattr(config.objective, name) for name, own in GSPO_READS.items()}
         return GSPOConfig(**bounds, **shared)
     return PowerMeanConfig(objective=config.objective, mismatch=config.mismatch, **shared)
+
+
+def make_trainer(config: RunConfig, loaded: LoadedPolicy, task: Task, rewards: Rewards) -> Trainer:
+    """The trainer of a run, with its optimizer and reference policy."""
+    reference = None
+    if config.reference == "start":
+        reference = copy.deepcopy(loaded.model).requires_grad_(False).eval()
+    settings = trainer_config(
+        config,
+        eos_token=stop_token_ids(loaded.tokenizer, task.stop),
+        pad_token=loaded.tokenizer.pad_token_id,
+        seed=config.seed,
+    )
+    kind = GSPOTrainer if isinstance(settings, GSPOConfig) else PowerMeanTrainer
+    return kind(
+        loaded.model,
+        reference,
+        build_optimizer(loaded.model, config.optimizer),
+        settings,  # type: ignore[arg-type]
+        rewards,
+        tokenizer=loaded.tokenizer,
+        stop=task.stop,
+    )
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
