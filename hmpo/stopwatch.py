@@ -1,9 +1,9 @@
 """Where the time of a step goes: exclusive wall time by named section.
 
-Code marks what it does with `section(name)`; whoever wants the times makes a `Stopwatch` active.
-Without an active one a section costs well under a microsecond, so it may stand on hot paths. A
-device is never waited for: on an accelerator a section holds the launches made in it and the
-waiting that its own host reads cause.
+Code marks what it does with `section(name)`, as a block or over a function; whoever wants the
+times makes a `Stopwatch` active. Without an active one a section costs well under a microsecond,
+so it may stand on hot paths. A device is never waited for: on an accelerator a section holds the
+launches made in it and the waiting that its own host reads cause.
 """
 
 import functools
@@ -11,9 +11,10 @@ import time
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar, Token
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import ParamSpec, TypeVar
 
-F = TypeVar("F", bound=Callable[..., Any])
+P = ParamSpec("P")
+T = TypeVar("T")
 
 PARTS = (
     "sampling",
@@ -94,26 +95,23 @@ _active: ContextVar[Stopwatch | None] = ContextVar("hmpo_stopwatch", default=Non
 
 
 class section:
-    """Add the wall time of a `with` block to the active `Stopwatch`; nothing without one.
+    """Add wall time to the active `Stopwatch`; nothing without one.
 
     Args:
         name: of the section; one name may be used in many places.
+
+    Example:
+        with section("backward"):
+            loss.backward()
+
+        @section("telemetry")
+        def report(record): ...
     """
 
     __slots__ = ("_name", "_watch")
 
     def __init__(self, name: str) -> None:
         self._name = name
-
-    def __call__(self, function: F) -> F:
-        """The function, each call of which is a section."""
-
-        @functools.wraps(function)
-        def timed(*args: Any, **keywords: Any) -> Any:
-            with section(self._name):
-                return function(*args, **keywords)
-
-        return timed  # type: ignore[return-value]
 
     def __enter__(self) -> None:
         self._watch = watch = _active.get()
@@ -128,3 +126,14 @@ class section:
     ) -> None:
         if self._watch is not None:
             self._watch._end()
+
+    def __call__(self, function: Callable[P, T]) -> Callable[P, T]:
+        """The function with each of its calls as a section."""
+        name = self._name
+
+        @functools.wraps(function)
+        def timed(*args: P.args, **kwargs: P.kwargs) -> T:
+            with section(name):  # of its own, so that calls may nest
+                return function(*args, **kwargs)
+
+        return timed

@@ -20,7 +20,9 @@ HEAD = f"""# Configuration
 A run is one TOML file. Every setting has a default, so a file holds only what differs; the tables
 below are the file's tables. Any setting can also be given on the command line as
 `--set table.key=value`, which wins over the file. A key that does not exist, a wrong type or a
-value out of range is refused in one line that names the field.
+value out of range is refused in one line that names the field, and so is a setting of the
+objective that nothing would read: one that differs from the member's own value, such as `p` with
+`algorithm = "gspo"`, or `clip_sigma` without `clip_width = "z"`.
 
 ```toml
 name = "sort-digits"
@@ -46,7 +48,7 @@ minibatches = 2
 The same classes serve the library: `hmpo.config.RunConfig` holds one object for each table, and
 `PowerMeanConfig`, `HMPOConfig` and `GSPOConfig` extend the trainer's table for use without a run.
 
-This page is made from the classes of `hmpo/config/` by `python scripts/make_config_page.py`.
+This page is made from the modules of `hmpo/config/` by `python scripts/make_config_page.py`.
 """
 
 TITLES = {

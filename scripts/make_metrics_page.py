@@ -4,7 +4,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from hmpo.telemetry.fields import GROUPS, RANGE_TOLERANCE, Field
+from hmpo.telemetry.field import RANGE_TOLERANCE, Field
+from hmpo.telemetry.fields import GROUPS
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "metrics.md"
 
@@ -33,8 +34,8 @@ def page() -> str:
     parts = [HEAD]
     for title, rows in GROUPS.items():
         parts.append(f"\n## {title}\n")
-        parts.append("| name | type | unit | range | record | definition | TRL |")
-        parts.append("|---|---|---|---|---|---|---|")
+        parts.append("| name | type | unit | range | record | definition | TRL | written by |")
+        parts.append("|---|---|---|---|---|---|---|---|")
         parts.extend(_row(row) for row in rows)
     return "\n".join(parts) + "\n"
 
@@ -47,7 +48,8 @@ def _row(row: Field) -> str:
     unit = "" if row.unit == "1" else row.unit
     where = ", ".join(row.records)
     definition = row.definition.replace("|", "\\|")
-    cells = (f"`{row.name}`", row.kind, unit, bounds, where, definition, trl)
+    producer = f"`{row.producer}`"
+    cells = (f"`{row.name}`", row.kind, unit, bounds, where, definition, trl, producer)
     return "| " + " | ".join(cells) + " |"
 
 

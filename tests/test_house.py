@@ -1,5 +1,6 @@
 """The house rules that a machine can check."""
 
+import ast
 import re
 import subprocess
 import tomllib
@@ -10,6 +11,37 @@ import pytest
 from packaging.specifiers import SpecifierSet
 
 ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "hmpo"
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+
+LONG_FILES: tuple[str, ...] = ()
+"""Files over 400 lines, at most 4; CONTRIBUTING lists them. A name may go, none may come."""
+
+FLOORS = [
+    "cli",
+    "lab | adapters",
+    "run",
+    "trainer",
+    "sampling | logprobs",
+    "optim | models | tasks",
+    "agm | objective",
+    "attention | rewards | checkpoint | telemetry | config",
+    "types",
+    "errors : stats : stopwatch : randomness",
+]
+FORBIDDEN = {
+    ("trainer.gspo", "objective"),
+    ("trainer.base", "objective"),
+    ("trainer.faults", "objective"),
+    ("trainer.rollout", "objective"),
+    ("adapters", "trainer"),
+    ("adapters", "run"),
+    ("agm", "torch"),
+    ("agm", "numpy"),
+    ("config", "torch"),
+    ("config", "numpy"),
+}
+"""Pairs of module and what it may not import directly."""
 
 
 def tracked() -> list[str]:
@@ -69,10 +101,68 @@ def test_no_registry_no_lock_of_another_tool_and_no_local_path() -> None:
             assert match is None, f"{name}: {match}"
 
 
-def test_source_files_are_of_readable_size() -> None:
-    for path in (ROOT / "hmpo").rglob("*.py"):
-        lines = len(path.read_text(encoding="utf-8").splitlines())
-        assert lines <= 500, f"{path.relative_to(ROOT)}: {lines} lines"
+def lines(path: Path) -> int:
+    return len(path.read_text(encoding="utf-8").splitlines())
+
+
+def rooms() -> list[Path]:
+    return sorted({path.parent for path in SOURCES} - {PACKAGE})
+
+
+def test_the_package_has_few_files_at_its_root() -> None:
+    names = [path.name for path in SOURCES if path.parent == PACKAGE]
+    assert len(names) <= 8, names
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_file_has_at_most_400_lines_and_its_functions_60(path: Path) -> None:
+    if path.relative_to(ROOT).as_posix() not in LONG_FILES:
+        assert lines(path) <= 400
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            length = (node.end_lineno or node.lineno) - node.lineno + 1
+            assert length <= 60, f"{node.name}: {length} lines"
+
+
+def test_the_list_of_longer_files_only_shrinks() -> None:
+    assert len(LONG_FILES) <= 4
+    contributing = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    for name in LONG_FILES:
+        assert lines(ROOT / name) > 400, f"{name}: take it from the list"
+        assert f"`{name}`" in contributing, name
+
+
+@pytest.mark.parametrize("room", rooms(), ids=lambda room: str(room.relative_to(PACKAGE)))
+def test_a_large_room_says_on_a_page_what_is_hard_in_it(room: Path) -> None:
+    modules = [path for path in room.glob("*.py") if path.name != "__init__.py"]
+    if len(modules) > 8:
+        assert lines(room / "README.md") <= 60
+
+
+def contracts() -> dict[str, dict]:
+    tool = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]
+    return {contract["name"]: contract for contract in tool["importlinter"]["contracts"]}
+
+
+def test_imports_flow_down_ten_floors() -> None:
+    layers = contracts()["layers"]
+    assert layers["layers"] == FLOORS and layers["exhaustive"]
+    placed = {name for floor in FLOORS for name in re.split(" [|:] ", floor)}
+    names = {room.name for room in rooms() if room.parent == PACKAGE}
+    names |= {path.stem for path in SOURCES if path.parent == PACKAGE}
+    assert placed == names - {"__init__", "__main__"}
+    assert not any("ignore_imports" in contract for contract in contracts().values())
+
+
+def test_what_may_not_be_imported_is_forbidden() -> None:
+    forbidden = {
+        (source.removeprefix("hmpo."), target.removeprefix("hmpo."))
+        for contract in contracts().values()
+        if contract["type"] == "forbidden"
+        for source in contract["source_modules"]
+        for target in contract["forbidden_modules"]
+    }
+    assert forbidden == FORBIDDEN
 
 
 def test_stable_command_line_entry_is_executable() -> None:

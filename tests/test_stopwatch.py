@@ -48,6 +48,20 @@ def test_a_section_inside_one_of_the_same_name_is_counted_once(clock: Clock) -> 
     assert watch.seconds == {"a": 7.0}
 
 
+def test_each_call_of_a_decorated_function_is_a_section(clock: Clock) -> None:
+    @section("a")
+    def count_down(n: int) -> int:
+        """Counts."""
+        clock.now += 1
+        return count_down(n - 1) if n else 7
+
+    assert (count_down.__name__, count_down.__doc__) == ("count_down", "Counts.")
+    assert count_down(0) == 7
+    with Stopwatch() as watch:
+        assert count_down(2) == 7
+    assert watch.seconds == {"a": 3.0}
+
+
 def test_an_exception_closes_the_sections_it_leaves(clock: Clock) -> None:
     watch = Stopwatch()
     with watch, pytest.raises(KeyError), section("outer"), section("inner"):

@@ -14,8 +14,9 @@ verl, a fully masked response counts in the number of responses.
 """
 
 import dataclasses
+import typing
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -24,8 +25,9 @@ from verl.trainer.ppo.core_algos import register_policy_loss  # pyrefly: ignore[
 from verl.workers.config import ActorConfig, PolicyLossConfig  # pyrefly: ignore[missing-import]
 
 from hmpo.config.members import BY_NAME
-from hmpo.config.objective import ObjectiveConfig
+from hmpo.config.objective import ExponentConfig, ObjectiveConfig
 from hmpo.config.reading import from_dict
+from hmpo.config.unread import refuse_unread_objective
 from hmpo.errors import ConfigError, ShapeError, require
 from hmpo.objective.loss import power_mean_loss
 from hmpo.objective.metrics import objective_metrics
@@ -74,43 +76,38 @@ _NOT_WITHIN_A_CALL = {
 }
 
 
+def _offered(cls: type, prefix: str = "") -> dict[str, Any]:
+    """Types of the fields of a settings table, by the names under which verl's config has them."""
+    hints = typing.get_type_hints(cls)
+    return {
+        f"{prefix}{field.name}": (str if typing.get_origin(kind) is Literal else kind) | None
+        for field in dataclasses.fields(cls)
+        if not dataclasses.is_dataclass(kind := hints[field.name])
+    }
+
+
+_EXPONENT = _offered(ExponentConfig, "exponent_")
+_FIELDS = {name: kind for name, kind in _offered(ObjectiveConfig).items() if name != "name"}
+_Fields = dataclasses.make_dataclass(
+    "_Fields",
+    [(name, kind, None) for name, kind in (_FIELDS | _EXPONENT).items()],
+    bases=(PolicyLossConfig,),
+    namespace={"__module__": __name__},
+)
+
+
 @dataclass
-class PowerMeanLossConfig(PolicyLossConfig):
+class PowerMeanLossConfig(_Fields):  # pyrefly: ignore[invalid-inheritance]
     """A member of the family and what differs from it; None keeps the member's value.
 
     The fields are those of `hmpo.config.objective.ObjectiveConfig`, where they are explained;
-    `exponent_kind`, `exponent_saturation` and `exponent_matching` are those of its `exponent`.
+    `exponent_kind`, `exponent_saturation` and so on are those of its `exponent`. What a loss
+    inside verl cannot follow is refused.
     """
 
     loss_mode: str = LOSS_MODE
     member: str = "hmpo"
     """Name of a member (see `hmpo.config.members`)."""
-    mean: str | None = None
-    ahm_weight: float | None = None
-    p: float | None = None
-    p_positive: float | None = None
-    p_negative: float | None = None
-    exponent_kind: str | None = None
-    """"fixed" or "matched"."""
-    exponent_saturation: float | None = None
-    exponent_matching: str | None = None
-    gate: str | None = None
-    gate_positive: float | None = None
-    gate_negative: float | None = None
-    clip_level: str | None = None
-    clip_space: str | None = None
-    clip_low: float | None = None
-    clip_high: float | None = None
-    clip_width: str | None = None
-    """Only "absolute"."""
-    clip_center: str | None = None
-    """Only "one"."""
-    sign_convention: str | None = None
-    dual_clip: float | None = None
-    reduction: str | None = None
-    max_length: int | None = None
-    kl_coef: float | None = None
-    """Only 0: verl adds the KL term itself."""
 
     def __post_init__(self) -> None:
         require(
@@ -131,14 +128,12 @@ class PowerMeanLossConfig(PolicyLossConfig):
         known = ", ".join(BY_NAME)
         require(self.member in BY_NAME, "policy_loss.member", self.member, f"one of {known}")
         member = BY_NAME[self.member]()
-        offered = {f.name for f in dataclasses.fields(PowerMeanLossConfig)}
-        names = [f.name for f in dataclasses.fields(ObjectiveConfig) if f.name in offered]
         values = dataclasses.asdict(member)
-        values |= {name: self[name] for name in names if self[name] is not None}
+        values |= {name: self[name] for name in _FIELDS if self[name] is not None}
         values["exponent"] |= {
-            name: self[f"exponent_{name}"]
-            for name in ("kind", "saturation", "matching")
-            if self[f"exponent_{name}"] is not None
+            name.removeprefix("exponent_"): self[name]
+            for name in _EXPONENT
+            if self[name] is not None
         }
         objective = from_dict(ObjectiveConfig, values, "policy_loss")
         _check_objective(objective)
@@ -215,6 +210,13 @@ def _check_objective(objective: ObjectiveConfig) -> None:
         objective.kl_coef,
         "0, as verl adds the KL term itself: actor.use_kl_loss=true actor.kl_loss_coef=...",
     )
+    require(
+        objective.clip_share is None,
+        "policy_loss.clip_share",
+        objective.clip_share,
+        "None, as verl's loss is a function without a state",
+    )
+    refuse_unread_objective(objective, "policy_loss")
 
 
 def _objective(config: ActorConfig, loss_agg_mode: str) -> ObjectiveConfig:

@@ -28,13 +28,13 @@ from hmpo.config.agm import (
     AGMConfig,
     CurriculumConfig,
     PhaseConfig,
-    PopulationConfig,
     RegimeConfig,
     ScalesConfig,
     StopConfig,
     StrategyConfig,
     UncertaintyConfig,
 )
+from hmpo.config.population import PopulationConfig
 
 if TYPE_CHECKING:
     from hmpo.objective.exponent import LearnableExponent as LearnableAGMOptimizer

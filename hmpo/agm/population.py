@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from statistics import NormalDist, pstdev
 from typing import Any
 
-from hmpo.config.agm import PopulationConfig
+from hmpo.config.population import PopulationConfig
 from hmpo.errors import CheckpointError, ConfigError
 
 VERSION = 1

@@ -11,23 +11,35 @@ the same folder protect against rot and cut-off writes, not against someone who 
 One process writes into a folder at a time (`RunLock`).
 """
 
-from hmpo.checkpoint.files import check_free_space, write_atomic
-from hmpo.checkpoint.lock import RunLock
-from hmpo.checkpoint.store import (
-    Checkpoint,
-    estimate_bytes,
-    list_checkpoints,
-    load_checkpoint,
-    save_checkpoint,
-)
+import importlib
+from typing import TYPE_CHECKING, Any
 
-__all__ = [
-    "Checkpoint",
-    "RunLock",
-    "check_free_space",
-    "estimate_bytes",
-    "list_checkpoints",
-    "load_checkpoint",
-    "save_checkpoint",
-    "write_atomic",
-]
+_HOME = {
+    "Checkpoint": "store",
+    "RunLock": "lock",
+    "check_free_space": "files",
+    "estimate_bytes": "store",
+    "list_checkpoints": "store",
+    "load_checkpoint": "store",
+    "save_checkpoint": "store",
+    "write_atomic": "files",
+}
+
+__all__ = list(_HOME)
+
+if TYPE_CHECKING:
+    from hmpo.checkpoint.files import check_free_space, write_atomic
+    from hmpo.checkpoint.lock import RunLock
+    from hmpo.checkpoint.store import (
+        Checkpoint,
+        estimate_bytes,
+        list_checkpoints,
+        load_checkpoint,
+        save_checkpoint,
+    )
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(f"hmpo.checkpoint.{_HOME[name]}"), name)
+    raise AttributeError(f"module 'hmpo.checkpoint' has no attribute {name!r}")

@@ -163,10 +163,15 @@ def check_free_space(folder: Path, needed_bytes: int) -> None:
         raise refused
 
 
-def write_atomic(path: Path, data: bytes | str) -> None:
+def write_atomic(path: Path, data: bytes | str, *, make_folder: bool = False) -> None:
     """Replace `path` by `data` (text as UTF-8): readers see all of it or the former file.
 
     Written beside it, fsync'd, renamed over it; then the folder is fsync'd.
+
+    Args:
+        path: the file.
+        data: its whole content.
+        make_folder: make the file's folder first where it is missing.
 
     Raises:
         StorageError: naming the path, the needed and the free bytes; the former file stays.
@@ -174,6 +179,8 @@ def write_atomic(path: Path, data: bytes | str) -> None:
     content = data.encode("utf-8") if isinstance(data, str) else data
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
     with storage_errors(path, len(content)):
+        if make_folder:
+            path.parent.mkdir(parents=True, exist_ok=True)
         try:
             write_file(temporary, [content])
             temporary.replace(path)

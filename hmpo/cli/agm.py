@@ -82,13 +82,13 @@ def plot(run: Positional[Path], /, *, out: Path | None = None, adapter: str | No
         out: PNG file; by default plots/decisions.png in the run's folder, or beside the log.
         adapter: kind of log; by default the log tells.
     """
-    from hmpo.lab.folder import write_atomic
+    from hmpo.checkpoint import write_atomic
     from hmpo.lab.timeline import render_timeline
 
     source, decisions = _decided(run, adapter)
     if out is None:
         out = run / "plots" / "decisions.png" if run.is_dir() else run.with_suffix(".png")
-    write_atomic(out, render_timeline(source, decisions, run.resolve().name))
+    write_atomic(out, render_timeline(source, decisions, run.resolve().name), make_folder=True)
     print(f"plot: {out}")
     return 0
 
@@ -112,8 +112,8 @@ def sweep(
         config: TOML or JSON file with an [agm] table; by default the run's own.
         adapter: kind of log; by default the log tells.
     """
+    from hmpo.checkpoint import write_atomic
     from hmpo.lab.decisions import sweep_row
-    from hmpo.lab.folder import write_atomic
     from hmpo.lab.replay import grid_of, load_source, sweep
 
     source = load_source(run, config, adapter)
@@ -123,7 +123,7 @@ def sweep(
     lines += [",".join("" if v is None else str(v) for v in row.values()) for row in rows]
     print("\n".join(lines))
     if out is not None:
-        write_atomic(out, ("\n".join(lines) + "\n").encode())
+        write_atomic(out, "\n".join(lines) + "\n", make_folder=True)
     return 0
 
 

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from hmpo.config import RunConfig
 from hmpo.run.evaluation import Evaluation, Rate
-from hmpo.run.loop import Observer, RunResult
+from hmpo.run.observer import Observer, RunResult
 from hmpo.types import Event
 
 ASCII_BARS = " .:-=+*#"

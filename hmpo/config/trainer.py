@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from hmpo.config.objective import MismatchConfig, ObjectiveConfig
+from hmpo.config.unread import refuse_unread_mismatch, refuse_unread_objective
 from hmpo.errors import require, require_positive
 
 
@@ -144,20 +145,17 @@ class PowerMeanConfig(TrainerConfig):
     epsilon: float | None = None
     """Both clip half-widths, in the unit of the objective's `clip_space`; None keeps them."""
     objective: ObjectiveConfig | None = None
-    """The whole objective; excludes the three short forms above."""
+    """The whole objective; excludes the three short forms above. What its own settings leave
+    without effect is refused where it differs from the member's values."""
     mismatch: MismatchConfig = field(default_factory=MismatchConfig)
     """Corrections where sampler and trainer disagree."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.objective is not None:
-            short = self.power_p is not None or self.epsilon is not None
-            require(
-                not short,
-                "objective",
-                "an ObjectiveConfig together with power_p or epsilon",
-                "one or the other",
-            )
+            for name in ("mean_type", "power_p", "epsilon"):
+                value, default = getattr(self, name), getattr(PowerMeanConfig, name)
+                require(value == default, name, value, f"{default!r} together with objective")
         if self.power_p is not None:
             require(
                 self.mean_type == "power",
@@ -166,6 +164,8 @@ class PowerMeanConfig(TrainerConfig):
                 f'None with mean_type = {self.mean_type!r} (set mean_type = "power")',
             )
         objective = self.resolved_objective  # validates the short forms now, not at first use
+        refuse_unread_objective(objective)
+        refuse_unread_mismatch(self.mismatch)
         require(
             objective.clip_share is None or self.updates_per_rollout > 1,
             "clip_share",

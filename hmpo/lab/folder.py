@@ -1,16 +1,13 @@
 """A run folder as the report sees it, whole or cut short."""
 
-import contextlib
 import json
 import math
-import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hmpo.errors import RunFolderError, StorageError, TelemetryError
+from hmpo.errors import RunFolderError, TelemetryError
 from hmpo.telemetry.ingest import Record, RunLog, read_records, read_run, read_timing
 from hmpo.telemetry.secrets import mask_secrets
 
@@ -135,23 +132,3 @@ def _read_samples(path: Path, notes: list[str]) -> tuple[Record, ...]:
     if broken:
         notes.append(f"{path.name}: {len(broken)} malformed lines left out")
     return tuple(record for _, record in records if isinstance(record.get("rollout"), int))
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Replace a file in one piece: a reader sees the old or the new one, never a part.
-
-    The folder is made if it is missing.
-
-    Raises:
-        StorageError: with the path and the free bytes; nothing is left behind.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(data)
-        temporary.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        free = shutil.disk_usage(path.parent).free if path.parent.is_dir() else 0
-        raise StorageError(f"cannot write {path}: {error.strerror} ({free} bytes free)") from None

@@ -17,7 +17,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from hmpo.lab.folder import RunData, write_atomic
+from hmpo.checkpoint import write_atomic
+from hmpo.lab.folder import RunData
 from hmpo.lab.panels import PLOTS, Line, Panel, Plot
 from hmpo.stats import wilson_interval
 
@@ -163,7 +164,7 @@ def write_plots(runs: Sequence[RunData], folder: Path, labels: Sequence[str] = (
     for plot in PLOTS:
         image = render(plot, runs, form="png", labels=labels)
         if image is not None:
-            write_atomic(folder / f"{plot.name}.png", image)
+            write_atomic(folder / f"{plot.name}.png", image, make_folder=True)
             written.append(folder / f"{plot.name}.png")
     return written
 

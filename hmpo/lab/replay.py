@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from hmpo.agm.control import Control
+from hmpo.checkpoint import write_atomic
 from hmpo.config import to_dict
 from hmpo.config.control import ControlConfig
 from hmpo.config.reading import from_dict
 from hmpo.errors import CheckpointError, ConfigError, TelemetryError
-from hmpo.lab.folder import write_atomic
 from hmpo.telemetry.foreign import read_log
 from hmpo.telemetry.ingest import Record, RunLog
 from hmpo.telemetry.records import encode, event_record
@@ -146,11 +146,11 @@ def replay_file(
     decisions = replay(source, control, until, after)
     if out is not None:
         lines = [encode(_header(source, control, until)), *map(encode, decisions)]
-        write_atomic(out, ("\n".join(lines) + "\n").encode())
+        write_atomic(out, "\n".join(lines) + "\n", make_folder=True)
     if state_out is not None:
         seen = max([after, *(record["step"] for record in decisions)])
         state = {"schema": "hmpo.agm/1", "step": seen, "control": control.state_dict()}
-        write_atomic(state_out, (json.dumps(state, sort_keys=True) + "\n").encode())
+        write_atomic(state_out, json.dumps(state, sort_keys=True) + "\n", make_folder=True)
     return decisions
 
 

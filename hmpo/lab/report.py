@@ -17,8 +17,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from hmpo import __version__
+from hmpo.checkpoint import write_atomic
 from hmpo.errors import ConfigError
-from hmpo.lab.folder import RunData, load_run, write_atomic
+from hmpo.lab.folder import RunData, load_run
 from hmpo.lab.panels import PLOTS
 from hmpo.lab.plots import darken, render, render_comparison, write_plots
 from hmpo.lab.summary import compare, summarize
@@ -53,7 +54,7 @@ def write_report(runs: Sequence[Path], out: Path | None = None) -> Path:
         out = Path(runs[0]) / ("report.html" if len(data) == 1 else "comparison.html")
     folder = out.parent / ("plots" if len(data) == 1 else f"{out.stem}-plots")
     page = render_page(data, labels)
-    write_atomic(out, page.encode("utf-8"))
+    write_atomic(out, page, make_folder=True)
     write_plots(data, folder, labels)
     return out
 

@@ -1,5 +1,6 @@
-"""From settings to the parts of a run: trainer settings, optimizer, rewards, a trained policy."""
+"""From settings to the parts of a run: trainer, optimizer, rewards, a trained policy."""
 
+import copy
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -7,28 +8,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from hmpo.checkpoint import (
-    load_checkpoint,
-)
-from hmpo.config import (
-    GSPOConfig,
-    MismatchConfig,
-    OptimizerConfig,
-    PowerMeanConfig,
-    RunConfig,
-)
+from hmpo.checkpoint import load_checkpoint
+from hmpo.config import GSPOConfig, OptimizerConfig, PowerMeanConfig, RunConfig
 from hmpo.config.identity import has_schedule
-from hmpo.errors import (
-    CheckpointError,
-    ConfigError,
-    ModelError,
-    require,
-)
-from hmpo.models import LoadedPolicy, load_policy
+from hmpo.config.unread import GSPO_READS, refuse_unread_by_gspo
+from hmpo.errors import CheckpointError, ConfigError, ModelError, require
+from hmpo.models import LoadedPolicy, load_policy, stop_token_ids
 from hmpo.models.policy import load_trained_state
 from hmpo.optim.param_groups import MuonWithAdamW, runs_fused, split_param_groups
 from hmpo.rewards import Rewards, load_reward
 from hmpo.tasks import Task
+from hmpo.trainer.gspo import GSPOTrainer
+from hmpo.trainer.power_mean import PowerMeanTrainer
+
+Trainer = PowerMeanTrainer | GSPOTrainer
 
 
 def make_rewards(config: RunConfig, task: Task) -> Rewards:
@@ -52,39 +45,61 @@ def load_trained(folder: Path, config: RunConfig, device: str = "cpu") -> Loaded
         CheckpointError: the run has neither.
     """
     loaded = load_policy(config.policy, device=device)
-    found = load_checkpoint(folder / "checkpoints")
-    if found is None:
+    saved = load_checkpoint(folder / "checkpoints")
+    if saved is None:
         raise CheckpointError(f"{folder}: has no checkpoint yet; let the run save one first")
-    load_trained_state(loaded.model, found.state["model"])
+    load_trained_state(loaded.model, saved.state["model"])
     return loaded
 
 
 def trainer_config(config: RunConfig, **changes: Any) -> PowerMeanConfig | GSPOConfig:
-    """The trainer's own configuration of a run, with `changes` (such as token ids) put in."""
+    """The trainer's own configuration of a run.
+
+    Args:
+        config: the run.
+        changes: fields of `config.trainer` that the run itself decides, such as token ids.
+
+    Raises:
+        ConfigError: a setting that the algorithm does not read was changed; one line names it.
+    """
+    for field in dataclasses.fields(config.trainer):
+        value = getattr(config.trainer, field.name)
+        if field.name in changes:
+            expected = "nothing: the run decides it, by its own `seed` and the policy's tokenizer"
+            require(value == field.default, f"trainer.{field.name}", value, expected)
     shared = {
         f.name: getattr(config.trainer, f.name) for f in dataclasses.fields(config.trainer)
     } | changes
     if shared["total_updates"] is None and has_schedule(config):
         shared["total_updates"] = config.updates
     if config.algorithm == "gspo":
-        bounds = config.objective
-        plain = not bounds.needs_band and bounds.exponent.kind == "fixed"
-        require(
-            plain and bounds.clip_level == "sequence" and bounds.clip_space == "ratio",
-            "objective",
-            bounds.name,
-            'member = "gspo" with algorithm = "gspo"',
-        )
-        plain = config.mismatch == MismatchConfig()
-        require(plain, "mismatch", config.mismatch, 'its defaults with algorithm = "gspo"')
-        require(
-            bounds.clip_share is None,
-            "objective.clip_share",
-            bounds.clip_share,
-            'None with algorithm = "gspo"',
-        )
-        return GSPOConfig(epsilon_low=bounds.clip_low, epsilon_high=bounds.clip_high, **shared)
+        refuse_unread_by_gspo(config.objective, config.mismatch)
+        bounds = {own: getattr(config.objective, name) for name, own in GSPO_READS.items()}
+        return GSPOConfig(**bounds, **shared)
     return PowerMeanConfig(objective=config.objective, mismatch=config.mismatch, **shared)
+
+
+def make_trainer(config: RunConfig, loaded: LoadedPolicy, task: Task, rewards: Rewards) -> Trainer:
+    """The trainer of a run, with its optimizer and reference policy."""
+    reference = None
+    if config.reference == "start":
+        reference = copy.deepcopy(loaded.model).requires_grad_(False).eval()
+    settings = trainer_config(
+        config,
+        eos_token=stop_token_ids(loaded.tokenizer, task.stop),
+        pad_token=loaded.tokenizer.pad_token_id,
+        seed=config.seed,
+    )
+    kind = GSPOTrainer if isinstance(settings, GSPOConfig) else PowerMeanTrainer
+    return kind(
+        loaded.model,
+        reference,
+        build_optimizer(loaded.model, config.optimizer),
+        settings,  # type: ignore[arg-type]
+        rewards,
+        tokenizer=loaded.tokenizer,
+        stop=task.stop,
+    )
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:

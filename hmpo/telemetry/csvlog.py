@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from hmpo.errors import TelemetryError
-from hmpo.telemetry.fields import FIELDS, Field, lookup, lookup_trl
+from hmpo.telemetry.field import Field
+from hmpo.telemetry.fields import FIELDS
+from hmpo.telemetry.lookup import lookup, lookup_trl
 from hmpo.telemetry.records import decode, encode
 
 _FLAGS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from hmpo.errors import ConfigError, TelemetryError
-from hmpo.telemetry.fields import lookup, lookup_trl
 from hmpo.telemetry.ingest import Problem, RunLog, read_records, read_run, refuse_malformed
+from hmpo.telemetry.lookup import lookup, lookup_trl
 from hmpo.telemetry.records import eval_record, step_record
 
 Adapter = Literal["hmpo", "hmpo-legacy", "agm-payload", "trl", "verl"]

@@ -16,7 +16,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from hmpo.errors import TelemetryError
-from hmpo.telemetry.fields import FIELDS, RANGE_TOLERANCE, Field, lookup, lookup_trl, with_trl_names
+from hmpo.telemetry.field import RANGE_TOLERANCE, Field
+from hmpo.telemetry.fields import FIELDS
+from hmpo.telemetry.lookup import lookup, lookup_trl, with_trl_names
 from hmpo.telemetry.schema import schema_json as schema_json
 from hmpo.telemetry.secrets import mask_secrets
 

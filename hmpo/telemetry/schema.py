@@ -3,7 +3,8 @@
 import re
 from typing import Any
 
-from hmpo.telemetry.fields import FIELDS, RANGE_TOLERANCE, Field
+from hmpo.telemetry.field import RANGE_TOLERANCE, Field
+from hmpo.telemetry.fields import FIELDS
 
 
 def schema_json() -> dict[str, Any]:

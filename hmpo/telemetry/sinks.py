@@ -16,7 +16,7 @@ from hmpo.errors import (
     StorageError,
     TelemetryError,
 )
-from hmpo.telemetry.fields import lookup
+from hmpo.telemetry.lookup import lookup
 from hmpo.telemetry.records import config_hash, encode, make_run_id
 from hmpo.telemetry.secrets import mask_secrets
 

@@ -1,6 +1,7 @@
 """Our objective through TRL's own loss: gradients, options that keep working, state, logs."""
 
 import dataclasses
+import functools
 import json
 import os
 import pickle
@@ -22,6 +23,7 @@ from transformers import HfArgumentParser, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer, TrlParser
 
 from hmpo import members
+from hmpo.adapters.trl.config import LOSS_TYPES
 from hmpo.adapters.trl.log import Rows, join_rows
 from hmpo.adapters.trl.trainer import PowerMeanGRPOConfig, PowerMeanGRPOTrainer
 from hmpo.config import to_dict
@@ -42,6 +44,7 @@ from tests.adapters.gradients import (
     trl_gradient,
     with_old,
 )
+from tests.config.other_values import EXPONENT, OBJECTIVE
 
 ROOT = Path(__file__).parents[2]
 PLAIN = {"use_cpu": True, "bf16": False, "activation_checkpointing": False}
@@ -331,6 +334,21 @@ def test_what_would_be_ignored_or_contradicts_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=named):
         config(**settings)
+
+
+@pytest.mark.parametrize("name", [*OBJECTIVE, *(f"exponent.{name}" for name in EXPONENT)])
+def test_every_field_of_the_objective_is_in_force_or_refused(name: str) -> None:
+    own = OBJECTIVE | {"clip_level": "sequence", "clip_space": "ratio"}
+    value = EXPONENT[name.partition(".")[2]] if "." in name else own[name]
+    changed = {"exponent": {name.partition(".")[2]: value}} if "." in name else {name: value}
+    try:
+        found = config(objective={"member": "hmpo"} | changed, num_iterations=2)
+    except ConfigError as refused:
+        assert name.rpartition(".")[2] in str(refused) and "\n" not in str(refused)
+        return
+    objective = found.resolved_objective
+    assert functools.reduce(getattr, name.split("."), objective) == value
+    assert objective != members.hmpo() and found.host_loss[0] == LOSS_TYPES[objective.reduction]
 
 
 def test_another_configuration_is_refused(tmp_path: Path) -> None:

@@ -28,10 +28,12 @@ from verl.workers.utils.losses import ppo_loss
 
 from hmpo import members
 from hmpo.adapters.verl import AGGREGATION, METRICS, PowerMeanLossConfig, power_mean
+from hmpo.config.objective import ExponentConfig, ObjectiveConfig
 from hmpo.errors import ConfigError, ShapeError
 from hmpo.objective.loss import power_mean_loss
 from hmpo.objective.metrics import objective_metrics
 from hmpo.types import Denominators
+from tests.config.other_values import EXPONENT, OBJECTIVE
 
 ROOT = Path(__file__).resolve().parents[2]
 LENGTHS = (10, 7, 1, 4, 10, 6, 3, 10)
@@ -316,6 +318,36 @@ def test_an_actor_config_that_contradicts_the_member_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):
         call(case, actor(**changes), counts=counts)
+
+
+OTHER_VALUES = (
+    OBJECTIVE
+    | {"clip_level": "sequence", "clip_space": "ratio"}
+    | {f"exponent_{name}": value for name, value in EXPONENT.items()}
+)
+"""For every field a value that HMPO does not have."""
+
+
+def test_every_field_of_the_objective_is_offered() -> None:
+    fields = {f.name for f in dataclasses.fields(ObjectiveConfig)} - {"name", "exponent"}
+    source = {f"exponent_{f.name}" for f in dataclasses.fields(ExponentConfig)}
+    assert OTHER_VALUES.keys() | {"exponent_allow_surrogate"} == fields | source
+
+
+@pytest.mark.parametrize("name", OTHER_VALUES)
+def test_every_field_reaches_the_loss_or_is_refused(case: Case, name: str) -> None:
+    """Ratios beyond unequal bounds show each of them."""
+    case.logp = case.old + 8 * (case.logp - case.old)
+    before = directly(case, dataclasses.replace(members.hmpo(), clip_high=0.3))
+    try:
+        loss = PowerMeanLossConfig(**{"clip_high": 0.3, name: OTHER_VALUES[name]})
+    except ConfigError as refused:
+        assert name.removeprefix("exponent_") in str(refused) and "\n" not in str(refused)
+        return
+    mode = AGGREGATION[loss.objective().reduction]
+    after = through_verl(case, actor(policy_loss=loss, loss_agg_mode=mode), parts=2)
+    with pytest.raises(AssertionError):
+        assert_equal(after, before)
 
 
 def test_a_call_without_config_is_refused(case: Case) -> None:

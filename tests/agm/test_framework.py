@@ -21,7 +21,7 @@ from hmpo.agm import (
     StopConfig,
 )
 from hmpo.agm.framework import ACTIONS
-from hmpo.telemetry.fields import lookup
+from hmpo.telemetry.lookup import lookup
 from hmpo.telemetry.records import decision_record, encode
 from tests.agm.streams import autocorrelated, evaluation, healthy, step
 

@@ -47,15 +47,15 @@ class Spoiler(run.Observer):
 
     def __init__(self, patch: pytest.MonkeyPatch, site: str, updates, value: float) -> None:
         self.site, self.updates, self.value = site, updates, value
-        make = run._Run._make_trainer
+        make = run.make_trainer
 
-        def captured(runner):
-            self.trainer = make(runner)
+        def captured(*parts):
+            self.trainer = make(*parts)
             self.trainer.policy.model.norm.weight.register_hook(self._gradient)
             self.trainer.optimizer.register_step_post_hook(self._weights)
             return self.trainer
 
-        patch.setattr(run._Run, "_make_trainer", captured)
+        patch.setattr(run, "make_trainer", captured)
         forward = self._forward(gspo.token_logprobs_and_entropy)
         patch.setattr(gspo, "token_logprobs_and_entropy", forward)
         patch.setattr(accumulate, "response_loss", self._loss(accumulate.response_loss))

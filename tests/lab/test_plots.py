@@ -6,7 +6,7 @@ from hmpo.lab import plots
 from hmpo.lab.folder import load_run
 from hmpo.lab.panels import PLOTS, STEP_PARTS
 from hmpo.stopwatch import PARTS
-from hmpo.telemetry.fields import lookup
+from hmpo.telemetry.lookup import lookup
 from tests.lab.synthetic import make_run
 
 BY_NAME = {plot.name: plot for plot in PLOTS}

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from hmpo.checkpoint import write_atomic
 from hmpo.errors import ConfigError, RunFolderError, StorageError
 from hmpo.lab import plots, report
-from hmpo.lab.folder import load_run, write_atomic
+from hmpo.lab.folder import load_run
 from hmpo.lab.panels import PLOTS
 from hmpo.lab.summary import breakdown, time_line
 from hmpo.telemetry.ingest import read_run
@@ -274,7 +275,7 @@ def test_wrong_folders_are_one_line_errors(tmp_path):
 def test_a_page_that_cannot_be_written_is_a_storage_error(tmp_path, no_plots):
     run = make_run(tmp_path / "r", updates=1)
     (tmp_path / "file").write_text("")
-    with pytest.raises(StorageError, match=r"cannot write .*page\.html"):
+    with pytest.raises(StorageError, match=r"page\.html: cannot write"):
         report.write_report([run], tmp_path / "file" / "page.html")
 
 
@@ -285,7 +286,9 @@ def test_a_failed_write_keeps_the_former_page_and_leaves_nothing_behind(tmp_path
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "replace", fail)
-    with pytest.raises(StorageError, match=r"No space left on device \(\d+ bytes free\)"):
+    with pytest.raises(
+        StorageError, match=r"\(No space left on device\): needed 3 bytes, \d+ bytes free"
+    ):
         write_atomic(tmp_path / "p.html", b"new")
     assert [p.name for p in tmp_path.iterdir()] == ["p.html"]
     assert (tmp_path / "p.html").read_text() == "old"

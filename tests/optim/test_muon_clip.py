@@ -28,7 +28,7 @@ from hmpo.optim import (
 )
 from hmpo.optim.muon_clip import _attached
 from hmpo.optim.state import clip_lists, clip_metrics
-from hmpo.telemetry.fields import lookup
+from hmpo.telemetry.lookup import lookup
 from tests.optim.tiny import KINDS, attentions, batch, loss_of, make, values
 
 CONFIG = MuonClipConfig(max_qk_score=5.0)

@@ -12,7 +12,8 @@ import pytest
 from hmpo.config import RunConfig, to_dict
 from hmpo.errors import TelemetryError
 from hmpo.telemetry import records
-from hmpo.telemetry.fields import FIELDS, lookup, with_trl_names
+from hmpo.telemetry.fields import FIELDS
+from hmpo.telemetry.lookup import lookup, with_trl_names
 
 ROOT = Path(__file__).resolve().parents[2]
 NAME = operator.attrgetter("name")

@@ -11,6 +11,7 @@ from hmpo.config import to_dict
 from hmpo.config.members import BY_NAME
 from hmpo.config.objective import ObjectiveConfig
 from hmpo.config.reading import run_config
+from hmpo.config.unread import refuse_unread_objective
 from hmpo.errors import ConfigError, require
 from hmpo.optim import MuonClipConfig
 
@@ -179,6 +180,7 @@ class PowerMeanGRPOConfig(GRPOConfig):
             expected = f"max_completion_length = {self.max_completion_length}, or nothing"
             same = objective.max_length == self.max_completion_length
             require(same, "max_length", objective.max_length, expected)
+        refuse_unread_objective(objective)
         has_p = objective.mean == "power" and objective.gate != "detached"
         own = objective.exponent.kind in ("matched", "reward")
         for name in ("p", "p_positive", "p_negative"):

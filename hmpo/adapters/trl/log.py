@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 
 from hmpo import __version__
 from hmpo.adapters.trl.config import PowerMeanGRPOConfig
-from hmpo.telemetry.fields import lookup_trl
+from hmpo.telemetry.lookup import lookup_trl
 from hmpo.telemetry.records import config_hash, end_record, make_run_id, run_record, step_record
 from hmpo.telemetry.sinks import JsonlSink
 from hmpo.types import Metrics

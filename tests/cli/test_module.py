@@ -1,0 +1,51 @@
+"""`python -m hmpo` is `hmpo`: the same commands, exit codes and environment."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import hmpo.cli
+
+VARIABLES = ("OMP_WAIT_POLICY", "HF_HUB_OFFLINE", "TOKENIZERS_PARALLELISM")
+
+
+def run(code: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    clean = {name: value for name, value in os.environ.items() if name not in VARIABLES}
+    return subprocess.run(
+        [sys.executable, *code], cwd=folder, capture_output=True, text=True, env=clean
+    )
+
+
+@pytest.mark.parametrize("module", ["hmpo", "hmpo.cli"])
+def test_the_module_shows_the_help_of_the_command(module, tmp_path, capsys) -> None:
+    shown = run(["-m", module, "--help"], tmp_path)
+    with pytest.raises(SystemExit):
+        hmpo.cli.main(["--help"])
+    own = capsys.readouterr().out
+    commands = [line.split()[0] for line in own.splitlines() if line.startswith("    ")]
+    assert shown.returncode == 0 and shown.stderr == ""
+    assert commands and all(name in shown.stdout for name in commands)
+
+
+def test_the_module_has_the_commands_exit_codes(tmp_path) -> None:
+    refused = run(["-m", "hmpo", "train", "missing.toml"], tmp_path)
+    assert refused.returncode == 2
+    assert refused.stderr.count("\n") == 1 and "missing.toml: cannot be read" in refused.stderr
+
+
+def test_the_environment_is_set_before_torch_is_imported(tmp_path) -> None:
+    code = f"""
+import os, runpy, sys
+class Watch:
+    def find_spec(self, name, *_):
+        if name == "torch":
+            assert all(v in os.environ for v in {VARIABLES}), "torch comes first"
+            raise SystemExit(7)
+sys.meta_path.insert(0, Watch())
+sys.argv = ["hmpo", "doctor"]
+runpy.run_module("hmpo", run_name="__main__")
+"""
+    assert run(["-c", code], tmp_path).returncode == 7
