@@ -52,8 +52,17 @@ def described(name: str, value: object) -> list[str]:
 
 
 def members(cls: type) -> list[str]:
-    found = []
-    for name, value in sorted(vars(cls).items()):
+    """Own and inherited ones, as far as the package defines them."""
+    found: dict[str, str] = {}
+    for base in cls.__mro__:
+        if base.__module__.split(".")[0] == "hmpo":
+            found = defined(base) | found
+    return [found[name] for name in sorted(found)]
+
+
+def defined(cls: type) -> dict[str, str]:
+    found = {}
+    for name, value in vars(cls).items():
         value = getattr(value, "__func__", value)
         if name.startswith("_"):
             continue
@@ -61,9 +70,9 @@ def members(cls: type) -> list[str]:
         if inspect.isfunction(value) and not value.__qualname__.startswith(f"{cls.__qualname__}."):
             continue
         if inspect.isfunction(value):
-            found.append(f"    .{name}{parameters(value)}")
+            found[name] = f"    .{name}{parameters(value)}"
         elif isinstance(value, property):
-            found.append(f"    .{name}")
+            found[name] = f"    .{name}"
     return found
 
 

@@ -47,7 +47,6 @@ class Trainer(ABC, Generic[C]):
         *,
         tokenizer: Any = None,
         stop: Sequence[str] = (),
-        recompute: bool = False,
     ) -> None:
         self.policy, self.ref, self.config = policy_model, ref_model, config
         self.device = next(policy_model.parameters()).device
@@ -62,7 +61,7 @@ class Trainer(ABC, Generic[C]):
             rewards=reward_fn,
             tokenizer=tokenizer,
             stop=tuple(stop),
-            recompute=recompute,
+            recompute=self.recomputes_logprobs,
         )
         config.lr_factor(0)  # an incomplete schedule is refused now, not at the first update
         if config.qk_clip and not isinstance(optimizer, MuonClip):
@@ -158,6 +157,11 @@ class Trainer(ABC, Generic[C]):
         return events
 
     # ------------------------------------------------------------------------- the mathematics
+
+    @property
+    def recomputes_logprobs(self) -> bool:
+        """Whether old log-probs come from the policy's own forward pass in any case."""
+        return False
 
     @abstractmethod
     def advantages(

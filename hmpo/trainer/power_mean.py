@@ -83,13 +83,17 @@ class PowerMeanTrainer(Trainer[PowerMeanConfig]):
             reward_fn,
             tokenizer=tokenizer,
             stop=stop,
-            recompute=config.mismatch.recompute,
         )
 
     @property
     def objective(self) -> ObjectiveConfig:
         """The member in force; rewards, a calibration or a controller may move its bounds."""
         return self.in_force.config
+
+    @property
+    def recomputes_logprobs(self) -> bool:
+        """Whether old log-probs come from the policy's own forward pass in any case."""
+        return self.config.mismatch.recompute
 
     def advantages(
         self, rewards: Float[Tensor, " N"], valid: Bool[Tensor, " N"]
