@@ -261,7 +261,8 @@ def rollouts(meter: Meter, case: Any) -> dict[str, Any]:
     """Milliseconds a rollout, and tokens a second, of every side."""
     import bench_sampling
 
-    model, ids, mask = bench_sampling.build(case)
+    with meter.device:  # random numbers of half a billion weights
+        model, ids, mask = bench_sampling.build(case)
     kind = torch.bfloat16 if meter.cuda else torch.float32
     model = model.to(meter.device, kind)
     ids, mask = ids.to(meter.device), mask.to(meter.device)
@@ -354,8 +355,9 @@ def smollm2_work(device: str, tiny: bool, path: str) -> tuple[str, Any, Any, Any
         print(f"{error}; random weights instead")
     loaded, task = load_policy(PolicyConfig(path="tiny-sort")), make_task(TaskConfig(name="sort"))
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**SMOLLM2, attn_implementation="sdpa"))
-    loaded = dataclasses.replace(loaded, model=model.to(device))
+    with torch.device(device):
+        model = LlamaForCausalLM(LlamaConfig(**SMOLLM2, attn_implementation="sdpa"))
+    loaded = dataclasses.replace(loaded, model=model)
     return "random weights, SmolLM2-135M's shape", loaded, task, even_share, 64
 
 
