@@ -11,6 +11,7 @@ from typing import Any
 
 from hmpo.agm import AdaptiveAGMFramework, Controller, Decision
 from hmpo.agm.protocol import Value
+from hmpo.agm.stopping import GO_ON
 from hmpo.config.agm import AGMConfig
 from hmpo.config.control import ControlConfig
 from hmpo.errors import CheckpointError
@@ -23,7 +24,6 @@ DECIDED = {
     "batch": "decision/batch_mult",
 }
 """What a decision says of each control that has a number."""
-GO_ON = "continue_training"
 MOST_WEIGHT = 0.05
 """Most that the weight of `mean = "ahm"` moves in one update; p = 2 w - 1 moves 0.1."""
 
@@ -122,21 +122,21 @@ class Control:
     def _changes(self, decision: Decision) -> dict[str, Value]:
         """What the decision changes of what is in force."""
         controls, values = self.config.controls, decision.values
-        found: dict[str, Value] = {}
+        wanted: dict[str, Value] = {}
         for name, key in DECIDED.items():
             value = values.get(key)
             if name not in controls or value is None:
                 continue
             if name == "p" and "weight" in self.force:
-                found["weight"] = self._weight(values)
+                wanted["weight"] = self._weight(values)
             else:
-                found[name] = value
+                wanted[name] = value
         if "level" in controls and values.get("decision/curriculum") in ("promote", "demote"):
-            found["level"] = values["decision/level"]
+            wanted["level"] = values["decision/level"]
         stop = values.get("decision/stop", GO_ON)
         if "stop" in controls and stop != GO_ON and self.stopped is None:
-            found["stop"] = stop
-        return {name: value for name, value in found.items() if self.force.get(name) != value}
+            wanted["stop"] = stop
+        return {name: value for name, value in wanted.items() if self.force.get(name) != value}
 
     def _weight(self, values: Mapping[str, Value]) -> Value:
         """The weight one move nearer to the one decided."""

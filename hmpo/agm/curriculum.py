@@ -105,15 +105,3 @@ class AGMCurriculumController(Controller):
         previous = self.config.mix_previous if level > 1 else 0.0
         shares: dict[int, float] = {level: 1 - previous}
         return {level - 1: previous, **shares} if previous else shares
-
-
-def promotion_needs(trials: int, config: CurriculumConfig) -> int | None:
-    """Least successes of so many trials that promote; None if not even all do."""
-    return next(
-        (
-            k
-            for k in range(trials + 1)
-            if wilson_interval(k, trials, config.confidence)[0] >= config.promote
-        ),
-        None,
-    )

@@ -12,10 +12,11 @@ from hmpo.agm.course import PLACE, Course
 from hmpo.agm.curriculum import AGMCurriculumController
 from hmpo.agm.hyperparameters import AGMHyperparameterAdapter
 from hmpo.agm.phase import TrainingPhaseAdaptiveAGM, TrainingPhaseDetector
+from hmpo.agm.primitives import NEVER
 from hmpo.agm.protocol import Controller, Decision, Record, Value, number
 from hmpo.agm.regime import AdaptiveAGMController
 from hmpo.agm.scales import MultiScaleAGMFramework
-from hmpo.agm.stopping import AGMConvergenceDetector
+from hmpo.agm.stopping import GO_ON, AGMConvergenceDetector
 from hmpo.agm.uncertainty import AGMUncertaintyEstimator
 from hmpo.config.agm import AGMConfig
 
@@ -30,7 +31,6 @@ ACTIONS = (
     "none",
 )
 """What a decision mainly does, the most important first."""
-NEVER = -1_000_000
 
 
 class AdaptiveAGMFramework(Controller):
@@ -120,7 +120,7 @@ class AdaptiveAGMFramework(Controller):
     ) -> tuple[str, str]:
         """Overrule in `values` what has to wait; the main action and its reason."""
         reason = {source: part.reason for source, part in parts.items()}
-        ends = values.get("decision/stop", "continue_training") != "continue_training"
+        ends = values.get("decision/stop", GO_ON) != GO_ON
         resets = values.get("decision/strategic") == "reset_to_checkpoint"
         proposes = "decision/lr_mult" in values
         if ends or resets:

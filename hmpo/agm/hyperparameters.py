@@ -14,15 +14,14 @@ from typing import Any
 
 from hmpo.agm.course import PLACE, Course
 from hmpo.agm.phase import moved
-from hmpo.agm.primitives import EwStat, Latch, Multiplier, Window, held, median, trend
+from hmpo.agm.primitives import NEVER, EwStat, Latch, Multiplier, Window, held, median, trend
 from hmpo.agm.protocol import Controller, Decision, Record, Value, finite, number
-from hmpo.agm.regime import GAP
 from hmpo.config.agm import AdapterConfig
 from hmpo.errors import ConfigError
+from hmpo.telemetry.fields import GAP
 
 CUT = 0.5
 """Factor on the learning rate in an emergency."""
-NEVER = -1_000_000
 
 
 class AGMHyperparameterAdapter(Controller):
@@ -204,8 +203,8 @@ class AGMHyperparameterAdapter(Controller):
             return
         self.rewards.push(record["step"], reward)
         self.mean.push(reward)
-        found = trend(self.rewards) if self.rewards.full else None
-        falling = found is not None and found.t <= -self.config.t_hi
+        fit = trend(self.rewards) if self.rewards.full else None
+        falling = fit is not None and fit.t <= -self.config.t_hi
         self.falls = self.falls + 1 if falling else 0
         settled = self.mean.n >= self.config.performance_window // 2
         calm = record["decision/regime"] not in ("unstable", "struggling")

@@ -11,8 +11,8 @@ from typing import Any
 from hmpo.agm.course import PLACE, Course
 from hmpo.agm.primitives import Trend, Window, held, trend
 from hmpo.agm.protocol import Controller, Decision, Record, Value, finite, number
-from hmpo.agm.regime import GAP
 from hmpo.config.agm import PhaseConfig, StrategyConfig
+from hmpo.telemetry.fields import GAP
 
 PHASES = ("exploration", "exploitation", "plateau", "convergence", "instability")
 
@@ -60,27 +60,27 @@ class TrainingPhaseDetector(Controller):
         assert value is not None
         if not self.values.push(record["step"], sign * value):
             return self._decision(record, self.last, "nonfinite")
-        found = trend(self.values)
-        reason = self._advance(record, found)
+        fit = trend(self.values)
+        reason = self._advance(record, fit)
         self.last = {
             "phase": self.phase,
             "raw_phase": self.raw,
             "warm": len(self.values) >= self.config.min_samples,
             "since_step": self.since_step,
         }
-        if found is not None:
+        if fit is not None:
             self.last |= {
-                "performance_t": found.t,
-                "performance_effect": found.effect,
-                "phase_confidence": min(1.0, abs(found.t) / self.config.t_hi),
+                "performance_t": fit.t,
+                "performance_effect": fit.effect,
+                "phase_confidence": min(1.0, abs(fit.t) / self.config.t_hi),
             }
         return self._decision(record, self.last, reason)
 
-    def _advance(self, record: Record, found: Trend | None) -> str:
+    def _advance(self, record: Record, fit: Trend | None) -> str:
         """Classify, and change the phase where enough values agree."""
         regime = record["decision/regime"]
         self.struggles = self.struggles + 1 if regime == "struggling" else 0
-        raw, reason = self._classify(regime, found)
+        raw, reason = self._classify(regime, fit)
         self.plateau = self.plateau + 1 if raw in ("plateau", "convergence") else 0
         self.run = self.run + 1 if raw == self.raw else 1
         self.raw = raw
@@ -91,19 +91,19 @@ class TrainingPhaseDetector(Controller):
             self.phase, self.since, self.since_step = raw, 0, record["step"]
         return reason
 
-    def _classify(self, regime: str, found: Trend | None) -> tuple[str, str]:
+    def _classify(self, regime: str, fit: Trend | None) -> tuple[str, str]:
         config = self.config
-        if found is None or len(self.values) < config.min_samples:
+        if fit is None or len(self.values) < config.min_samples:
             return "exploration", "few_samples"
         if regime == "unstable":
             return "instability", "unstable"
-        if found.t <= -config.t_hi:
+        if fit.t <= -config.t_hi:
             return "instability", "performance_falls"
         if self.struggles >= config.confirm:
             return "instability", "struggling"
-        if found.t >= config.t_hi and regime in ("stable_learning", "normal_learning"):
+        if fit.t >= config.t_hi and regime in ("stable_learning", "normal_learning"):
             return "exploitation", "performance_rises"
-        flat = abs(found.t) <= config.t_lo and abs(found.effect) <= config.effect_lo
+        flat = abs(fit.t) <= config.t_lo and abs(fit.effect) <= config.effect_lo
         if flat and regime == "stable_learning":
             if self.plateau >= 2 * config.window and not self._gap_rises():
                 return "convergence", "performance_flat_for_long"
@@ -111,8 +111,8 @@ class TrainingPhaseDetector(Controller):
         return "exploration", "undecided"
 
     def _gap_rises(self) -> bool:
-        found = trend(self.gaps)
-        return found is not None and found.t >= self.config.t_hi
+        fit = trend(self.gaps)
+        return fit is not None and fit.t >= self.config.t_hi
 
 
 class TrainingPhaseAdaptiveAGM(Controller):

@@ -277,12 +277,12 @@ class PopulationAGMTrainer:
         Raises:
             CheckpointError: another class or version, or other settings.
         """
-        mine = (type(self).__name__, VERSION, asdict(self.config))
-        theirs = (state.get("class"), state.get("version"), state.get("config"))
-        if mine != theirs:
+        own = (type(self).__name__, VERSION, asdict(self.config))
+        saved = (state.get("class"), state.get("version"), state.get("config"))
+        if own != saved:
             raise CheckpointError(
-                f"population state: got {theirs[0]} version {theirs[1]} with {theirs[2]}, "
-                f"expected {mine[0]} version {mine[1]} with {mine[2]}"
+                f"population state: got {saved[0]} version {saved[1]} with {saved[2]}, "
+                f"expected {own[0]} version {own[1]} with {own[2]}"
             )
         self.generation = state["generation"]
         self.members = [AgentPreference(**member) for member in state["members"]]

@@ -19,6 +19,8 @@ from typing import Any
 
 Number = int | float
 
+NEVER = -1_000_000
+"""Step of what has not happened yet."""
 CERTAIN = 1e6
 """Stands for an infinite t or effect: a slope without any residual."""
 ROUNDING = 1e-12
@@ -39,7 +41,7 @@ class Window:
         self.values: deque[Number] = deque(maxlen=size)
         self.open: list[tuple[Number, Number]] = []
         self.bad = 0
-        self.found: Trend | None = None
+        self.fit: Trend | None = None
         """The trend of the present entries once somebody asked for it."""
 
     def __len__(self) -> int:
@@ -64,7 +66,7 @@ class Window:
             self.open = []
         self.steps.append(step)
         self.values.append(value)
-        self.found = None
+        self.fit = None
         return True
 
     def clear(self) -> None:
@@ -72,7 +74,7 @@ class Window:
         self.steps.clear()
         self.values.clear()
         self.open = []
-        self.found = None
+        self.fit = None
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values."""
@@ -246,9 +248,9 @@ class Trend:
 
 def trend(window: Window) -> Trend | None:
     """Trend of a window, worked out once for its entries; None of fewer than three values."""
-    if window.found is None:
-        window.found = line(window.steps, window.values)
-    return window.found
+    if window.fit is None:
+        window.fit = line(window.steps, window.values)
+    return window.fit
 
 
 def line(steps: Sequence[Number], values: Sequence[Number]) -> Trend | None:

@@ -185,20 +185,20 @@ class Controller:
         Raises:
             CheckpointError: the state of another class or version, or with other entries.
         """
-        mine = (type(self).__name__, self.VERSION)
-        theirs = (state.get("class"), state.get("version"))
-        if theirs != mine:
+        own = (type(self).__name__, self.VERSION)
+        saved = (state.get("class"), state.get("version"))
+        if saved != own:
             raise CheckpointError(
-                f"controller state: got {theirs[0]} version {theirs[1]}, expected {mine[0]} "
-                f"version {mine[1]}; start the controllers anew or load the state they wrote"
+                f"controller state: got {saved[0]} version {saved[1]}, expected {own[0]} "
+                f"version {own[1]}; start the controllers anew or load the state they wrote"
             )
         entries, names = state["state"], {*self.PLAIN, *self.PARTS, "counts"}
         if set(entries) != names:
             odd = sorted(set(entries) ^ names)
-            raise CheckpointError(f"{mine[0]} state: entries {odd} are missing or unknown")
+            raise CheckpointError(f"{own[0]} state: entries {odd} are missing or unknown")
         if state.get("config_hash") != self.config_hash:
             warnings.warn(
-                f"{mine[0]}: the state was written under other settings and goes on under these",
+                f"{own[0]}: the state was written under other settings and goes on under these",
                 stacklevel=2,
             )
         copied = json.loads(json.dumps(entries))

@@ -14,8 +14,8 @@ from hmpo.agm.course import PLACE, Course
 from hmpo.agm.primitives import Latch, Trend, Window, median, robust_z, trend
 from hmpo.agm.protocol import Controller, Decision, Record, Value, number
 from hmpo.config.agm import RegimeConfig
+from hmpo.telemetry.fields import GAP
 
-GAP = "ratio/log_gap_mean"
 REGIMES = ("initialization", "stable_learning", "normal_learning", "struggling", "unstable")
 
 
@@ -86,43 +86,43 @@ class AdaptiveAGMController(Controller):
             z = robust_z(log_gap, self.baseline.values, config.z_floor)
             values["dispersion_z"] = z
         self.gaps.push(record["step"], log_gap)
-        found = trend(self.gaps)
-        if found is not None:
+        fit = trend(self.gaps)
+        if fit is not None:
             values |= {
-                "contraction": 0.0 - found.slope,
-                "contraction_t": 0.0 - found.t,
-                "volatility": found.sd,
-                "oscillation": found.oscillation,
+                "contraction": 0.0 - fit.slope,
+                "contraction_t": 0.0 - fit.t,
+                "volatility": fit.sd,
+                "oscillation": fit.oscillation,
             }
         strain = z / config.z_hi if log_gap > limit else 0.0
-        if found is not None and len(self.gaps) >= config.min_samples:
+        if fit is not None and len(self.gaps) >= config.min_samples:
             wide = median(self.gaps.values) > limit
-            strain = max(strain, found.sd / config.vol_hi if wide else 0.0)
+            strain = max(strain, fit.sd / config.vol_hi if wide else 0.0)
         unstable = self.latch.push(strain)
         self.stuck = self.stuck + 1 if unstable else 0
         if not unstable or self.stuck > config.thaw:
             self.baseline.push(record["step"], log_gap)
-        reason = self._reason(found, gap, unstable)
+        reason = self._reason(fit, gap, unstable)
         values |= {"regime": _REGIME[reason], "n": len(self.gaps)}
         return reason, values
 
-    def _reason(self, found: Trend | None, gap: float, unstable: bool) -> str:
+    def _reason(self, fit: Trend | None, gap: float, unstable: bool) -> str:
         config = self.config
-        if found is None or len(self.gaps) < config.min_samples:
+        if fit is None or len(self.gaps) < config.min_samples:
             return "few_samples"
         if unstable:
             return "dispersed"
-        if found.t >= 2 and found.rise >= math.log(2) and not self._pays():
+        if fit.t >= 2 and fit.rise >= math.log(2) and not self._pays():
             return "growing"
-        flat = abs(found.rise) <= config.band and found.sd <= config.vol_hi / 2
+        flat = abs(fit.rise) <= config.band and fit.sd <= config.vol_hi / 2
         if flat and (config.gap_target is None or gap <= config.gap_target):
             return "flat"
         return "moving"
 
     def _pays(self) -> bool:
         """Whether the rewards rise, as far as is known."""
-        found = trend(self.rewards)
-        return found is not None and len(self.rewards) >= self.config.min_samples and found.t >= 1
+        fit = trend(self.rewards)
+        return fit is not None and len(self.rewards) >= self.config.min_samples and fit.t >= 1
 
     def _forget(self) -> None:
         self.gaps.clear()

@@ -7,8 +7,8 @@ from typing import Any
 from hmpo.agm.course import PLACE, Course
 from hmpo.agm.primitives import EwStat, Trend, Window, robust_z, trend
 from hmpo.agm.protocol import Controller, Decision, Record, number
-from hmpo.agm.regime import GAP
 from hmpo.config.agm import ScalesConfig
+from hmpo.telemetry.fields import GAP
 
 UNKNOWN = "insufficient_data"
 OSCILLATION = 20
@@ -182,14 +182,14 @@ class MultiScaleAGMFramework(Controller):
         return "maintain_course"
 
     def _strategic(self, regime: str, gap: float) -> str:
-        found = self.long.trend
-        if found is None or self.long.best is None:
+        fit = self.long.trend
+        if fit is None or self.long.best is None:
             return UNKNOWN
-        fell = found.t <= -3 and self.long.best - self.long.mean.mean >= 3 * found.sd
+        fell = fit.t <= -3 and self.long.best - self.long.mean.mean >= 3 * fit.sd
         danger = regime == "unstable" or gap > 4 * self.config.gap_target
         rested = self.resets["count"] == 0 or self.resets["rewards_since"] >= self.config.scales[2]
         if fell and danger and rested:
             return "reset_to_checkpoint"
-        if abs(found.t) <= 1 and abs(found.effect) <= 0.5:
+        if abs(fit.t) <= 1 and abs(fit.effect) <= 0.5:
             return "curriculum_advancement"
-        return "maintain_strategy" if found.t >= 3 else "standard_operation"
+        return "maintain_strategy" if fit.t >= 3 else "standard_operation"

@@ -5,10 +5,12 @@ import math
 from hmpo.agm.course import PLACE, Course
 from hmpo.agm.primitives import EwStat
 from hmpo.agm.protocol import Controller, Decision, Record, Value, finite, number
-from hmpo.agm.regime import GAP
 from hmpo.config.agm import StopConfig
 from hmpo.stats import wilson_interval
+from hmpo.telemetry.fields import GAP
 
+GO_ON = "continue_training"
+"""What `decision/stop` says while a run goes on."""
 FAULTS = ("nonfinite", "diverged", "stalled")
 REASONS = (*FAULTS, "target_reached", "plateau", "budget")
 
@@ -47,7 +49,7 @@ class AGMConvergenceDetector(Controller):
         if self.stop is None and reason in REASONS:
             self.stop = reason
         values: dict[str, Value] = {
-            "stop": self.stop or "continue_training",
+            "stop": self.stop or GO_ON,
             "fault": self.stop in FAULTS,
             "evals_without_improvement": self.stale,
         }
@@ -77,7 +79,7 @@ class AGMConvergenceDetector(Controller):
             return "stalled"
         if config.max_steps is not None and record["step"] + 1 >= config.max_steps:
             return "budget"
-        return "continue_training"
+        return GO_ON
 
     def _after_eval(self, record: Record) -> str:
         config = self.config
@@ -97,7 +99,7 @@ class AGMConvergenceDetector(Controller):
         flat = self.phase in ("plateau", "convergence")
         if flat and self.stale >= config.patience and record["step"] >= config.min_steps:
             return "plateau"
-        return "continue_training"
+        return GO_ON
 
     def _forget(self) -> None:
         """Another course or another task: what was best before says nothing."""

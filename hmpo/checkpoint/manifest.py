@@ -70,13 +70,14 @@ def _environment() -> dict[str, str | int]:
     return {
         "torch": str(torch.__version__),
         "python": platform.python_version(),
-        "cpu": _cpu_name(),
+        "cpu": processor_name(),
         "threads": torch.get_num_threads(),
     }
 
 
 @functools.cache
-def _cpu_name() -> str:
+def processor_name() -> str:
+    """The processor's model name, or its architecture where the system does not tell."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
@@ -108,7 +109,7 @@ def read_manifest(path: Path, step: int) -> dict[str, Any]:
         if size != entry["size"]:
             raise CheckpointError(f"{name}: {size} bytes, expected {entry['size']} by {MANIFEST}")
     listed = {*manifest["files"], MANIFEST, MANIFEST_HASH}
-    for name in sorted(found.name for found in path.iterdir()):
+    for name in sorted(entry.name for entry in path.iterdir()):
         if name not in listed and not name.startswith("."):
             raise CheckpointError(f"{name}: not listed by {MANIFEST}; remove it")
     return manifest

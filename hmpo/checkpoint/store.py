@@ -221,12 +221,12 @@ def _entries(folder: Path) -> list[Path]:
 
 def _final_folders(folder: Path) -> list[tuple[int, Path]]:
     """(step, folder) of every `step-*`, oldest first, verified or not."""
-    found = []
+    checkpoints = []
     for path in _entries(folder):
         match = _STEP.fullmatch(path.name)
         if match and path.name == f"step-{int(match[1]):08d}":
-            found.append((int(match[1]), path))
-    return sorted(found)
+            checkpoints.append((int(match[1]), path))
+    return sorted(checkpoints)
 
 
 def _candidates(folder: Path) -> list[tuple[int, Path]]:

@@ -118,7 +118,7 @@ def sweep(
 
     source = load_source(run, config, adapter)
     _show_source(source)
-    rows = [{**changes, **sweep_row(found)} for changes, found in sweep(source, grid_of(grid))]
+    rows = [{**changes, **sweep_row(outcome)} for changes, outcome in sweep(source, grid_of(grid))]
     lines = [",".join(rows[0])]
     lines += [",".join("" if v is None else str(v) for v in row.values()) for row in rows]
     print("\n".join(lines))
@@ -138,12 +138,12 @@ def diff(first: Positional[Path], second: Positional[Path], /, *, lines: int = 1
     """
     from hmpo.lab.decisions import compare_decisions
 
-    found, fields = compare_decisions(_decided(first, None)[1], _decided(second, None)[1])
-    print("\n".join(found[:lines]) if found else "no difference")
-    if found:
+    differences, fields = compare_decisions(_decided(first, None)[1], _decided(second, None)[1])
+    print("\n".join(differences[:lines]) if differences else "no difference")
+    if differences:
         counts = ", ".join(f"{name} {count}" for name, count in sorted(fields.items()))
-        print(f"{len(found)} decisions differ: {counts or 'present in one only'}")
-    return 1 if found else 0
+        print(f"{len(differences)} decisions differ: {counts or 'present in one only'}")
+    return 1 if differences else 0
 
 
 def _decided(run: Path, adapter: str | None) -> tuple[Any, list[dict[str, Any]]]:

@@ -65,8 +65,8 @@ def attention_rows(model: nn.Module) -> list[tuple[str, str, str]]:
     Example: ("model.layers.0.self_attn to model.layers.27.self_attn (28)", "28 query, 4 key",
     "rows of q and k, head by head").
     """
-    found, missed = find_sites(model)
-    rows = [(s.name, f"{s.heads} query, {s.kv_heads} key", _how(s)) for s in found]
+    sites, missed = find_sites(model)
+    rows = [(s.name, f"{s.heads} query, {s.kv_heads} key", _how(s)) for s in sites]
     for line in missed:
         name, _, reason = line.partition(": ")
         rows.append((name, "-", f"not watched: {reason}"))

@@ -6,12 +6,12 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from hmpo.agm.stopping import GO_ON
 from hmpo.lab.replay import differing
 from hmpo.telemetry.ingest import Record
 
 STATES = ("regime", "phase", "immediate", "tactical", "strategic")
 NUMBERS = ("lr_mult", "eps_mult", "batch_mult", "p", "level", "uncertainty_total")
-GO_ON = "continue_training"
 
 
 def values_of(decisions: Sequence[Record], name: str) -> list[tuple[int, Any]]:
@@ -73,33 +73,33 @@ def _number(decisions: Sequence[Record], name: str) -> tuple[str, str] | None:
 
 
 def compare_decisions(
-    mine: Sequence[Record], theirs: Sequence[Record]
+    left: Sequence[Record], right: Sequence[Record]
 ) -> tuple[list[str], dict[str, int]]:
     """Where two series differ: a line for each decision that does, and counts by field."""
     lines: list[str] = []
     fields: Counter[str] = Counter()
-    pairs = _paired(mine), _paired(theirs)
+    pairs = _paired(left), _paired(right)
     for key in sorted({*pairs[0], *pairs[1]}):
         first, second = (series.get(key) for series in pairs)
         if first is None or second is None:
             lines.append(f"step {key[0]}: only in the {'second' if first is None else 'first'}")
             continue
-        found = differing(first, second)
-        if found:
-            lines.append(f"step {key[0]}: {'; '.join(found)}")
-            fields.update(text.split(" ", 1)[0] for text in found)
+        differences = differing(first, second)
+        if differences:
+            lines.append(f"step {key[0]}: {'; '.join(differences)}")
+            fields.update(text.split(" ", 1)[0] for text in differences)
     return lines, dict(fields)
 
 
 def _paired(decisions: Sequence[Record]) -> dict[tuple[int, int], Record]:
     """By step, and by order within the step."""
-    seen: Counter[int] = Counter()
-    found = {}
+    counts: Counter[int] = Counter()
+    by_place = {}
     for record in decisions:
         step = record["step"]
-        found[step, seen[step]] = record
-        seen[step] += 1
-    return found
+        by_place[step, counts[step]] = record
+        counts[step] += 1
+    return by_place
 
 
 def sweep_row(decisions: Sequence[Record]) -> dict[str, Any]:

@@ -73,8 +73,8 @@ def load_run(path: Path | str) -> RunData:
     if not path.is_dir():
         raise RunFolderError(f"{path}: no such folder, expected a run folder")
     logs = [path / name for name in ("telemetry.jsonl", "telemetry.jsonl.gz")]
-    found = [log for log in logs if log.is_file()]
-    if not found:
+    present = [log for log in logs if log.is_file()]
+    if not present:
         raise RunFolderError(f"{path}: no telemetry.jsonl in it, expected a run folder")
     notes: list[str] = []
     config = _read_object(path / "config.json", notes, needed=True)
@@ -84,7 +84,7 @@ def load_run(path: Path | str) -> RunData:
     return RunData(
         path=path,
         label=name if isinstance(name, str) and name else path.resolve().name,
-        log=read_run(found[0]),
+        log=read_run(present[0]),
         config=config,
         environment=environment,
         samples=_read_samples(path / "completions.jsonl", notes),

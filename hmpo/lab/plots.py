@@ -77,8 +77,8 @@ def available(plot: Plot, runs: Sequence[RunData]) -> bool:
 
 def _shown(panel: Panel, runs: Sequence[RunData]) -> bool:
     """Whether a run logged a series of this panel, and it is worth drawing."""
-    found = [run.series(line.metric, line.source)[1] for line in panel.lines for run in runs]
-    values = {value for series in found for value in series}
+    all_series = [run.series(line.metric, line.source)[1] for line in panel.lines for run in runs]
+    values = {value for series in all_series for value in series}
     return len(values) > 1 or (len(values) == 1 and not panel.varies)
 
 
@@ -150,8 +150,8 @@ def render_comparison(runs: Sequence[RunData], labels: Sequence[str]) -> bytes |
 
 def darken(svg: bytes) -> bytes:
     """The same SVG in the colours of a dark page."""
-    found = re.compile("|".join(DARK))
-    return found.sub(lambda colour: DARK[colour[0]], svg.decode()).encode()
+    pattern = re.compile("|".join(DARK))
+    return pattern.sub(lambda colour: DARK[colour[0]], svg.decode()).encode()
 
 
 def write_plots(runs: Sequence[RunData], folder: Path, labels: Sequence[str] = ()) -> list[Path]:
@@ -220,8 +220,8 @@ def _legend(row: Sequence[Axes]) -> None:
 
 def _draw_stack(axes: Axes, panel: Panel, run: RunData) -> None:
     """Parts on top of each other, as means over whole rollouts (only a first update samples)."""
-    found = [dict(zip(*run.series(line.metric, line.source))) for line in panel.lines]
-    steps = sorted({step for part in found for step in part})
+    parts = [dict(zip(*run.series(line.metric, line.source))) for line in panel.lines]
+    steps = sorted({step for part in parts for step in part})
     window = _rollout(len(steps), run) * max(1, round(len(steps) / 60))
     ends = range(window, len(steps) + 1, window)
     layers = [
@@ -230,7 +230,7 @@ def _draw_stack(axes: Axes, panel: Panel, run: RunData) -> None:
             colour,
             [sum(part.get(s, 0.0) for s in steps[e - window : e]) / window for e in ends],
         )
-        for line, colour, part in zip(panel.lines, LAYERS, found)
+        for line, colour, part in zip(panel.lines, LAYERS, parts)
         if part
     ]
     places = [steps[end - 1] for end in ends]

@@ -57,10 +57,10 @@ def load_source(
     """
     path = run
     if run.is_dir():
-        found = [run / name for name in LOGS if (run / name).is_file()]
-        if not found:
+        logs = [run / name for name in LOGS if (run / name).is_file()]
+        if not logs:
             raise TelemetryError(f"{run}: no telemetry in it, expected a run folder or a log")
-        path = found[0]
+        path = logs[0]
         if config is None and (run / "config.json").is_file():
             config = run / "config.json"
     settings = ControlConfig() if config is None else load_settings(config)
@@ -99,13 +99,13 @@ def in_order(log: RunLog) -> list[tuple[Record, Record | None]]:
     logged: dict[int, list[Record]] = {}
     for record in log.decisions:
         logged.setdefault(record["step"], []).append(record)
-    found: list[tuple[Record, Record | None]] = []
+    paired: list[tuple[Record, Record | None]] = []
     for step, group in itertools.groupby(records, key=lambda record: record["step"]):
         here, decisions = list(group), logged.get(step, [])
         # One decision a record, or the log does not say which is whose.
         whole = len(here) == len(decisions)
-        found += zip(here, decisions if whole else [None] * len(here))
-    return found
+        paired += zip(here, decisions if whole else [None] * len(here))
+    return paired
 
 
 def replay(source: Source, control: Control, until: int | None = None, after: int = -1) -> list:
@@ -148,8 +148,8 @@ def replay_file(
         lines = [encode(_header(source, control, until)), *map(encode, decisions)]
         write_atomic(out, "\n".join(lines) + "\n", make_folder=True)
     if state_out is not None:
-        seen = max([after, *(record["step"] for record in decisions)])
-        state = {"schema": "hmpo.agm/1", "step": seen, "control": control.state_dict()}
+        last = max([after, *(record["step"] for record in decisions)])
+        state = {"schema": "hmpo.agm/1", "step": last, "control": control.state_dict()}
         write_atomic(state_out, json.dumps(state, sort_keys=True) + "\n", make_folder=True)
     return decisions
 
@@ -188,21 +188,21 @@ def first_difference(source: Source, decisions: Sequence[Record]) -> str | None:
     logged = [record for _, record in in_order(source.log) if record is not None]
     if not logged:
         raise TelemetryError(f"{source.path}: holds no decisions to compare with")
-    for mine, theirs in zip(decisions, logged):
-        if encode(mine) != encode(theirs):
-            return f"step {mine['step']}: {'; '.join(differing(mine, theirs))}"
+    for replayed, recorded in zip(decisions, logged):
+        if encode(replayed) != encode(recorded):
+            return f"step {replayed['step']}: {'; '.join(differing(replayed, recorded))}"
     if len(logged) < len(decisions):
         return f"{len(decisions)} decisions, the log holds {len(logged)}"
     return None
 
 
-def differing(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
+def differing(replayed: Mapping[str, Any], recorded: Mapping[str, Any]) -> list[str]:
     """The fields in which two decisions differ, with both values."""
-    names = sorted({*mine, *theirs} - {"run_id"})
+    names = sorted({*replayed, *recorded} - {"run_id"})
     return [
-        f"{name} {mine.get(name)!r}, was {theirs.get(name)!r}"
+        f"{name} {replayed.get(name)!r}, was {recorded.get(name)!r}"
         for name in names
-        if encode({"": mine.get(name)}) != encode({"": theirs.get(name)})
+        if encode({"": replayed.get(name)}) != encode({"": recorded.get(name)})
     ]
 
 

@@ -94,11 +94,11 @@ def unique_labels(runs: Sequence[RunData]) -> list[str]:
     labels = [
         run.label if names[run.label] == 1 else run.path.resolve().name or run.label for run in runs
     ]
-    seen: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     for i, label in enumerate(labels):
-        seen[label] += 1
-        if seen[label] > 1:
-            labels[i] = f"{label} ({seen[label]})"
+        counts[label] += 1
+        if counts[label] > 1:
+            labels[i] = f"{label} ({counts[label]})"
     return labels
 
 

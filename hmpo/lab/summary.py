@@ -369,16 +369,16 @@ def compare(views: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     rows = []
     for part in ("facts", "rates", "progress", "health", "breakdown"):
         for name in dict.fromkeys(_row_name(row) for view in views for row in view[part]):
-            found = [
+            entries = [
                 next((row for row in view[part] if _row_name(row) == name), None) for view in views
             ]
             if part == "rates":
                 for end in ("before", "after"):
-                    cells = [_dated(row, end, view) for row, view in zip(found, views)]
+                    cells = [_dated(row, end, view) for row, view in zip(entries, views)]
                     strong = end == "after"
                     rows.append({"name": f"{name}, {end}", "cells": cells, "strong": strong})
             else:
-                texts = [row and row[1] for row in found]
+                texts = [row and row[1] for row in entries]
                 rows.append({"name": name, "cells": texts, "strong": False})
     return rows
 

@@ -11,12 +11,13 @@ from matplotlib.ticker import MaxNLocator
 
 from hmpo.agm.phase import PHASES
 from hmpo.agm.regime import REGIMES
-from hmpo.lab.decisions import GO_ON, values_of
+from hmpo.agm.stopping import GO_ON
+from hmpo.lab.decisions import values_of
 from hmpo.lab.plots import COLOURS, SOFT, plain, save, style
 from hmpo.lab.replay import Source
+from hmpo.telemetry.fields import GAP
 from hmpo.telemetry.ingest import Record
 
-GAP = "ratio/log_gap_mean"
 ABOVE: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (-0.01, 0.96), "ncols": 2}
 SHADES = ("#c8cdd3", "#009e73", "#56b4e9", "#e6a000", "#d55e00")
 """Of regimes and phases, from nothing known to bad."""
@@ -53,8 +54,8 @@ def render_timeline(source: Source, decisions: Sequence[Record], label: str) -> 
 
 
 def _series(records: Sequence[Record], name: str) -> tuple[list[int], list[float]]:
-    found = [(r["step"], r[name]) for r in records if isinstance(r.get(name), int | float)]
-    return [step for step, _ in found], [float(value) for _, value in found]
+    points = [(r["step"], r[name]) for r in records if isinstance(r.get(name), int | float)]
+    return [step for step, _ in points], [float(value) for _, value in points]
 
 
 def _draw_reward(axes: Axes, source: Source, steps: Any, evals: Any, decisions: Any) -> None:

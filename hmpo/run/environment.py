@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from hmpo import __version__
+from hmpo.checkpoint.manifest import processor_name
 from hmpo.logprobs.matmul import matmul_library
 
 PACKAGES = (
@@ -43,22 +44,10 @@ def describe_environment() -> dict[str, Any]:
 
 def installed_versions() -> dict[str, str]:
     """Versions of the packages that matter here, where they are installed."""
-    found = {}
+    versions = {}
     for name in PACKAGES:
         try:
-            found[name] = importlib.metadata.version(name)
+            versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
-
-
-def processor_name() -> str:
-    """The processor's model name, or its architecture where the system does not tell."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:  # noqa: PTH123  (not a real file)
-            for line in lines:
-                if line.startswith("model name"):
-                    return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
+    return versions

@@ -43,8 +43,8 @@ class JsonlTask:
         else:
             self._train = [row for row in rows if not is_heldout(self.name, row.prompt)]
             self._heldout = [row for row in rows if is_heldout(self.name, row.prompt)]
-        for split, found in (("training", self._train), ("held-out", self._heldout)):
-            if not found:
+        for split, examples in (("training", self._train), ("held-out", self._heldout)):
+            if not examples:
                 raise TaskError(
                     f"task {self.name}: no {split} prompts among the {len(rows)} of "
                     f"{options['path']}; add prompts, or give task.options.heldout_path"

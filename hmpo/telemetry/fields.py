@@ -12,6 +12,8 @@ M_p is the power mean of a response's token ratios.
 
 from hmpo.telemetry.field import Field, count, flag, mapping, number, produced_by, share, text
 
+GAP = "ratio/log_gap_mean"
+"""The field that most controllers act on."""
 STEPPED = ("step", "eval", "event", "decision", "end", "time")
 ALL = ("run", *STEPPED, "segment")
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from hmpo.errors import ConfigError, TelemetryError
+from hmpo.telemetry.fields import GAP
 from hmpo.telemetry.ingest import Problem, RunLog, read_records, read_run, refuse_malformed
 from hmpo.telemetry.lookup import lookup, lookup_trl
 from hmpo.telemetry.records import eval_record, step_record
@@ -23,7 +24,7 @@ Adapter = Literal["hmpo", "hmpo-legacy", "agm-payload", "trl", "verl"]
 """Kinds of logs."""
 Record = dict[str, Any]
 
-GAP, LOG_A, LOG_H = "ratio/log_gap_mean", "ratio/logA", "ratio/logH"
+LOG_A, LOG_H = "ratio/logA", "ratio/logH"
 
 LEGACY = {
     "loss": "loss",
@@ -225,7 +226,7 @@ def _payload(row: Record, line: int) -> Record:
         "qk/clip_rate": ("muon_clip.clip_rate", "muon_clip_rate"),
     }
     metrics |= {
-        ours: found for ours, these in names.items() if (found := first(*these)) is not None
+        ours: value for ours, these in names.items() if (value := first(*these)) is not None
     }
     evaluation = first("rl.reward.eval_mean", "eval_reward")
     return {

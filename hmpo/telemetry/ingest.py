@@ -205,7 +205,7 @@ def _last_wins(records: list[tuple[int, Record]]) -> list[Record]:
 def _order(records: list[tuple[int, Record]]) -> list[Problem]:
     """Duplicates, steps that go back, and records of another run."""
     problems = []
-    seen: set[tuple[Any, ...]] = set()
+    known: set[tuple[Any, ...]] = set()
     highest = -1
     run_id = records[0][1]["run_id"] if records else None
     for line, record in records:
@@ -215,13 +215,13 @@ def _order(records: list[tuple[int, Record]]) -> list[Problem]:
         key = _key(record)
         if key is None:
             continue
-        if key in seen:
+        if key in known:
             message = f"a second {record['type']} record of step {record['step']}; the last counts"
             problems.append(Problem(line=line, kind="duplicate", message=message))
         elif record["type"] == "step" and record["step"] < highest:
             message = f"step {record['step']} after step {highest}"
             problems.append(Problem(line=line, kind="non_monotone", message=message))
-        seen.add(key)
+        known.add(key)
         if record["type"] == "step":
             highest = max(highest, record["step"])
     return problems

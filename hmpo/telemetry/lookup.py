@@ -41,8 +41,8 @@ def trl_name(name: str) -> str | None:
         return None
     if item.pattern is None:
         return item.trl
-    found = item.pattern.fullmatch(name)
-    return item.trl if found is None else item.trl.replace("<function>", found[1])
+    match = item.pattern.fullmatch(name)
+    return item.trl if match is None else item.trl.replace("<function>", match[1])
 
 
 def with_trl_names(record: Mapping[str, Any]) -> dict[str, Any]:

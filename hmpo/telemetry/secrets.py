@@ -39,17 +39,17 @@ def is_secret_key(key: str) -> bool:
 def mask_credentials(text: str) -> str:
     """The text with everything that has the form of a known credential replaced by `***`."""
     text = _CREDENTIALS.sub(MASK, text)
-    text = _WANDB.sub(lambda found: found[1] + MASK, text)
-    text = _BEARER.sub(lambda found: found[1] + found[2] + MASK, text)
-    return _URL_PASSWORD.sub(lambda found: found[1] + MASK, text)
+    text = _WANDB.sub(lambda match: match[1] + MASK, text)
+    text = _BEARER.sub(lambda match: match[1] + match[2] + MASK, text)
+    return _URL_PASSWORD.sub(lambda match: match[1] + MASK, text)
 
 
 def mask_text(text: str) -> str:
     """`mask_credentials`, and the value of every `secret_name=value` in a command or message."""
 
-    def assignment(found: re.Match[str]) -> str:
-        number = found[3].replace(".", "", 1).isdigit()
-        return found[1] + found[2] + MASK if is_secret_key(found[1]) and not number else found[0]
+    def assignment(match: re.Match[str]) -> str:
+        number = match[3].replace(".", "", 1).isdigit()
+        return match[1] + match[2] + MASK if is_secret_key(match[1]) and not number else match[0]
 
     return _ASSIGNMENT.sub(assignment, mask_credentials(text))
 

@@ -175,9 +175,9 @@ def _whole_lines(path: Path, size: int) -> int:
         while position > 0:
             start = max(0, position - 65536)
             file.seek(start)
-            found = file.read(position - start).rfind(b"\n")
-            if found >= 0:
-                return start + found + 1
+            newline = file.read(position - start).rfind(b"\n")
+            if newline >= 0:
+                return start + newline + 1
             position = start
     return 0
 

@@ -5,7 +5,6 @@ import random
 import pytest
 
 from hmpo.agm import AGMCurriculumController, CurriculumConfig
-from hmpo.agm.curriculum import promotion_needs
 from hmpo.errors import ConfigError
 from tests.agm.streams import step
 
@@ -41,7 +40,10 @@ def test_unapplied_promotion_is_repeated_and_goes_no_further():
 
 @pytest.mark.parametrize(("trials", "needed"), [(32, 31), (128, 112)])
 def test_promotion_needs_a_sample(trials, needed):
-    assert promotion_needs(trials, CONFIG) == needed
+    config = CurriculumConfig(levels=4, dwell=0, confirm=1, min_trials=trials)
+    for successes, wanted in ((needed - 1, "hold"), (needed, "promote")):
+        decision = ask(AGMCurriculumController(config), 0, successes, trials)
+        assert decision["curriculum"] == wanted
 
 
 def test_few_trials_decide_nothing():

@@ -159,7 +159,7 @@ def test_two_ranks_share_one_reduction(tmp_path):
         )
         for rank in range(2)
     ]
-    ends = [(r.communicate(timeout=120)[1], r.returncode) for r in ranks]
+    ends = [(r.communicate(timeout=240)[1], r.returncode) for r in ranks]
     assert all(code == 0 for _, code in ends), ends
 
 

@@ -1,6 +1,7 @@
 """`python -m hmpo` is `hmpo`: the same commands, exit codes and environment."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -24,10 +25,9 @@ def test_the_module_shows_the_help_of_the_command(module, tmp_path, capsys) -> N
     shown = run(["-m", module, "--help"], tmp_path)
     with pytest.raises(SystemExit):
         hmpo.cli.main(["--help"])
-    own = capsys.readouterr().out
-    commands = [line.split()[0] for line in own.splitlines() if line.startswith("    ")]
+    commands = re.search(r"\{[a-z,-]+\}", capsys.readouterr().out)
     assert shown.returncode == 0 and shown.stderr == ""
-    assert commands and all(name in shown.stdout for name in commands)
+    assert commands and commands[0] in shown.stdout and "usage: hmpo [-h]" in shown.stdout
 
 
 def test_the_module_has_the_commands_exit_codes(tmp_path) -> None:

@@ -28,6 +28,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import torch
 
 from hmpo.config import RunConfig
+from hmpo.run import files
 from hmpo.run import loop as run
 from tests.faults.kills import fork
 from tests.faults.micro import left_by, litter, micro_config, micro_policy
@@ -151,7 +152,7 @@ class _SetUp(run.Observer):
 def _train(config: RunConfig, marks: Marks) -> None:
     """In the child: start or resume, marking every save's begin and end."""
     logging.disable(logging.WARNING)  # of stale locks, which are the point here
-    save = run.save_checkpoint
+    save = files.save_checkpoint
 
     def marked(*args, **keywords):
         marks.add(BEGUN)
@@ -159,7 +160,7 @@ def _train(config: RunConfig, marks: Marks) -> None:
         marks.add(FINISHED)
         return path
 
-    run.save_checkpoint = marked
+    files.save_checkpoint = marked
     run.train(config, resume=True, exist_ok=True, observer=_SetUp(marks))
 
 

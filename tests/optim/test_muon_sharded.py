@@ -62,5 +62,5 @@ def test_two_ranks_equal_one_process(tmp_path):
         )
         for rank in range(2)
     ]
-    ends = [(r.communicate(timeout=120)[1], r.returncode) for r in ranks]
+    ends = [(r.communicate(timeout=240)[1], r.returncode) for r in ranks]
     assert all(code == 0 for _, code in ends), ends

@@ -72,15 +72,15 @@ _OF_A_ROLLOUT = ("reward/", "len/", "adv/zero_frac", "num_tokens")
 
 def rollout_metrics(metrics: Mapping[str, Sequence[float | int]]) -> Metrics:
     """TRL's numbers of the latest generation under our names, out of its metric buffers."""
-    found: Metrics = {}
+    newest: Metrics = {}
     for theirs, values in metrics.items():
         row = lookup_trl(theirs)
         if row is None or not values:
             continue
         ours = row.name if row.pattern is None else theirs.replace("rewards/", "reward/", 1)
         if ours.startswith(_OF_A_ROLLOUT):
-            found[ours] = values[-1]
-    return found
+            newest[ours] = values[-1]
+    return newest
 
 
 class TelemetryLog(TrainerCallback):
