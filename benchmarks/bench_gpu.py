@@ -6,15 +6,17 @@ python benchmarks/bench_gpu.py --part update      whole updates against TRL's tr
 python benchmarks/bench_gpu.py --part smollm2     training SmolLM2-135M: speed, and its parts
 python benchmarks/bench_gpu.py --device cpu --tiny      every part on small sizes, in a minute
 
-Each part is made for one call of less than ten minutes and writes results/gpu_PART_DEVICE.json.
+Each part takes a minute or two and writes results/gpu_PART_DEVICE.json after every row, so that
+what was measured is there wherever it is cut off; `scripts/gpu_check.sh` runs them all.
 Times are medians of CUDA events after warm-up, sides taking turns; memory is the allocator's
 peak above what was there before. Without CUDA the same code runs on the CPU (CPU seconds, no
 memory): a check of the code, which says nothing of a GPU; what `--tiny` writes is named
-gpu_cpu_path.json and marked so in every row.
+gpu_cpu_path.json (gpu_PART_cpu_path.json of one part) and marked so in every row.
 
 Where a peer cannot be imported its row says so: `head` and `update` want trl (and the packages
-that it imports, datasets among them), `head` also liger_kernel. `smollm2` wants the model at
-hand (`hmpo fetch-model smollm2`, or --model FOLDER).
+that it imports, datasets among them), `head` also liger_kernel. `smollm2` takes the model where it
+is at hand (`hmpo fetch-model smollm2`, or --model FOLDER), else random weights of its shape, which
+its rows say.
 """
 
 import argparse
@@ -24,7 +26,7 @@ import os
 import statistics
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
@@ -32,8 +34,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 from common import one_thread, roofline, save
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from hmpo.config import HMPOConfig, PolicyConfig, TaskConfig
+from hmpo.errors import ModelError
 from hmpo.logprobs import fold as fold_module
 from hmpo.logprobs.fold import triton_kernels
 from hmpo.logprobs.head import block_rows
@@ -46,6 +50,17 @@ from hmpo.trainer.power_mean import HMPOTrainer
 PARTS = ("head", "generate", "update", "smollm2")
 HEAD = {False: (8192, 4096, 151_936), True: (128, 32, 1000)}  # rows, width, vocabulary
 LAUNCHES = [(block, warps) for block in (1024, 2048, 4096, 8192, 16384) for warps in (4, 8, 16)]
+SMOLLM2 = {
+    "vocab_size": 49_152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "max_position_embeddings": 8192,
+    "rope_theta": 100_000.0,
+    "tie_word_embeddings": True,
+}
 LARGE = {  # the shape of Qwen2-0.5B
     "vocab_size": 151_936,
     "hidden_size": 896,
@@ -75,10 +90,12 @@ class Meter:
         torch.cuda.synchronize()
         return first.elapsed_time(last) / 1e3
 
-    def medians(self, sides: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-        """Median seconds of each side, in turn, after one run each."""
+    def medians(
+        self, sides: dict[str, Callable[[], Any]], repeats: int, *, warm: bool = False
+    ) -> dict[str, float]:
+        """Median seconds of each side, in turn, after one run each unless they are `warm`."""
         spent: dict[str, list[float]] = {name: [] for name in sides}
-        for repeat in range(repeats + 1):
+        for repeat in range(warm, repeats + 1):
             for name, run in sides.items():
                 taken = self.seconds(run)
                 spent[name] += [taken] if repeat else []
@@ -121,7 +138,7 @@ def missing(name: str) -> str | None:
 # ---------------------------------------------------------------------------------------- head
 
 
-def head(meter: Meter, tiny: bool) -> list[dict[str, Any]]:
+def head(meter: Meter, tiny: bool) -> Iterator[dict[str, Any]]:
     """Every scheme and peer on one projection; then the two elementwise passes alone."""
     from bench_logprobs import PRODUCTS, RESPONSE, STORE_ALL, Work
 
@@ -144,13 +161,12 @@ def head(meter: Meter, tiny: bool) -> list[dict[str, Any]]:
         "torch": ("torch", work.torch_fused),
         "naive": ("torch", work.naive),
     }
-    table: list[dict[str, Any]] = []
     for name, (module, run) in peers.items():
         reason = missing(module) or fault(run)
         if reason is None:
             sides[name] = run
         else:
-            table.append({"case": "head", "side": name, "skipped": reason})
+            yield {"case": "head", "side": name, "skipped": reason}
     seconds = meter.medians(sides, 5)
     unit, traffic = 2.0 * rows * width * vocab, 2.0 * 2 * (rows + vocab) * width
     for name, spent in seconds.items():
@@ -167,8 +183,8 @@ def head(meter: Meter, tiny: bool) -> list[dict[str, Any]]:
         }
         if "TRL" in seconds:
             row["of_trl"] = round(spent / seconds["TRL"], 3)
-        table.append(row)
-    return table + kernels(meter, work.weight, top)
+        yield row
+    yield from kernels(meter, work.weight, top)
 
 
 def fault(run: Callable[[], Any]) -> str | None:
@@ -180,7 +196,7 @@ def fault(run: Callable[[], Any]) -> str | None:
     return None
 
 
-def kernels(meter: Meter, weight: torch.Tensor, top: dict[str, float]) -> list[dict[str, Any]]:
+def kernels(meter: Meter, weight: torch.Tensor, top: dict[str, float]) -> Iterator[dict[str, Any]]:
     """The passes over one block of logits: by Triton for each launch, and by torch."""
     rows, vocab = block_rows(weight, 512), len(weight)
     logits = torch.randn(rows, vocab, device=meter.device).bfloat16()
@@ -203,48 +219,50 @@ def kernels(meter: Meter, weight: torch.Tensor, top: dict[str, float]) -> list[d
         }
         times["triton", block, warps] = meter.medians(sides, 5)
     copied = meter.medians({"clone": logits.clone}, 5)["clone"]
-    table = []
     for (by, block, warps), spent in times.items():
         size = 2.0 * logits.numel()
         gradient = max(spent["gradient"] - copied, 1e-9)
-        table.append(
-            {
-                "case": "passes over logits",
-                "by": by,
-                "block": block,
-                "warps": warps,
-                "size": [rows, vocab],
-                "fold_ms": round(1e3 * spent["fold"], 4),
-                "gradient_ms": round(1e3 * gradient, 4),
-                "fold_of_copy": round(size / spent["fold"] / 1e9 / top["gbyte_s"], 3),
-                "gradient_of_copy": round(2 * size / gradient / 1e9 / top["gbyte_s"], 3),
-            }
-        )
-    return table
+        yield {
+            "case": "passes over logits",
+            "by": by,
+            "block": block,
+            "warps": warps,
+            "size": [rows, vocab],
+            "fold_ms": round(1e3 * spent["fold"], 4),
+            "gradient_ms": round(1e3 * gradient, 4),
+            "fold_of_copy": round(size / spent["fold"] / 1e9 / top["gbyte_s"], 3),
+            "gradient_of_copy": round(2 * size / gradient / 1e9 / top["gbyte_s"], 3),
+        }
 
 
 # ------------------------------------------------------------------------------------ generate
 
 
-def generate(meter: Meter, tiny: bool) -> list[dict[str, Any]]:
+def generate(meter: Meter, tiny: bool) -> Iterator[dict[str, Any]]:
     """Rollouts of random bfloat16 models: `generate` as TRL calls it, modules, decoders."""
     import bench_sampling
 
     bench_sampling.SIZES["0.5B"], bench_sampling.HEADS["0.5B"] = LARGE, 14
+    known = {case.name: case for case in bench_sampling.CASES}
     cases = [
-        *bench_sampling.CASES,
-        bench_sampling.Case("0.5B", "0.5B", 16, 8, 256, 256, target=0.25, repeats=3),
+        known["1M"],
+        bench_sampling.Case("0.5B", "0.5B", 16, 8, 256, 128, target=0.25, repeats=1),
+        dataclasses.replace(known["58M"], new=64, repeats=3),
+        dataclasses.replace(known["1M, spread lengths"], repeats=2),
+        dataclasses.replace(known["1M, long prompt"], repeats=3),
     ]
     if tiny:
         cases = [dataclasses.replace(cases[0], prompts=2, group=2, prompt=8, new=12, repeats=1)]
-    return [rollouts(meter, case) for case in cases]
+    for case in cases:
+        yield rollouts(meter, case)
 
 
 def rollouts(meter: Meter, case: Any) -> dict[str, Any]:
     """Milliseconds a rollout, and tokens a second, of every side."""
     import bench_sampling
 
-    model, ids, mask = bench_sampling.build(case)
+    with meter.device:  # random numbers of half a billion weights
+        model, ids, mask = bench_sampling.build(case)
     kind = torch.bfloat16 if meter.cuda else torch.float32
     model = model.to(meter.device, kind)
     ids, mask = ids.to(meter.device), mask.to(meter.device)
@@ -257,7 +275,8 @@ def rollouts(meter: Meter, case: Any) -> dict[str, Any]:
         return lambda: tokens[name].append(runs[name]())
 
     torch.manual_seed(0)
-    seconds = meter.medians({name: counted(name) for name in runs}, case.repeats)
+    peaks = {name: meter.peak_mib(counted(name)) for name in runs}  # the first run warms up
+    seconds = meter.medians({name: counted(name) for name in runs}, case.repeats, warm=meter.cuda)
     made = {name: statistics.mean(values[1:]) for name, values in tokens.items()}
     speed = {name: made[name] / spent for name, spent in seconds.items()}
     operations, bytes_ = bench_sampling.necessary(case, model, ids, mask)
@@ -272,7 +291,7 @@ def rollouts(meter: Meter, case: Any) -> dict[str, Any]:
         "ratio": round(speed["generate"] / speed["fast"], 3),
         "target": case.target,
         **roofline(operations, bytes_ * kind.itemsize / 4, seconds["fast"], meter.ceilings()),
-        "peak_mib": {name: meter.peak_mib(run) for name, run in runs.items()},
+        "peak_mib": peaks,
     }
 
 
@@ -290,17 +309,18 @@ def without_graphs(run: Callable[[], Any]) -> Callable[[], Any]:
 # -------------------------------------------------------------------------------------- update
 
 
-def update(meter: Meter, tiny: bool) -> list[dict[str, Any]]:
+def update(meter: Meter, tiny: bool) -> Iterator[dict[str, Any]]:
     """Whole updates by TRL's trainer and ours, bfloat16 autocast on both sides."""
     if (reason := missing("trl") or missing("datasets")) is not None:
-        return [{"case": "update", "skipped": reason}]
+        yield {"case": "update", "skipped": reason}
+        return
     import bench_trl
 
     cases = [dataclasses.replace(case, device=meter.device.type) for case in bench_trl.CASES]
     if tiny:
         small = {"prompts": 2, "group": 2, "prompt": 8, "new": 8, "repeats": 1}
         cases = [dataclasses.replace(cases[3], **small)]
-    top, table = meter.ceilings(), []
+    top = meter.ceilings()
     for case in cases:
         row = bench_trl.measure(case)
         row["seconds"] = row.pop("cpu_s")
@@ -309,22 +329,45 @@ def update(meter: Meter, tiny: bool) -> list[dict[str, Any]]:
         if case.memory_target and meter.cuda:
             later = {side: bench_trl.one_update(case, side, 1) for side in ("trl", "ours")}
             row["peak_mib"] = {side: meter.peak_mib(run) for side, run in later.items()}
-        table.append(row)
-    return table
+        yield row
 
 
 # ------------------------------------------------------------------------------------- smollm2
 
 
-def smollm2(meter: Meter, tiny: bool, path: str = "smollm2") -> list[dict[str, Any]]:
+def even_share(completion_ids: list[list[int]], **_: Any) -> list[float]:
+    """The share of even token ids: a reward that random weights differ in."""
+    return [sum(i % 2 == 0 for i in ids) / max(1, len(ids)) for ids in completion_ids]
+
+
+def smollm2_work(device: str, tiny: bool, path: str) -> tuple[str, Any, Any, Any, int]:
+    """(what it is, policy with its tokenizer, task, reward function, tokens of a response).
+
+    Random weights of SmolLM2-135M's shape where the model is not at hand, with the tokenizer and
+    the prompts of tiny-sort and 64 tokens a response.
+    """
+    largest = TaskConfig(name="sort") if tiny else TaskConfig(name="largest", shots=1)
+    try:
+        loaded = load_policy(PolicyConfig(path="tiny-sort" if tiny else path), device=device)
+        task = make_task(largest)
+        return path if not tiny else "tiny-sort", loaded, task, task.reward, task.max_new_tokens
+    except ModelError as error:
+        print(f"{error}; random weights instead")
+    loaded, task = load_policy(PolicyConfig(path="tiny-sort")), make_task(TaskConfig(name="sort"))
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = LlamaForCausalLM(LlamaConfig(**SMOLLM2, attn_implementation="sdpa"))
+    loaded = dataclasses.replace(loaded, model=model)
+    return "random weights, SmolLM2-135M's shape", loaded, task, even_share, 64
+
+
+def smollm2(meter: Meter, tiny: bool, path: str = "smollm2") -> Iterator[dict[str, Any]]:
     """Training on the largest of four numbers: tokens a second, and where the time goes."""
     rollouts, prompts, group = (1, 2, 2) if tiny else (10, 32, 8)
-    policy = PolicyConfig(path="tiny-sort" if tiny else path)
-    loaded = load_policy(policy, device=meter.device.type)
-    task = make_task(TaskConfig(name="sort") if tiny else TaskConfig(name="largest", shots=1))
+    name, loaded, task, reward, length = smollm2_work(meter.device.type, tiny, path)
     config = HMPOConfig(
         group_size=group,
-        max_length=task.max_new_tokens,
+        max_length=length,
         minibatches=2,
         autocast="bfloat16" if meter.cuda else "none",
         eos_token=stop_token_ids(loaded.tokenizer, task.stop),
@@ -335,14 +378,14 @@ def smollm2(meter: Meter, tiny: bool, path: str = "smollm2") -> list[dict[str, A
         None,
         torch.optim.AdamW(loaded.model.parameters(), lr=2e-5, fused=meter.cuda),
         config,
-        Rewards(task.reward),
+        Rewards(reward),
         tokenizer=loaded.tokenizer,
         stop=task.stop,
     )
-    watch, table = Stopwatch(), []
+    watch = Stopwatch()
     for index in range(rollouts + 1):
         examples = [task.train(index * prompts + i) for i in range(prompts)]
-        columns = {name: [e.columns[name] for e in examples] for name in examples[0].columns}
+        columns = {key: [e.columns[key] for e in examples] for key in examples[0].columns}
         texts = [example.prompt for example in examples]
         seen = trainer.totals["num_tokens"]
         record: dict[str, Any] = {}
@@ -359,19 +402,16 @@ def smollm2(meter: Meter, tiny: bool, path: str = "smollm2") -> list[dict[str, A
         parts = watch.take()
         made = trainer.totals["num_tokens"] - seen
         if index:  # the first one warms up
-            table.append(
-                {
-                    "case": policy.path,
-                    "rollout": index,
-                    "responses": prompts * group,
-                    "reward": round(record["reward/mean"], 4),
-                    "tokens": made,
-                    "tokens_per_s": round(made / sum(spent.values())),
-                    "seconds": {name: round(value, 4) for name, value in spent.items()},
-                    "host_seconds": {name: round(value, 4) for name, value in parts.items()},
-                }
-            )
-    return table
+            yield {
+                "case": name,
+                "rollout": index,
+                "responses": prompts * group,
+                "reward": round(record["reward/mean"], 4),
+                "tokens": made,
+                "tokens_per_s": round(made / sum(spent.values())),
+                "seconds": {key: round(value, 4) for key, value in spent.items()},
+                "host_seconds": {key: round(value, 4) for key, value in parts.items()},
+            }
 
 
 def main() -> None:
@@ -391,6 +431,12 @@ def main() -> None:
         one_thread()
     meter = Meter(chosen.device)
     run = {"head": head, "generate": generate, "update": update}
+    command = f"python benchmarks/bench_gpu.py --device {chosen.device}"
+    command += " --tiny" if chosen.tiny else ""
+    command += f" --part {chosen.part}" if chosen.part else ""
+    name = f"gpu_{chosen.part or 'all'}_{chosen.device}"
+    if chosen.tiny:
+        name = f"gpu_{chosen.part}_{chosen.device}_path".replace("_None", "")
     rows = []
     for part in (chosen.part,) if chosen.part else PARTS:
         if part == "smollm2":
@@ -399,16 +445,9 @@ def main() -> None:
             found = run[part](meter, chosen.tiny)
         for row in found:
             print(row, flush=True)
-        if chosen.tiny:
-            found = [{"check": "of the code only: tiny sizes", **row} for row in found]
-        rows += [{"part": part, **row} for row in found]
-    command = f"python benchmarks/bench_gpu.py --device {chosen.device}"
-    command += " --tiny" if chosen.tiny else ""
-    command += f" --part {chosen.part}" if chosen.part else ""
-    name = f"gpu_{chosen.part or 'all'}_{chosen.device}"
-    if chosen.tiny:
-        name = f"gpu_{chosen.device}_path"
-    save(name, command, rows)
+            mark = {"check": "of the code only: tiny sizes"} if chosen.tiny else {}
+            rows.append({"part": part, **mark, **row})
+            save(name, command, rows, show=False)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import gc
 import json
 import multiprocessing
 import os
+import shutil
 import statistics
 import subprocess
 import time
@@ -18,7 +19,7 @@ import torch
 
 from hmpo.run.environment import describe_environment
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(os.environ.get("BENCH_RESULTS") or Path(__file__).parent / "results")
 
 
 def alternate(
@@ -123,7 +124,12 @@ def _memory(kind: str) -> float:
 
 
 def commit() -> str:
-    """The commit that was measured, with a mark where more than results and pages has changed."""
+    """The commit that was measured, with a mark where more than results and pages has changed.
+
+    BENCH_COMMIT names it where the code is a copy without its history.
+    """
+    if told := os.environ.get("BENCH_COMMIT"):
+        return told
     name = _git("describe", "--always", "--abbrev=12")
     changed = _git("status", "--porcelain", "--", ".", ":!benchmarks/results", ":!docs")
     return (name + ("-dirty" if changed else "")) or "unknown"
@@ -131,12 +137,14 @@ def commit() -> str:
 
 def _git(*arguments: str) -> str:
     """What git says, or nothing."""
+    if shutil.which("git") is None:
+        return ""
     return subprocess.run(["git", *arguments], capture_output=True, text=True).stdout.strip()
 
 
-def save(name: str, command: str, rows: list[dict[str, Any]]) -> Path:
-    """Write `results/NAME.json`: command, commit, machine, rows."""
-    RESULTS.mkdir(exist_ok=True)
+def save(name: str, command: str, rows: list[dict[str, Any]], *, show: bool = True) -> Path:
+    """Write `results/NAME.json`: command, commit, machine, rows; `show` prints them too."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{name}.json"
     facts = {
         "command": command,
@@ -145,9 +153,10 @@ def save(name: str, command: str, rows: list[dict[str, Any]]) -> Path:
         "rows": rows,
     }
     path.write_text(json.dumps(facts, indent=2) + "\n")
-    for row in rows:
+    for row in rows if show else ():
         print(row)
-    print(f"written: {path.relative_to(Path.cwd())}")
+    if show:
+        print(f"written: {os.path.relpath(path)}")
     return path
 
 
