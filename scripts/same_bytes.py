@@ -56,7 +56,7 @@ CASES: dict[str, dict[str, Any]] = {
     },
 }
 CHANGED = {
-    "gspo baseline": "minibatches without common padding, one more or less digit; more metrics",
+    "gspo baseline": "its log holds more metrics; weights and completions are equal",
 }
 """Cases that may differ, and why."""
 CHILD = """
