@@ -42,16 +42,16 @@ part() { # NAME SECONDS COMMAND...
 run() { # one part by name
   case $1 in
     env) part env 30 "$python" benchmarks/gpu_smoke.py --environment ;;
-    kernels) part kernels 70 "$python" -m pytest -q -o addopts= -o filterwarnings=default \
+    kernels) part kernels 40 "$python" -m pytest -q -o addopts= -o filterwarnings=default \
       -p no:cacheprovider -n "$workers" tests/logprobs/triton_cases.py ;;
-    smoke) part smoke 80 "$python" benchmarks/gpu_smoke.py --device "$device" ;;
-    head) part head 55 "$python" benchmarks/bench_gpu.py "${tiny[@]}" --device "$device" --part head ;;
-    muonclip) part muonclip 75 "$python" benchmarks/bench_muonclip.py kernels ;;
-    generate) part generate 70 "$python" benchmarks/bench_gpu.py "${tiny[@]}" --device "$device" \
+    smoke) part smoke 60 "$python" benchmarks/gpu_smoke.py --device "$device" ;;
+    head) part head 45 "$python" benchmarks/bench_gpu.py "${tiny[@]}" --device "$device" --part head ;;
+    muonclip) part muonclip 110 "$python" benchmarks/bench_muonclip.py kernels ;;
+    generate) part generate 100 "$python" benchmarks/bench_gpu.py "${tiny[@]}" --device "$device" \
       --part generate ;;
-    smollm2) part smollm2 40 "$python" benchmarks/bench_gpu.py "${tiny[@]}" --device "$device" \
+    smollm2) part smollm2 35 "$python" benchmarks/bench_gpu.py "${tiny[@]}" --device "$device" \
       --part smollm2 --model "${GPU_CHECK_MODEL:-smollm2}" ;;
-    update) part update 60 "$python" benchmarks/bench_gpu.py "${tiny[@]}" --device "$device" \
+    update) part update 70 "$python" benchmarks/bench_gpu.py "${tiny[@]}" --device "$device" \
       --part update ;;
     *) echo "gpu_check.sh: no part $1" >&2 && exit 2 ;;
   esac

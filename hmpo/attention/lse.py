@@ -111,6 +111,6 @@ class _CatchLse(TorchDispatchMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
-        if func in KERNELS and out[1].numel():
+        if func in KERNELS and out[1] is not None and out[1].numel():  # some give none, some empty
             self.outputs.append(out[1].detach())
         return out

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 from torch.testing import assert_close
 
-from hmpo.attention import readings
+from hmpo.attention import lse, readings
 from hmpo.attention.gain_bound import gain_bound
 from hmpo.attention.logits import AttentionCall, logit_bound, unmasked_bound
 from hmpo.attention.lse import call_with_lse, kernel_error, lse_bound, rows_of
@@ -174,6 +174,18 @@ def test_kernels_lse_arrives_and_is_the_log_sum_exp():
     truth = scores.masked_fill(~call.mask, -torch.inf).logsumexp(-1)
     rows = mask.bool()[:, None].expand_as(truth)
     assert_close(call.lse[rows], truth[rows], rtol=1e-5, atol=1e-5)
+
+
+def test_a_kernel_that_gives_no_lse_is_passed_over(monkeypatch):
+    """Without a gradient some CUDA kernels give None where others give an empty tensor."""
+
+    def kernel():
+        return torch.ones(2), None
+
+    monkeypatch.setattr(lse, "KERNELS", (kernel,))
+    with lse._CatchLse() as caught:
+        assert caught.__torch_dispatch__(kernel, ())[1] is None
+    assert caught.outputs == []
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")
