@@ -71,7 +71,7 @@ def test_every_pin_serves_the_first_python_that_readme_names_and_the_newest(pyth
     refused = {}
     for name in [*pins("requirements.txt"), *pins("requirements-dev.txt")]:
         try:
-            wanted = metadata(name)["Requires-Python"]
+            wanted = metadata(name).get("Requires-Python")
         except PackageNotFoundError:
             continue  # of another platform
         if wanted and not SpecifierSet(wanted).contains(python):

@@ -15,19 +15,19 @@ from tests.trainer.test_trainer import PROMPTS, low_tokens, weights
 SHARED = {"group_size": 4, "max_length": 6, "eos_token": (2, 7), "minibatches": 4, "epochs": 2}
 
 
-def pair(lr: float = 0.02, **changes):
+def pair(lr: float = 0.02, **changes):  # eps: AdamW magnifies rounding by up to lr / eps
     models = in_float64(tiny_llama()), in_float64(tiny_llama())
     baseline = GSPOTrainer(
         models[0],
         None,
-        torch.optim.AdamW(models[0].parameters(), lr=lr),
+        torch.optim.AdamW(models[0].parameters(), lr=lr, eps=1e-5),
         GSPOConfig(**(SHARED | changes)),
         low_tokens,
     )
     family = PowerMeanTrainer(
         models[1],
         None,
-        torch.optim.AdamW(models[1].parameters(), lr=lr),
+        torch.optim.AdamW(models[1].parameters(), lr=lr, eps=1e-5),
         PowerMeanConfig(objective=members.gspo(), **(SHARED | changes)),
         low_tokens,
     )
