@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gpu_tables
 import performance_tables
 from results import load, source
 
@@ -398,6 +399,9 @@ MAKERS: dict[str, Callable[[], str]] = {
     "growth": performance_tables.growth,
     "start": performance_tables.start,
     "memory_flat": performance_tables.memory_flat,
+    "gpu_right": gpu_tables.right,
+    "gpu_rollouts": gpu_tables.rollouts,
+    "gpu_work": gpu_tables.work,
 }
 
 
