@@ -195,6 +195,8 @@ class PowerMeanGRPOConfig(GRPOConfig):
             value = getattr(self, name)
             expected = f"it unset: {objective.name} has no p that could be set"
             require(value is None or (has_p and not own), name, value, expected)
+        hidden = self.p is not None and None not in (self.p_positive, self.p_negative)
+        require(not hidden, "p", self.p, "it unset: p_positive and p_negative are used")
         if objective.clip_level == "none":
             for name in ("clip_low", "clip_high"):
                 value = getattr(self, name)
