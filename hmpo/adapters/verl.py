@@ -14,6 +14,7 @@ verl, a fully masked response counts in the number of responses.
 """
 
 import dataclasses
+import logging
 import typing
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -32,6 +33,8 @@ from hmpo.errors import ConfigError, ShapeError, require
 from hmpo.objective.loss import power_mean_loss
 from hmpo.objective.metrics import objective_metrics
 from hmpo.types import Denominators
+
+logger = logging.getLogger(__name__)
 
 LOSS_MODE = "power_mean"
 """The name in verl's registry."""
@@ -117,6 +120,7 @@ class PowerMeanLossConfig(_Fields):  # pyrefly: ignore[invalid-inheritance]
             f'"{LOSS_MODE}" with PowerMeanLossConfig; verl\'s V0 trainer overwrites it where '
             "algorithm.rollout_correction.bypass_mode=true",
         )
+        _refuse_unread(self)
         self.objective()
 
     def objective(self) -> ObjectiveConfig:
@@ -183,7 +187,22 @@ def power_mean(
     inputs = (log_prob, old_log_prob, mask, row_advantages, objective)
     denominators = _denominators(config, objective)
     loss = power_mean_loss(*inputs, weights=weights, denominators=denominators)
+    fine = loss.detach().isfinite()
+    if rollout_is_weights is not None:  # those of tokens reach the gradient and not the value
+        fine = fine & (rollout_is_weights.isfinite() | ~mask).all()
+    if not bool(fine):
+        _tell_bad_rows(log_prob, old_log_prob, mask, row_advantages, rollout_is_weights)
     return loss * config.global_batch_info["dp_size"], _metrics(*inputs)
+
+
+def _refuse_unread(chosen: PolicyLossConfig) -> None:
+    """Refuse settings of verl's other losses."""
+    for field in dataclasses.fields(PolicyLossConfig):
+        if field.name in ("loss_mode", "rollout_correction"):  # the latter is read by the trainer
+            continue
+        value = getattr(chosen, field.name)
+        expected = f"{field.default} (untouched), as {LOSS_MODE} does not read it"
+        require(value == field.default, f"policy_loss.{field.name}", value, expected)
 
 
 def _check_objective(objective: ObjectiveConfig) -> None:
@@ -223,6 +242,7 @@ def _objective(config: ActorConfig, loss_agg_mode: str) -> ObjectiveConfig:
     """The objective in force, after the rest of the actor's config was found to agree with it."""
     chosen = config.policy_loss
     require(chosen.loss_mode == LOSS_MODE, "loss_mode", chosen.loss_mode, f'"{LOSS_MODE}"')
+    _refuse_unread(chosen)
     own = chosen if isinstance(chosen, PowerMeanLossConfig) else PowerMeanLossConfig()
     objective = own.objective()
     wanted = AGGREGATION[objective.reduction]
@@ -293,6 +313,23 @@ def _split_weights(advantages: Tensor, weights: Tensor, mask: Tensor) -> tuple[T
     alike = (low == high) & mask.any(1)
     rows = torch.where(alike, high, torch.ones_like(high))
     return advantages * rows, torch.where(alike[:, None], torch.ones_like(weights), weights)
+
+
+def _tell_bad_rows(
+    log_prob: Tensor, old_log_prob: Tensor, mask: Tensor, advantages: Tensor, weights: Tensor | None
+) -> None:
+    """Name what is not finite; verl then skips the update by its gradient's norm."""
+    parts = {"log-prob": log_prob, "old log-prob": old_log_prob, "rollout weight": weights}
+    named = [
+        f"{name} of response {row}, token {token}"
+        for name, values in parts.items()
+        if values is not None and bool((bad := ~values.isfinite() & mask).any())
+        for row, token in [bad.nonzero()[0].tolist()]
+    ]
+    rows = (~advantages.isfinite()).nonzero().flatten().tolist()
+    named += [f"advantage of response {row}" for row in rows[:1]]
+    reason = ", ".join(named) or "all inputs are finite, their product is not"
+    logger.warning("%s: the loss of a micro-batch is not finite: %s", LOSS_MODE, reason)
 
 
 @torch.no_grad()

@@ -69,9 +69,11 @@ def _status(run: RunData) -> dict[str, Any]:
 
 def _facts(run: RunData) -> list[tuple[str, str]]:
     """The few settings that say what was done."""
-    base = (run.log.run or {}).get("base", {})
+    head = run.log.run or {}
+    base = head.get("base", {})
     p = run.setting("objective", "p", default=base.get("p"))
-    objective = run.setting("objective", "name", default=(run.log.run or {}).get("algo"))
+    named = head.get("objective", head.get("algo"))
+    objective = run.setting("objective", "name", default=named)
     exponent = "" if p is None else f", p = {_shown(p)}"
     if run.setting("algorithm") == "gspo":  # the baseline has no use for the objective's settings
         objective, exponent = "gspo", " (independent baseline)"

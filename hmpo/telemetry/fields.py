@@ -34,6 +34,12 @@ _FRAME = (
         ),
         text("config_hash", "SHA-256 of the resolved configuration without `out`.", "run"),
         text("algo", "Trainer: power_mean or gspo.", "run"),
+        text(
+            "objective",
+            "Member and what differs from it, where no config.json beside the log tells.",
+            "run",
+            required=False,
+        ),
         Field(
             name="seed",
             kind="int",

@@ -50,6 +50,7 @@ def run_record(
     group_size: int,
     world_size: int = 1,
     base: Mapping[str, float | int],
+    objective: str | None = None,
 ) -> dict[str, Any]:
     """First record of telemetry.jsonl.
 
@@ -62,8 +63,10 @@ def run_record(
         group_size: responses per prompt.
         world_size: processes that train together.
         base: lr, eps (clip half-width), batch (responses per update) and p.
+        objective: the member, where no config.json beside the log tells.
     """
     hash_ = config_hash(config)
+    told = {} if objective is None else {"objective": objective}
     return _checked(
         {
             "type": "run",
@@ -77,6 +80,7 @@ def run_record(
             "group_size": group_size,
             "world_size": world_size,
             "base": {key: _plain(value) for key, value in base.items()},
+            **told,
         }
     )
 

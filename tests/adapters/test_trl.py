@@ -485,30 +485,6 @@ def test_an_update_in_which_no_response_counts_is_told_and_harmless(tmp_path: Pa
     assert torch.equal(weights(trainer), before)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("member", ["hmpo", "dapo"])
-def test_two_processes_train_and_measure_as_one(tmp_path: Path, member: str) -> None:
-    def run(*launcher: str) -> list[dict[str, Any]]:
-        folder = str(tmp_path / str(len(launcher)))
-        done = subprocess.run(
-            [sys.executable, *launcher, "-m", "tests.adapters.processes", folder, member],
-            cwd=ROOT,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr
-        return [json.loads(text) for text in re.findall(r"\{\"weights.*?\}\}", done.stdout)]
-
-    (alone,) = run()
-    both = run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    assert len(both) == 2
-    assert both[0] == both[1]
-    assert both[0]["weights"] == pytest.approx(alone["weights"], rel=1e-6)
-    for name, value in alone["record"].items():
-        assert both[0]["record"][name] == pytest.approx(value, rel=1e-3, abs=1e-5), name
-
-
 def test_linear_schedule_runs_over_trls_steps(tmp_path: Path) -> None:
     train(tmp_path, objective="holder", max_steps=5)
     found = [record["ratio/p"] for record in records(tmp_path)[1:-1]]

@@ -241,6 +241,29 @@ def test_nothing_in_padding_reaches_loss_gradient_or_metrics(case: Case) -> None
     assert bool(case.logp.grad.isfinite().all())
 
 
+@pytest.mark.parametrize("place", ["log-prob", "old log-prob", "rollout weight", "advantage"])
+def test_what_is_not_finite_is_named(case: Case, place: str, caplog) -> None:
+    weights, advantages = torch.rand(8, 10).double(), case.advantages[:, None] * case.mask
+    bad = {"log-prob": case.logp, "old log-prob": case.old, "rollout weight": weights}
+    bad.get(place, advantages)[4, 2] = math.nan
+    if place == "advantage":
+        advantages[4] = math.nan
+    case.logp.requires_grad_()
+    loss, _ = call(case, actor(), advantages, rollout_is_weights=weights)
+    loss.backward()
+    assert not bool(case.logp.grad.isfinite().all())
+    wanted = "advantage of response 4" if place == "advantage" else "response 4, token 2"
+    assert wanted in caplog.text and place in caplog.text
+
+
+def test_log_ratios_beyond_the_range_of_exp_are_finite(case: Case) -> None:
+    case.old[0, 1], case.old[1, 2] = case.old[0, 1] + 200.0, case.old[1, 2] - 200.0
+    case.logp.requires_grad_()
+    loss, _ = call(case, actor())
+    loss.backward()
+    assert bool(loss.isfinite()) and bool(case.logp.grad.isfinite().all())
+
+
 def test_metrics_are_floats_under_fixed_names(case: Case) -> None:
     _, metrics = call(case, actor())
     inputs = (case.logp, case.old, case.mask, case.advantages, members.hmpo())
@@ -285,6 +308,9 @@ def test_advantages_that_vary_within_a_response_are_refused(case: Case) -> None:
         ({"exponent_kind": "adaptive"}, "policy_loss.exponent.kind: got 'adaptive'"),
         ({"p": math.inf}, "policy_loss.p: got inf"),
         ({"member": "dr_grpo", "max_length": 0}, "max_length"),
+        ({"clip_cov_ratio": 0.1}, "policy_loss.clip_cov_ratio: got 0.1, expected 0.0002"),
+        ({"ppo_kl_coef": 0.2}, "policy_loss.ppo_kl_coef"),
+        ({"dro_beta": 0.2}, "policy_loss.dro_beta"),
     ],
 )
 def test_what_verl_cannot_supply_is_refused_when_the_config_is_made(changes, message) -> None:
@@ -311,6 +337,14 @@ def test_what_verl_cannot_supply_is_refused_when_the_config_is_made(changes, mes
             "actor.loss_scale_factor: got None, expected 3000",
         ),
         ({"policy_loss": PolicyLossConfig(loss_mode="gspo")}, {}, "loss_mode: got 'gspo'"),
+        (
+            {
+                "policy_loss": PolicyLossConfig(loss_mode="power_mean", clip_cov_lb=0.5),
+                "loss_agg_mode": "seq-mean-token-mean",
+            },
+            {},
+            "policy_loss.clip_cov_lb: got 0.5",
+        ),
     ],
 )
 def test_an_actor_config_that_contradicts_the_member_is_refused(

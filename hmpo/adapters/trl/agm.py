@@ -52,6 +52,7 @@ class AGMCallback(TrainerCallback):
         require(fits, "lr_scheduler_type", schedule, 'another with "lr" among agm.controls')
         self.trainer, self.config = trainer, config
         self.control: Control | None = None
+        trainer.save_with.append(self.save)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Make the controllers, or load those of the checkpoint that training goes on from."""
@@ -89,10 +90,9 @@ class AGMCallback(TrainerCallback):
             control.should_training_stop = True
         return control
 
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Put the controllers' state beside TRL's own."""
-        if self.control is None or not args.should_save:
+    def save(self, folder: Path) -> None:
+        """Put the controllers' state into a new checkpoint folder, beside TRL's own."""
+        if self.control is None:
             return
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         text = json.dumps(self.control.state_dict(), sort_keys=True)
         (folder / STATE_FILE).write_text(text, encoding="utf-8")

@@ -131,7 +131,11 @@ class PowerMeanGRPOConfig(GRPOConfig):
             self.objective = to_dict(self.objective)
         super().__post_init__()
         MuonClipConfig(max_qk_score=self.max_qk_score)
-        self._check(self.resolved_objective)
+        read = self.qk_clip or self.max_qk_score == type(self).max_qk_score
+        require(read, "max_qk_score", self.max_qk_score, "it unset with qk_clip=False")
+        objective = self.resolved_objective
+        self._check(objective)
+        self._check_window(objective)
 
     @property
     def resolved_objective(self) -> ObjectiveConfig:
@@ -147,13 +151,17 @@ class PowerMeanGRPOConfig(GRPOConfig):
                 "an ObjectiveConfig"
             )
         table: dict[str, Any] = {"member": given} if isinstance(given, str) else dict(given)
-        for name in ("p", "p_positive", "p_negative", "clip_low", "clip_high"):
+        whole = "name" in table  # an ObjectiveConfig, of which a field may take the place of one
+        for name in ("p", "p_positive", "p_negative", "clip_low", "clip_high", "exponent"):
             value = getattr(self, name)
-            if value is not None:
+            if value is None:
+                continue
+            expected = f"it in one place: objective has {table.get(name)!r} already"
+            require(whole or name not in table, name, value, expected)
+            if name == "exponent":
+                table[name] = {"kind": value} if isinstance(value, str) else dict(value)
+            else:
                 table[name] = float(value)
-        if self.exponent is not None:
-            source = self.exponent
-            table["exponent"] = {"kind": source} if isinstance(source, str) else dict(source)
         own_length = "max_length" not in table
         objective = run_config({"objective": table}).objective  # strict, and by the names of files
         if objective.reduction == "constant" and own_length:
@@ -187,6 +195,8 @@ class PowerMeanGRPOConfig(GRPOConfig):
             value = getattr(self, name)
             expected = f"it unset: {objective.name} has no p that could be set"
             require(value is None or (has_p and not own), name, value, expected)
+        hidden = self.p is not None and None not in (self.p_positive, self.p_negative)
+        require(not hidden, "p", self.p, "it unset: p_positive and p_negative are used")
         if objective.clip_level == "none":
             for name in ("clip_low", "clip_high"):
                 value = getattr(self, name)
@@ -195,6 +205,9 @@ class PowerMeanGRPOConfig(GRPOConfig):
             expected = "it unset with one update per generation, where no ratio differs from 1"
             enough = self.updates_per_generation > 1
             require(enough, "clip_share", objective.clip_share, expected)
+
+    def _check_window(self, objective: ObjectiveConfig) -> None:
+        """Whether what an update has to know of its rows is known before the first of them."""
         if objective.needs_band:
             split = self.gradient_accumulation_steps > 1 or self.world_size > 1
             require(
@@ -203,4 +216,13 @@ class PowerMeanGRPOConfig(GRPOConfig):
                 self.gradient_accumulation_steps,
                 "1, and one process, with a clip that is centred or scaled by the minibatch: its "
                 "statistics are not known before the last part",
+            )
+        if objective.reduction == "token_mean":
+            served = (self.steps_per_generation or 1) * self.num_iterations
+            require(
+                served % self.gradient_accumulation_steps == 0,
+                "gradient_accumulation_steps",
+                self.gradient_accumulation_steps,
+                f"a divisor of steps_per_generation * num_iterations = {served} with a token mean: "
+                "the tokens of an update are not known before all of them are generated",
             )

@@ -14,9 +14,18 @@ from torch.nn.functional import pad
 from transformers import TrainerCallback
 
 from hmpo import __version__
+from hmpo.adapters.trl.card import describe
 from hmpo.adapters.trl.config import PowerMeanGRPOConfig
+from hmpo.errors import TelemetryError
 from hmpo.telemetry.lookup import lookup_trl
-from hmpo.telemetry.records import config_hash, end_record, make_run_id, run_record, step_record
+from hmpo.telemetry.records import (
+    config_hash,
+    decode,
+    end_record,
+    make_run_id,
+    run_record,
+    step_record,
+)
 from hmpo.telemetry.sinks import JsonlSink
 from hmpo.types import Metrics
 
@@ -62,8 +71,10 @@ def gather_rows(rows: Rows, accelerator: Any) -> Rows:
         tensor = getattr(rows, item.name)
         if tensor is None:
             continue
-        wide = accelerator.pad_across_processes(tensor, dim=1) if tensor.ndim == 2 else tensor
-        values[item.name] = accelerator.gather(wide)
+        # padding turns bool into int64, and only on the ranks that pad
+        sent = tensor.to(torch.uint8) if tensor.dtype == torch.bool else tensor
+        wide = accelerator.pad_across_processes(sent, dim=1) if sent.ndim == 2 else sent
+        values[item.name] = accelerator.gather(wide).to(tensor.dtype)
     return Rows(**values)
 
 
@@ -99,6 +110,8 @@ class TelemetryLog(TrainerCallback):
         self.run_id = make_run_id(self.name, config_hash(self.config))
         self.resume_at: int | None = None
         """Bytes of the log that a checkpoint vouches for; None without one."""
+        self.resumed_id: str | None = None
+        """`run_id` of the run that the checkpoint is of, where it tells."""
         self.sink: JsonlSink | None = None
 
     def offset(self) -> int | None:
@@ -117,8 +130,10 @@ class TelemetryLog(TrainerCallback):
         if self.sink is not None:
             self.sink.close()
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        if self.resume_at is not None and self.path.exists():
-            self.sink = JsonlSink(self.path, resume_at=self.resume_at)
+        offset, self.resume_at = self.resume_at, None  # for this start, not for the next
+        if offset is not None and _is_log_of(self.path, offset, self.resumed_id):
+            self.run_id = self.resumed_id or self.run_id
+            self.sink = JsonlSink(self.path, resume_at=offset)
             return
         _move_aside(self.path)
         self.sink = JsonlSink(self.path)
@@ -126,17 +141,22 @@ class TelemetryLog(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Close the log with how the run ended."""
+        finished = state.global_step >= state.max_steps
+        self.end(state.global_step, "completed" if finished else "early_stop")
+
+    def end(self, step: int, status: str) -> None:
+        """Close the log, if it is open, with how the run ended after `step` updates."""
         if self.sink is None:
             return
-        status = "completed" if state.global_step >= state.max_steps else "early_stop"
-        self.sink.write(end_record(self.run_id, state.global_step, status))
+        self.sink.write(end_record(self.run_id, step, status))
         self.sink.close()
         self.sink = None
 
     def header(self, args: PowerMeanGRPOConfig) -> dict[str, Any]:
         """The `run` record."""
         objective = args.resolved_objective
-        return run_record(
+        record = run_record(
+            objective=describe(objective),
             name=self.name,
             config=self.config,
             algo="power_mean",
@@ -153,6 +173,20 @@ class TelemetryLog(TrainerCallback):
                 "p": objective.p,
             },
         )
+        return record | {"run_id": self.run_id}
+
+
+def _is_log_of(path: Path, offset: int, run_id: str | None) -> bool:
+    """Whether the file begins with `offset` bytes of whole records of that run."""
+    if not path.is_file() or path.stat().st_size < offset:
+        return False
+    with path.open("rb") as file:
+        kept = file.read(offset)
+    try:
+        first = decode(kept.split(b"\n", 1)[0])
+    except TelemetryError:
+        return False
+    return kept.endswith(b"\n") and run_id in (None, first.get("run_id"))
 
 
 def _move_aside(path: Path) -> None:

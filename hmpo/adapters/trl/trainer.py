@@ -8,22 +8,16 @@ one is logged as `pg_loss`.
 """
 
 import dataclasses
-import functools
 import logging
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hmpo.errors import (
-    CheckpointError,
-    ConfigError,
-    MissingDependencyError,
-    NonFiniteError,
-    require,
-)
+from hmpo.errors import ConfigError, MissingDependencyError, require
 
 try:
     from accelerate.optimizer import AcceleratedOptimizer
@@ -35,9 +29,12 @@ except ImportError as error:
     ) from error
 
 from hmpo.adapters.surrogate import surrogate_advantages
+from hmpo.adapters.trl.card import describe, paper_of
 from hmpo.adapters.trl.config import PowerMeanGRPOConfig
+from hmpo.adapters.trl.finite import finite_norm, near_old_logprobs, refuse_bad_tokens
 from hmpo.adapters.trl.log import Rows, TelemetryLog, gather_rows, join_rows, rollout_metrics
-from hmpo.checkpoint import load_checkpoint, save_checkpoint
+from hmpo.adapters.trl.state import load_state, save_state
+from hmpo.objective.exponent import exponent_source
 from hmpo.objective.in_force import ObjectiveInForce
 from hmpo.objective.metrics import objective_metrics
 from hmpo.optim import MuonClipConfig, with_qk_clip
@@ -48,8 +45,8 @@ logger = logging.getLogger(__name__)
 
 __all__ = ["PowerMeanGRPOConfig", "PowerMeanGRPOTrainer"]
 
-STATE_FOLDER = "hmpo"
-"""In a checkpoint folder: what the exponent has learned, and the length of the log."""
+_OF_THE_SURROGATE = ("clip_ratio/", "policy_loss")
+"""TRL's metrics of its own clip, which is open, and of a loss of which only the gradient counts."""
 
 
 class PowerMeanGRPOTrainer(GRPOTrainer):
@@ -73,7 +70,9 @@ class PowerMeanGRPOTrainer(GRPOTrainer):
     args: PowerMeanGRPOConfig  # type: ignore[bad-override-mutable-attribute]
     model: Any
 
-    def __init__(self, model: Any, reward_funcs: Any = None, args: Any = None, **more: Any) -> None:
+    def __init__(
+        self, model: Any, reward_funcs: Any = None, args: Any = None, *more: Any, **options: Any
+    ) -> None:
         if args is None:
             args = PowerMeanGRPOConfig("trainer_output")
         if not isinstance(args, PowerMeanGRPOConfig):
@@ -87,7 +86,51 @@ class PowerMeanGRPOTrainer(GRPOTrainer):
                 stacklevel=2,
             )
         self._loss_inputs: dict[str, Any] | None = None
+        self._in_force: ObjectiveInForce | None = None
+        self.save_with: list[Callable[[Path], None]] = []
+        """Called with each new checkpoint folder before TRL may push it."""
+        self._forget()
+        super().__init__(model, reward_funcs, args, *more, **options)
+        # The objective's own means and bounds stand in the advantages; of TRL's loss there remain
+        # the denominator and a ratio without bounds.
+        self.loss_type, self._factor = args.host_loss
+        self.beta *= self._factor
+        self.importance_sampling_level = "token"
+        self.epsilon_low = self.epsilon_high = float("inf")
+        objective = args.resolved_objective
+        self._name = f"the power-mean objective {describe(objective)} of hmpo"
+        self._paper = paper_of(objective)
+        self.telemetry = TelemetryLog(args)
+        self.add_callback(_AfterStep(self))
+        if args.telemetry:
+            self.add_callback(self.telemetry)
+
+    def train(self, *args: Any, **options: Any) -> Any:
+        """TRL's training, begun without anything left over from one before it.
+
+        Weights, optimizer and what the objective has learned stay, as in TRL. However it ends, the
+        log says so.
+        """
+        self._forget()
+        self.telemetry.resume_at = None
+        self._step, self._buffered_inputs, self._current_train_step_time = 0, None, 0.0
+        for pending in (self._metrics["train"], self._pending_metrics, self._pending_extra_logs):
+            pending.clear()
+        if self.use_vllm:
+            self._last_loaded_step = -1
+        if self._in_force is not None and self._in_force.calibration.scale is None:
+            self._in_force.calibration.scales.clear()
+        try:
+            return super().train(*args, **options)
+        except BaseException as error:
+            stopped = isinstance(error, KeyboardInterrupt)
+            self.telemetry.end(self.state.global_step, "interrupted" if stopped else "failed")
+            raise
+
+    def _forget(self) -> None:
+        """Start without micro-batches, rollouts and a record."""
         self._window: list[Rows] = []
+        self._window_tokens: Tensor | None = None
         self._losses: list[Tensor] = []
         self._grad_norm: Tensor | float | None = None
         self._rollout: Metrics = {}
@@ -95,34 +138,55 @@ class PowerMeanGRPOTrainer(GRPOTrainer):
         self.last_record: Metrics = {}
         self.resumed_from: str | None = None
         """Checkpoint folder that training goes on from."""
-        super().__init__(model, reward_funcs, args=args, **more)
-        # The objective's own means and bounds stand in the advantages; of TRL's loss there remain
-        # the denominator and a ratio without bounds.
-        self.loss_type, self._factor = args.host_loss
-        self.beta *= self._factor
-        self.importance_sampling_level = "token"
-        self.epsilon_low = self.epsilon_high = float("inf")
-        self.telemetry = TelemetryLog(args)
-        self.add_callback(_AfterStep(self))
-        if args.telemetry:
-            self.add_callback(self.telemetry)
 
     # ---------------------------------------------------------------------------- the objective
 
-    @functools.cached_property
+    @property
     def in_force(self) -> ObjectiveInForce:
-        """The objective as it stands; made when training starts, as a schedule needs its length."""
-        device = self.accelerator.device
-        return ObjectiveInForce(self.args.resolved_objective, device, self.state.max_steps or None)
+        """The objective as it stands; a schedule has the length of the training that goes on."""
+        objective, device = self.args.resolved_objective, self.accelerator.device
+        updates = self.state.max_steps or None  # before the first training nobody knows
+        if self._in_force is None:
+            self._in_force = ObjectiveInForce(objective, device, updates or 2)
+            self._updates = updates
+        elif updates != self._updates and objective.exponent.kind == "linear":
+            self._in_force.source = exponent_source(objective, device, updates)
+            self._updates = updates
+        return self._in_force
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         """TRL's loss on a copy of `inputs`, which it uses again in later iterations."""
-        self._loss_inputs = dict(inputs)
-        loss = super()._compute_loss(model, self._loss_inputs)
-        self._loss_inputs = None
-        if self.model.training:
+        training = self.model.training
+        given = dict(inputs)
+        if training:
+            self._count_window(given)
+        self._loss_inputs = given
+        try:
+            loss = super()._compute_loss(model, given)
+        finally:
+            self._loss_inputs = None
+        buffers = self._metrics["train" if training else "eval"]
+        for name in [name for name in buffers if name.startswith(_OF_THE_SURROGATE)]:
+            del buffers[name]
+        if training:
             self._losses.append(loss.detach())
         return loss
+
+    def _count_window(self, inputs: dict[str, Any]) -> None:
+        """Have TRL's token mean divide by the tokens of this accumulation window.
+
+        TRL divides by the mean over the micro-batches of a generation, which differs where one
+        generation serves several windows.
+        """
+        steps, parts = self.args.steps_per_generation or 1, self.current_gradient_accumulation_steps
+        if self.loss_type != "dapo" or steps == parts or self._buffered_inputs is None:
+            return
+        if not self._window:
+            chosen = [self._buffered_inputs[(self._step + part) % steps] for part in range(parts)]
+            count = torch.stack([_counted(batch).sum() for batch in chosen]).sum()
+            self._window_tokens = self.accelerator.reduce(count, reduction="sum")
+        assert self._window_tokens is not None
+        inputs["num_items_in_batch"] = self._window_tokens * steps / parts
 
     def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, **options: Any) -> Any:
         """TRL's log-probs; inside the loss they also decide the per-token advantages."""
@@ -133,14 +197,11 @@ class PowerMeanGRPOTrainer(GRPOTrainer):
 
     def _weigh(self, inputs: dict[str, Any], logprobs: Tensor, entropy: Tensor) -> None:
         """Put our per-token advantages in place of TRL's per-response ones."""
-        mask = inputs["completion_mask"].bool()
-        if "tool_mask" in inputs:
-            mask = mask & inputs["tool_mask"].bool()
         old = inputs.get("old_per_token_logps")
         rows = Rows(
             logprobs=logprobs,
             old_logprobs=logprobs if old is None else old,
-            mask=mask,
+            mask=_counted(inputs),
             advantages=inputs["advantages"],
             entropy=entropy,
             ref_logprobs=inputs.get("ref_per_token_logps"),
@@ -149,21 +210,17 @@ class PowerMeanGRPOTrainer(GRPOTrainer):
         weights = surrogate_advantages(
             rows.logprobs, rows.old_logprobs, rows.mask, rows.advantages, objective, exponent
         )
-        if not bool(weights.isfinite().all()):
-            row, token = (~weights.isfinite()).nonzero()[0].tolist()
-            raise NonFiniteError(
-                f"update {self.state.global_step}: the gradient of response {row} is not finite "
-                f"(token {token}): log-prob {logprobs[row, token]:g}, before "
-                f"{rows.old_logprobs[row, token]:g}, advantage {rows.advantages[row]:g}; resume "
-                "from the last checkpoint with a lower learning rate"
-            )
-        if self.beta == 0:
-            # A ratio of exactly 1 cannot overflow; the off-policy mask keeps the true distance.
-            inputs.setdefault("sampling_per_token_logps", rows.old_logprobs)
-            inputs["old_per_token_logps"] = logprobs
-        else:  # TRL may weigh the KL term by the true ratio
-            weights = weights * torch.exp(rows.old_logprobs - logprobs)
-        inputs["advantages"] = self._factor * weights
+        too_far = torch.zeros_like(rows.mask)
+        inputs.setdefault("sampling_per_token_logps", rows.old_logprobs)  # for the off-policy mask
+        if self.beta == 0 or not self.args.use_bias_correction_kl:
+            inputs["old_per_token_logps"] = logprobs  # a ratio of exactly 1 cannot overflow
+        else:  # TRL weighs the KL term by the true ratio
+            inputs["old_per_token_logps"], too_far = near_old_logprobs(rows)
+            weights = weights * torch.exp(inputs["old_per_token_logps"] - logprobs)
+        weights = self._factor * weights
+        bad = ~weights.isfinite() | too_far
+        refuse_bad_tokens(bad, rows, self.state.global_step, self.accelerator)
+        inputs["advantages"] = weights
         if self.model.training:
             self._window.append(rows)
 
@@ -217,8 +274,6 @@ class PowerMeanGRPOTrainer(GRPOTrainer):
     def _log_update(self, metrics: Metrics, skipped: bool) -> None:
         """Hand the numbers of one update to TRL's log and to ours."""
         buffers = self._metrics["train"]
-        for name in [name for name in buffers if name.startswith("clip_ratio/")]:
-            del buffers[name]  # of TRL's own clip, which is open: clip/* says what ours does
         self._rollout |= rollout_metrics(buffers)
         self.last_record = {
             "step": self.state.global_step,
@@ -240,9 +295,26 @@ class PowerMeanGRPOTrainer(GRPOTrainer):
         self.telemetry.write(self.last_record)
 
     def _clip_grad_norm(self, model: Any) -> Any:
-        """The host's; its result is logged."""
+        """The host's; its result is logged.
+
+        Raises:
+            NonFiniteError: it is NaN or infinite; the weights are as they were.
+        """
         self._grad_norm = super()._clip_grad_norm(model)
-        return self._grad_norm
+        return self._finite_norm(self._grad_norm)
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """The host's, also where nothing is clipped.
+
+        Raises:
+            NonFiniteError: it is NaN or infinite; the weights are as they were.
+        """
+        return self._finite_norm(super()._get_grad_norm(model, grad_norm=grad_norm))
+
+    def _finite_norm(self, norm: Any) -> Any:
+        """The norm, if the step that follows may be taken; a loss scaler skips steps by itself."""
+        scaled = self.accelerator.mixed_precision == "fp16" or self.is_deepspeed_enabled
+        return norm if scaled else finite_norm(norm, self.state.global_step)
 
     # ------------------------------------------------------------------------ optimizer and state
 
@@ -259,52 +331,49 @@ class PowerMeanGRPOTrainer(GRPOTrainer):
         """The host's, with QK-clip after each of its steps.
 
         Raises:
-            ConfigError: `qk_clip` with weights or readings spread over processes.
+            ConfigError: `qk_clip` with weights that have no rows of heads: FSDP1, DeepSpeed.
         """
         optimizer = super().create_optimizer(*args, **options)
         if self.args.qk_clip:
-            spread = self.accelerator.num_processes > 1
-            spread = spread or self.is_fsdp_enabled or self.is_deepspeed_enabled
-            require(not spread, "qk_clip", True, "False: it does not yet work across processes")
+            plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+            flat = self.is_fsdp_enabled and getattr(plugin, "fsdp_version", 1) != 2
+            expected = (
+                "False with FSDP1 and DeepSpeed, which flatten weights; FSDP2 and DDP keep them"
+            )
+            require(not (flat or self.is_deepspeed_enabled), "qk_clip", True, expected)
             config = MuonClipConfig(max_qk_score=self.args.max_qk_score)
             with_qk_clip(self._bare_optimizer, self.model, config)
         return optimizer
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """The host's checkpoint, with what the exponent has learned."""
-        super()._save_checkpoint(model, trial)
+        """The host's checkpoint, with what the exponent has learned; the host pushes it last."""
+        step = self.state.global_step
         if self.args.should_save:
-            folder = Path(self._get_output_dir(trial=trial))
-            state = {
-                **self.in_force.state_dict(),
-                "rollouts": self._rollouts,
-                "telemetry": self.telemetry.offset(),
-            }
-            step = self.state.global_step
-            save_checkpoint(folder / f"checkpoint-{step}" / STATE_FOLDER, step, state, keep=1)
+            folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{step}"
+            folder.mkdir(parents=True, exist_ok=True)
+            objective = self.args.resolved_objective
+            save_state(folder, step, objective, self.in_force, self.telemetry, self._rollouts)
+            for save in self.save_with:
+                save(folder)
+        super()._save_checkpoint(model, trial)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """The host's state, and ours.
 
         Raises:
-            CheckpointError: the exponent has a state, and the checkpoint none of it.
+            CheckpointError: the objective has a state and the checkpoint none of it, or another.
         """
         super()._load_optimizer_and_scheduler(checkpoint)
         self.resumed_from = checkpoint
-        if checkpoint is None:
-            return
-        path = Path(checkpoint) / STATE_FOLDER
-        saved = load_checkpoint(path)
-        if saved is not None:
-            state = saved.state
-            self.in_force.load_state_dict(state)
-            self._rollouts = state["rollouts"]
-            self.telemetry.resume_at = state["telemetry"]
-        elif self.in_force.state_dict()["exponent"]:
-            raise CheckpointError(
-                f"{path}: missing, expected the state of the exponent; resume from a checkpoint of "
-                "PowerMeanGRPOTrainer"
-            )
+        if checkpoint is not None:
+            objective = self.args.resolved_objective
+            self._rollouts = load_state(Path(checkpoint), objective, self.in_force, self.telemetry)
+
+
+def _counted(inputs: dict[str, Any]) -> Tensor:
+    """Mask (N, T) of the tokens that TRL's loss counts."""
+    mask = inputs["completion_mask"].bool()
+    return mask & inputs["tool_mask"].bool() if "tool_mask" in inputs else mask
 
 
 class _AfterStep(TrainerCallback):
