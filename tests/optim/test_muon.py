@@ -399,7 +399,7 @@ def test_the_head_that_a_model_names_goes_to_adamw_whatever_it_is_called():
     model = RwkvForCausalLM(config)
     rules = {name: rule for name, _, rule in describe_groups(model, split_param_groups(model))}
     assert rules["head.weight"] == "AdamW"
-    assert rules["rwkv.blocks.0.attention.key.weight"].startswith("Muon")
+    assert rules["rwkv.blocks.#.attention.key.weight (2)"].startswith("Muon")
     wrapped = nn.ModuleDict({"policy": model})
     rules = {name: rule for name, _, rule in describe_groups(wrapped, split_param_groups(wrapped))}
     assert rules["policy.head.weight"] == "AdamW"
