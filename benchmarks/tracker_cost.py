@@ -5,6 +5,7 @@ Sides: the step alone, with the tracker (every `source`), and with the scores fo
 query and key weights scaled until every head is far above tau: every head is read exactly.
 """
 
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -16,9 +17,10 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from hmpo.attention.interface import registered_function
 from hmpo.attention.logits import AttentionCall
 from hmpo.attention.sites import find_sites
-from hmpo.attention.tap import INTERFACE, listen, modeling_globals
+from hmpo.attention.tap import attend, listen
 from hmpo.config import PolicyConfig
 from hmpo.models import load_policy
 from hmpo.optim import LogitTracker
@@ -179,7 +181,7 @@ def memory(model: nn.Module, ids: torch.Tensor, mask: Any) -> dict[str, float]:
     model(input_ids=ids, attention_mask=mask, use_cache=False)
     end()
     call = calls[0]
-    attention = modeling_globals(module)[INTERFACE]["sdpa"]
+    attention = attend(functools.partial(registered_function, module), False)
     value = torch.randn_like(call.key)
     query, key = call.query.requires_grad_(), call.key
     found = {

@@ -27,7 +27,7 @@ FLOORS = [
     "agm | objective",
     "attention | rewards | checkpoint | telemetry | config",
     "types",
-    "errors : stats : stopwatch : randomness",
+    "errors : stats : stopwatch : randomness : processor",
 ]
 FORBIDDEN = {
     ("trainer.gspo", "objective"),

@@ -1,20 +1,13 @@
-"""A packed sequence through a Hugging Face model: attention meets ordinary batches.
+"""A packed sequence in attention: ordinary batches, block by block.
 
 The layout of `hmpo.attention.packing` travels as a keyword of the model's forward pass down to the
 attention function, so gradient checkpointing, which calls a layer again in the backward pass, finds
-it there. The functions that models look up ("sdpa" in the interface object, "eager" in the modeling
-file's globals) are wrapped once: a call with a layout becomes one call for each of its blocks, with
-an ordinary mask; any other call passes through. So whatever the model's own function does (scaling,
-soft caps, sinks, grouped heads) is done, and whoever listens to the calls below gets batches.
-
-Whether a model's layers all attend that way is not taken on trust: `can_pack` compares a small
-packed example with the padded one, once for each policy.
+it there. A call with a layout becomes one call for each of its blocks, with an ordinary mask; any
+other call passes through. So whatever the model's own function does (scaling, soft caps, sinks,
+grouped heads) is done, and whoever listens to the calls below gets batches.
 """
 
 import functools
-import inspect
-import logging
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -22,40 +15,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from hmpo.attention.packing import Block, Packed, pack
-from hmpo.randomness import random_state_kept
-
-logger = logging.getLogger(__name__)
+from hmpo.attention.packing import Block, Packed
 
 PACKED = "hmpo_packed"
 """Keyword that carries the layout."""
-INTERFACE = "ALL_ATTENTION_FUNCTIONS"
-EAGER = "eager_attention_forward"
-IMPLEMENTATIONS = ("sdpa", "eager")
-"""Attention implementations that can be wrapped."""
-TOLERANCE = 1024
-"""Units of rounding that packed and padded may differ by in the comparison; a wrong pair of
-tokens is worth a thousand times as much."""
-
-_split_packed_calls: weakref.WeakSet[Callable[..., Any]] = weakref.WeakSet()
-"""Attention functions that know the keyword."""
-_obstacles: weakref.WeakKeyDictionary[nn.Module, dict[str, str]] = weakref.WeakKeyDictionary()
-"""By policy and attention implementation: why it cannot be packed, "" where it can."""
-
-
-def model_inputs(packed: Packed) -> dict[str, Any]:
-    """Keywords of a model's forward pass.
-
-    The mask has a shape that no attention function can use, so a call that misses the layout
-    fails loudly instead of attending across rows.
-    """
-    return {
-        "input_ids": packed.input_ids,
-        "attention_mask": torch.empty(1, 1, 0, 0, dtype=torch.bool, device=packed.input_ids.device),
-        "position_ids": packed.position_ids,
-        "use_cache": False,
-        PACKED: packed,
-    }
 
 
 def unpacking(function: Callable[..., Any], *, eager: bool) -> Callable[..., Any]:
@@ -66,13 +29,18 @@ def unpacking(function: Callable[..., Any], *, eager: bool) -> Callable[..., Any
         eager: it adds its mask to the logits and is not causal without one.
     """
 
-    @functools.wraps(function)
     def attention(
-        module: nn.Module, query: Any, key: Any, value: Any, mask: Any, *args: Any, **options: Any
+        module: nn.Module,
+        query: Any,
+        key: Any,
+        value: Any,
+        attention_mask: Any,
+        *args: Any,
+        **options: Any,
     ) -> Any:
         packed = options.pop(PACKED, None)
         if packed is None:
-            return function(module, query, key, value, mask, *args, **options)
+            return function(module, query, key, value, attention_mask, *args, **options)
         packed.readers.add(id(module))
         causal = options.get("is_causal")
         causal = getattr(module, "is_causal", True) if causal is None else causal
@@ -87,101 +55,7 @@ def unpacking(function: Callable[..., Any], *, eager: bool) -> Callable[..., Any
             causal=bool(causal) and not eager,
         )
 
-    _split_packed_calls.add(attention)
     return attention
-
-
-def wrap_attention(policy: nn.Module, name: str) -> None:
-    """Wrap the attention functions that `policy` looks up by `unpacking`, each once."""
-    for kind in {type(module) for module in policy.modules()}:
-        names = getattr(inspect.unwrap(kind.forward), "__globals__", {})
-        if INTERFACE not in names:
-            continue
-        place, entry = (names, EAGER) if name == "eager" else (names[INTERFACE], name)
-        if entry in place and place[entry] not in _split_packed_calls:
-            place[entry] = unpacking(place[entry], eager=name == "eager")
-
-
-def can_pack(policy: nn.Module, core: nn.Module) -> bool:
-    """Whether packed rows give the hidden states that padded rows give.
-
-    Asked of a small example once for each policy, in evaluation mode and without random numbers;
-    the answer is logged. Compiled modules are not packed: each layout would be compiled anew.
-
-    Args:
-        policy: what is trained; the answer is kept with it.
-        core: the transformers model in it.
-    """
-    if any(module._compiled_call_impl is not None for module in policy.modules()):
-        return False
-    config: Any = core.config
-    name = config._attn_implementation
-    obstacles = _obstacles.setdefault(policy, {})
-    if name not in obstacles:
-        with random_state_kept():  # a resumed run asks again, where the run it continues did not
-            obstacles[name] = _obstacle(core, name)
-        outcome = f"not packed: {obstacles[name]}" if obstacles[name] else "packed"
-        logger.info("rows of %s are %s", type(core).__name__, outcome)
-    if obstacles[name]:
-        return False
-    wrap_attention(core, name)
-    return True
-
-
-def window(core: nn.Module) -> float:
-    """Tokens that every layer can look back on, from the configuration."""
-    config: Any = core.config
-    limits = (getattr(config, key, None) for key in ("sliding_window", "attention_chunk_size"))
-    return min((float(limit) for limit in limits if limit), default=torch.inf)
-
-
-def _obstacle(core: nn.Module, name: str) -> str:
-    """Why the model cannot be packed, or ""."""
-    if name not in IMPLEMENTATIONS:
-        return f"attention implementation {name!r} is not one of {', '.join(IMPLEMENTATIONS)}"
-    if getattr(core, "_supports_attention_backend", False) is not True:
-        return "its attention does not go through the shared interface"
-    if core.base_model is core:
-        return "it has no decoder of its own"
-    if window(core) < EXAMPLE.shape[1]:
-        return f"its layers look back on {window(core):g} tokens only"
-    wrap_attention(core, name)
-    try:
-        return _difference(core)
-    except Exception as error:  # a model may refuse anything; padded rows are always there
-        return f"{type(error).__name__}: {error}".splitlines()[0]
-
-
-EXAMPLE = torch.tensor(
-    [[0, 3, 2, 1, 4, 2], [0, 3, 2, 3, 0, 0], [1, 2, 3, 3, 1, 0], [1, 2, 3, 0, 0, 0]]
-)
-"""Two prompts (3 columns) with two responses each; the first prompt is padded, and so are all
-responses but one. One response is empty."""
-EXAMPLE_LENGTHS = ((2, 3), (2, 1), (3, 2), (3, 0))
-
-
-@torch.no_grad()
-def _difference(core: Any) -> str:
-    """How the hidden states of the example differ, or ""."""
-    embeddings = core.get_input_embeddings().weight
-    device, width = embeddings.device, EXAMPLE.shape[1]
-    mask = torch.tensor([[0] * (3 - p) + [1] * (p + t) + [0] * (3 - t) for p, t in EXAMPLE_LENGTHS])
-    ids, mask = (EXAMPLE % len(embeddings)).to(device), mask.bool().to(device)
-    packed = pack(ids, mask, width - 3)
-    assert packed is not None, "the example is regular"
-    with torch.autocast(device.type, enabled=False):
-        states = core.base_model(**model_inputs(packed)).last_hidden_state[0]
-        positions = (mask.long().cumsum(1) - 1).clamp_min(0)
-        plain = {"input_ids": ids, "attention_mask": mask.long(), "position_ids": positions}
-        padded = core.base_model(**plain, use_cache=False).last_hidden_state
-    states = states.index_select(0, packed.predictors)
-    padded = padded[:, 2:-1][mask[:, 3:]]
-    layers = core.config.num_hidden_layers
-    if len(packed.readers) != layers:
-        return f"{len(packed.readers)} of {layers} layers attend through the shared interface"
-    error = float((states - padded).abs().max() / padded.abs().max())
-    limit = min(0.1, TOLERANCE * torch.finfo(padded.dtype).eps)
-    return "" if error <= limit else f"hidden states differ by {error:.2g} of the largest"
 
 
 def packed_attention(

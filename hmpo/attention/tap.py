@@ -1,10 +1,8 @@
 """Listening to the attention of single modules, where Hugging Face models look it up.
 
-Transformers models look their attention function up by name at every call: "sdpa" in the
-interface object of the modeling file, "eager" in the file's own globals. Both places are
-wrapped under the name they already have: a new name would lose the attention mask, because
-masks are made by the same name. A wrapper adds nothing for modules nobody listens to, and is
-taken out again when the last listener leaves.
+A watched module's attention calls go through `attend` (`hmpo.attention.interface`), in the place of
+the function that it looks up, whose name, mask and signature stay; nothing that other modules see
+is touched, and everything is as before once the last listener leaves.
 
 Inside `torch.compile` the call is one opaque operator, so that the graph does not break; it hands
 the listener the same queries and keys when the graph runs. The log-sum-exp stays in the graph.
@@ -13,19 +11,18 @@ A packed call (`hmpo.attention.packed`) is split first, so the listener gets its
 """
 
 import functools
-import inspect
 import weakref
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hmpo.attention.interface import intercept
 from hmpo.attention.logits import AttentionCall
 from hmpo.attention.lse import call_with_lse, rows_of
-from hmpo.attention.packed import EAGER, INTERFACE, unpacking
+from hmpo.attention.packed import unpacking
 from hmpo.errors import ModelError
 
 Listener = Callable[[AttentionCall], None]
@@ -33,27 +30,12 @@ Listener = Callable[[AttentionCall], None]
 _listeners: dict[int, list[Listener]] = {}
 """By id of the module, which a compiler can look up; a module that dies takes its entry along."""
 _finalizers: dict[int, weakref.finalize] = {}
-_taps: dict[tuple[int, str], "_Tap"] = {}
 _captured: dict[int, list[AttentionCall]] = {}
 """By id of a module that is run once more, the calls it makes."""
 _without_gradient = False
 """Are passes without gradients recorded now?"""
-
-
-@dataclass(eq=False)
-class _Tap:
-    """One wrapped entry of one mapping, with the number of modules that need it."""
-
-    place: MutableMapping[str, Any]
-    name: str
-    original: Callable
-    wrapper: Callable
-    users: int = 0
-
-
-def modeling_globals(module: nn.Module) -> dict[str, Any]:
-    """Globals of the file that defines the module's forward pass."""
-    return inspect.unwrap(type(module).forward).__globals__
+_deaf = False
+"""Is nothing recorded now?"""
 
 
 def listen(module: nn.Module, listener: Listener) -> Callable[[], None]:
@@ -67,10 +49,13 @@ def listen(module: nn.Module, listener: Listener) -> Callable[[], None]:
     Returns:
         A function that ends this listening; calling it twice does no harm.
     """
-    names = modeling_globals(module)
-    places = [(names[INTERFACE], "sdpa"), (names, EAGER)]
-    taps = [_acquire(place, name) for place, name in places if name in place]
-    return _Release(add_listener(module, listener), taps)
+    ends = (add_listener(module, listener), intercept(module, attend))
+
+    def end() -> None:
+        for stop in ends:
+            stop()
+
+    return end
 
 
 @contextmanager
@@ -87,9 +72,20 @@ def record_without_gradient() -> Iterator[None]:
         _without_gradient = before
 
 
+@contextmanager
+def not_recorded() -> Iterator[None]:
+    """Passes in this block are no training, whatever surrounds it: a model is asked something."""
+    global _deaf
+    before, _deaf = _deaf, True
+    try:
+        yield
+    finally:
+        _deaf = before
+
+
 def is_recorded() -> bool:
     """Whether attention calls made now are part of training."""
-    return torch.is_grad_enabled() or _without_gradient
+    return (torch.is_grad_enabled() or _without_gradient) and not _deaf
 
 
 def add_listener(module: nn.Module, listener: Listener) -> Callable[[], None]:
@@ -134,49 +130,13 @@ def _forget_module(module_id: int) -> None:
     del _listeners[module_id], _finalizers[module_id]
 
 
-@dataclass(eq=False)
-class _Release:
-    remove_listener: Callable[[], None]
-    taps: list[_Tap]
-
-    def __call__(self) -> None:
-        self.remove_listener()
-        while self.taps:
-            _give_back(self.taps.pop())
+@functools.cache
+def attend(live: Callable[[], Callable[..., Any]], eager: bool) -> Callable[..., Any]:
+    """What an intercepted module calls: the function of the moment, heard and fed with batches."""
+    return unpacking(_heard(live, eager), eager=eager)
 
 
-def _acquire(place: MutableMapping[str, Any], name: str) -> _Tap:
-    key = (id(place), name)
-    tap = _taps.get(key)
-    if tap is None or place[name] is not tap.wrapper:
-        original = place[name]
-        tap = _taps[key] = _Tap(place, name, original, _wrapper(original, name))
-        place[name] = tap.wrapper
-    tap.users += 1
-    return tap
-
-
-def _give_back(tap: _Tap) -> None:
-    tap.users -= 1
-    if tap.users:
-        return
-    if _taps.get((id(tap.place), tap.name)) is tap:
-        del _taps[id(tap.place), tap.name]
-    if tap.place[tap.name] is not tap.wrapper:
-        return  # somebody wrapped our wrapper: it stays below theirs and passes calls through
-    if not isinstance(tap.place, dict):
-        del tap.place[tap.name]  # an interface's own entry, which may shadow a shared one
-        if tap.place.get(tap.name) is tap.original:
-            return
-    tap.place[tap.name] = tap.original
-
-
-def _wrapper(original: Callable, name: str) -> Callable:
-    return unpacking(_wrap(original, name), eager=name == EAGER)
-
-
-def _wrap(original: Callable, name: str) -> Callable:
-    @functools.wraps(original)
+def _heard(live: Callable[[], Callable[..., Any]], eager: bool) -> Callable[..., Any]:
     def attention(
         module: nn.Module,
         query: Any,
@@ -186,10 +146,11 @@ def _wrap(original: Callable, name: str) -> Callable:
         *args: Any,
         **options: Any,
     ) -> Any:
+        original = live()
         recorded = _listeners.get(id(module)) and is_recorded() and query.numel() > 0
         if not recorded:
             if id(module) in _captured:
-                scale, causal = _scale_and_causal(module, query, options, eager=name == EAGER)
+                scale, causal = _scale_and_causal(module, query, options, eager=eager)
                 _captured[id(module)].append(
                     AttentionCall(
                         query=query, key=key, mask=attention_mask, causal=causal, scale=scale
@@ -198,16 +159,16 @@ def _wrap(original: Callable, name: str) -> Callable:
             return original(module, query, key, value, attention_mask, *args, **options)
         if args:
             raise ModelError(
-                f"{type(module).__name__} passes {len(args)} positional options to {name}; "
+                f"{type(module).__name__} passes {len(args)} positional options to attention; "
                 "expected keywords; detach the logit tracker from this model"
             )
         run = functools.partial(original, module, query, key, value, attention_mask, **options)
-        scale, causal = _scale_and_causal(module, query, options, eager=name == EAGER)
+        scale, causal = _scale_and_causal(module, query, options, eager=eager)
         if torch.compiler.is_compiling():
             mask = None if attention_mask is None else attention_mask.detach()
             notify_compiled(id(module), query.detach(), key.detach(), mask, scale, causal)
             return run()
-        result, raw = (run(), None) if name == EAGER else call_with_lse(run)
+        result, raw = (run(), None) if eager else call_with_lse(run)
         usable = attention_mask is None or attention_mask.dtype == torch.bool
         usable = (
             usable and options.get("position_bias") is None

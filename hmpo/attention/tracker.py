@@ -26,6 +26,7 @@ from hmpo.attention import readings as tiers
 from hmpo.attention.gain_bound import gain_bound
 from hmpo.attention.hooks import listen_outside
 from hmpo.attention.inputs import InputHook, InputStore
+from hmpo.attention.interface import renew
 from hmpo.attention.readings import SOURCES, Budget, Reading, resolve, settle, to_host
 from hmpo.attention.sites import AttentionSite, find_sites
 from hmpo.attention.tap import Listener, listen
@@ -64,7 +65,7 @@ class LogitTracker:
     Raises:
         ConfigError: `tau` is not a positive number or `source` is unknown.
 
-    Usable as a context manager; `close()` restores the attention functions. Source: the
+    Usable as a context manager; `close()` takes everything out again. Source: the
     maximum S of Kimi K2 (arXiv 2507.20534, algorithm 1), signed, per query head.
     """
 
@@ -131,6 +132,9 @@ class LogitTracker:
         the group has to call it; a rank that read nothing adds nothing.
         """
         values = self._values()
+        for site in self.sites:  # somebody may have replaced a forward pass since
+            if (module := site.module()) is not None:
+                renew(module)
         self.tiers = sum((+r.tiers for r in self._readings.values()), Counter())
         self.seconds = sum(r.seconds for r in self._readings.values())
         self.reset()
@@ -143,7 +147,7 @@ class LogitTracker:
             reading.reset()
 
     def close(self) -> None:
-        """Stop reading and restore the attention functions; calling it twice does no harm."""
+        """Stop reading and leave the modules as they were; calling it twice does no harm."""
         self._close()
 
     def __enter__(self) -> "LogitTracker":

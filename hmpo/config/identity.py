@@ -7,6 +7,10 @@ from typing import Any
 
 from hmpo.config import RunConfig, to_dict
 
+LATER = {"optimizer.muon_dtype": "auto"}
+"""Settings that came after runs had been made, each with the value that says nothing new: left out
+of the hash where they hold it, so that the hashes of those runs stay."""
+
 
 def config_hash(config: RunConfig) -> str:
     """SHA-256 of what decides a run's numbers: all but its name, place, sinks and sizes of logs.
@@ -36,7 +40,19 @@ def _decisive(config: RunConfig) -> dict[str, Any]:
         data.pop(name)
     if config.agm.mode == "off":  # what nobody asks decides nothing
         data.pop("agm")
+    for path, silent in LATER.items():
+        table, name = _place(data, path)
+        if table[name] == silent:
+            table.pop(name)
     return data
+
+
+def _place(data: dict[str, Any], path: str) -> tuple[dict[str, Any], str]:
+    """The table that holds a dotted setting, and the setting's own name."""
+    *tables, name = path.split(".")
+    for table in tables:
+        data = data[table]
+    return data, name
 
 
 def has_schedule(config: RunConfig) -> bool:

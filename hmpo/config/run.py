@@ -104,6 +104,9 @@ class OptimizerConfig:
     measured, or the original sqrt(max(1, outputs / inputs))."""
     muon_per_head: bool = False
     """Whether Muon orthogonalises the rows of each attention head apart."""
+    muon_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of Muon's iterations; auto takes bfloat16 where the machine has instructions for
+    it (environment.json says what that is), and a resumed run keeps what it began with."""
 
     def __post_init__(self) -> None:
         require_positive("lr", self.lr)

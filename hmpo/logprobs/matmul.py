@@ -1,27 +1,23 @@
 """Products with the vocabulary projection, by the faster of the two libraries in torch for a CPU.
 
-torch multiplies float32 matrices by MKL, which on AMD processors reaches about half of what
-oneDNN does; torch carries oneDNN too, but its float32 product only as an operator without
-gradient. Which one is faster is found out once in a process, by a small product with a wide
-margin, so that the answer is a property of the machine and not of what else runs on it.
+torch multiplies float32 matrices by MKL, which on AMD processors without AVX-512 reaches about half
+of what oneDNN does; torch carries oneDNN too, but its float32 product only as an operator without
+gradient. The processor decides (`hmpo.processor`), never a clock: a choice by timing could differ
+between a run and its continuation.
 `HMPO_MATMUL` = `mkl`, `onednn` or `auto` decides instead. Anything but float32 on a CPU goes to
 torch, float64 among it.
 """
 
 import functools
 import os
-import statistics
-import time
-from collections.abc import Callable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from hmpo.errors import require
+from hmpo.processor import is_slow_under_mkl
 
-MARGIN = 1.3
-"""oneDNN is chosen where it is this much faster than MKL."""
 CHOICES = ("mkl", "onednn", "auto")
 
 
@@ -68,7 +64,7 @@ def matmul_library() -> str:
     require(wanted in CHOICES, "HMPO_MATMUL", wanted, f"one of {', '.join(CHOICES)}")
     if wanted == "mkl" or not has_onednn():
         return "mkl"
-    return wanted if wanted == "onednn" else _faster()
+    return "onednn" if wanted == "onednn" or is_slow_under_mkl() else "mkl"
 
 
 @functools.cache
@@ -90,36 +86,3 @@ def _onednn(x: Tensor) -> bool:
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-
-
-@functools.cache
-def _faster() -> str:
-    """The library that is faster at a step's three products: 128 rows, a head of 2048 x 256."""
-    x, weight = torch.full((128, 256), 0.5), torch.full((2048, 256), 0.25)
-    gradient, total = torch.full((128, 2048), 0.125), torch.zeros(2048, 256)
-
-    def mkl() -> None:
-        torch.mm(x, weight.t())
-        torch.mm(gradient, weight)
-        total.addmm_(gradient.t(), x)
-
-    def onednn() -> None:
-        _linear(x, weight, None)
-        _linear(gradient, weight.t(), None)
-        total.add_(_linear(gradient.t(), x.t(), None))
-
-    with torch.no_grad():
-        seconds = _alternate(mkl, onednn)
-    return "onednn" if seconds[0] >= MARGIN * seconds[1] else "mkl"
-
-
-def _alternate(*sides: Callable[[], None], repeats: int = 3) -> list[float]:
-    """Median CPU seconds of each side, after one run that does not count."""
-    spent: list[list[float]] = [[] for _ in sides]
-    for repeat in range(repeats + 1):
-        for side, run in enumerate(sides):
-            began = time.process_time()
-            run()
-            if repeat:
-                spent[side].append(time.process_time() - began)
-    return [statistics.median(values) for values in spent]

@@ -20,8 +20,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from hmpo.attention.packed import can_pack, model_inputs, pick, window
+from hmpo.attention.packed import pick
 from hmpo.attention.packing import cut, pack
+from hmpo.attention.packing_check import can_pack, model_inputs, window
+from hmpo.attention.tap import not_recorded
 from hmpo.errors import ModelError
 from hmpo.logprobs.tied import TiedGradient
 from hmpo.models.policy import evaluating, is_hugging_face, position_ids, unwrap
@@ -94,9 +96,9 @@ def response_states(
         packed = pack(input_ids, attention_mask, response_length)
         if packed is not None and packed.longest <= window(core):
             if split is None:
-                inputs = model_inputs(packed) | {"logits_to_keep": packed.predictors}
+                inputs = model_inputs(core, packed) | {"logits_to_keep": packed.predictors}
                 return States(policy(**inputs).logits[0], None, packed=True)
-            inputs = model_inputs(packed)
+            inputs = model_inputs(core, packed)
             if tied is not None:
                 inputs["inputs_embeds"] = tied.embed(inputs.pop("input_ids"))
             hidden = pick(packed, split.base(**inputs).last_hidden_state[0])
@@ -179,7 +181,7 @@ def split_head(policy: nn.Module) -> SplitModel | None:
     if policy not in _is_projection:
         ids = torch.tensor([[0, 1]], device=head.weight.device)
         inputs = _model_inputs(ids, torch.ones_like(ids, dtype=torch.bool))
-        with torch.no_grad(), evaluating(policy):
+        with torch.no_grad(), evaluating(policy), not_recorded():
             whole = policy(**inputs).logits
             parts = head(base(**inputs).last_hidden_state)
         capped = parts if softcap is None else softcap * torch.tanh(parts / softcap)

@@ -7,6 +7,7 @@ Deviation: equally shaped small matrices are iterated as one batch. Sharded matr
 gathered once each, and every rank iterates on them.
 """
 
+import logging
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -19,6 +20,8 @@ from torch.optim import Optimizer
 
 from hmpo.errors import ConfigError, ShapeError, require
 from hmpo.optim.newton_schulz import fast_dtype, ns_triples, polar_factor
+
+logger = logging.getLogger(__name__)
 
 LAYOUT: dict[str, Any] = {"split_sizes": None, "split_repeats": 1, "transposed": False}
 """How the matrices of a group divide into maps of their own; `Muon` says what each key means."""
@@ -51,9 +54,9 @@ class Muon(Optimizer):
             do not lift to 1 (0.4 of it on a power law). "measured" divides by the update's own
             root mean square. "original" is Jordan's sqrt(max(1, outputs / inputs)), without
             `update_rms`.
-        ns_dtype: precision of the iterations; None asks the machine (`fast_dtype`) when a group
-            is added. The answer is kept in the group and its `state_dict`, so that a run goes on
-            with it elsewhere.
+        ns_dtype: precision of the iterations; None takes what the machine has instructions for
+            (`fast_dtype`) when a group is added. The answer is kept in the group and its
+            `state_dict`, so that a run goes on with it elsewhere.
 
     A group may say how its matrices divide: `split_sizes`, numbers of output rows that are
     orthogonalised apart (heads; query, key and value), as a pattern that comes `split_repeats`
@@ -96,6 +99,9 @@ class Muon(Optimizer):
         }
         super().__init__(params, defaults | LAYOUT)
 
+    _told = False
+    """Whether it has been said that weight decay is lost."""
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of matrices; its settings are checked like the constructor's."""
         super().add_param_group(param_group)
@@ -117,6 +123,8 @@ class Muon(Optimizer):
                 loss = closure()
         for group in self.param_groups:
             self._update(group)
+        if not self._told:
+            self._told = tell_lost_decay(self.param_groups)
         return loss
 
     def _update(self, group: dict[str, Any]) -> None:
@@ -154,6 +162,28 @@ def check_muon_group(group: dict[str, Any]) -> None:
                 f"split_sizes: got {tuple(sizes)} x {repeats} for a parameter of shape {shape}, "
                 f"expected positive numbers that sum to its {rows} outputs"
             )
+
+
+def tell_lost_decay(groups: Iterable[dict[str, Any]]) -> bool:
+    """Warn where weight decay is lost in the rounding of the weights; whether it was said.
+
+    A step multiplies by 1 - lr * weight_decay; a change below half a unit of the weights' last
+    place rounds away, whatever their size: 0.002 in bfloat16, where 1e-3 * 0.1 is usual.
+    """
+    for group in groups:
+        shrink = float(group["lr"]) * float(group["weight_decay"])
+        for parameter in group["params"]:
+            least = torch.finfo(parameter.dtype).eps / 4  # of weights just below a power of two
+            if parameter.grad is not None and 0 < shrink < least:
+                logger.warning(
+                    "weight decay has no effect: lr * weight_decay = %.2g is lost in the rounding "
+                    "of %s weights; train float32 weights (under autocast they cost no speed), or "
+                    "set weight_decay to 0",
+                    shrink,
+                    _dtype_name(parameter.dtype),
+                )
+                return True
+    return False
 
 
 Entry = tuple[Tensor, Tensor, Tensor | None]

@@ -7,9 +7,7 @@ Deviation: it restarts wherever its own rounding would be amplified too much, se
 """
 
 import math
-import time
 from collections.abc import Sequence
-from functools import cache
 from typing import Any
 
 import torch
@@ -17,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hmpo.errors import ConfigError, require
+from hmpo.processor import multiplies_bfloat16
 
 Triple = tuple[float, float, float]
 
@@ -71,9 +70,6 @@ square of the growth: 64^2 * 6e-8 stays below 1e-3. bfloat16 is not here: it los
 
 GRAM_RATIO = 2
 """Least m / n of an (n, m) matrix for the Gram form; below, it costs about as much or more."""
-
-FAST = 1.5
-"""How much faster than float32 a product in bfloat16 has to be."""
 
 
 def ns_triples(coefficients: str | Sequence[Any], steps: int | None = None) -> tuple[Triple, ...]:
@@ -187,24 +183,16 @@ def _restarts(triples: Sequence[Triple], limit: float) -> list[list[Triple]]:
     return runs
 
 
-@cache
 def fast_dtype(device: str) -> torch.dtype:
-    """bfloat16 where this machine multiplies it `FAST` times faster than float32, else float32.
+    """bfloat16 where the machine has instructions for its products, else float32.
 
-    Measured once per process and device type (milliseconds): CPUs without instructions for
-    bfloat16 are slower at it. CUDA devices get it unasked.
+    Told by what the machine is, never by a clock: on a CPU its instruction sets (AVX-512 BF16, AMX,
+    ARM's), where the products are 2 times as fast or more; on a CUDA device its own generation.
 
     Args:
         device: a device type, "cpu" or "cuda".
     """
     if device == "cuda":
-        return torch.bfloat16
-    dtypes = (torch.float32, torch.bfloat16)
-    sides = {dtype: torch.ones(256, 256, dtype=dtype, device=device) for dtype in dtypes}
-    least = dict.fromkeys(dtypes, math.inf)
-    for _ in range(7):  # the first is for warming up; other processes can only slow the rest
-        for dtype, x in sides.items():
-            began = time.perf_counter()
-            float((x @ x)[0, 0])
-            least[dtype] = min(least[dtype], time.perf_counter() - began)
-    return torch.bfloat16 if least[torch.float32] > FAST * least[torch.bfloat16] else torch.float32
+        native = not torch.cuda.is_available() or torch.cuda.is_bf16_supported(False)
+        return torch.bfloat16 if native else torch.float32
+    return torch.bfloat16 if device == "cpu" and multiplies_bfloat16() else torch.float32

@@ -20,7 +20,7 @@ from hmpo.optim.head_layout import HeadLayout, head_layouts
 from hmpo.optim.muon import Muon, muon_update
 
 HEAD_NAMES = ("lm_head", "embed_out", "output_head", "score")
-"""Module names of output heads, which are no hidden layers."""
+"""Module names of output heads in models that do not say which module it is."""
 
 
 def split_param_groups(
@@ -40,7 +40,8 @@ def split_param_groups(
         lr: learning rate of the matrices (and of the rest, unless `adamw_lr` is given).
         weight_decay: for matrices and embeddings; vectors get 0.
         adamw_lr: learning rate of embeddings, head, norms and biases.
-        head_names: last parts of the names of output heads.
+        head_names: last parts of the names of output heads, beside those that a transformers
+            model names itself (`get_output_embeddings`).
         per_head: orthogonalise every attention head's query, key and value rows apart.
         split_fused: orthogonalise query, key and value apart where one matrix holds them.
 
@@ -86,6 +87,7 @@ def _hidden_matrices(model: nn.Module, heads: set[str]) -> set[int]:
         elif isinstance(module, nn.MultiheadAttention):
             hidden |= {id(p) for p in module.parameters(recurse=False) if p.ndim == 2}
     hidden -= {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    hidden -= {id(p) for head in _output_heads(model) for p in head.parameters()}
     hidden -= {
         id(p)
         for name, module in model.named_modules()
@@ -93,6 +95,20 @@ def _hidden_matrices(model: nn.Module, heads: set[str]) -> set[int]:
         for p in module.parameters()
     }
     return {id(p) for p in model.parameters() if id(p) in hidden and p.ndim == 2}
+
+
+def _output_heads(model: nn.Module) -> list[nn.Module]:
+    """What the transformers models in `model` name as their output embeddings."""
+    heads = []
+    for module in model.modules():
+        ask = getattr(module, "get_output_embeddings", None)
+        try:
+            head = ask() if callable(ask) else None
+        except (AttributeError, NotImplementedError):  # a model without such a head may say so
+            continue
+        if isinstance(head, nn.Module):
+            heads.append(head)
+    return heads
 
 
 def _group(

@@ -125,6 +125,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
             momentum=config.muon_momentum,
             ns_coefficients=config.muon_coefficients,
             update_scale=config.muon_update_scale,
+            ns_dtype=None if config.muon_dtype == "auto" else getattr(torch, config.muon_dtype),
         )
     trainable = [p for p in model.parameters() if p.requires_grad]
     if not trainable:

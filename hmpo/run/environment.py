@@ -10,6 +10,7 @@ import torch
 from hmpo import __version__
 from hmpo.checkpoint.manifest import processor_name
 from hmpo.logprobs.matmul import matmul_library
+from hmpo.optim.newton_schulz import fast_dtype
 
 PACKAGES = (
     "torch",
@@ -37,9 +38,14 @@ def describe_environment() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "matmul": matmul_library(),
+        "muon_dtype": str(fast_dtype(_device())).removeprefix("torch."),
         "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "packages": installed_versions(),
     }
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def installed_versions() -> dict[str, str]:

@@ -2,12 +2,7 @@
 
 import copy
 import logging
-import os
 import pickle
-import subprocess
-import sys
-import textwrap
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +12,7 @@ from torch.testing import assert_close
 
 from hmpo.attention import readings
 from hmpo.optim import LogitTracker, MuonClipConfig, with_qk_clip
+from tests.attention.apart import run_apart
 from tests.optim.tiny import middle
 from tests.oracles.attention_logits import max_logits
 
@@ -146,18 +142,7 @@ COMPILED = """
 
 
 def test_plain_module_compiles_without_a_graph_break():
-    # In a process of its own: the tests' shape checks around hooks are what a compiler refuses.
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(Path.cwd()), os.environ.get("PYTHONPATH", "")])
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(COMPILED)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
+    run_apart(COMPILED)
 
 
 def test_copies_and_pickles_are_not_recorded(x):

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hmpo.attention.packed import can_pack
 from hmpo.attention.packing import cut, pack
+from hmpo.attention.packing_check import can_pack
 from hmpo.attention.tap import record_without_gradient
 from hmpo.logprobs import states
 from hmpo.logprobs.responses import token_logprobs, token_logprobs_and_entropy

@@ -1,18 +1,22 @@
 import copy
+import dataclasses
 import math
 import pickle
 
 import pytest
 import torch
 from torch import nn
+from transformers import RwkvConfig, RwkvForCausalLM
 
-from hmpo.config import OptimizerConfig
+from hmpo.config import OptimizerConfig, PolicyConfig, RunConfig, TaskConfig
+from hmpo.config.identity import _decisive, changed_settings, config_hash
 from hmpo.errors import ConfigError, ModelError, ShapeError
-from hmpo.optim import Muon, MuonWithAdamW, split_param_groups
+from hmpo.optim import Muon, MuonWithAdamW, describe_groups, split_param_groups
 from hmpo.optim import muon as muon_module
 from hmpo.optim.newton_schulz import ns_triples
 from hmpo.optim.param_groups import runs_fused
 from hmpo.run.build import build_optimizer
+from hmpo.run.environment import describe_environment
 from tests.optim.tiny import batch, loss_of, make
 from tests.oracles import muon as oracle
 
@@ -359,3 +363,63 @@ def test_head_tied_to_the_embedding_is_no_hidden_matrix():
     model["to_vocab"].weight = model["embed"].weight
     (group,) = split_param_groups(model)
     assert group["algorithm"] == "adamw" and len(group["params"]) == 1
+
+
+def test_decay_that_bfloat16_weights_cannot_hold_is_said_once(caplog):
+    (weight,) = matrices([(16, 8)])
+    half = torch.nn.Parameter(weight.detach().bfloat16())
+    before = half.detach().clone()
+    half.grad = torch.zeros_like(half)
+    optimizer = Muon([half], lr=1e-3, weight_decay=0.1)
+    for _ in range(3):
+        optimizer.step()
+    assert torch.equal(half, before), "what the warning says is true"
+    (line,) = [r.getMessage() for r in caplog.records]
+    assert line.startswith("weight decay has no effect: lr * weight_decay = 0.0001")
+
+
+@pytest.mark.parametrize(("lr", "dtype"), [(1e-3, torch.float32), (5e-2, torch.bfloat16)])
+def test_decay_that_the_weights_hold_is_not_spoken_of(lr, dtype, caplog):
+    (weight,) = matrices([(16, 8)])
+    held = torch.nn.Parameter(weight.detach().to(dtype))
+    before = held.detach().clone()
+    held.grad = torch.zeros_like(held)
+    Muon([held], lr=lr, weight_decay=0.1).step()
+    assert not torch.equal(held, before) and not caplog.records
+
+
+def test_the_head_that_a_model_names_goes_to_adamw_whatever_it_is_called():
+    config = RwkvConfig(
+        vocab_size=61,
+        hidden_size=32,
+        num_hidden_layers=2,
+        attention_hidden_size=32,
+        intermediate_size=40,
+    )
+    model = RwkvForCausalLM(config)
+    rules = {name: rule for name, _, rule in describe_groups(model, split_param_groups(model))}
+    assert rules["head.weight"] == "AdamW"
+    assert rules["rwkv.blocks.#.attention.key.weight (2)"].startswith("Muon")
+    wrapped = nn.ModuleDict({"policy": model})
+    rules = {name: rule for name, _, rule in describe_groups(wrapped, split_param_groups(wrapped))}
+    assert rules["policy.head.weight"] == "AdamW"
+
+
+def test_the_precision_of_a_run_is_a_setting_of_it():
+    model = make()
+    for name in ("float32", "bfloat16", "float16"):
+        config = OptimizerConfig(name="muon", muon_dtype=name)
+        groups = build_optimizer(model, config).param_groups
+        assert {g["ns_dtype"] for g in groups if g["algorithm"] == "muon"} == {name}
+    (auto, *_) = build_optimizer(model, OptimizerConfig(name="muon")).param_groups
+    assert auto["ns_dtype"] == describe_environment()["muon_dtype"] or torch.cuda.is_available()
+
+
+def test_a_setting_that_came_later_leaves_the_hash_of_older_runs():
+    run = RunConfig(policy=PolicyConfig(path="tiny-sort"), task=TaskConfig(name="sort"))
+    pinned = dataclasses.replace(run, optimizer=OptimizerConfig(muon_dtype="float32"))
+    assert "muon_dtype" not in _decisive(run)["optimizer"]
+    assert config_hash(pinned) != config_hash(run)
+    assert changed_settings(run, pinned) == [
+        "optimizer.muon_dtype was None, got 'float32'",
+    ]

@@ -169,7 +169,23 @@ def test_steps_default_to_the_set():
         ns_triples([(1, 2, float("nan"))])
 
 
-def test_probe_answers_the_same_every_time():
-    assert fast_dtype("cpu") in (torch.bfloat16, torch.float32)
-    assert all(fast_dtype("cpu") == fast_dtype("cpu") for _ in range(3))
-    assert fast_dtype("cuda") == torch.bfloat16
+@pytest.mark.parametrize(
+    ("processor", "dtype"),
+    [
+        ({"avx512_bf16": True}, torch.bfloat16),
+        ({"amx_bf16": True, "avx512_bf16": False}, torch.bfloat16),
+        ({"avx2": True, "avx512_f": True}, torch.float32),
+        ({}, torch.float32),
+    ],
+)
+def test_the_processor_chooses_the_precision(processor, dtype, monkeypatch):
+    monkeypatch.setattr("hmpo.processor.capabilities", lambda: processor)
+    assert fast_dtype("cpu") == dtype
+    assert fast_dtype("mps") == torch.float32
+
+
+def test_a_cuda_device_without_bfloat16_gets_float32(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for native, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda emulated, n=native: n)
+        assert fast_dtype("cuda") == dtype

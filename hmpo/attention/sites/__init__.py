@@ -8,12 +8,13 @@ from collections.abc import Callable
 
 from torch import nn
 
+from hmpo.attention.interface import uses_interface
 from hmpo.attention.sites.fused import fused_projection
 from hmpo.attention.sites.latent import latent_attention
 from hmpo.attention.sites.plain import plain_attention
 from hmpo.attention.sites.rows import HeadRows, Scope
 from hmpo.attention.sites.separate import separate_projections
-from hmpo.attention.sites.site import AttentionSite, ClipTarget, uses_interface
+from hmpo.attention.sites.site import AttentionSite, ClipTarget
 
 __all__ = ["AttentionSite", "ClipTarget", "HeadRows", "Scope", "find_sites", "hidden_sites"]
 

@@ -1,13 +1,12 @@
 """What is known about one attention module: its heads, and the weights that make its logits."""
 
-import inspect
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import nn
 
-from hmpo.attention.packed import IMPLEMENTATIONS, INTERFACE
+from hmpo.attention.interface import IMPLEMENTATIONS
 from hmpo.attention.sites.rows import HeadRows, Scope
 
 
@@ -71,12 +70,6 @@ class AttentionSite:
         if isinstance(target, ClipTarget) and not target.rows:
             return "neither queries nor keys have a LoRA adapter"
         return target
-
-
-def uses_interface(module: nn.Module) -> bool:
-    """Whether the module's forward pass looks its attention up where the tracker listens."""
-    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
-    return INTERFACE in getattr(code, "co_names", ())
 
 
 def hidden_reason(module: nn.Module) -> str:
