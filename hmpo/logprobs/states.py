@@ -9,6 +9,7 @@ Shift: the token at position s is predicted by the hidden state at s - 1, so a r
 starts at P is scored from the states P - 1 .. P + T - 2.
 """
 
+import contextlib
 import functools
 import inspect
 import sys
@@ -24,7 +25,14 @@ from hmpo.attention.packed import can_pack, model_inputs, pick, window
 from hmpo.attention.packing import cut, pack
 from hmpo.errors import ModelError
 from hmpo.logprobs.tied import TiedGradient
-from hmpo.models.policy import evaluating, is_hugging_face, position_ids, unwrap
+from hmpo.models.evaluation import evaluating
+from hmpo.models.policy import (
+    embeddable,
+    first_output,
+    is_hugging_face,
+    position_ids,
+    unwrap,
+)
 
 PASS_TOKENS = 256
 """Tokens that cost as much time as one more pass through a model."""
@@ -84,6 +92,7 @@ def response_states(
         response_length: as there.
         tied: embeds the tokens of packed rows, where the weight is the projection's too.
     """
+    input_ids = embeddable(policy, input_ids, attention_mask)
     if not is_hugging_face(policy):
         run = functools.partial(_plain_logits, policy)
         logits = _padded(run, input_ids, attention_mask, response_length)
@@ -95,11 +104,10 @@ def response_states(
         if packed is not None and packed.longest <= window(core):
             if split is None:
                 inputs = model_inputs(packed) | {"logits_to_keep": packed.predictors}
-                return States(policy(**inputs).logits[0], None, packed=True)
-            inputs = model_inputs(packed)
-            if tied is not None:
-                inputs["inputs_embeds"] = tied.embed(inputs.pop("input_ids"))
-            hidden = pick(packed, split.base(**inputs).last_hidden_state[0])
+                return States(first_output(policy(**inputs))[0], None, packed=True)
+            with contextlib.nullcontext() if tied is None else tied.embedding():
+                hidden = first_output(split.base(**model_inputs(packed)))[0]
+            hidden = pick(packed, hidden)
             return States(hidden, split, packed=True)
     run = functools.partial(_padded_states, policy, split, keeps)
     values = _padded(run, input_ids, attention_mask, response_length)
@@ -146,10 +154,10 @@ def _padded_states(
     """Hidden states (M, T, H) or logits (M, T, V) that predict the response columns."""
     inputs = _model_inputs(input_ids, attention_mask)
     if split is not None:
-        return split.base(**inputs).last_hidden_state[:, -response_length - 1 : -1]
+        return first_output(split.base(**inputs))[:, -response_length - 1 : -1]
     if keeps:
         inputs["logits_to_keep"] = response_length + 1
-    return policy(**inputs).logits[:, -response_length - 1 : -1]
+    return first_output(policy(**inputs))[:, -response_length - 1 : -1]
 
 
 def _model_inputs(input_ids: Tensor, attention_mask: Tensor) -> dict[str, object]:
@@ -180,8 +188,8 @@ def split_head(policy: nn.Module) -> SplitModel | None:
         ids = torch.tensor([[0, 1]], device=head.weight.device)
         inputs = _model_inputs(ids, torch.ones_like(ids, dtype=torch.bool))
         with torch.no_grad(), evaluating(policy):
-            whole = policy(**inputs).logits
-            parts = head(base(**inputs).last_hidden_state)
+            whole = first_output(policy(**inputs))
+            parts = head(first_output(base(**inputs)))
         capped = parts if softcap is None else softcap * torch.tanh(parts / softcap)
         _is_projection[policy] = torch.equal(whole, capped)
     return SplitModel(base, head, softcap) if _is_projection[policy] else None

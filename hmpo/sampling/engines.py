@@ -18,7 +18,13 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hmpo.models.policy import is_hugging_face, position_ids, unwrap
+from hmpo.models.policy import (
+    embeddable,
+    first_output,
+    is_hugging_face,
+    position_ids,
+    unwrap,
+)
 from hmpo.sampling.decoder import FastDecoder, why_not_fast
 from hmpo.sampling.graph import GraphDecoder
 from hmpo.sampling.options import SamplingOptions
@@ -141,12 +147,13 @@ class WholeSequences:
         order = (~mask).to(torch.int8).argsort(dim=1, stable=True)
         self.ids = ids.gather(1, order)[prompt_of]
         self.lengths = mask.sum(1)[prompt_of]
-        self.pad_token = pad_token
+        pad = torch.tensor([[pad_token]])
+        self.pad_token = int(embeddable(policy, pad, torch.zeros_like(pad, dtype=torch.bool)))
         self.logits = self._run()
 
     def _run(self) -> Float[Tensor, "N V"]:
         out = self.call(self.ids)
-        logits = out.logits if self.hugging_face else out
+        logits = first_output(out) if self.hugging_face else out
         return logits[torch.arange(len(self.ids), device=self.ids.device), self.lengths - 1]
 
     def advance(self, token: Int[Tensor, " N"], keep: Int[Tensor, " K"] | None) -> None:

@@ -7,7 +7,7 @@ from hmpo.errors import ModelError, ShapeError
 from hmpo.logprobs.head import head_logprobs
 from hmpo.logprobs.responses import response_loss, token_logprobs, token_logprobs_and_entropy
 from hmpo.logprobs.states import split_head
-from hmpo.models.policy import evaluating
+from hmpo.models.evaluation import evaluating
 from hmpo.sampling.responses import sample_responses
 from tests.attention.families import family
 from tests.oracles.logprobs import response_logprobs
