@@ -170,10 +170,10 @@ def _difference(core: Any) -> str:
     packed = pack(ids, mask, width - 3)
     assert packed is not None, "the example is regular"
     with torch.autocast(device.type, enabled=False):
-        states = core.base_model(**model_inputs(packed))[0][0]
+        states = core.base_model(**model_inputs(packed)).last_hidden_state[0]
         positions = (mask.long().cumsum(1) - 1).clamp_min(0)
         plain = {"input_ids": ids, "attention_mask": mask.long(), "position_ids": positions}
-        padded = core.base_model(**plain, use_cache=False)[0]
+        padded = core.base_model(**plain, use_cache=False).last_hidden_state
     states = states.index_select(0, packed.predictors)
     padded = padded[:, 2:-1][mask[:, 3:]]
     layers = core.config.num_hidden_layers

@@ -28,7 +28,6 @@ from hmpo.logprobs.tied import TiedGradient
 from hmpo.models.evaluation import evaluating
 from hmpo.models.policy import (
     embeddable,
-    first_output,
     is_hugging_face,
     position_ids,
     unwrap,
@@ -104,9 +103,9 @@ def response_states(
         if packed is not None and packed.longest <= window(core):
             if split is None:
                 inputs = model_inputs(packed) | {"logits_to_keep": packed.predictors}
-                return States(first_output(policy(**inputs))[0], None, packed=True)
+                return States(policy(**inputs).logits[0], None, packed=True)
             with contextlib.nullcontext() if tied is None else tied.embedding():
-                hidden = first_output(split.base(**model_inputs(packed)))[0]
+                hidden = split.base(**model_inputs(packed)).last_hidden_state[0]
             hidden = pick(packed, hidden)
             return States(hidden, split, packed=True)
     run = functools.partial(_padded_states, policy, split, keeps)
@@ -154,10 +153,10 @@ def _padded_states(
     """Hidden states (M, T, H) or logits (M, T, V) that predict the response columns."""
     inputs = _model_inputs(input_ids, attention_mask)
     if split is not None:
-        return first_output(split.base(**inputs))[:, -response_length - 1 : -1]
+        return split.base(**inputs).last_hidden_state[:, -response_length - 1 : -1]
     if keeps:
         inputs["logits_to_keep"] = response_length + 1
-    return first_output(policy(**inputs))[:, -response_length - 1 : -1]
+    return policy(**inputs).logits[:, -response_length - 1 : -1]
 
 
 def _model_inputs(input_ids: Tensor, attention_mask: Tensor) -> dict[str, object]:
@@ -188,8 +187,8 @@ def split_head(policy: nn.Module) -> SplitModel | None:
         ids = torch.tensor([[0, 1]], device=head.weight.device)
         inputs = _model_inputs(ids, torch.ones_like(ids, dtype=torch.bool))
         with torch.no_grad(), evaluating(policy):
-            whole = first_output(policy(**inputs))
-            parts = head(first_output(base(**inputs)))
+            whole = policy(**inputs).logits
+            parts = head(base(**inputs).last_hidden_state)
         capped = parts if softcap is None else softcap * torch.tanh(parts / softcap)
         _is_projection[policy] = torch.equal(whole, capped)
     return SplitModel(base, head, softcap) if _is_projection[policy] else None
@@ -221,5 +220,5 @@ def _plain_logits(
         )
     prompts = attention_mask[:, :-response_length].sum(1, keepdim=True)
     steps = torch.arange(response_length, device=input_ids.device)
-    where = (prompts - 1 + steps).clamp_max(input_ids.shape[1] - 1)
+    where = (prompts - 1 + steps).clamp(0, input_ids.shape[1] - 1)
     return logits.gather(1, where[:, :, None].expand(-1, -1, logits.shape[2]))

@@ -28,7 +28,7 @@ def evaluating(policy: nn.Module) -> Iterator[None]:
     the backward pass runs it again. A model whose own code checkpoints is not asked to.
     """
     _restore(policy)
-    modules = list(policy.modules())
+    modules: list[Any] = list(policy.modules())
     flags = [module.training for module in modules]
     functions: list[tuple[Any, Any]] = []
     policy.eval()

@@ -91,6 +91,11 @@ def bare_policy(policy: nn.Module) -> nn.Module:
                 f"policy: got peft's {active.peft_type.value}, whose virtual tokens stand before "
                 "every prompt, expected an adapter inside the layers, such as LoraConfig"
             )
+    if is_hugging_face(policy) and not cast(Any, unwrap(policy)).config.return_dict:
+        raise ModelError(
+            "policy: got config.return_dict = False, expected True, without which transformers' "
+            "own models do not run; set policy.config.return_dict = True"
+        )
     return policy
 
 
@@ -109,11 +114,6 @@ def embeddable(
         core: Any = unwrap(policy)
         rows = len(core.get_input_embeddings().weight)
     return torch.where(mask, input_ids, input_ids.clamp(0, rows - 1))
-
-
-def first_output(output: Any) -> Any:
-    """Logits or hidden states, whether a transformers model returns them by name or in a tuple."""
-    return output if isinstance(output, Tensor) else output[0]
 
 
 def position_ids(attention_mask: Bool[Tensor, "N S"]) -> Int[Tensor, "N S"]:

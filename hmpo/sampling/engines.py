@@ -20,7 +20,6 @@ from torch.nn import functional
 
 from hmpo.models.policy import (
     embeddable,
-    first_output,
     is_hugging_face,
     position_ids,
     unwrap,
@@ -153,7 +152,7 @@ class WholeSequences:
 
     def _run(self) -> Float[Tensor, "N V"]:
         out = self.call(self.ids)
-        logits = first_output(out) if self.hugging_face else out
+        logits = out.logits if self.hugging_face else out
         return logits[torch.arange(len(self.ids), device=self.ids.device), self.lengths - 1]
 
     def advance(self, token: Int[Tensor, " N"], keep: Int[Tensor, " K"] | None) -> None:

@@ -112,7 +112,25 @@ SIZES: dict[str, Any] = {
 }
 """Values of fields, wherever a configuration has them."""
 
-OVERRIDES: dict[str, dict[str, Any]] = {}
+OVERRIDES: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1]},
+    "dots3_note": {"num_key_value_heads": 4},
+    "dots3_note_text": {"num_key_value_heads": 4},
+    "falcon_h1": {"mamba_d_ssm": 64},
+    "gemma3n_text": {
+        "num_kv_shared_layers": 0,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "gemma4_assistant": {"hidden_size_per_layer_input": 0},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 64},
+    "reformer": {"axial_pos_embds": False, "attn_layers": ["local", "local"], "is_decoder": True},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 4},
+    "longcat_flash": {"head_dim": 4},
+    "mamba2": {"num_heads": 8},
+    "moshi": {"audio_vocab_size": 32},
+    "recurrent_gemma": {"block_types": ("recurrent", "attention")},
+}
 """By model type: fields that the sizes leave wrong or have no value for."""
 
 
@@ -150,12 +168,15 @@ def tiny_config(kind: type, changes: dict[str, Any] | None = None) -> Any:
     return config
 
 
-def build(name: str, *, tied: bool | None = None, seed: int = 0) -> nn.Module:
-    """A tiny model of a family in float64, in training mode, weights drawn.
+def build(
+    name: str, *, tied: bool | None = None, dtype: torch.dtype | None = None, seed: int = 0
+) -> nn.Module:
+    """A tiny model of a family, in training mode, weights drawn.
 
     Args:
         name: the model type.
         tied: whether the embedding is the projection; None leaves it to the family.
+        dtype: of the weights; None is float64, or float32 where that serves only.
         seed: of the weights.
     """
     from transformers import AutoModelForCausalLM
@@ -174,4 +195,22 @@ def build(name: str, *, tied: bool | None = None, seed: int = 0) -> nn.Module:
         for parameter in model.parameters():
             if parameter.ndim == 1 and not bool(parameter.any()):
                 nn.init.normal_(parameter, std=0.1)
-    return model.double().train()
+    if dtype is None:
+        dtype = torch.float64 if is_finite_in_float64(model.double()) else torch.float32
+    return model.to(dtype).train()
+
+
+@torch.no_grad()
+def is_finite_in_float64(model: nn.Module) -> bool:
+    """Whether padding leaves real tokens finite.
+
+    transformers masks by the least number of the model's dtype and takes some softmax in float32,
+    where that of float64 is -inf: then a row of padding is NaN.
+    """
+    ids = torch.tensor([[0, 0, 5, 9, 3], [7, 11, 4, 8, 6]])
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    try:
+        out = model.eval()(input_ids=ids, attention_mask=mask, use_cache=False)
+    except Exception:  # cells say what is wrong with it
+        return True
+    return bool(out.logits[mask.bool()].isfinite().all())

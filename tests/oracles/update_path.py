@@ -17,7 +17,7 @@ def row_logprobs(model, prompt: list[int], response: list[int]) -> torch.Tensor:
 
 
 def minibatch(model, rows, old, advantages, p: float):
-    """(loss, gradient by parameter name) of rows [(prompt, response)], the model in evaluation mode.
+    """(loss, gradient by parameter name) of rows [(prompt, response)], dropout off.
 
     `old` has a list of log-probs for each row; frozen parameters have no gradient.
     """
@@ -27,10 +27,12 @@ def minibatch(model, rows, old, advantages, p: float):
     model.zero_grad()
     total = 0.0
     for (prompt, response), before, advantage in zip(rows, old, advantages, strict=True):
-        ratios = (row_logprobs(model, prompt, response) - torch.tensor(before, dtype=torch.float64)).exp()
+        ratios = (
+            row_logprobs(model, prompt, response) - torch.tensor(before, dtype=torch.float64)
+        ).exp()
         loss = -advantage / len(rows) * (ratios**p).mean() ** (1 / p)
         loss.backward()
-        total += float(loss)
+        total += float(loss.detach())
     gradients = {
         name: torch.zeros_like(x) if x.grad is None else x.grad.clone()
         for name, x in model.named_parameters()
