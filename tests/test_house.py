@@ -82,7 +82,7 @@ def test_every_pin_serves_the_first_python_that_readme_names_and_the_newest(pyth
 
 def test_makefile_is_short_and_installs_the_pinned_torch() -> None:
     text = (ROOT / "Makefile").read_text(encoding="utf-8")
-    assert len(text.splitlines()) <= 66
+    assert len(text.splitlines()) <= 68
     for name in ("requirements.txt", "requirements-peers.txt"):
         assert text.count(f"torch=={pins(name)['torch']}\n") == 2, name
 

@@ -124,6 +124,8 @@ def logits_logprobs(
     """`head_logprobs` of logits that are there already, by autograd."""
     logits = logits.to(statistics_dtype(logits.dtype))
     logprobs = functional.log_softmax(logits / temperature, dim=-1)
-    # exp(logp) * logp is 0 * -inf for tokens that a model rules out by -inf logits.
-    terms = torch.where(logprobs > -torch.inf, logprobs.exp() * logprobs, 0.0)
+    # p log p is 0 * -inf for tokens that a model rules out by -inf logits, and so is its gradient:
+    # log p is replaced before the product, whose gradient then meets finite numbers only.
+    finite = torch.where(logprobs > -torch.inf, logprobs, 0.0)
+    terms = torch.where(logprobs > -torch.inf, finite.exp() * finite, 0.0)
     return logprobs.gather(1, targets[:, None])[:, 0], -terms.sum(-1)

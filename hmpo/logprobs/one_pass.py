@@ -65,7 +65,8 @@ def one_pass(
         softcap: c of a model whose logits are c tanh(logits / c), or None.
         chunk: as in `head_logprobs`, unless a single response has more rows.
         with_entropy: False saves its part where nobody asks for it.
-        tied: takes the projection's gradient, where `hidden` came from its `embed`.
+        tied: takes the projection's gradient, where an `embed` of its own is sure to hand it on;
+            elsewhere autograd adds the two.
 
     Raises:
         ShapeError: the lengths do not add up to the rows.
@@ -168,7 +169,7 @@ class _OnePass(torch.autograd.Function):
             raise RuntimeError("the gradients of one pass are handed out once; run it again")
         if grad.device.type != "cpu" or float(grad) != 1:
             gradients = tuple(None if x is None else x.mul_(grad) for x in gradients)
-        if ctx.tied is not None:
+        if ctx.tied is not None and ctx.tied.receives():
             ctx.tied.total, gradients = gradients[1], (gradients[0], None, gradients[2])
         return *gradients, None, None  # neither targets nor what is no tensor
 

@@ -19,7 +19,8 @@ from hmpo.logprobs.head import head_logprobs, logits_logprobs
 from hmpo.logprobs.one_pass import OnePass, one_pass, one_pass_serves
 from hmpo.logprobs.states import States, response_states, split_head
 from hmpo.logprobs.tied import TiedGradient
-from hmpo.models.policy import evaluating, is_hugging_face
+from hmpo.models.evaluation import evaluating, evaluating_backward
+from hmpo.models.policy import bare_policy, is_hugging_face
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +72,12 @@ def token_logprobs(
 
     Returns:
         Natural log-probs, differentiable, float32 (float64 for a float64 policy); 0 on padding.
-        Dropout is off, and the policy's training flags are restored.
+        Dropout is off, in the backward pass too, and the policy's training flags are restored.
+
+    Raises:
+        ShapeError: a row without a token before its response, padding elsewhere than left of the
+            prompts and right of the responses, or no rows.
+        ModelError: a policy that cannot be taken apart, as the message says.
     """
     return _response_logprobs(
         policy,
@@ -130,11 +136,12 @@ def response_loss(
         temperature: logits are divided by it first.
         chunk: rows of one block.
     """
+    policy = bare_policy(policy)
+    lengths = _lengths(input_ids, attention_mask, response_length)
     mask = attention_mask[:, -response_length:]
-    lengths = mask.sum(1).tolist()
     with evaluating(policy):
         tied = _tied(policy, lengths, chunk)
-        targets = _targets(input_ids, attention_mask, response_length)
+        targets = input_ids[:, -response_length:][mask]
         states = response_states(policy, input_ids, attention_mask, response_length, tied)
         options = {"temperature": temperature, "chunk": chunk}
         if states.split is not None and one_pass_serves(states.split.weight, lengths, chunk):
@@ -143,6 +150,7 @@ def response_loss(
             )
         else:
             result = _all_then_loss(states, targets, mask, loss_of, **options)
+    evaluating_backward(policy, result.loss)
     return ResponseLoss(
         loss=result.loss,
         logprobs=result.logprobs.detach(),
@@ -212,18 +220,18 @@ def _response_logprobs(
     with_entropy: bool,
 ) -> ResponseLogprobs:
     """Log-probs and entropy (N, T); NaN for an entropy that is not asked for."""
+    policy = bare_policy(policy)
+    _lengths(input_ids, attention_mask, response_length)
     mask = attention_mask[:, -response_length:]
     with evaluating(policy):
-        targets = _targets(input_ids, attention_mask, response_length)
+        targets = input_ids[:, -response_length:][mask]
         states = response_states(policy, input_ids, attention_mask, response_length)
         picked, entropy = _of_states(
             states, targets, temperature=temperature, chunk=chunk, with_entropy=with_entropy
         )
-    return ResponseLogprobs(
-        logprobs=_scattered(picked, mask),
-        entropy=_scattered(entropy, mask),
-        packed=states.packed,
-    )
+    logprobs, spread = _scattered(picked, mask), _scattered(entropy, mask)
+    evaluating_backward(policy, logprobs, spread)
+    return ResponseLogprobs(logprobs=logprobs, entropy=spread, packed=states.packed)
 
 
 def _of_states(
@@ -258,15 +266,34 @@ def _tied(policy: nn.Module, lengths: list[int], chunk: int) -> TiedGradient | N
     return TiedGradient.of(split.base, split.weight)
 
 
-def _targets(input_ids: Tensor, attention_mask: Tensor, response_length: int) -> Tensor:
-    """Response tokens (n,), row after row."""
+def _lengths(input_ids: Tensor, attention_mask: Tensor, response_length: int) -> list[int]:
+    """Tokens of each response, where the rows are such that every token has one that predicts it.
+
+    Raises:
+        ShapeError: they are not.
+    """
+    if input_ids.ndim != 2 or attention_mask.shape != input_ids.shape or len(input_ids) == 0:
+        raise ShapeError(
+            f"input_ids, attention_mask: got {tuple(input_ids.shape)} and "
+            f"{tuple(attention_mask.shape)}, expected (N, S) twice with at least one row"
+        )
     width = input_ids.shape[1]
     if not 0 < response_length < width:
         raise ShapeError(
             f"response_length: got {response_length}, expected 1 to {width - 1} "
             f"(input_ids has {width} columns and needs at least one prompt token)"
         )
-    return input_ids[:, -response_length:][attention_mask[:, -response_length:]]
+    before, mask = attention_mask[:, :-response_length], attention_mask[:, -response_length:]
+    lengths = mask.sum(1)
+    odd = (lengths > 0) & ~before[:, -1] | (mask[:, 1:] > mask[:, :-1]).any(1)
+    found = torch.where(odd, -1, lengths).tolist()  # one wait for the device
+    if min(found) < 0:
+        raise ShapeError(
+            f"attention_mask: got a response token without a token before it in row "
+            f"{found.index(-1)}, expected prompts of at least one token that end where the "
+            "responses start, padded on the left, and responses padded on the right"
+        )
+    return found
 
 
 def _scattered(values: Tensor, mask: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ Shift: the token at position s is predicted by the hidden state at s - 1, so a r
 starts at P is scored from the states P - 1 .. P + T - 2.
 """
 
+import contextlib
 import functools
 import inspect
 import sys
@@ -26,7 +27,13 @@ from hmpo.attention.packing_check import can_pack, model_inputs, window
 from hmpo.attention.tap import not_recorded
 from hmpo.errors import ModelError
 from hmpo.logprobs.tied import TiedGradient
-from hmpo.models.policy import evaluating, is_hugging_face, position_ids, unwrap
+from hmpo.models.evaluation import evaluating
+from hmpo.models.policy import (
+    embeddable,
+    is_hugging_face,
+    position_ids,
+    unwrap,
+)
 
 PASS_TOKENS = 256
 """Tokens that cost as much time as one more pass through a model."""
@@ -86,6 +93,7 @@ def response_states(
         response_length: as there.
         tied: embeds the tokens of packed rows, where the weight is the projection's too.
     """
+    input_ids = embeddable(policy, input_ids, attention_mask)
     if not is_hugging_face(policy):
         run = functools.partial(_plain_logits, policy)
         logits = _padded(run, input_ids, attention_mask, response_length)
@@ -98,10 +106,9 @@ def response_states(
             if split is None:
                 inputs = model_inputs(core, packed) | {"logits_to_keep": packed.predictors}
                 return States(policy(**inputs).logits[0], None, packed=True)
-            inputs = model_inputs(core, packed)
-            if tied is not None:
-                inputs["inputs_embeds"] = tied.embed(inputs.pop("input_ids"))
-            hidden = pick(packed, split.base(**inputs).last_hidden_state[0])
+            with contextlib.nullcontext() if tied is None else tied.embedding():
+                hidden = split.base(**model_inputs(core, packed)).last_hidden_state[0]
+            hidden = pick(packed, hidden)
             return States(hidden, split, packed=True)
     run = functools.partial(_padded_states, policy, split, keeps)
     values = _padded(run, input_ids, attention_mask, response_length)
@@ -215,5 +222,5 @@ def _plain_logits(
         )
     prompts = attention_mask[:, :-response_length].sum(1, keepdim=True)
     steps = torch.arange(response_length, device=input_ids.device)
-    where = (prompts - 1 + steps).clamp_max(input_ids.shape[1] - 1)
+    where = (prompts - 1 + steps).clamp(0, input_ids.shape[1] - 1)
     return logits.gather(1, where[:, :, None].expand(-1, -1, logits.shape[2]))

@@ -4,8 +4,14 @@ Autograd makes a (V, H) gradient for each of the two uses and adds them up, so t
 are in memory together, which is most of what a model with a large vocabulary needs. Here the
 projection leaves its gradient with a `TiedGradient`, and the embedding, whose backward pass comes
 last, adds the rows of its tokens to it and hands out the sum.
+
+Nothing is left where nobody will fetch it: the projection asks `receives` in the backward pass,
+which knows by then whether an embedding made here is still to run in it. Where none is (rows that
+were padded, a model that cuts the graph, an embedding in another graph) each use gives its own.
 """
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -21,6 +27,8 @@ class TiedGradient:
     def __init__(self, table: nn.Embedding) -> None:
         self.table = table
         self.total: Float[Tensor, "V H"] | None = None
+        self.receivers: list[Any] = []
+        """Nodes of the graph that hand out `total`, each until its backward pass."""
 
     @classmethod
     def of(cls, base: nn.Module, weight: Tensor) -> "TiedGradient | None":
@@ -41,10 +49,31 @@ class TiedGradient:
 
     def embed(self, ids: Int[Tensor, "..."]) -> Float[Tensor, "... H"]:
         """What the embedding gives for these tokens."""
-        return _Embed.apply(ids, self.table.weight, self)
+        rows = _Embed.apply(ids, self.table.weight, self)
+        if rows.grad_fn is not None:
+            self.receivers.append(rows.grad_fn)
+        return rows
 
-    def take(self) -> Tensor | None:
+    @contextlib.contextmanager
+    def embedding(self) -> Iterator[None]:
+        """The table embeds by `embed` for the block, wherever the model calls it."""
+
+        def instead(_: nn.Module, ids: tuple[Tensor, ...], rows: Tensor) -> Tensor:
+            return self.embed(ids[0]) if ids else rows
+
+        handle = self.table.register_forward_hook(instead)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def receives(self) -> bool:
+        """Whether the backward pass that is running will come to one of the embeddings."""
+        return any(map(torch._C._will_engine_execute_node, self.receivers))
+
+    def take(self, receiver: Any) -> Tensor | None:
         """The projection's gradient, once; None where it took another way."""
+        self.receivers = [node for node in self.receivers if node is not receiver]
         total, self.total = self.total, None
         return total
 
@@ -61,7 +90,7 @@ class _Embed(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):  # type: ignore[override]
         shape, dtype, device = ctx.like
-        total = ctx.tied.take()
+        total = ctx.tied.take(ctx)
         if total is None:
             total = torch.zeros(shape, dtype=dtype, device=device)
         ids, rows = ctx.ids.flatten(), grad.reshape(-1, shape[1])

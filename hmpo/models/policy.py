@@ -1,16 +1,15 @@
 """The policy as a module: what may be asked of it, and the weights that a checkpoint keeps."""
 
-import contextlib
 import sys
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, cast
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 from hmpo.config import TrainerConfig
-from hmpo.errors import CheckpointError
+from hmpo.errors import CheckpointError, ModelError
 
 
 def trained_state(policy: nn.Module) -> dict[str, Tensor]:
@@ -60,25 +59,61 @@ def unwrap(policy: nn.Module) -> nn.Module:
     return policy
 
 
-@contextlib.contextmanager
-def evaluating(policy: nn.Module) -> Iterator[None]:
-    """Dropout off for the block; every module's training flag is restored after it.
+def bare_policy(policy: nn.Module) -> nn.Module:
+    """The policy without `torch.compile` and `DataParallel` around it: its parts are called alone.
 
-    Where gradients are on, layers under gradient checkpointing keep their own flag (transformers
-    checkpoints only in training mode); the modules inside them are in evaluation mode.
+    Raises:
+        ModelError: a wrapper of several processes, whose gradients would not be averaged, or a
+            peft method that puts virtual tokens before the prompt.
     """
-    modules = list(policy.modules())
-    flags = [module.training for module in modules]
-    policy.eval()
-    if torch.is_grad_enabled():
-        for module, training in zip(modules, flags):
-            if training and getattr(module, "gradient_checkpointing", False) is True:
-                module.training = True
-    try:
-        yield
-    finally:
-        for module, training in zip(modules, flags):
-            module.training = training
+    dynamo = sys.modules.get("torch._dynamo.eval_frame")
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    several = (nn.parallel.DistributedDataParallel,)
+    if fsdp is not None:
+        several += (fsdp.FullyShardedDataParallel,)
+    while True:
+        if isinstance(policy, several):
+            raise ModelError(
+                f"policy: got {type(policy).__name__}, expected a model of one process; several "
+                "processes train with hmpo.adapters.trl"
+            )
+        if isinstance(policy, nn.DataParallel):
+            policy = policy.module
+        elif dynamo is not None and isinstance(policy, dynamo.OptimizedModule):
+            policy = cast(nn.Module, policy._orig_mod)
+        else:
+            break
+    peft = sys.modules.get("peft")
+    if peft is not None and isinstance(policy, peft.PeftModel):
+        active = policy.active_peft_config
+        if active.is_prompt_learning:
+            raise ModelError(
+                f"policy: got peft's {active.peft_type.value}, whose virtual tokens stand before "
+                "every prompt, expected an adapter inside the layers, such as LoraConfig"
+            )
+    if is_hugging_face(policy) and not cast(Any, unwrap(policy)).config.return_dict:
+        raise ModelError(
+            "policy: got config.return_dict = False, expected True, without which transformers' "
+            "own models do not run; set policy.config.return_dict = True"
+        )
+    return policy
+
+
+def embeddable(
+    policy: nn.Module, input_ids: Int[Tensor, "N S"], mask: Bool[Tensor, "N S"]
+) -> Int[Tensor, "N S"]:
+    """Ids whose padding is in the vocabulary too: an embedding looks up what is masked as well.
+
+    Args:
+        policy: any causal module.
+        input_ids: token ids; where the mask is False, anything.
+        mask: True on real tokens.
+    """
+    rows = 1
+    if is_hugging_face(policy):
+        core: Any = unwrap(policy)
+        rows = len(core.get_input_embeddings().weight)
+    return torch.where(mask, input_ids, input_ids.clamp(0, rows - 1))
 
 
 def position_ids(attention_mask: Bool[Tensor, "N S"]) -> Int[Tensor, "N S"]:

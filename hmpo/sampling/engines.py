@@ -18,7 +18,12 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hmpo.models.policy import is_hugging_face, position_ids, unwrap
+from hmpo.models.policy import (
+    embeddable,
+    is_hugging_face,
+    position_ids,
+    unwrap,
+)
 from hmpo.sampling.decoder import FastDecoder, why_not_fast
 from hmpo.sampling.graph import GraphDecoder
 from hmpo.sampling.options import SamplingOptions
@@ -141,7 +146,8 @@ class WholeSequences:
         order = (~mask).to(torch.int8).argsort(dim=1, stable=True)
         self.ids = ids.gather(1, order)[prompt_of]
         self.lengths = mask.sum(1)[prompt_of]
-        self.pad_token = pad_token
+        pad = torch.tensor([[pad_token]])
+        self.pad_token = int(embeddable(policy, pad, torch.zeros_like(pad, dtype=torch.bool)))
         self.logits = self._run()
 
     def _run(self) -> Float[Tensor, "N V"]:

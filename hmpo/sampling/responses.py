@@ -18,7 +18,8 @@ from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 from hmpo.errors import ConfigError, ShapeError, require
-from hmpo.models.policy import evaluating
+from hmpo.models.evaluation import evaluating
+from hmpo.models.policy import bare_policy, embeddable
 from hmpo.sampling.draw import Drawn, draw_in_place
 from hmpo.sampling.engines import Engine, arithmetic, start_engine, takes_fast_decoder
 from hmpo.sampling.graph import GraphDecoder
@@ -118,6 +119,7 @@ def sample_rollout(
     if prompt_mask is None:
         prompt_mask = torch.ones_like(prompt_ids, dtype=torch.bool)
     _check_inputs(prompt_ids, prompt_mask, group_size)
+    policy = bare_policy(policy)
     if options.stop and tokenizer is None:
         raise ConfigError(f"stop: got {options.stop!r} without a tokenizer, expected one")
     if options.temperature > 0 and options.truncates:
@@ -127,7 +129,7 @@ def sample_rollout(
             "(sampling_logprobs has the others)",
             stacklevel=4,
         )
-    prompts = distinct_prompts(prompt_ids, prompt_mask, group_size)
+    prompts = distinct_prompts(embeddable(policy, prompt_ids, prompt_mask), prompt_mask, group_size)
     fast = takes_fast_decoder(policy, options, prompt_ids.shape[1])
     with evaluating(policy):
         engine = start_engine(policy, prompts, options, fast=fast)

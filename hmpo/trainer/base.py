@@ -18,13 +18,15 @@ from torch import Tensor, nn
 
 from hmpo.config import TrainerConfig
 from hmpo.errors import NonFiniteError, require
-from hmpo.models.policy import load_trained_state, trained_state
+from hmpo.models.evaluation import evaluating
+from hmpo.models.policy import bare_policy, load_trained_state, trained_state
 from hmpo.optim import MuonClip, MuonClipConfig, discard_qk_readings, with_qk_clip
 from hmpo.optim.state import clip_metrics, join_clip_state, split_clip_state
 from hmpo.randomness import keyed_generator
 from hmpo.rewards import Rewards
 from hmpo.stopwatch import section
 from hmpo.trainer.faults import Fault, UpdateCheck, check_update, fault_text, step_fault
+from hmpo.trainer.learning import check_gradients, check_trainable, differentiable
 from hmpo.trainer.rollout import Collected, Collector, Prompts
 from hmpo.types import Batch, Event, Metrics, MinibatchGradient
 
@@ -48,6 +50,9 @@ class Trainer(ABC, Generic[C]):
         tokenizer: Any = None,
         stop: Sequence[str] = (),
     ) -> None:
+        policy_model = bare_policy(policy_model)
+        ref_model = None if ref_model is None else bare_policy(ref_model)
+        check_trainable(policy_model, optimizer)
         self.policy, self.ref, self.config = policy_model, ref_model, config
         self.device = next(policy_model.parameters()).device
         if not isinstance(reward_fn, Rewards):
@@ -102,6 +107,7 @@ class Trainer(ABC, Generic[C]):
         merged["update_skipped"] = sum(record["update_skipped"] for record in records)
         return merged
 
+    @differentiable()
     @section("rewards")  # less the sections inside: sampling and log-probs
     def begin_rollout(self, prompts: Prompts, columns: Mapping[str, Sequence[Any]]) -> None:
         """Sample responses, score them, and form advantages."""
@@ -123,6 +129,7 @@ class Trainer(ABC, Generic[C]):
         self.events += found.events
         self.totals["num_tokens"] += int(found.rollout.attention_mask.sum())
 
+    @differentiable()
     def next_update(self) -> Metrics:
         """One optimizer update on the next minibatch of the rollout in use.
 
@@ -134,8 +141,9 @@ class Trainer(ABC, Generic[C]):
                 where a step itself made the weights or the optimizer's state non-finite.
         """
         batch = self._minibatch()
-        with section("backward"):  # less the sections inside: log-probs and objective
+        with section("backward"), evaluating(self.policy):  # less the sections inside
             gradient = self.gradient(batch)
+        check_gradients(self.optimizer)
         check = self._step_optimizer(batch, gradient)
         measured = self.measure(batch, gradient, applied=check.fault is None)
         record = self._record(check, measured)

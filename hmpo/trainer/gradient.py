@@ -19,6 +19,7 @@ from hmpo.objective.loss import power_mean_loss
 from hmpo.objective.mismatch import join_weights, on_policy_rows
 from hmpo.objective.terms import count_denominators, minibatch_band
 from hmpo.stopwatch import section
+from hmpo.trainer.learning import backward
 from hmpo.types import Band, Batch, Denominators, MinibatchGradient
 
 
@@ -157,8 +158,7 @@ def all_then_loss(
     """
     result = _training_forward(policy, loss.batch.select(rows), config, idle)
     part = loss.of(result.logprobs, rows)
-    if part.requires_grad:
-        part.backward()
+    backward(part, due=not bool(idle.all()))
     return Part(
         rows=rows,
         loss=part.detach(),
@@ -193,8 +193,7 @@ def by_response(
                 temperature=config.temperature,
                 chunk=config.logprob_chunk,
             )
-        if trained.loss.requires_grad:
-            trained.loss.backward()
+        backward(trained.loss, due=True)
         parts.append(
             Part(
                 rows=moving,

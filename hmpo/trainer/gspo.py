@@ -23,6 +23,7 @@ from hmpo.logprobs.responses import token_logprobs_and_entropy
 from hmpo.models.policy import autocast
 from hmpo.stopwatch import section
 from hmpo.trainer.base import Trainer
+from hmpo.trainer.learning import backward
 from hmpo.types import Batch, Metrics, MinibatchGradient, on_host
 
 
@@ -82,7 +83,7 @@ class GSPOTrainer(Trainer[GSPOConfig]):
                 advantage = batch.advantages[rows].to(s.dtype) * batch.valid[rows]
                 bounded = s.clamp(1 - config.epsilon_low, 1 + config.epsilon_high)
                 loss = -torch.minimum(s * advantage, bounded * advantage).sum() / counted
-            loss.backward()
+            backward(loss, due=True)
             losses.append(loss.detach())
             logprobs.append(new.detach())
             entropies.append(result.entropy.detach())

@@ -4,10 +4,11 @@ from torch import nn
 from torch.nn import functional
 
 from hmpo.errors import ModelError, ShapeError
+from hmpo.logprobs import states
 from hmpo.logprobs.head import head_logprobs
 from hmpo.logprobs.responses import response_loss, token_logprobs, token_logprobs_and_entropy
 from hmpo.logprobs.states import split_head
-from hmpo.models.policy import evaluating
+from hmpo.models.evaluation import evaluating
 from hmpo.sampling.responses import sample_responses
 from tests.attention.families import family
 from tests.oracles.logprobs import response_logprobs
@@ -220,6 +221,73 @@ def test_ratio_one_with_dropout() -> None:
         model, rollout.input_ids, rollout.attention_mask, rollout.response_ids.shape[1]
     )
     assert torch.allclose(got, rollout.old_logprobs, rtol=0, atol=2e-6)
+
+
+class Masked(nn.Module):
+    """A policy that rules tokens out."""
+
+    def __init__(self, banned: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table = nn.Embedding(9, 9, dtype=torch.float64)
+        ban = torch.zeros(9, dtype=torch.float64)
+        ban[len(ban) - banned :] = -torch.inf
+        self.register_buffer("ban", ban)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.table(ids) + self.ban
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_ruled_out_tokens_have_no_part_in_the_entropys_gradient(temperature: float) -> None:
+    model, ids = Masked(2), torch.tensor([[1, 2, 3, 4], [1, 6, 2, 0]])
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    result = token_logprobs_and_entropy(model, ids, mask, 2, temperature=temperature)
+    loss = result.logprobs.sum() - 0.3 * result.entropy.sum()
+    (got,) = torch.autograd.grad(loss, [model.table.weight])
+    few = model.table.weight.detach()[:, :7].clone().requires_grad_()  # a vocabulary without them
+    logs = torch.log_softmax(few[ids[:, 1:3]] / temperature, -1)
+    entropy = -(logs.exp() * logs).sum()
+    picked = logs.gather(2, ids[:, 2:, None]).sum()
+    (want,) = torch.autograd.grad(picked - 0.3 * entropy, [few])
+    assert torch.allclose(got[:, :7], want, rtol=1e-12, atol=1e-14)
+    assert (got[:, 7:] == 0).all()
+    assert torch.allclose(result.entropy.sum(), entropy, rtol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["llama", "plain"])
+def test_rows_whose_tokens_nothing_predicts_are_refused(kind: str) -> None:
+    model = tiny_llama() if kind == "llama" else tiny_causal(40)
+    ids = torch.full((2, 6), 7)
+    good = torch.ones(2, 6, dtype=torch.bool)
+    odd = {"no prompt": (1, slice(0, 3)), "prompt on the left": (1, 2), "hole": (1, 4)}
+    for where in odd.values():
+        mask = good.clone()
+        mask[where] = False
+        for function in (token_logprobs, token_logprobs_and_entropy):
+            with pytest.raises(ShapeError, match=r"without a token before it in row 1, expected"):
+                function(model, ids, mask, 3)
+        with pytest.raises(ShapeError, match="in row 1"):
+            response_loss(model, ids, mask, 3, lambda new, rows: new.sum())
+    nothing = good.clone()
+    nothing[1] = False  # a row without any token asks for nothing
+    assert (token_logprobs(model, ids, nothing, 3)[1] == 0).all()
+    with pytest.raises(ShapeError, match="at least one row"):
+        token_logprobs(model, ids[:0], good[:0], 3)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "plain", "padded"])
+@pytest.mark.parametrize("pad", [-100, -1, 40, 99])
+def test_padding_is_looked_up_as_a_legal_token(kind: str, pad: int, monkeypatch) -> None:
+    made = {"gpt2": lambda: in_float64(family("gpt2")), "plain": lambda: tiny_causal(40).double()}
+    model = made.get(kind, lambda: tiny_llama().double())()
+    if kind == "padded":
+        monkeypatch.setattr(states, "can_pack", lambda *_: False)
+    rollout = rollout_of(model)
+    ids, mask, width = rollout.input_ids, rollout.attention_mask, rollout.response_ids.shape[1]
+    strange = ids.masked_fill(~mask, 48 if (kind, pad) == ("gpt2", 40) else pad)
+    want = token_logprobs(model, ids, mask, width)
+    assert torch.allclose(token_logprobs(model, strange, mask, width), want, rtol=0, atol=1e-12)
 
 
 def test_wrong_arguments_are_refused_with_the_sizes() -> None:

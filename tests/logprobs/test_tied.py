@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from hmpo.logprobs import head, one_pass
+from hmpo.logprobs import head, one_pass, states
 from hmpo.logprobs.responses import response_loss, token_logprobs
 from hmpo.logprobs.tied import TiedGradient
 
@@ -128,3 +128,47 @@ def test_only_a_weight_that_is_both_and_trains_is_shared() -> None:
     assert TiedGradient.of(untied.model, untied.lm_head.weight) is None
     model.lm_head.weight.requires_grad_(requires_grad=False)
     assert TiedGradient.of(model.model, model.lm_head.weight) is None
+
+
+def other_than_packed(kind: str, monkeypatch) -> nn.Module:
+    """A model whose tied weight meets one pass without an embedding of ours."""
+    if kind == "padded":
+        monkeypatch.setattr(states, "can_pack", lambda *_: False)
+    model = model_of()
+    if kind == "graph cut":  # what the layers see has no way back to the embedding
+        first = model.model.layers[0]
+        first.register_forward_pre_hook(lambda _, args: (args[0].detach(), *args[1:]))
+    if kind == "embedded twice":
+        inner = model.model.forward
+
+        def twice(**inputs):
+            table, out = model.model.embed_tokens, inner(**inputs)
+            ids = inputs["input_ids"]
+            return type(out)(last_hidden_state=out.last_hidden_state + 0.5 * table(ids))
+
+        model.model.forward = twice
+    return model
+
+
+@pytest.mark.parametrize("kind", ["padded", "graph cut", "embedded twice"])
+def test_no_gradient_is_left_where_nobody_fetches_it(kind: str, waits, monkeypatch) -> None:
+    model, (ids, mask, mix) = other_than_packed(kind, monkeypatch), problem()
+    parameters = list(model.parameters())
+    loss = (token_logprobs(model, ids, mask, 6) * mix).sum()
+    want = torch.autograd.grad(loss, parameters, allow_unused=True)
+    got = response_loss(model, ids, mask, 6, lambda new, rows: (new * mix[rows]).sum())
+    assert waits == [True] and got.packed == (kind != "padded")
+    got.loss.backward()
+    for parameter, gradient in zip(parameters, want):
+        gradient = torch.zeros_like(parameter) if gradient is None else gradient
+        found = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        assert torch.allclose(found, gradient, rtol=1e-12, atol=1e-13)
+
+
+def test_a_gradient_with_respect_to_other_tensors_leaves_nothing_behind(waits) -> None:
+    model, (ids, mask, mix) = model_of(), problem()
+    norm = model.model.norm.weight
+    result = response_loss(model, ids, mask, 6, lambda new, rows: (new * mix[rows]).sum())
+    (got,) = torch.autograd.grad(result.loss, [norm])
+    (want,) = torch.autograd.grad((token_logprobs(model, ids, mask, 6) * mix).sum(), [norm])
+    assert waits == [True] and torch.allclose(got, want, rtol=1e-12, atol=1e-13)

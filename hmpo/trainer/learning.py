@@ -1,0 +1,85 @@
+"""That a trainer trains: weights that can move, gradients switched on, and one where one is due."""
+
+import contextlib
+import logging
+from collections.abc import Iterator
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from hmpo.errors import ConfigError, ModelError
+
+logger = logging.getLogger(__name__)
+
+
+def check_trainable(policy: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Refuse a policy that nothing can move: frozen, or another's weights in the optimizer.
+
+    Raises:
+        ModelError: no parameter of the policy requires a gradient.
+        ConfigError: the optimizer holds parameters that are not the policy's, or none of those
+            that train.
+    """
+    own = list(policy.parameters())
+    trained = {id(p) for p in own if p.requires_grad}
+    if not trained:
+        raise ModelError(
+            f"policy_model: got {len(own)} parameters that are all frozen, expected some that "
+            "require a gradient; a saved adapter trains with "
+            "PeftModel.from_pretrained(..., is_trainable=True)"
+        )
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    foreign = held - {id(p) for p in own}
+    if foreign or not held & trained:
+        raise ConfigError(
+            f"optimizer: got {len(foreign)} of {len(held)} parameters that are not the policy's, "
+            f"and {len(held & trained)} of the {len(trained)} that train, expected the policy's "
+            "own; make the optimizer from policy_model.parameters() after the last change of the "
+            "model (adapters, resized embeddings, copies)"
+        )
+    if trained - held:
+        logger.warning(
+            "the optimizer holds %d of the policy's %d trainable parameters; the others stay",
+            len(held & trained),
+            len(trained),
+        )
+
+
+@contextlib.contextmanager
+def differentiable() -> Iterator[None]:
+    """Gradients on for the block, whatever the caller, or code that was imported, switched off."""
+    with torch.inference_mode(mode=False), torch.enable_grad():
+        yield
+
+
+def backward(loss: Float[Tensor, ""], *, due: bool) -> None:
+    """Back-propagate a loss.
+
+    Args:
+        loss: of some responses.
+        due: whether any of them has a gradient; if none has, the loss may be a constant.
+
+    Raises:
+        ModelError: a gradient is due and the loss has none.
+    """
+    if loss.requires_grad:
+        loss.backward()
+    elif due:
+        raise ModelError(
+            "policy: got a loss without a gradient, expected log-probs that depend on weights "
+            "that train; its forward pass must not run under no_grad or detach what it computes"
+        )
+
+
+def check_gradients(optimizer: torch.optim.Optimizer) -> None:
+    """Refuse to step where no weight received a gradient.
+
+    Raises:
+        ModelError: the loss had a gradient, but of no parameter that the optimizer holds.
+    """
+    if all(p.grad is None for group in optimizer.param_groups for p in group["params"]):
+        raise ModelError(
+            "policy: got no gradient for any of the optimizer's parameters, expected one; the "
+            "loss depends on other weights, or the model detaches what these compute"
+        )
