@@ -13,11 +13,13 @@ from unittest import mock
 
 import torch
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hmpo.attention.tracker import LogitTracker
 from hmpo.config import ObjectiveConfig, PowerMeanConfig
 from hmpo.errors import HmpoError
 from hmpo.logprobs import head, states
+from hmpo.logprobs import tiles as small
 from hmpo.logprobs.responses import token_logprobs
 from hmpo.optim.qk_clip import ClipTarget
 from hmpo.sampling.responses import sample_responses
@@ -39,11 +41,13 @@ OBJECTIVE = ObjectiveConfig(p=P, clip_level="none")
 SCHEMES: dict[str, dict[str, Any]] = {
     "store": {},
     "store, padded": {"padded": True},
-    "one pass": {"store": 0},
-    "one pass, padded": {"store": 0, "padded": True},
+    "one pass": {"store": 0, "chunk": 4},
+    "one pass, padded": {"store": 0, "chunk": 4, "padded": True},
     "recompute, micro-batches": {"store": 0, "chunk": 1, "micro": 2},
 }
 VARIANTS = ("plain", "frozen head", "LoRA", "checkpointing", "reentrant checkpointing")
+COMPILED = ("llama", "gpt2", "gemma3_text", "mixtral", "opt")
+"""Families whose layers are compiled, too, which takes longer than all the rest."""
 
 
 def rows() -> list[tuple[list[int], list[int]]]:
@@ -85,13 +89,17 @@ def batch_of(model: nn.Module) -> tuple[Batch, list[list[float]]]:
 
 
 @contextlib.contextmanager
-def limits(*, store: int | None = None, padded: bool = False) -> Iterator[None]:
+def limits(
+    *, store: int | None = None, padded: bool = False, tiles: bool = False
+) -> Iterator[None]:
     """The sizes that choose a scheme, set so that tiny models meet every one."""
     with contextlib.ExitStack() as stack:
         if store is not None:
             stack.enter_context(mock.patch.object(head, "STORE", store))
         if padded:
             stack.enter_context(mock.patch.object(states, "can_pack", lambda *_: False))
+        if tiles:
+            stack.enter_context(mock.patch.multiple(small, ROWS=4, COLUMNS=16))
         yield
 
 
@@ -145,6 +153,10 @@ def variant_of(name: str, variant: str, tied: bool, dtype: torch.dtype | None = 
             fan_in_fan_out=any(type(m).__name__ == "Conv1D" for m in model.modules()),
         )
         model = peft.get_peft_model(model, settings).to(dtype).train()
+    elif variant == "compiled layers":
+        for module in model.modules():
+            if isinstance(module, GradientCheckpointingLayer):
+                module.compile(backend="eager")
     elif variant != "plain":
         model.activation_checkpointing_enable({"use_reentrant": variant.startswith("reentrant")})
     return model
@@ -156,7 +168,7 @@ def gradient_cells(name: str, model: nn.Module) -> Cell:
     errors: dict[str, float] = {}
     notes: dict[str, str] = {}
     for tied in (False, True):
-        for variant in VARIANTS:
+        for variant in (*VARIANTS, "compiled layers") if name in COMPILED else VARIANTS:
             label = f"{variant}, {'tied' if tied else 'untied'}"
             try:
                 model = variant_of(name, variant, tied, dtype)
@@ -191,9 +203,9 @@ def logprob_cell(model: nn.Module) -> tuple[Cell, Cell]:
     """Log-probs without gradient against rows alone; and whether the rows were packed."""
     batch, _ = batch_of(model)
     rollout = batch.rollout
-    with heard("hmpo.attention.packed") as lines, torch.no_grad():
+    with heard("hmpo.attention") as lines, torch.no_grad():
         got = token_logprobs(model, rollout.input_ids, rollout.attention_mask, 6)
-    with torch.no_grad(), limits(padded=True):
+    with torch.no_grad(), limits(padded=True, tiles=True):
         padded = token_logprobs(model, rollout.input_ids, rollout.attention_mask, 6)
     model.eval()
     worst = {"packed": 0.0, "padded": 0.0}

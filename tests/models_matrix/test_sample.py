@@ -1,4 +1,9 @@
-"""A sample of `make test-models`: the update path against rows one by one, a few families."""
+"""A sample of `make test-models`: the update path against rows one by one, a few families.
+
+The whole is run by hand; `docs/models.md` shows it.
+"""
+
+import json
 
 import pytest
 
@@ -13,7 +18,8 @@ from tests.models_matrix.cells import (
     update_error,
     variant_of,
 )
-from tests.models_matrix.families import build
+from tests.models_matrix.families import build, families
+from tests.models_matrix.run import RESULT, statuses
 
 SAMPLE = ("llama", "gpt2", "gpt_neo", "gemma2", "opt", "falcon", "mixtral", "lfm2")
 """Packed and not, tied and not, with dropout of their own, experts, convolutions."""
@@ -47,3 +53,10 @@ def test_a_lost_gradient_is_noticed(monkeypatch) -> None:
     monkeypatch.setattr(TiedGradient, "receives", lambda _: True)
     model = variant_of("gpt_neo", "plain", tied=True)
     assert update_error(model, SCHEMES["one pass, padded"]) > 100 * LIMIT
+
+
+def test_no_family_is_wrong_in_silence() -> None:
+    found = json.loads(RESULT.read_text())["families"]
+    assert set(found) <= set(families())
+    assert sum("unbuilt" not in row for row in found.values()) >= 120
+    assert [name for name, row in found.items() if "wrong" in statuses(row)] == []
