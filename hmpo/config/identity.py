@@ -7,6 +7,14 @@ from typing import Any
 
 from hmpo.config import RunConfig, to_dict
 
+LATER = {"policy.attention": "auto", "eval.success": 1.0}
+"""Settings that came after runs had been made, each with the value that says nothing new: left out
+of the hash where they hold it, so that the hashes of those runs stay."""
+
+RESOLVED = {"trainer.eos_token": 2, "trainer.pad_token": 0, "task.stop": []}
+"""Settings whose default is now None, which a run resolves as it always did, and what stood for the
+same in the hash."""
+
 
 def config_hash(config: RunConfig) -> str:
     """SHA-256 of what decides a run's numbers: all but its name, place, sinks and sizes of logs.
@@ -36,7 +44,22 @@ def _decisive(config: RunConfig) -> dict[str, Any]:
         data.pop(name)
     if config.agm.mode == "off":  # what nobody asks decides nothing
         data.pop("agm")
+    for path, silent in LATER.items():
+        table, name = _place(data, path)
+        if table[name] == silent:
+            table.pop(name)
+    for path, before in RESOLVED.items():
+        table, name = _place(data, path)
+        table[name] = before if table[name] is None else table[name] or "none"
     return data
+
+
+def _place(data: dict[str, Any], path: str) -> tuple[dict[str, Any], str]:
+    """The table that holds a dotted setting, and the setting's own name."""
+    *tables, name = path.split(".")
+    for table in tables:
+        data = data[table]
+    return data, name
 
 
 def has_schedule(config: RunConfig) -> bool:

@@ -25,7 +25,8 @@ from hmpo.randomness import keyed_generator
 from hmpo.rewards import Rewards
 from hmpo.stopwatch import section
 from hmpo.trainer.faults import Fault, UpdateCheck, check_update, fault_text, step_fault
-from hmpo.trainer.rollout import Collected, Collector, Prompts
+from hmpo.trainer.prompts import Prompts, with_tokens
+from hmpo.trainer.rollout import Collected, Collector
 from hmpo.types import Batch, Event, Metrics, MinibatchGradient
 
 logger = logging.getLogger(__name__)
@@ -48,6 +49,7 @@ class Trainer(ABC, Generic[C]):
         tokenizer: Any = None,
         stop: Sequence[str] = (),
     ) -> None:
+        config = with_tokens(config, policy_model, tokenizer, stop)
         self.policy, self.ref, self.config = policy_model, ref_model, config
         self.device = next(policy_model.parameters()).device
         if not isinstance(reward_fn, Rewards):
@@ -85,7 +87,7 @@ class Trainer(ABC, Generic[C]):
         """One rollout and all its optimizer updates.
 
         Args:
-            prompts: text (with a tokenizer), lists of token ids, or ids (B, P).
+            prompts: text (with a tokenizer), lists of token ids, ids (B, P), or (ids, mask).
             columns: per-prompt values handed to the reward function.
 
         Returns:
