@@ -52,7 +52,12 @@ def random_state_kept() -> Iterator[dict[str, Any]]:
         restore_random_state(state)
 
 
+def keyed_seed(seed: int, purpose: str, index: int) -> int:
+    """A seed of 63 bits for each (seed, purpose, index)."""
+    digest = hashlib.sha256(f"{seed}/{purpose}/{index}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
 def keyed_generator(seed: int, purpose: str, index: int) -> torch.Generator:
     """A generator of its own for each (seed, purpose, index): nothing to save, nothing shared."""
-    digest = hashlib.sha256(f"{seed}/{purpose}/{index}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    return torch.Generator().manual_seed(keyed_seed(seed, purpose, index))

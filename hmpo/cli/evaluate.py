@@ -11,6 +11,7 @@ from hmpo.config import RunConfig
 from hmpo.config.reading import load_run_config, run_config
 from hmpo.errors import ConfigError
 from hmpo.models import load_policy, stop_token_ids
+from hmpo.models.tokens import pad_token_id
 from hmpo.run.build import load_trained, make_rewards, trainer_config
 from hmpo.run.evaluation import Evaluation, Evaluator
 from hmpo.tasks import make_task
@@ -34,7 +35,8 @@ def evaluate_target(
     else:
         config, run = run_config({"policy": {"path": str(target)}}, settings), None
     evaluation = measure(config, run, prompts=prompts, pass_at=pass_at)
-    table = Table(title=f"{target} on {config.task.name}, {prompts} held-out prompts")
+    scored = evaluation.sampled.trials
+    table = Table(title=f"{target} on {config.task.name}, {scored} held-out prompts")
     for column in ("decoding", "success", "95 % interval"):
         table.add_column(column)
     rates = {
@@ -46,6 +48,11 @@ def evaluate_target(
         if rate is not None:
             low, high = rate.interval
             table.add_row(name, f"{rate.value:.3f}", f"{low:.3f} to {high:.3f}")
+    table.caption = (
+        f"mean reward {evaluation.mean_reward:.3f}; success from {config.eval.success:g}"
+    )
+    if evaluation.dropped:
+        table.caption += f"; {evaluation.dropped} responses without a reward left out"
     Console().print(table)
     return 0
 
@@ -61,8 +68,8 @@ def measure(config: RunConfig, run: Path | None, *, prompts: int, pass_at: int) 
         loaded = load_trained(run, config)
     settings = trainer_config(
         config,
-        eos_token=stop_token_ids(loaded.tokenizer, task.stop),
-        pad_token=loaded.tokenizer.pad_token_id,
+        eos_token=stop_token_ids(loaded.tokenizer, task.stop, loaded.model),
+        pad_token=pad_token_id(loaded.tokenizer, loaded.model),
     )
     evaluator = Evaluator(
         policy=loaded.model,
@@ -72,5 +79,6 @@ def measure(config: RunConfig, run: Path | None, *, prompts: int, pass_at: int) 
         config=settings,
         batch_size=config.eval.batch_size,
         seed=config.seed,
+        success=config.eval.success,
     )
     return evaluator.evaluate(prompts, pass_at=pass_at)

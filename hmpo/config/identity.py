@@ -7,9 +7,13 @@ from typing import Any
 
 from hmpo.config import RunConfig, to_dict
 
-LATER = {"optimizer.muon_dtype": "auto"}
+LATER = {"optimizer.muon_dtype": "auto", "policy.attention": "auto", "eval.success": 1.0}
 """Settings that came after runs had been made, each with the value that says nothing new: left out
 of the hash where they hold it, so that the hashes of those runs stay."""
+
+RESOLVED = {"trainer.eos_token": 2, "trainer.pad_token": 0, "task.stop": []}
+"""Settings whose default is now None, which a run resolves as it always did, and what stood for the
+same in the hash."""
 
 
 def config_hash(config: RunConfig) -> str:
@@ -44,6 +48,9 @@ def _decisive(config: RunConfig) -> dict[str, Any]:
         table, name = _place(data, path)
         if table[name] == silent:
             table.pop(name)
+    for path, before in RESOLVED.items():
+        table, name = _place(data, path)
+        table[name] = before if table[name] is None else table[name] or "none"
     return data
 
 

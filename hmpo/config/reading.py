@@ -34,7 +34,7 @@ def load_run_config(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
         ConfigError: one line with the file and the field.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.expanduser().read_text(encoding="utf-8-sig")
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); give a TOML file") from None
     except UnicodeDecodeError:
@@ -45,6 +45,8 @@ def load_run_config(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
         raise ConfigError(f"{path}: {str(error).splitlines()[0]}") from None
     except RecursionError:
         raise ConfigError(f"{path}: nested too deeply") from None
+    if path.suffix == ".json":
+        _forget_old_defaults(data)
     try:
         return run_config(data, overrides)
     except ConfigError as error:
@@ -62,6 +64,21 @@ def run_config(data: Any, overrides: Iterable[str] = ()) -> RunConfig:
     if isinstance(objective, dict) and "member" in objective:
         data["objective"] = _member(objective)
     return from_dict(RunConfig, data)
+
+
+OLD_DEFAULTS = {"trainer": {"eos_token": 2, "pad_token": 0}, "task": {"stop": []}}
+"""What older runs wrote where nothing was chosen; it says something else by now."""
+
+
+def _forget_old_defaults(data: Any) -> None:
+    """Take `OLD_DEFAULTS` out of the config.json of an older run (it has no `policy.attention`)."""
+    if not isinstance(data, dict) or "attention" in (data.get("policy") or {}):
+        return
+    for name, defaults in OLD_DEFAULTS.items():
+        table = data.get(name)
+        for key, value in defaults.items():
+            if isinstance(table, dict) and table.get(key) == value:
+                del table[key]
 
 
 def _override(data: dict[str, Any], item: str) -> None:

@@ -38,11 +38,15 @@ class PolicyConfig:
     """LoRA's scale is lora_alpha / lora_rank."""
     lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
     """Module names that get an adapter."""
+    attention: str = "auto"
+    """Attention implementation of transformers: auto (sdpa where the model has it, else eager),
+    sdpa, eager, or another that transformers knows."""
 
     def __post_init__(self) -> None:
         require(bool(self.path), "path", self.path, "a folder or a bundled name")
         require(self.lora_rank >= 0, "lora_rank", self.lora_rank, "an integer >= 0")
         require_positive("lora_alpha", self.lora_alpha)
+        require(bool(self.attention), "attention", self.attention, "auto, sdpa, eager or another")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +61,9 @@ class TaskConfig:
     """Solved examples put before each prompt."""
     options: dict[str, Any] = field(default_factory=dict)
     """Further options of the task, such as `path` of `jsonl` or a generator's sizes."""
-    stop: tuple[str, ...] = ()
-    """Strings that end a response; empty takes the task's own."""
+    stop: tuple[str, ...] | None = None
+    """Strings that end a response; unset takes the task's own (a newline, also for jsonl), an
+    empty list none: only an end token ends a response then."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +138,9 @@ class EvalConfig:
     """k of pass@k, from k samples a prompt, before and after; 0 leaves it out."""
     batch_size: int = 128
     """Responses sampled at once."""
+    success: float = 1.0
+    """Total reward from which a response counts as a success. The mean reward is measured beside
+    the success rates whatever this is."""
 
     def __post_init__(self) -> None:
         require(self.every >= 0, "every", self.every, "an integer >= 0")
@@ -140,6 +148,7 @@ class EvalConfig:
         require(self.final_prompts >= 1, "final_prompts", self.final_prompts, ">= 1")
         require(self.pass_at >= 0, "pass_at", self.pass_at, "an integer >= 0")
         require(self.batch_size >= 1, "batch_size", self.batch_size, "an integer >= 1")
+        require(math.isfinite(self.success), "success", self.success, "a finite number")
 
 
 @dataclass(frozen=True, kw_only=True)

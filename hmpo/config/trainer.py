@@ -18,10 +18,12 @@ class TrainerConfig:
     """Responses sampled per prompt; advantages are relative to this group. At least 2."""
     max_length: int = 512
     """Longest response, in tokens."""
-    eos_token: int | tuple[int, ...] = 2
-    """Token id (or ids) that ends a response; it is counted as the response's last token."""
-    pad_token: int = 0
-    """Token id that fills the padding; never attended to, never scored."""
+    eos_token: int | tuple[int, ...] | None = None
+    """Token id (or ids) that ends a response; it is counted as the response's last token. None
+    takes all that the tokenizer and the policy's own settings name (2 where nothing does)."""
+    pad_token: int | None = None
+    """Token id that fills the padding; never attended to, never scored. None takes the
+    tokenizer's or the policy's, else an end token (0 where nothing names one)."""
     temperature: float = 1.0
     """Sampling temperature; log-probs are those of the tempered distribution."""
     top_k: int = 0
@@ -81,7 +83,8 @@ class TrainerConfig:
         require(self.group_size >= 2, "group_size", self.group_size, "an integer >= 2")
         for name in ("max_length", "minibatches", "epochs", "max_nonfinite", "logprob_chunk"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "an integer >= 1")
-        require(self.pad_token >= 0, "pad_token", self.pad_token, "a token id >= 0")
+        pad = self.pad_token
+        require(pad is None or pad >= 0, "pad_token", pad, "a token id >= 0")
         require(
             len(self.stop_tokens) > 0 and min(self.stop_tokens) >= 0,
             "eos_token",
@@ -102,7 +105,9 @@ class TrainerConfig:
 
     @property
     def stop_tokens(self) -> tuple[int, ...]:
-        """`eos_token` as a tuple."""
+        """`eos_token` as a tuple; id 2 where it is None, which a trainer resolves before."""
+        if self.eos_token is None:
+            return (2,)
         return (self.eos_token,) if isinstance(self.eos_token, int) else self.eos_token
 
     @property

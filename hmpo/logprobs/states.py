@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.nn import functional
 
 from hmpo.attention.packed import pick
 from hmpo.attention.packing import cut, pack
@@ -28,12 +29,8 @@ from hmpo.attention.tap import not_recorded
 from hmpo.errors import ModelError
 from hmpo.logprobs.tied import TiedGradient
 from hmpo.models.evaluation import evaluating
-from hmpo.models.policy import (
-    embeddable,
-    is_hugging_face,
-    position_ids,
-    unwrap,
-)
+from hmpo.models.policy import embeddable, is_hugging_face, unwrap
+from hmpo.models.probe import masked_inputs, policy_facts, refuse_length
 
 PASS_TOKENS = 256
 """Tokens that cost as much time as one more pass through a model."""
@@ -99,8 +96,12 @@ def response_states(
         logits = _padded(run, input_ids, attention_mask, response_length)
         return States(logits, None, packed=False)
     core, split = unwrap(policy), split_head(policy)
+    facts = policy_facts(policy)
+    if facts.one_rope is not None:
+        longest = int(attention_mask.sum(1).max())
+        refuse_length(policy, longest, f"row of {longest} tokens")
     keeps = "logits_to_keep" in inspect.signature(core.forward).parameters
-    if (split is not None or keeps) and can_pack(policy, core):
+    if (split is not None or keeps) and facts.positions and can_pack(policy, core):
         packed = pack(input_ids, attention_mask, response_length)
         if packed is not None and packed.longest <= window(core):
             if split is None:
@@ -153,7 +154,10 @@ def _padded_states(
     response_length: int,
 ) -> Tensor:
     """Hidden states (M, T, H) or logits (M, T, V) that predict the response columns."""
-    inputs = _model_inputs(input_ids, attention_mask)
+    facts = policy_facts(policy)
+    if not facts.left_padding:
+        return _moved_left(policy, split, input_ids, attention_mask, response_length)
+    inputs = _model_inputs(input_ids, attention_mask, facts.positions)
     if split is not None:
         return split.base(**inputs).last_hidden_state[:, -response_length - 1 : -1]
     if keeps:
@@ -161,13 +165,54 @@ def _padded_states(
     return policy(**inputs).logits[:, -response_length - 1 : -1]
 
 
-def _model_inputs(input_ids: Tensor, attention_mask: Tensor) -> dict[str, object]:
-    return {
-        "input_ids": input_ids,
-        "attention_mask": attention_mask.long(),
-        "position_ids": position_ids(attention_mask),
-        "use_cache": False,
-    }
+def _moved_left(
+    policy: nn.Module,
+    split: SplitModel | None,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    response_length: int,
+) -> Tensor:
+    """`_padded_states` of a model that padding before a row disturbs: the rows begin at 0."""
+    facts = policy_facts(policy)
+    order = (~attention_mask).to(torch.int8).argsort(dim=1, stable=True)
+    ids, mask = input_ids.gather(1, order), attention_mask.gather(1, order)
+
+    def run(ids: Tensor, mask: Tensor) -> Tensor:
+        inputs = _model_inputs(ids, mask, facts.positions)
+        return policy(**inputs).logits if split is None else split.base(**inputs).last_hidden_state
+
+    if facts.right_padding:
+        values = run(ids, mask)
+    else:  # each row alone
+        lengths, parts = mask.sum(1).tolist(), []
+        for row, length in enumerate(lengths):
+            part = run(ids[row : row + 1, :length], mask[row : row + 1, :length])
+            parts.append(functional.pad(part, (0, 0, 0, ids.shape[1] - length)))
+        values = torch.cat(parts)
+    return at_responses(values, attention_mask, response_length)
+
+
+def _model_inputs(
+    input_ids: Tensor, attention_mask: Tensor, positions: bool = True
+) -> dict[str, object]:
+    masked = masked_inputs(attention_mask, positions=positions)
+    return {"input_ids": input_ids, **masked, "use_cache": False}
+
+
+def at_responses(
+    values: Float[Tensor, "N S C"], attention_mask: Bool[Tensor, "N S"], response_length: int
+) -> Float[Tensor, "N T C"]:
+    """Of rows that were moved to the left edge, what predicts each response column.
+
+    Args:
+        values: states or logits of the moved rows.
+        attention_mask: of the rows as they were.
+        response_length: T, the columns that hold the responses there.
+    """
+    prompts = attention_mask[:, :-response_length].sum(1, keepdim=True)
+    steps = torch.arange(response_length, device=values.device)
+    where = (prompts - 1 + steps).clamp(0, values.shape[1] - 1)
+    return values.gather(1, where[:, :, None].expand(-1, -1, values.shape[2]))
 
 
 def split_head(policy: nn.Module) -> SplitModel | None:
@@ -220,7 +265,4 @@ def _plain_logits(
             f"policy returned {received}, expected logits of shape "
             f"({input_ids.shape[0]}, {input_ids.shape[1]}, vocabulary)"
         )
-    prompts = attention_mask[:, :-response_length].sum(1, keepdim=True)
-    steps = torch.arange(response_length, device=input_ids.device)
-    where = (prompts - 1 + steps).clamp(0, input_ids.shape[1] - 1)
-    return logits.gather(1, where[:, :, None].expand(-1, -1, logits.shape[2]))
+    return at_responses(logits, attention_mask, response_length)

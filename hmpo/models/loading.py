@@ -24,10 +24,17 @@ from transformers import (
 from hmpo.config import PolicyConfig
 from hmpo.errors import MissingDependencyError, ModelError
 from hmpo.models.paths import is_adapter, resolve_policy_path
+from hmpo.models.probe import policy_facts
 from hmpo.models.quiet import quiet_transformers
 from hmpo.models.saving import first_line
+from hmpo.models.tokens import remember_end_tokens
 
 logger = logging.getLogger(__name__)
+
+LOADING = ("local_files_only", "trust_remote_code", "is_local")
+"""Keywords of loading that transformers keeps among a tokenizer's settings."""
+NO_SDPA = "scaled_dot_product_attention"
+"""What transformers names when a model has no attention of this kind."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +45,7 @@ class LoadedPolicy:
     """
 
     model: nn.Module
-    """Causal language model in float32 and training mode, with SDPA attention; wrapped by
+    """Causal language model in float32 and training mode; wrapped by
     peft when LoRA was asked for, all weights but the adapters then frozen."""
     tokenizer: PreTrainedTokenizerBase
     """Its tokenizer, padding on the left."""
@@ -63,11 +70,13 @@ def load_policy(config: PolicyConfig, *, device: str = "cpu") -> LoadedPolicy:
         return _load_adapter(config, folder, place)
     _check_architecture(folder, config.path)
     tokenizer = _load_tokenizer(folder, config.path)
-    model = _load_model(folder, config.path)
+    model = _load_model(folder, config)
     _check_together(model, tokenizer, config.path)
     if config.lora_rank > 0:
         model = _with_lora(model, config)
     model.to(place).train()
+    remember_end_tokens(tokenizer, model)
+    policy_facts(model)  # whatever it cannot do is told now
     return LoadedPolicy(model=model, tokenizer=tokenizer, source=config.path)
 
 
@@ -97,10 +106,13 @@ def _load_tokenizer(folder: Path, path: str) -> PreTrainedTokenizerBase:
     try:
         with quiet_transformers():
             tokenizer: Any = AutoTokenizer.from_pretrained(
-                folder, local_files_only=True, trust_remote_code=False, padding_side="left"
+                folder, local_files_only=True, trust_remote_code=False
             )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelError(f"policy {path!r}: no usable tokenizer ({first_line(error)})") from error
+    for name in LOADING:
+        tokenizer.init_kwargs.pop(name, None)  # else it would be saved as the tokenizer's own
+    tokenizer.padding_side = "left"  # `save_policy` puts the source's back
     if not tokenizer("0", add_special_tokens=False).input_ids:
         # Seen when a tokenizer's files are read by the class of another architecture.
         raise ModelError(
@@ -110,20 +122,13 @@ def _load_tokenizer(folder: Path, path: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _load_model(folder: Path, path: str) -> nn.Module:
+def _load_model(folder: Path, config: PolicyConfig) -> nn.Module:
     """The folder's causal language model; absent or misshapen weights are an error."""
+    path = config.path
+    wanted = ("sdpa", "eager") if config.attention == "auto" else (config.attention,)
     try:
         with quiet_transformers():
-            model, report = AutoModelForCausalLM.from_pretrained(
-                folder,
-                local_files_only=True,
-                trust_remote_code=False,
-                use_safetensors=True,
-                dtype=torch.float32,
-                attn_implementation="sdpa",
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # reported, and refused below
-            )
+            model, report = _with_attention(folder, path, wanted)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"policy {path!r}: cannot be loaded ({first_line(error)})") from error
     for kind in ("missing_keys", "mismatched_keys"):
@@ -136,6 +141,27 @@ def _load_model(folder: Path, path: str) -> nn.Module:
     if report["unexpected_keys"]:
         logger.warning("policy %r: unused weights %s", path, sorted(report["unexpected_keys"]))
     return model
+
+
+def _with_attention(folder: Path, path: str, wanted: tuple[str, ...]) -> tuple[Any, Any]:
+    """(model, report of its loading) with the first attention implementation that it has."""
+    for attention in wanted:
+        try:
+            return AutoModelForCausalLM.from_pretrained(
+                folder,
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                dtype=torch.float32,
+                attn_implementation=attention,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # reported, and refused by the caller
+            )
+        except ValueError as error:
+            if attention == wanted[-1] or NO_SDPA not in str(error):
+                raise
+            logger.info("policy %r: attention by %s, as it has no sdpa", path, wanted[-1])
+    raise AssertionError("one implementation at least is wanted")
 
 
 def _check_together(model: nn.Module, tokenizer: PreTrainedTokenizerBase, path: str) -> None:

@@ -1,10 +1,12 @@
 """Writing a policy's folder so that a crash leaves the old one or the new one, never half."""
 
+import contextlib
 import logging
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from torch import nn
@@ -51,9 +53,21 @@ def save_policy(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Pa
         with quiet_transformers():
             save(aside, **options)
         (aside / "README.md").unlink(missing_ok=True)  # peft's blank model card
-        tokenizer.save_pretrained(aside)
+        with _own_padding_side(tokenizer):
+            tokenizer.save_pretrained(aside)
 
     return replace_folder(Path(folder), write)
+
+
+@contextlib.contextmanager
+def _own_padding_side(tokenizer: Any) -> Iterator[None]:
+    """The padding side of the tokenizer's source, where it names one; ours again afterwards."""
+    side = tokenizer.padding_side
+    tokenizer.padding_side = tokenizer.init_kwargs.get("padding_side", side)
+    try:
+        yield
+    finally:
+        tokenizer.padding_side = side
 
 
 def replace_folder(folder: Path, write: Callable[[Path], None]) -> Path:

@@ -2,19 +2,20 @@
 
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from hmpo.errors import RewardError
 from hmpo.rewards.values import (
     LIMIT,
+    EventLoop,
     Fault,
     Outcome,
     RewardFn,
     UsageError,
     call_reward,
-    one_line,
+    shown,
 )
 from hmpo.rewards.worker import Worker
 
@@ -92,6 +93,7 @@ class Rewards:
         self.timeout = timeout
         self._parameters = {name: _Parameters(name, f) for name, f in self.functions.items()}
         self._worker = Worker(self.functions) if timeout is not None else None
+        self._loop = EventLoop()
 
     def __call__(
         self,
@@ -101,6 +103,7 @@ class Rewards:
         columns: Mapping[str, Sequence[Any]],
         *,
         step: int = 0,
+        seed: int | None = None,
     ) -> RewardResult:
         """Rewards of one rollout of N samples.
 
@@ -110,6 +113,8 @@ class Rewards:
             completion_ids: N lists of token ids, without padding.
             columns: further values by name, N each, passed to the functions that take them.
             step: number of the rollout, for messages and events.
+            seed: of the random numbers that a function with a time limit may draw; None takes
+                `step`. Without a limit a function draws from the caller's own.
 
         Raises:
             RewardError: a function gave something unusable and `on_error` is "raise", or the
@@ -121,7 +126,7 @@ class Rewards:
         outcomes: dict[str, Outcome] = {}
         events: list[RewardEvent] = []
         for name, weight in zip(self.functions, self.weights):
-            outcome = self._call(name, {**given, **columns}, count, step)
+            outcome = self._call(name, {**given, **columns}, count, step, seed)
             faults = [*outcome.faults, *_out_of_range(outcome.values, weight)]
             if faults and self.on_error == "raise":
                 raise RewardError(_line(name, step, faults, prompts)) from outcome.cause
@@ -138,8 +143,22 @@ class Rewards:
             outcomes[name] = outcome
         return self._sum_up(outcomes, events, count, step)
 
+    def refuse_missing(self, columns: Iterable[str]) -> None:
+        """Refuse, before anything is sampled, functions that need more than will be given.
+
+        Args:
+            columns: names of the columns of the task.
+
+        Raises:
+            RewardError: one line that names the function and the parameter.
+        """
+        names = [*NAMED, *columns]
+        for parameters in self._parameters.values():
+            parameters.refuse_missing(names)
+
     def close(self) -> None:
-        """End the child process, if there is one; a later call starts a new one."""
+        """End the child process and the event loop, if any; a later call starts new ones."""
+        self._loop.close()
         if self._worker is not None:
             self._worker.close()
 
@@ -149,15 +168,18 @@ class Rewards:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _call(self, name: str, given: dict[str, Any], count: int, step: int) -> Outcome:
+    def _call(
+        self, name: str, given: dict[str, Any], count: int, step: int, seed: int | None
+    ) -> Outcome:
         """Outcome of one function on copies of the arguments it takes."""
         if count == 0:
             return Outcome(values=[], faults=[])
         arguments = self._parameters[name].choose(given)
         try:
             if self._worker is None or self.timeout is None:
-                return call_reward(self.functions[name], arguments, count)
-            return self._worker.call(name, arguments, count, self.timeout)
+                return call_reward(self.functions[name], arguments, count, self._loop)
+            seed = step if seed is None else seed
+            return self._worker.call(name, arguments, count, self.timeout, seed)
         except UsageError as error:
             raise RewardError(f"reward {name!r} at step {step}: {error}") from None
 
@@ -260,19 +282,33 @@ class _Parameters:
         if not any(p.kind is p.VAR_KEYWORD for p in parameters):
             self.accepted = {p.name for p in named}
 
-    def choose(self, given: Mapping[str, Sequence[Any]]) -> dict[str, list]:
-        """Fresh copies of the arguments that the function takes."""
+    def refuse_missing(self, given: Iterable[str]) -> None:
+        """An error for a parameter without a value among `given`."""
+        given = list(given)
         for parameter in self.required:
             if parameter not in given:
                 raise RewardError(
                     f"reward {self.name!r}: its parameter {parameter!r} is none of "
                     f"{', '.join(given)}; write f({', '.join(NAMED)}, **columns)"
                 )
+
+    def choose(self, given: Mapping[str, Sequence[Any]]) -> dict[str, list]:
+        """Fresh copies of the arguments that the function takes."""
+        self.refuse_missing(given)
         return {
-            name: [list(item) if isinstance(item, list) else item for item in values]
+            name: [_copied(item) for item in values]
             for name, values in given.items()
             if self.accepted is None or name in self.accepted
         }
+
+
+def _copied(item: Any) -> Any:
+    """The item with containers of its own, as deep as they go; what they hold is shared."""
+    if isinstance(item, list | tuple | set) and type(item) in (list, tuple, set):
+        return type(item)(map(_copied, item))
+    if type(item) is dict:
+        return {key: _copied(value) for key, value in item.items()}
+    return item
 
 
 def _by_name(functions: Any) -> dict[str, RewardFn]:
@@ -286,9 +322,7 @@ def _by_name(functions: Any) -> dict[str, RewardFn]:
         raise RewardError("reward functions: got none, expected at least one")
     for name, function in pairs:
         if not callable(function):
-            raise RewardError(
-                f"reward {name!r}: got {one_line(repr(function), 60)}, expected a function"
-            )
+            raise RewardError(f"reward {name!r}: got {shown(function, 60)}, expected a function")
     names = [name for name, _ in pairs]
     for name in names:
         if names.count(name) > 1:
@@ -335,6 +369,6 @@ def _line(name: str, step: int, faults: list[Fault], prompts: Sequence[Any]) -> 
     fault, more = faults[0], len(faults) - 1
     where = f"reward {name!r} at step {step}"
     if fault.sample is not None:
-        where += f", sample {fault.sample} (prompt {one_line(repr(prompts[fault.sample]), 60)})"
+        where += f", sample {fault.sample} (prompt {shown(prompts[fault.sample], 60)})"
     also = f" (and {more} more)" if more else ""
     return f"{where}: {fault.detail}; or drop and count with on_reward_error = 'skip'{also}"

@@ -12,7 +12,7 @@ from typing import Any
 
 from hmpo.errors import HmpoError, RewardError
 from hmpo.rewards.compose import Rewards
-from hmpo.rewards.values import RewardFn, one_line
+from hmpo.rewards.values import RewardFn, one_line, shown
 
 
 def load_reward(spec: str) -> RewardFn:
@@ -27,7 +27,7 @@ def load_reward(spec: str) -> RewardFn:
     """
     function = load_object(spec, "reward function", RewardError)
     if not callable(function):
-        raise RewardError(f"reward function {spec!r}: got {one_line(repr(function), 60)}")
+        raise RewardError(f"reward function {spec!r}: got {shown(function, 60)}")
     Rewards(function)  # checks the signature
     return function
 

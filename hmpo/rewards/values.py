@@ -8,7 +8,9 @@ import asyncio
 import inspect
 import math
 import numbers
+import os
 import traceback
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,12 +76,78 @@ def failed(kind: str, detail: str, count: int, cause: BaseException | None = Non
 
 def one_line(text: object, limit: int = 200) -> str:
     """The text on one line, cut to `limit` characters."""
-    line = " ".join(str(text).split())
+    try:
+        line = " ".join(str(text).split())
+    except Exception as error:  # code of others, also in `str`
+        line = f"a {type(text).__name__} whose text raises {type(error).__name__}"
     return line if len(line) <= limit else line[: limit - 3] + "..."
 
 
-def call_reward(function: RewardFn, arguments: Mapping[str, Any], count: int) -> Outcome:
+class EventLoop:
+    """One event loop for async reward functions, made when the first one is called.
+
+    Clients, locks and semaphores that a function keeps between calls are bound to the loop that
+    they first met, so it lives as long as whoever calls the functions.
+    """
+
+    def __init__(self) -> None:
+        self._end: weakref.finalize | None = None
+
+    def run(self, awaitable: Any) -> Any:
+        """What the awaitable gives."""
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            pass
+        else:
+            if inspect.iscoroutine(awaitable):
+                awaitable.close()
+            raise UsageError(
+                "async reward function called while an event loop runs in this thread; call it "
+                "from synchronous code, or set a timeout so that it runs in a process of its own"
+            )
+
+        async def result() -> Any:
+            return await awaitable
+
+        if self._end is None or not self._end.alive:
+            self._runner = asyncio.Runner()
+            self._end = weakref.finalize(self, _close, self._runner, os.getpid())
+        return self._runner.run(result())
+
+    def close(self) -> None:
+        """End it, what still runs in it included; a later call makes a new one."""
+        if self._end is not None:
+            self._end()
+
+
+def _close(runner: asyncio.Runner, owner: int) -> None:
+    """Close a loop, in the process that made it only."""
+    if os.getpid() == owner:
+        runner.close()
+
+
+def shown(value: object, limit: int) -> str:
+    """`repr` of a value on one line, whatever its own `repr` does."""
+    try:
+        return one_line(repr(value), limit)
+    except Exception as error:
+        return f"its repr raises {type(error).__name__}"
+
+
+def call_reward(
+    function: RewardFn,
+    arguments: Mapping[str, Any],
+    count: int,
+    loop: EventLoop | None = None,
+) -> Outcome:
     """Call the function by keyword (awaiting what it returns, if need be) and read its return.
+
+    Args:
+        function: sync or async.
+        arguments: its keyword arguments.
+        count: number of samples.
+        loop: for async functions; None makes one for this call.
 
     Raises:
         UsageError: an async function was called while an event loop runs in this thread.
@@ -87,40 +155,32 @@ def call_reward(function: RewardFn, arguments: Mapping[str, Any], count: int) ->
     try:
         raw = function(**arguments)
         if inspect.isawaitable(raw):
-            raw = _await(raw)
+            raw = _await(raw, loop)
         return read_values(raw, count)
-    except UsageError:
+    except (UsageError, KeyboardInterrupt):
         raise
-    except (Exception, SystemExit, asyncio.CancelledError) as error:
+    except BaseException as error:  # SystemExit, GeneratorExit, CancelledError: faults like others
         return failed("reward_exception", _describe(error), count, error)
 
 
-def _await(awaitable: Any) -> Any:
-    """Run an awaitable to its end, in an event loop of its own."""
+def _await(awaitable: Any, loop: EventLoop | None) -> Any:
+    """Run an awaitable to its end, in the given event loop or in one of its own."""
+    if loop is not None:
+        return loop.run(awaitable)
+    own = EventLoop()
     try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        pass
-    else:
-        if inspect.iscoroutine(awaitable):
-            awaitable.close()
-        raise UsageError(
-            "async reward function called while an event loop runs in this thread; call it from "
-            "synchronous code, or set a timeout so that it runs in a process of its own"
-        )
-
-    async def result() -> Any:
-        return await awaitable
-
-    return asyncio.run(result())
+        return own.run(awaitable)
+    finally:
+        own.close()
 
 
 def _describe(error: BaseException) -> str:
     """An exception in one line, with the place it came from."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     place = "" if frame.filename == __file__ else f" ({Path(frame.filename).name}:{frame.lineno})"
-    text = f": {one_line(error)}" if str(error) else ""
-    return f"raised {type(error).__name__}{text}{place}, expected a list of numbers; fix it"
+    text = one_line(error)
+    said = f": {text}" if text else ""
+    return f"raised {type(error).__name__}{said}{place}, expected a list of numbers; fix it"
 
 
 def read_values(raw: Any, count: int) -> Outcome:
@@ -176,4 +236,4 @@ def _kind(value: Any) -> str:
     """Type and value of something unusable, in a few words."""
     name = type(value).__name__
     article = "an" if name[0] in "aeiou" else "a"
-    return f"{article} {name} ({one_line(repr(value), 40)})"
+    return f"{article} {name} ({shown(value, 40)})"

@@ -3,27 +3,38 @@
 Alarms and threads cannot stop a function that hangs in C code or ignores signals; SIGKILL can.
 The child is a fork (any callable works, closures too), lives for many calls and is replaced
 after a kill. Requests and replies are JSON, each behind its length in 8 bytes: no pickle.
-It has a process group of its own, which is killed as a whole; on Linux the kernel also kills
-it when the parent dies. Locks and thread pools of the parent do not survive a fork, so the
-child runs torch, if it is loaded at all, on one thread.
+All that it starts ends with it, and it ends with the parent, however that went
+(`hmpo.rewards.guard`). Its random numbers are seeded anew before each call, so that what a function
+draws does not depend on how many calls the child has served. Locks and thread pools of the parent
+do not survive a fork, so the child runs torch, if it is loaded at all, on one thread.
 """
 
 import ctypes
 import gc
 import json
 import os
+import random
 import signal
 import socket
 import struct
 import sys
 import time
-import warnings
 import weakref
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
-from hmpo.rewards.values import Fault, Outcome, RewardFn, UsageError, call_reward, failed, one_line
+from hmpo.rewards.guard import Guarded
+from hmpo.rewards.values import (
+    EventLoop,
+    Fault,
+    Outcome,
+    RewardFn,
+    UsageError,
+    call_reward,
+    failed,
+    one_line,
+)
 
 HEADER = struct.Struct("!Q")
 PR_SET_PDEATHSIG = 1
@@ -46,7 +57,9 @@ class Worker:
         """Process id of the child, None while there is none."""
         return self._child.pid if self._child else None
 
-    def call(self, name: str, arguments: Mapping[str, Any], count: int, seconds: float) -> Outcome:
+    def call(
+        self, name: str, arguments: Mapping[str, Any], count: int, seconds: float, seed: int = 0
+    ) -> Outcome:
         """Outcome of function `name`; a time-out or a crash is a fault like any other.
 
         Args:
@@ -54,11 +67,13 @@ class Worker:
             arguments: its keyword arguments, JSON-able.
             count: number of samples.
             seconds: limit on the wall time, from the moment the child runs.
+            seed: of the random numbers that the function may draw.
 
         Raises:
             UsageError: an argument is not JSON-able.
         """
-        message = _encode({"name": name, "count": count, "arguments": dict(arguments)})
+        request = {"name": name, "count": count, "seed": seed, "arguments": dict(arguments)}
+        message = _encode(request)
         if self._child is None or not self._child.is_idle():
             self.close()
             self._child = _Child(self._functions)
@@ -82,7 +97,7 @@ class Worker:
         return Outcome(values=reply["values"], faults=[Fault(**item) for item in reply["faults"]])
 
     def close(self) -> int:
-        """Kill the child, its process group included; returns its wait status (0: none)."""
+        """Kill the child and all that it started; returns its wait status (0: none)."""
         child, self._child = self._child, None
         return child.kill() if child else 0
 
@@ -93,24 +108,14 @@ class _Child:
     def __init__(self, functions: Mapping[str, RewardFn]) -> None:
         self.socket, other = socket.socketpair()
         prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
-        for stream in (sys.stdout, sys.stderr):
-            if stream is not None:
-                stream.flush()  # else the child would print the rest a second time
-        parent = os.getpid()
-        with warnings.catch_warnings():
-            # Python >= 3.12 warns of forks beside threads; the module docstring says why it holds
-            warnings.simplefilter("ignore", DeprecationWarning)
-            self.pid = os.fork()
-        if self.pid == 0:
-            try:
-                self.socket.close()
-                _serve(other, functions, parent, prctl)
-            finally:
-                os._exit(1)
-        other.close()
-        with suppress(OSError):  # the child does the same; whoever comes first
-            os.setpgid(self.pid, self.pid)
-        self._kill = weakref.finalize(self, _kill, self.pid, parent, self.socket)
+
+        def work(guard: int) -> None:
+            self.socket.close()
+            _serve(other, functions, guard, prctl)
+
+        guarded = Guarded(work, other)
+        self.pid = guarded.pid
+        self._kill = weakref.finalize(self, _end, guarded, self.socket)
 
     def is_idle(self) -> bool:
         """True if the child is alive and has nothing unread to say."""
@@ -133,22 +138,14 @@ class _Child:
         return _read_message(self.socket, deadline)
 
     def kill(self) -> int:
-        """Kill the process group and reap the child; returns its wait status."""
+        """Kill the child and all that it started; returns its wait status."""
         return self._kill() or 0
 
 
-def _kill(pid: int, owner: int, connection: socket.socket) -> int:
-    """Kill process group `pid` and reap its leader, in the process that started it only."""
+def _end(guarded: Guarded, connection: socket.socket) -> int:
+    """End a child, in the process that started it only."""
     connection.close()
-    if os.getpid() != owner:
-        return 0
-    for kill in (os.killpg, os.kill):  # the group may not exist yet
-        with suppress(ProcessLookupError, PermissionError):
-            kill(pid, signal.SIGKILL)
-    try:
-        return os.waitpid(pid, 0)[1]
-    except ChildProcessError:  # reaped by someone else
-        return 0
+    return guarded.end()
 
 
 def _left(deadline: float) -> float:
@@ -185,40 +182,53 @@ def _ending(status: int) -> str:
     return f"exit status {os.WEXITSTATUS(status)}"
 
 
-def _serve(
-    connection: socket.socket, functions: Mapping[str, RewardFn], parent: int, prctl
-) -> None:
+def _serve(connection: socket.socket, functions: Mapping[str, RewardFn], guard: int, prctl) -> None:
     """The child's life: answer requests until the parent closes the connection."""
     with suppress(OSError):
         os.setpgid(0, 0)
     if prctl is not None:
         prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it died before the call above
+        if os.getppid() != guard:  # it died before the call above
             return
     signal.set_wakeup_fd(-1)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     gc.freeze()  # what the parent left behind is not the child's to finalize
     if torch := sys.modules.get("torch"):
         torch.set_num_threads(1)
+    loop = EventLoop()
     connection.settimeout(None)
     while True:
         try:
             request = json.loads(_read_message(connection))
         except GONE:
             os._exit(0)
-        reply = _answer(functions[request["name"]], request["arguments"], request["count"])
+        _seed(request["seed"])
+        function = functions[request["name"]]
+        reply = _answer(function, request["arguments"], request["count"], loop)
         for stream in (sys.stdout, sys.stderr):
             if stream is not None:
                 stream.flush()
         connection.sendall(_encode(reply))
 
 
-def _answer(function: RewardFn, arguments: dict[str, Any], count: int) -> dict[str, Any]:
+def _seed(seed: int) -> None:
+    """Seed the global random numbers of Python and of the libraries that are loaded."""
+    random.seed(seed)
+    if numpy := sys.modules.get("numpy"):
+        numpy.random.seed(seed % 2**32)
+    if torch := sys.modules.get("torch"):
+        torch.manual_seed(seed)
+
+
+def _answer(
+    function: RewardFn, arguments: dict[str, Any], count: int, loop: EventLoop
+) -> dict[str, Any]:
     """The outcome of one call, as JSON-ready values."""
     try:
-        outcome = call_reward(function, arguments, count)
+        outcome = call_reward(function, arguments, count, loop)
     except UsageError as error:
         return {"usage": str(error)}
     return {"values": outcome.values, "faults": [vars(fault) for fault in outcome.faults]}

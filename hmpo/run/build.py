@@ -15,6 +15,7 @@ from hmpo.config.unread import GSPO_READS, refuse_unread_by_gspo
 from hmpo.errors import CheckpointError, ConfigError, ModelError, require
 from hmpo.models import LoadedPolicy, load_policy, stop_token_ids
 from hmpo.models.policy import load_trained_state
+from hmpo.models.tokens import pad_token_id
 from hmpo.optim.param_groups import MuonWithAdamW, runs_fused, split_param_groups
 from hmpo.rewards import Rewards, load_reward
 from hmpo.tasks import Task
@@ -30,12 +31,16 @@ def make_rewards(config: RunConfig, task: Task) -> Rewards:
     named = {spec.rpartition(":")[2]: fn for spec, fn in functions.items()}
     if len(named) < len(functions):
         raise ConfigError("rewards.functions: two functions share a name; rename one")
-    return Rewards(
+    if not named and hasattr(task, "refuse_own_reward"):
+        task.refuse_own_reward()
+    rewards = Rewards(
         named or {config.task.name.rpartition(":")[2]: task.reward},
         config.rewards.weights,
         on_error=config.trainer.on_reward_error,
         timeout=config.trainer.reward_timeout,
     )
+    rewards.refuse_missing(task.train(0).columns)
+    return rewards
 
 
 def load_trained(folder: Path, config: RunConfig, device: str = "cpu") -> LoadedPolicy:
@@ -86,8 +91,8 @@ def make_trainer(config: RunConfig, loaded: LoadedPolicy, task: Task, rewards: R
         reference = copy.deepcopy(loaded.model).requires_grad_(False).eval()
     settings = trainer_config(
         config,
-        eos_token=stop_token_ids(loaded.tokenizer, task.stop),
-        pad_token=loaded.tokenizer.pad_token_id,
+        eos_token=stop_token_ids(loaded.tokenizer, task.stop, loaded.model),
+        pad_token=pad_token_id(loaded.tokenizer, loaded.model),
         seed=config.seed,
     )
     kind = GSPOTrainer if isinstance(settings, GSPOConfig) else PowerMeanTrainer

@@ -1,6 +1,7 @@
 """Success of a policy on held-out prompts, sampled, greedy and pass@k, with intervals."""
 
 import dataclasses
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,15 +10,15 @@ from typing import Any
 from torch import nn
 
 from hmpo.config import TrainerConfig
-from hmpo.randomness import keyed_generator
+from hmpo.randomness import keyed_generator, keyed_seed
 from hmpo.rewards import Rewards
 from hmpo.stats import wilson_interval
 from hmpo.tasks import Example, Task
-from hmpo.trainer.rollout import sample_and_score, sampling_options
-from hmpo.types import Metrics
+from hmpo.trainer.prompts import with_tokens
+from hmpo.trainer.rollout import reward_events, sample_and_score, sampling_options
+from hmpo.types import Event, Metrics
 
-SUCCESS = 1.0
-"""A response succeeds when its total reward reaches this."""
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +33,8 @@ class Rate:
 
     @property
     def value(self) -> float:
-        """Share of successes, in [0, 1]."""
-        return self.successes / self.trials
+        """Share of successes, in [0, 1]; NaN of no trial."""
+        return self.successes / self.trials if self.trials else math.nan
 
     @property
     def interval(self) -> tuple[float, float]:
@@ -47,7 +48,11 @@ class Rate:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """One measurement on held-out prompts; every rate counts prompts once."""
+    """One measurement on held-out prompts.
+
+    Every rate counts each distinct prompt once, and only prompts all of whose responses have a
+    reward: what was not scored is neither right nor wrong.
+    """
 
     sampled: Rate
     """One response a prompt at the training temperature."""
@@ -57,11 +62,19 @@ class Evaluation:
     """Prompts of which at least one of `k` samples succeeds."""
     k: int = 0
     mean_reward: float = 0.0
-    """Of the sampled responses that have one."""
+    """Of the first sampled response to each prompt, where it has one."""
+    dropped: int = 0
+    """Responses without a reward, of all that were sampled."""
+    events: tuple[Event, ...] = ()
+    """Why."""
 
     def record(self) -> Metrics:
         """Metrics by telemetry name."""
-        metrics: Metrics = {"eval/mean": self.mean_reward, "eval/n": self.sampled.trials}
+        metrics: Metrics = {
+            "eval/mean": self.mean_reward,
+            "eval/n": self.sampled.trials,
+            "eval/dropped": self.dropped,
+        }
         rates = {"sampled": self.sampled, "greedy": self.greedy, "pass_at_k": self.pass_at}
         for name, rate in rates.items():
             if rate is None:
@@ -97,6 +110,7 @@ class Evaluation:
             pass_at=rate("pass_at_k"),
             k=int(record.get("eval/k", 0)),
             mean_reward=float(record["eval/mean"]),
+            dropped=int(record.get("eval/dropped", 0)),
         )
 
 
@@ -115,45 +129,73 @@ class Evaluator:
     config: TrainerConfig
     batch_size: int = 128
     seed: int = 0
+    success: float = 1.0
+    """A response succeeds when its total reward reaches this."""
 
-    def evaluate(self, prompts: int, *, greedy: bool = True, pass_at: int = 0) -> Evaluation:
-        """Success on `prompts` held-out prompts.
+    def evaluate(
+        self, prompts: int, *, greedy: bool = True, pass_at: int = 0, step: int = 0
+    ) -> Evaluation:
+        """Success on held-out prompts.
 
         Args:
-            prompts: how many.
+            prompts: how many; where the task has fewer distinct ones, all of them.
             greedy: measure the most probable response as well.
             pass_at: k of pass@k; 0 leaves it out.
+            step: updates done, for messages and events.
         """
-        examples = [self.task.heldout(index) for index in range(prompts)]
-        samples = max(1, pass_at)
-        totals = self._run(examples, samples, self.config.temperature)
-        successes = [[reward >= SUCCESS for reward in row] for row in totals]
-        rewards = [row[0] for row in totals if not math.isnan(row[0])]
-        best = None
-        if greedy:
-            best = Rate(
-                successes=sum(row[0] >= SUCCESS for row in self._run(examples, 1, 0.0)),
-                trials=prompts,
-            )
-        passed = Rate(successes=sum(any(row) for row in successes), trials=prompts)
+        examples = self._examples(prompts)
+        events: list[Event] = []
+        drawn = self._run(examples, max(1, pass_at), self.config.temperature, step, events)
+        first = [row[0] for row in drawn]
+        best = self._run(examples, 1, 0.0, step, events) if greedy else []
+        scored = [reward for reward in first if not math.isnan(reward)]
         return Evaluation(
-            sampled=Rate(successes=sum(row[0] for row in successes), trials=prompts),
-            greedy=best,
-            pass_at=passed if pass_at else None,
+            sampled=self._rate([[reward] for reward in first]),
+            greedy=self._rate(best) if greedy else None,
+            pass_at=self._rate(drawn) if pass_at else None,
             k=pass_at,
-            mean_reward=sum(rewards) / len(rewards) if rewards else math.nan,
+            mean_reward=sum(scored) / len(scored) if scored else math.nan,
+            dropped=sum(math.isnan(reward) for row in (*drawn, *best) for reward in row),
+            events=tuple(events),
         )
 
+    def _rate(self, rewards: Sequence[Sequence[float]]) -> Rate:
+        """Prompts with a success, of those all of whose responses were scored."""
+        scored = [row for row in rewards if not any(map(math.isnan, row))]
+        return Rate(successes=sum(max(row) >= self.success for row in scored), trials=len(scored))
+
+    def _examples(self, prompts: int) -> list[Example]:
+        """The first held-out examples with prompts that differ, `prompts` of them if there are."""
+        found: dict[str, Example] = {}
+        for index in range(prompts):
+            example = self.task.heldout(index)
+            found.setdefault(example.prompt, example)
+        if len(found) < prompts:
+            logger.warning(
+                "evaluation: %d held-out prompts asked for, task %s has %d that differ: n = %d",
+                prompts,
+                self.task.name,
+                len(found),
+                len(found),
+            )
+        return list(found.values())
+
     def _run(
-        self, examples: Sequence[Example], samples: int, temperature: float
+        self,
+        examples: Sequence[Example],
+        samples: int,
+        temperature: float,
+        step: int,
+        events: list[Event],
     ) -> list[list[float]]:
         """Total rewards, `samples` for each example; in the precision of the rollouts.
 
         Nothing is truncated and no copy in another dtype is sampled from: what is measured is the
-        policy itself.
+        policy itself. Reward faults are added to `events`.
         """
+        config = with_tokens(self.config, self.policy, self.tokenizer, self.task.stop)
         options = dataclasses.replace(
-            sampling_options(self.config, self.task.stop),
+            sampling_options(config, self.task.stop),
             temperature=temperature,
             top_k=0,
             top_p=1.0,
@@ -167,14 +209,17 @@ class Evaluator:
                 self.policy,
                 [example.prompt for example in part],
                 gather_columns(part),
-                config=self.config,
+                config=config,
                 options=options,
                 rewards=self.rewards,
                 group_size=samples,
                 generator=keyed_generator(self.seed, "evaluation", start),
                 tokenizer=self.tokenizer,
+                step=step,
+                reward_seed=keyed_seed(self.seed, "evaluation rewards", start),
             )
             totals += scored.rewards.view(-1, samples).tolist()
+            events += reward_events(scored.result, step)
         return totals
 
 

@@ -28,6 +28,7 @@ from hmpo.run.steering import Steering
 from hmpo.stopwatch import Stopwatch, section, time_fields
 from hmpo.tasks import Task, make_task
 from hmpo.telemetry.records import end_record, eval_record, event_record, step_record
+from hmpo.trainer.prompts import check_prompts
 from hmpo.types import Event
 
 logger = logging.getLogger(__name__)
@@ -75,6 +76,8 @@ class _Run:
         self.task: Task = make_task(config.task, config.seed)
         self.rewards = make_rewards(config, self.task)
         self.loaded: LoadedPolicy = load_policy(config.policy, device=device)
+        length = config.trainer.max_length
+        check_prompts(self.task, self.loaded.tokenizer, self.loaded.model, length)
         self.trainer = make_trainer(config, self.loaded, self.task, self.rewards)
         self.evaluator = Evaluator(
             policy=self.loaded.model,
@@ -84,6 +87,7 @@ class _Run:
             config=self.trainer.config,
             batch_size=config.eval.batch_size,
             seed=config.seed,
+            success=config.eval.success,
         )
         self.steering = Steering(config, self.trainer, self.task)
         self.before: dict[str, Any] | None = None
@@ -249,7 +253,9 @@ class _Run:
         evaluation = self.evaluator.evaluate(
             config.final_prompts if final else config.prompts,
             pass_at=config.pass_at if final else 0,
+            step=self.trainer.step,
         )
+        self.trainer.events += evaluation.events
         metrics = {"eval/name": name, **evaluation.record()}
         self._publish(eval_record(self.files.run_id, self.trainer.step, metrics))
         self._report_events()

@@ -7,7 +7,6 @@ from typing import Any
 from hmpo.agm.control import Control
 from hmpo.config import RunConfig
 from hmpo.errors import CheckpointError, require
-from hmpo.run.evaluation import SUCCESS
 from hmpo.tasks import Example, Task, make_task
 from hmpo.trainer.power_mean import PowerMeanTrainer
 from hmpo.types import Event
@@ -89,7 +88,7 @@ class Steering:
         rewards = [row["reward"] for row in rows if row["reward"] == row["reward"]]
         self.trainer.rollout_metrics |= {
             "curriculum/level": self.level,
-            "success/k": sum(reward >= SUCCESS for reward in rewards),
+            "success/k": sum(reward >= self.config.eval.success for reward in rewards),
             "success/n": len(rewards),
         }
 

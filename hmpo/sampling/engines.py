@@ -8,7 +8,6 @@ not kept.
 
 import contextlib
 import functools
-import inspect
 import logging
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -18,12 +17,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hmpo.models.policy import (
-    embeddable,
-    is_hugging_face,
-    position_ids,
-    unwrap,
-)
+from hmpo.models.cached import CachedModules
+from hmpo.models.policy import embeddable, is_hugging_face, unwrap
+from hmpo.models.probe import policy_facts
 from hmpo.sampling.decoder import FastDecoder, why_not_fast
 from hmpo.sampling.graph import GraphDecoder
 from hmpo.sampling.options import SamplingOptions
@@ -73,60 +69,20 @@ def in_dtype(policy: nn.Module, dtype: torch.dtype | None) -> Callable[..., Any]
     if dtype is None:
         return policy
     weights = {
-        name: parameter.to(dtype) if parameter.is_floating_point() else parameter
-        for name, parameter in policy.named_parameters()
+        name: value.to(dtype) if value.is_floating_point() and not kept_exact(name) else value
+        for name, value in (*policy.named_parameters(), *policy.named_buffers())
     }
     call = functools.partial(torch.func.functional_call, policy, weights)
     return lambda *args, **kwargs: call(args, kwargs)
 
 
-class CachedModules:
-    """Next-token logits of a Hugging Face model with a key-value cache."""
+def kept_exact(name: str) -> bool:
+    """Whether a buffer keeps its dtype: rotary frequencies.
 
-    def __init__(
-        self,
-        policy: nn.Module,
-        prompts: DistinctPrompts,
-        dtype: torch.dtype | None,
-    ) -> None:
-        """Read the prompts.
-
-        Args:
-            policy: a Hugging Face causal LM.
-            prompts: what the rows answer.
-            dtype: of a copy of the weights; None takes them as they are.
-        """
-        ids, mask, prompt_of = prompts.ids, prompts.mask, prompts.prompt_of
-        self.call = in_dtype(policy, dtype)
-        self.keep: dict[str, Any] = {"use_cache": True, "return_dict": True}
-        if "logits_to_keep" in inspect.signature(unwrap(policy).forward).parameters:
-            self.keep["logits_to_keep"] = 1
-        positions = position_ids(mask)
-        out = self.call(
-            input_ids=ids, attention_mask=mask.long(), position_ids=positions, **self.keep
-        )
-        self.cache = out.past_key_values
-        self.cache.batch_select_indices(prompt_of)
-        self.logits = out.logits[:, -1][prompt_of]
-        self.mask = mask.long()[prompt_of]
-        self.position = positions[prompt_of, -1:]
-
-    def advance(self, token: Int[Tensor, " N"], keep: Int[Tensor, " K"] | None) -> None:
-        """Read `token`, after dropping all rows but `keep`."""
-        if keep is not None:
-            token, self.mask, self.position = token[keep], self.mask[keep], self.position[keep]
-            self.cache.batch_select_indices(keep)
-        self.mask = functional.pad(self.mask, (0, 1), value=1)
-        self.position = self.position + 1
-        out = self.call(
-            input_ids=token[:, None],
-            attention_mask=self.mask,
-            position_ids=self.position,
-            past_key_values=self.cache,
-            **self.keep,
-        )
-        self.cache = out.past_key_values
-        self.logits = out.logits[:, -1]
+    transformers holds them in float32 in a model of any dtype; rounded, they would turn far
+    positions by whole radians.
+    """
+    return name.endswith("inv_freq")
 
 
 class WholeSequences:
@@ -139,9 +95,18 @@ class WholeSequences:
         dtype: torch.dtype | None,
         pad_token: int,
     ) -> None:
-        """As `CachedModules`; `pad_token` fills what follows a row's end."""
+        """Read the prompts.
+
+        Args:
+            policy: any causal module.
+            prompts: what the rows answer.
+            dtype: of a copy of the weights; None takes them as they are.
+            pad_token: fills what follows a row's end.
+        """
         ids, mask, prompt_of = prompts.ids, prompts.mask, prompts.prompt_of
         self.call, self.hugging_face = in_dtype(policy, dtype), is_hugging_face(policy)
+        self.together = policy_facts(policy).bare_padding
+        """Whether rows of several lengths may share a batch; else each goes alone."""
         # Rows start at the left edge: a causal module without a mask never sees padding then.
         order = (~mask).to(torch.int8).argsort(dim=1, stable=True)
         self.ids = ids.gather(1, order)[prompt_of]
@@ -151,9 +116,16 @@ class WholeSequences:
         self.logits = self._run()
 
     def _run(self) -> Float[Tensor, "N V"]:
-        out = self.call(self.ids)
-        logits = out.logits if self.hugging_face else out
-        return logits[torch.arange(len(self.ids), device=self.ids.device), self.lengths - 1]
+        if self.together:
+            rows = torch.arange(len(self.ids), device=self.ids.device)
+            return self._logits(self.ids)[rows, self.lengths - 1]
+        pairs = zip(self.ids, self.lengths.tolist())
+        return torch.cat([self._logits(row[None, :length])[:, -1] for row, length in pairs])
+
+    def _logits(self, ids: Int[Tensor, "n S"]) -> Float[Tensor, "n S V"]:
+        if not self.hugging_face:
+            return self.call(ids)
+        return self.call(input_ids=ids, use_cache=False, return_dict=True).logits
 
     def advance(self, token: Int[Tensor, " N"], keep: Int[Tensor, " K"] | None) -> None:
         """Append `token`, after dropping all rows but `keep`."""
@@ -195,5 +167,20 @@ def start_engine(
         with arithmetic(device, fast=True):
             return decoder_kind(device)(policy, prompts, options.max_length, dtype)
     if options.use_cache and is_hugging_face(policy):
-        return CachedModules(policy, prompts, options.dtype)
+        facts = policy_facts(policy)
+        if facts.cache:
+            return CachedModules(
+                in_dtype(policy, options.dtype),
+                unwrap(policy),
+                prompts.ids,
+                prompts.mask,
+                prompts.prompt_of,
+                positions=facts.positions,
+            )
+        logger.info(
+            "sampling from %s by whole sequences, which is slow: its cache does not give the "
+            "logits of the whole sequence (%s)",
+            type(unwrap(policy)).__name__,
+            facts.obstacles["cache"],
+        )
     return WholeSequences(policy, prompts, options.dtype, options.pad_token)

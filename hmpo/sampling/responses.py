@@ -9,6 +9,7 @@ checked after every step on a CPU, after every `CHECK_EVERY` steps elsewhere: ro
 between are cut afterwards, and the tokens are the same.
 """
 
+import dataclasses
 import warnings
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -20,6 +21,8 @@ from torch import Tensor, nn
 from hmpo.errors import ConfigError, ShapeError, require
 from hmpo.models.evaluation import evaluating
 from hmpo.models.policy import bare_policy, embeddable
+from hmpo.models.probe import refuse_length
+from hmpo.models.tokens import end_token_ids, pad_token_id, vocabulary_size
 from hmpo.sampling.draw import Drawn, draw_in_place
 from hmpo.sampling.engines import Engine, arithmetic, start_engine, takes_fast_decoder
 from hmpo.sampling.graph import GraphDecoder
@@ -43,8 +46,8 @@ def sample_responses(
     *,
     group_size: int = 1,
     max_length: int = 512,
-    eos_token: int | tuple[int, ...] = 2,
-    pad_token: int = 0,
+    eos_token: int | tuple[int, ...] | None = None,
+    pad_token: int | None = None,
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
@@ -60,8 +63,9 @@ def sample_responses(
     `policy` is a Hugging Face causal LM, or a causal module from ids (N, S) to logits (N, S, V).
     Prompts are left-padded; without a `prompt_mask`, True on their tokens, there is no padding.
     A `generator` makes the rollout repeatable. `eos_token` is the id, or the ids, that end a
-    response, and `stop` needs a `tokenizer`, from token ids to text, as transformers' are. All
-    other keywords are fields of `SamplingOptions`, which says what each does.
+    response; None takes those of the tokenizer and of the policy's own settings (2 where nothing
+    names one), and so does `pad_token`. `stop` needs a `tokenizer`, from token ids to text, as
+    transformers' are. `SamplingOptions` says what the other keywords do.
 
     Returns:
         A `Rollout` of N = B * group_size rows, those of one prompt adjacent. Training flags of
@@ -70,11 +74,13 @@ def sample_responses(
     Raises:
         ConfigError: a sampling option out of range, or `stop` without `tokenizer`.
         ShapeError: an empty prompt, or a mask of another shape.
+        ModelError: prompt and `max_length` together are longer than the policy can read.
     """
+    eos_token = (end_token_ids(tokenizer, policy) or 2) if eos_token is None else eos_token
     options = SamplingOptions(
         max_length=max_length,
         eos_tokens=(eos_token,) if isinstance(eos_token, int) else eos_token,
-        pad_token=pad_token,
+        pad_token=pad_token_id(tokenizer, policy) if pad_token is None else pad_token,
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
@@ -122,6 +128,7 @@ def sample_rollout(
     policy = bare_policy(policy)
     if options.stop and tokenizer is None:
         raise ConfigError(f"stop: got {options.stop!r} without a tokenizer, expected one")
+    prompt_ids, options = _fitted(policy, prompt_ids, prompt_mask, options)
     if options.temperature > 0 and options.truncates:
         warnings.warn(
             f"top_k={options.top_k}, top_p={options.top_p}: responses come from a truncated "
@@ -278,3 +285,16 @@ def _check_inputs(ids: Tensor, mask: Tensor, group_size: int) -> None:
             "and padding on the left"
         )
     require(group_size >= 1, "group_size", group_size, "an integer >= 1")
+
+
+def _fitted(
+    policy: nn.Module, ids: Tensor, mask: Tensor, options: SamplingOptions
+) -> tuple[Tensor, SamplingOptions]:
+    """Prompts and options that the policy can read: padding is embedded, if never seen."""
+    longest = int(mask.sum(1).max())
+    what = f"prompt of {longest} tokens and max_length = {options.max_length}"
+    refuse_length(policy, longest + options.max_length, what)
+    rows = vocabulary_size(policy)
+    if rows is None or options.pad_token < rows:
+        return ids, options
+    return ids.masked_fill(~mask, 0), dataclasses.replace(options, pad_token=0)

@@ -39,7 +39,7 @@ def make_task(config: TaskConfig, seed: int = 0) -> Task:
     """
     if config.shots < 0:
         raise TaskError(f"task.shots: got {config.shots}, expected an integer >= 0")
-    if any(text == "" for text in config.stop):
+    if any(text == "" for text in config.stop or ()):
         raise TaskError(f"task.stop: got {config.stop!r}, expected strings that are not empty")
     if config.name in BUILT_IN:
         return BUILT_IN[config.name](config, seed)

@@ -31,7 +31,7 @@ class Example:
     """Text the policy continues, solved examples included."""
     columns: dict[str, Any]
     """JSON-able values passed to reward functions by name. Where there is an `answer`,
-    prompt + answer + stop[0] is a right solution."""
+    prompt + answer + stop[0] is a right solution (prompt + answer where nothing stops it)."""
 
 
 @runtime_checkable
@@ -223,7 +223,7 @@ class GeneratedTask:
         for _ in range(self.shots):
             solved = self._draw_train(rng, avoid=used)
             used.add(solved.canonical)
-            text += solved.prompt + solved.answer + self.stop[0]
+            text += solved.prompt + solved.answer + (self.stop or ("\n",))[0]
         return Example(
             prompt=text + instance.prompt, columns={"answer": instance.answer, **instance.columns}
         )

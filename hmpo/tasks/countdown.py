@@ -8,7 +8,7 @@ from hmpo.config import TaskConfig
 from hmpo.errors import TaskError
 from hmpo.tasks.arithmetic import evaluate
 from hmpo.tasks.base import GeneratedTask, Instance, pick_level
-from hmpo.tasks.options import read_options, require_option
+from hmpo.tasks.options import read_options, require_option, stop_strings
 
 LEVELS = 4
 DEFAULT_LEVEL = 2
@@ -43,7 +43,7 @@ def countdown_task(config: TaskConfig, seed: int) -> GeneratedTask:
         name=config.name,
         level=level,
         levels=LEVELS,
-        stop=config.stop or ("\n",),
+        stop=stop_strings(config),
         max_new_tokens=count * len(str(top)) + 3 * (count - 1) + 1,
         generate=generate,
         check=_is_solution,

@@ -5,7 +5,7 @@ import string
 
 from hmpo.config import TaskConfig
 from hmpo.tasks.base import GeneratedTask, Instance, pick_level
-from hmpo.tasks.options import read_options
+from hmpo.tasks.options import read_options, stop_strings
 
 LEVELS = 20
 DEFAULT_LEVEL = 10
@@ -47,7 +47,7 @@ def _digit_task(config: TaskConfig, seed: int, level: int, generate) -> Generate
         name=config.name,
         level=level,
         levels=LEVELS,
-        stop=config.stop or ("\n",),
+        stop=stop_strings(config),
         max_new_tokens=level + 1,
         generate=generate,
         seed=seed,

@@ -21,6 +21,7 @@ from hmpo.errors import MissingDependencyError, TaskError
 from hmpo.rewards.loading import nearest
 from hmpo.rewards.values import one_line
 from hmpo.tasks.base import GeneratedTask, Instance
+from hmpo.tasks.options import stop_strings
 
 PREFIX = "reasoning-gym:"
 ITEMS = 100_000
@@ -65,7 +66,7 @@ def gym_task(config: TaskConfig, seed: int) -> GeneratedTask:
     steps, levels = _curriculum(gym, name, config.level)
     source = _create(gym, name, steps | options)
     _refuse_code(type(source), name, gym)
-    stop = config.stop or ("\n",)
+    stop = stop_strings(config)
     gap = "\n" if template == "{question}" else " "
 
     def generate(rng: random.Random) -> Instance:

@@ -1,16 +1,35 @@
 """Prompts from a JSONL file of your own: one object a line, with a prompt and any columns."""
 
+import dataclasses
 import json
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from hmpo.config import TaskConfig
 from hmpo.errors import TaskError
 from hmpo.tasks.base import Example, check_rows, is_heldout, same_stripped
-from hmpo.tasks.options import read_options, require_option
+from hmpo.tasks.options import read_options, require_option, stop_strings
 
+BINARY = {
+    b"PAR1": "a parquet file",
+    b"\x1f\x8b": "compressed by gzip",
+    b"PK": "a zip archive",
+    b"ARROW1": "an Arrow file",
+    b"\x28\xb5\x2f\xfd": "compressed by zstd",
+    b"SQLite": "a database",
+}
+"""First bytes of files that are no text, and what they are."""
 RESERVED = ("prompts", "completions", "completion_ids")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Row(Example):
+    """An example with its place."""
+
+    place: str
+    """File and line, for messages."""
 
 
 class JsonlTask:
@@ -32,7 +51,7 @@ class JsonlTask:
         )
         require_option(bool(options["path"]), "path", options["path"], "the path of a JSONL file")
         self.name = config.name
-        self.stop = config.stop or ("\n",)
+        self.stop = stop_strings(config)
         self.seed = seed
         self.shots = config.shots
         rows = _read(options["path"], options["prompt_field"], options["answer_field"])
@@ -85,21 +104,40 @@ class JsonlTask:
         self, prompts: list, completions: list, completion_ids: list, **columns: Any
     ) -> list[float]:
         """1.0 where the completion is the answer, else 0.0; needs answers in the file."""
-        if not self._has_answers:
-            raise TaskError(
-                f"task {self.name}: not every line has an answer; add it, or give rewards.functions"
-            )
+        self.refuse_own_reward()
         return check_rows(same_stripped, completions, columns, self.stop, self.name)
 
-    def _with_shots(self, row: Example, key: str) -> Example:
+    def refuse_own_reward(self) -> None:
+        """Refuse to check answers that the file does not have.
+
+        Raises:
+            TaskError: the first line without an answer.
+        """
+        for row in (*self._train, *self._heldout):
+            if row.columns.get("answer") is None:
+                raise TaskError(
+                    f"{row.place}: no answer; task {self.name} checks answers, so give each line "
+                    "one, or give rewards.functions"
+                )
+
+    def every_prompt(self) -> Iterator[tuple[str, str]]:
+        """(file and line, prompt as it is asked) of all examples, in their first epoch."""
+        for index, row in enumerate(self._heldout):
+            yield row.place, self.heldout(index).prompt
+        for index in range(len(self._train)):
+            example = self.train(index)
+            yield self._train[self._order[1][index]].place, example.prompt
+
+    def _with_shots(self, row: _Row, key: str) -> Example:
         """The example behind solved ones of the training split."""
         if not self.shots:
             return row
         rng = random.Random(f"jsonl/shots/{key}")
         others = rng.sample(self._train, self.shots + 1)
         solved = [other for other in others if other.prompt != row.prompt][: self.shots]
-        text = "".join(f"{o.prompt}{o.columns['answer']}{self.stop[0]}" for o in solved)
-        return Example(prompt=text + row.prompt, columns=row.columns)
+        end = (self.stop or ("\n",))[0]
+        text = "".join(f"{o.prompt}{o.columns['answer']}{end}" for o in solved)
+        return dataclasses.replace(row, prompt=text + row.prompt)
 
     def _refuse_overlap(self, options: dict[str, Any]) -> None:
         heldout = {row.prompt for row in self._heldout}
@@ -111,12 +149,20 @@ class JsonlTask:
                 )
 
 
-def _read(path: str, prompt_field: str, answer_field: str) -> list[Example]:
+def _read(path: str, prompt_field: str, answer_field: str) -> list[_Row]:
     """The examples of a file; errors name its line."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        data = Path(path).expanduser().read_bytes()
+    except (OSError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise TaskError(f"task.options: cannot read {path}: {reason}") from None
+    for begin, kind in BINARY.items():
+        if data.startswith(begin):
+            raise TaskError(f"task.options: {path} is {kind}, expected JSONL; convert it")
+    try:
+        lines = data.decode("utf-8-sig").split("\n")
+    except UnicodeDecodeError:
+        reason = "it is not UTF-8 text"
         raise TaskError(f"task.options: cannot read {path}: {reason}") from None
     examples = []
     for number, line in enumerate(lines, 1):
@@ -137,11 +183,11 @@ def _read(path: str, prompt_field: str, answer_field: str) -> list[Example]:
                 raise TaskError(f"{where}: the field {name!r} is taken; rename it")
         if answer_field in row:
             row["answer"] = row.pop(answer_field)
-        examples.append(Example(prompt=prompt, columns=row))
+        examples.append(_Row(prompt=prompt, columns=row, place=where))
     return examples
 
 
-def _square(examples: list[Example]) -> None:
+def _square(examples: list[_Row]) -> None:
     """Give every example the same columns, None where a line had no such field."""
     names = dict.fromkeys(name for example in examples for name in example.columns)
     for example in examples:

@@ -5,7 +5,7 @@ from typing import Any
 
 from hmpo.config import TaskConfig
 from hmpo.tasks.base import GeneratedTask, Instance, pick_level
-from hmpo.tasks.options import read_options
+from hmpo.tasks.options import read_options, stop_strings
 
 LEVELS = 5
 DEFAULT_LEVEL = 2
@@ -34,7 +34,7 @@ def key_task(config: TaskConfig, seed: int) -> GeneratedTask:
         name=config.name,
         level=level,
         levels=LEVELS,
-        stop=config.stop or ("\n",),
+        stop=stop_strings(config),
         max_new_tokens=length + 1,
         generate=generate,
         check=_has_key,

@@ -4,7 +4,7 @@ import random
 
 from hmpo.config import TaskConfig
 from hmpo.tasks.base import GeneratedTask, Instance, pick_level, same_stripped
-from hmpo.tasks.options import read_options, require_option
+from hmpo.tasks.options import read_options, require_option, stop_strings
 
 LEVELS = 7
 DEFAULT_LEVEL = 3
@@ -34,7 +34,7 @@ def largest_task(config: TaskConfig, seed: int) -> GeneratedTask:
         name=config.name,
         level=level,
         levels=LEVELS,
-        stop=config.stop or ("\n",),
+        stop=stop_strings(config),
         max_new_tokens=len(str(high)) + 2,
         generate=generate,
         check=same_stripped,

@@ -29,3 +29,8 @@ def require_option(holds: bool, name: str, received: object, expected: str) -> N
     """Raise a one-line TaskError unless `holds`."""
     if not holds:
         raise TaskError(f"task.options.{name}: got {received!r}, expected {expected}")
+
+
+def stop_strings(config: TaskConfig, own: tuple[str, ...] = ("\n",)) -> tuple[str, ...]:
+    """The strings that end a response: those of `config`, or the task's `own` where it has none."""
+    return own if config.stop is None else config.stop

@@ -320,7 +320,8 @@ _EVAL = (
         *_judged("pass_at_k", "one of k samples per held-out prompt succeeds"),
         count("eval/k", "k of eval/pass_at_k.", records=("eval",)),
         number("eval/mean", "1", "Mean held-out reward.", records=("eval",)),
-        count("eval/n", "Held-out prompts.", records=("eval",)),
+        count("eval/n", "Distinct held-out prompts that were scored.", records=("eval",)),
+        count("eval/dropped", "Held-out responses without a reward.", records=("eval",)),
     ),
 )
 

@@ -40,8 +40,8 @@ class PowerMeanTrainer(Trainer[PowerMeanConfig]):
             or a `Rewards` of several.
         tokenizer: for prompts given as text; without it prompts are token ids and the reward
             function sees token ids.
-        stop: strings that end a response (their tokens belong in `config.eos_token`); a
-            completion's text ends before the first of them.
+        stop: strings that end a response (where `config.eos_token` is None, so do tokens that
+            hold one); a completion's text ends before the first of them.
 
     Example:
         trainer = HMPOTrainer(policy, None, optimizer, HMPOConfig(), reward_fn)

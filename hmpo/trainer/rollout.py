@@ -5,28 +5,27 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from hmpo.config import TrainerConfig
 from hmpo.errors import ConfigError
 from hmpo.logprobs.responses import token_logprobs
-from hmpo.models import decode_responses, encode_prompts
+from hmpo.models import decode_responses
 from hmpo.models.policy import autocast
-from hmpo.randomness import keyed_generator
+from hmpo.models.probe import policy_facts
+from hmpo.randomness import keyed_generator, keyed_seed
 from hmpo.rewards import RewardResult, Rewards
 from hmpo.sampling.options import SamplingOptions
 from hmpo.sampling.responses import sample_rollout
 from hmpo.stopwatch import section
+from hmpo.trainer.prompts import Prompts, prompts_for
 from hmpo.types import Event, Metrics, Rollout
 
 logger = logging.getLogger(__name__)
-
-Prompts = Sequence[str] | Sequence[Sequence[int]] | Tensor
-"""Text (with a tokenizer), lists of token ids, or ids (B, P) without padding."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +58,7 @@ def sample_and_score(
     generator: torch.Generator,
     tokenizer: Any = None,
     step: int = 0,
+    reward_seed: int | None = None,
 ) -> ScoredResponses:
     """Sample responses and score them, for a rollout or an evaluation.
 
@@ -73,6 +73,7 @@ def sample_and_score(
         generator: source of randomness.
         tokenizer: for prompts given as text, and to decode the responses.
         step: updates done, for messages and events.
+        reward_seed: of random numbers that time-limited reward functions draw; None takes `step`.
 
     Raises:
         ConfigError: no prompts, text without a tokenizer, or a column of another length.
@@ -80,7 +81,7 @@ def sample_and_score(
     """
     device = next(policy.parameters()).device
     with section("sampling"), autocast(device, config):
-        as_given, ids, mask = _encoded(prompts, tokenizer, options.pad_token)
+        as_given, ids, mask = prompts_for(policy, prompts, tokenizer, config)
         rollout = sample_rollout(
             policy,
             ids.to(device),
@@ -94,7 +95,7 @@ def sample_and_score(
         repeated = [prompt for prompt in as_given for _ in range(group_size)]
         completions, token_ids = _completions(rollout, tokenizer, options.stop)
         by_response = _repeated(columns, len(as_given), group_size)
-        result = rewards(repeated, completions, token_ids, by_response, step=step)
+        result = rewards(repeated, completions, token_ids, by_response, step=step, seed=reward_seed)
     return ScoredResponses(
         rollout=rollout,
         rewards=torch.tensor(result.total, device=device),
@@ -105,11 +106,14 @@ def sample_and_score(
 
 
 def sampling_options(config: TrainerConfig, stop: Sequence[str]) -> SamplingOptions:
-    """How the rollouts of a trainer are drawn; `stop` needs a tokenizer."""
+    """How the rollouts of a trainer are drawn, of its configuration `with_tokens`.
+
+    `stop` needs a tokenizer.
+    """
     return SamplingOptions(
         max_length=config.max_length,
         eos_tokens=config.stop_tokens,
-        pad_token=config.pad_token,
+        pad_token=config.pad_token or 0,
         temperature=config.temperature,
         top_k=config.top_k,
         top_p=config.top_p,
@@ -157,6 +161,7 @@ class Collector:
     exact to float32 rounding."""
 
     def __post_init__(self) -> None:
+        policy_facts(self.policy)  # asked before anything listens to its attention
         if self.config.sampling_dtype == "bfloat16" and not _fast_at_bfloat16(self.device):
             logger.warning(
                 "sampling_dtype = bfloat16: this machine (%s) has no fast bfloat16 products, "
@@ -209,6 +214,7 @@ class Collector:
             generator=keyed_generator(config.seed, "rollout", index),
             tokenizer=self.tokenizer,
             step=step,
+            reward_seed=keyed_seed(config.seed, "rewards", index),
         )
         rollout, rewards = scored.rollout, scored.rewards
         if self.recomputes:
@@ -225,7 +231,7 @@ class Collector:
             ref_logprobs=None if self.ref is None else self._logprobs(self.ref, rollout),
             metrics=self._describe(rollout, rewards, scored.result.by_function),
             samples=_samples(scored),
-            events=_events(scored.result, step),
+            events=reward_events(scored.result, step),
         )
 
     def _logprobs(self, model: nn.Module, rollout: Rollout) -> Tensor:
@@ -275,28 +281,6 @@ class Collector:
         return {name: float(value) for name, value in metrics.items()}
 
 
-def _encoded(
-    prompts: Prompts, tokenizer: Any, pad_token: int
-) -> tuple[list[Any], Int[Tensor, "B P"], Bool[Tensor, "B P"]]:
-    """(prompts for the reward functions, ids left-padded, mask)."""
-    if isinstance(prompts, Tensor):
-        return prompts.tolist(), prompts, torch.ones_like(prompts, dtype=torch.bool)
-    if len(prompts) == 0:
-        raise ConfigError("prompts: got none, expected at least one prompt")
-    if isinstance(prompts[0], str):
-        if tokenizer is None:
-            raise ConfigError("prompts: got text, expected token ids (or pass a tokenizer)")
-        ids, mask = encode_prompts(tokenizer, cast("list[str]", list(prompts)))
-        return list(prompts), ids, mask
-    width = max(len(row) for row in prompts)
-    ids = torch.full((len(prompts), width), pad_token)
-    mask = torch.zeros(len(prompts), width, dtype=torch.bool)
-    for i, row in enumerate(prompts):
-        ids[i, width - len(row) :] = torch.as_tensor(row)
-        mask[i, width - len(row) :] = True
-    return [list(row) for row in prompts], ids, mask
-
-
 def _completions(
     rollout: Rollout, tokenizer: Any, stop: Sequence[str]
 ) -> tuple[list[Any], list[list[int]]]:
@@ -333,7 +317,7 @@ def _samples(scored: ScoredResponses) -> list[dict[str, Any]]:
     ]
 
 
-def _events(result: RewardResult, step: int) -> list[Event]:
+def reward_events(result: RewardResult, step: int) -> list[Event]:
     """Reward faults as events of the run."""
     return [
         Event(

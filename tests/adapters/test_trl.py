@@ -130,6 +130,10 @@ def test_a_log_prob_that_is_not_finite_is_named(tmp_path: Path) -> None:
     batch["old_per_token_logps"][3, 2] = float("nan")
     with pytest.raises(NonFiniteError, match=r"response 3 is not finite"):
         trl_gradient(trainer, batch)
+    short = with_old(trainer.model, make_batch())
+    short["old_per_token_logps"][2, 0] = float("nan")  # its only token: the clip hides it
+    with pytest.raises(NonFiniteError, match=r"response 2 is not finite \(token 0\)"):
+        trl_gradient(make_trainer(str(tmp_path), objective="hmpo"), short)
     padding = with_old(trainer.model, make_batch())
     padding["old_per_token_logps"][2, 5] = float("nan")  # that response has one token
     trainer = make_trainer(str(tmp_path), objective="hmpo")

@@ -4,13 +4,16 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from hmpo.errors import ModelError
 from hmpo.models import character_tokenizer, decode_responses, encode_prompts, stop_token_ids
 from hmpo.models.paths import TINY_SORT
+from hmpo.models.tokens import end_token_ids, pad_token_id
+from hmpo.sampling.stop import StopStrings
 from hmpo.tasks import ALPHABET
+from tests.support import tiny_causal, tiny_llama
 
 TOKENIZER = AutoTokenizer.from_pretrained(TINY_SORT, local_files_only=True)
 NEWLINE = TOKENIZER.convert_tokens_to_ids("\n")
@@ -120,3 +123,96 @@ def test_encoded_prompts_decode_to_themselves(prompts):
     lengths = mask.sum(1)
     assert lengths.tolist() == [len(prompt) + 1 for prompt in prompts]
     assert (mask.int().diff(dim=1) >= 0).all()
+
+
+SPECIAL = ("<pad>", "<s>", "</s>", "<|im_end|>", "[gMASK]", "<sop>")
+
+
+def with_special(prefix: str = "<s> $A", **names):
+    """One token for each letter and for each of `SPECIAL`, with a start prefix of its own."""
+    vocabulary = {token: index for index, token in enumerate((*SPECIAL, *"0123>ab\n"))}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="0"))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    backend.decoder = decoders.Fuse()
+    backend.add_special_tokens(list(SPECIAL))
+    backend.post_processor = processors.TemplateProcessing(
+        single=prefix, special_tokens=[(t, vocabulary[t]) for t in prefix.split() if t != "$A"]
+    )
+    names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"} | names
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **names)
+
+
+def word_pieces():
+    words = ["[UNK]", "[CLS]", "[SEP]", "0", "##ing", "#", "go"]
+    backend = Tokenizer(models.WordPiece({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.decoder = decoders.WordPiece()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]", sep_token="[SEP]")
+
+
+def own_settings(generation, own):
+    """A model with end tokens in its generation_config and in its config."""
+    model = tiny_llama(20)
+    model.generation_config.eos_token_id, model.config.eos_token_id = generation, own
+    return model
+
+
+def test_end_tokens_are_those_of_tokenizer_generation_config_and_config() -> None:
+    tokenizer = with_special()
+    assert stop_token_ids(tokenizer, ()) == (2,)
+    assert stop_token_ids(tokenizer, (), own_settings([2, 3], None)) == (2, 3)
+    assert stop_token_ids(tokenizer, (), own_settings(None, 4)) == (2, 4)
+    assert stop_token_ids(tokenizer, (), own_settings([5], [4, 3])) == (2, 3, 4, 5)
+    assert end_token_ids(None, own_settings(3, 50256)) == (3,), "an id beyond the vocabulary"
+    assert end_token_ids(None, tiny_causal()) == ()
+
+
+def test_a_special_token_as_stop_string_is_its_id() -> None:
+    tokenizer = with_special(extra_special_tokens=["<|im_end|>"])
+    assert stop_token_ids(tokenizer, ("<|im_end|>",)) == (2, 3)
+    assert stop_token_ids(tokenizer, ("a<|im_end|>",)) == (2,), "of several tokens: by its text"
+
+
+def test_a_stop_string_is_looked_for_in_what_a_token_adds_to_other_text() -> None:
+    tokenizer = word_pieces()
+    assert stop_token_ids(tokenizer, ("#",), own_settings(None, 2)) == (2, 5)
+    assert stop_token_ids(tokenizer, ("ing",), own_settings(None, 2)) == (2, 4)
+
+
+@pytest.mark.parametrize("stop", ["a<|im_end|>", "<|im_end|>b", "<|im_end|>"])
+def test_text_is_cut_at_a_stop_string_that_holds_a_special_token(stop: str) -> None:
+    tokenizer = with_special()
+    text = "12a<|im_end|>b3"
+    ids = torch.tensor([tokenizer(text, add_special_tokens=False).input_ids])
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    assert decode_responses(tokenizer, ids, mask, [stop]) == [text[: text.find(stop)]]
+    watch = StopStrings(tokenizer, (stop,), rows=1)
+    found = [watch.completes(0, token) for token in ids[0].tolist()]
+    end = text.find(stop) + len(stop)
+    count = len(tokenizer(text[:end], add_special_tokens=False).input_ids)
+    assert found.index(True) == count - 1
+
+
+def test_a_rendered_chat_template_does_not_begin_twice() -> None:
+    tokenizer = with_special()
+    assert encode_prompts(tokenizer, ["<s>12", "12"])[0].tolist() == [[1, 7, 8]] * 2
+
+
+def test_the_whole_prefix_of_the_tokenizer_is_put_before_a_prompt() -> None:
+    tokenizer = with_special("[gMASK] <sop> $A", bos_token=None)
+    assert encode_prompts(tokenizer, ["12"])[0].tolist() == [tokenizer("12").input_ids]
+    assert encode_prompts(tokenizer, ["[gMASK]<sop>12"])[0].tolist() == [[4, 5, 7, 8]]
+    assert encode_prompts(with_special("$A </s>"), ["12"])[0].tolist() == [[7, 8]]
+
+
+def test_a_lone_surrogate_is_one_line() -> None:
+    with pytest.raises(ModelError, match=r"^prompt '1.ud83d': holds a lone surrogate") as caught:
+        encode_prompts(with_special(), ["1", "1\ud83d"])
+    assert "\n" not in str(caught.value) and str(caught.value).isascii()
+
+
+def test_padding_is_filled_by_what_exists() -> None:
+    assert pad_token_id(with_special()) == 0
+    assert pad_token_id(with_special(pad_token=None)) == 2
+    assert pad_token_id(with_special(pad_token=None, eos_token=None)) == 0
+    assert pad_token_id(None, tiny_llama(20, pad_token_id=9)) == 9

@@ -1,13 +1,17 @@
 """Evaluation draws and scores as rollouts do, in their precision."""
 
+import dataclasses
+import math
+import random
+
 import pytest
 import torch
 
 from hmpo.config import PolicyConfig, PowerMeanConfig, TaskConfig
 from hmpo.models import load_policy, stop_token_ids
 from hmpo.rewards import Rewards
-from hmpo.run.evaluation import Evaluator
-from hmpo.tasks import make_task
+from hmpo.run.evaluation import Evaluation, Evaluator, Rate
+from hmpo.tasks import Example, make_task
 from hmpo.trainer.rollout import sampling_options
 
 
@@ -50,3 +54,63 @@ def test_the_options_of_a_trainer_are_those_of_its_configuration() -> None:
     options = sampling_options(config, ("x",))
     assert (options.temperature, options.top_k, options.truncates) == (0.7, 3, True)
     assert (options.dtype, options.eos_tokens, options.stop) == (torch.bfloat16, (9,), ("x",))
+
+
+class FewPrompts:
+    """Four held-out prompts, which repeat; two of them cannot be scored."""
+
+    name, level, levels, stop, max_new_tokens = "few", 1, 1, ("\n",), 6
+
+    def heldout(self, index: int) -> Example:
+        digit = index % 4
+        return Example(prompt=f"{digit}>", columns={"answer": None if digit % 2 else "x"})
+
+    train = heldout
+
+    def reward(self, prompts, completions, completion_ids, answer, **columns):
+        return [None if a is None else 0.5 for a in answer]
+
+
+def few(**changes) -> Evaluator:
+    task = FewPrompts()
+    rewards = Rewards(task.reward, on_error="skip")
+    return dataclasses.replace(evaluator(), task=task, rewards=rewards, **changes)
+
+
+def test_what_was_not_scored_is_neither_right_nor_wrong() -> None:
+    found = few(success=0.5).evaluate(4, pass_at=2, step=7)
+    assert found.sampled == Rate(successes=2, trials=2) == found.greedy == found.pass_at
+    assert (found.mean_reward, found.dropped) == (0.5, 4 + 2)
+    assert {(event.name, event.step) for event in found.events} == {("reward_none", 7)}
+    record = found.record()
+    assert (record["eval/dropped"], record["eval/n"]) == (6, 2)
+    assert Evaluation.from_record(record) == dataclasses.replace(found, events=())
+
+
+def test_success_begins_at_a_setting_and_the_mean_reward_does_not_depend_on_it() -> None:
+    strict = few().evaluate(4)
+    assert strict.sampled == Rate(successes=0, trials=2) and strict.mean_reward == 0.5
+
+
+def test_nothing_scored_is_no_number() -> None:
+    task = FewPrompts()
+    task.heldout = lambda index: Example(prompt="1>", columns={"answer": None})
+    found = dataclasses.replace(few(), task=task).evaluate(3)
+    assert found.sampled == Rate(successes=0, trials=0)
+    assert math.isnan(found.sampled.value) and math.isnan(found.mean_reward)
+    assert found.sampled.interval == (0.0, 1.0)
+
+
+def test_n_is_the_number_of_distinct_held_out_prompts(caplog) -> None:
+    found = few().evaluate(64)
+    assert found.sampled.trials == 2 and found.dropped == 2 + 2
+    assert "task few has 4 that differ: n = 4" in caplog.text
+
+
+def test_random_rewards_under_a_time_limit_are_the_same_in_each_evaluation() -> None:
+    def draw(completions, **columns):
+        return [random.random() for _ in completions]
+
+    with Rewards(draw, timeout=20.0) as rewards:
+        measured = dataclasses.replace(evaluator(), rewards=rewards)
+        assert measured.evaluate(4, greedy=False) == measured.evaluate(4, greedy=False)

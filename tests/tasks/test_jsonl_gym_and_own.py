@@ -107,7 +107,7 @@ def test_jsonl_misuse_gives_one_clear_line(tmp_path):
 # ---- reasoning-gym --------------------------------------------------------------------------
 
 
-def gym(name, shots=0, seed=0, stop=(), **options):
+def gym(name, shots=0, seed=0, stop=None, **options):
     pytest.importorskip("reasoning_gym")
     config = TaskConfig(name=f"reasoning-gym:{name}", shots=shots, options=options, stop=stop)
     return make_task(config, seed)

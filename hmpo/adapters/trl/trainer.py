@@ -218,7 +218,8 @@ class PowerMeanGRPOTrainer(GRPOTrainer):
             inputs["old_per_token_logps"], too_far = near_old_logprobs(rows)
             weights = weights * torch.exp(inputs["old_per_token_logps"] - logprobs)
         weights = self._factor * weights
-        bad = ~weights.isfinite() | too_far
+        unknown = rows.mask & (rows.logprobs - rows.old_logprobs).isnan()  # a clip may hide it
+        bad = ~weights.isfinite() | too_far | unknown
         refuse_bad_tokens(bad, rows, self.state.global_step, self.accelerator)
         inputs["advantages"] = weights
         if self.model.training:

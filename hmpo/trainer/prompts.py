@@ -1,0 +1,237 @@
+"""The one door for prompts: whatever a caller has, as left-padded ids with their mask.
+
+Beside it: the token ids that a configuration leaves to the tokenizer, and reading all prompts of a
+task before a run begins.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor, nn
+
+from hmpo.config import TrainerConfig
+from hmpo.errors import ConfigError, ModelError
+from hmpo.models.policy import is_hugging_face, unwrap
+from hmpo.models.probe import refuse_length
+from hmpo.models.tokens import (
+    encode_prompts,
+    left_padded,
+    pad_token_id,
+    stop_token_ids,
+    vocabulary_size,
+)
+from hmpo.tasks import Task
+
+Prompts = Sequence[str] | Sequence[Sequence[int]] | Tensor | tuple[Tensor, Tensor] | Mapping
+"""Text (with a tokenizer), lists of token ids, ids (B, P) without padding, or padded ids with
+their mask: a pair, or what a tokenizer returns."""
+C = TypeVar("C", bound=TrainerConfig)
+FORMS = "expected texts, lists of token ids, ids (B, P) without padding, or (ids, mask)"
+
+
+def with_tokens(config: C, policy: nn.Module, tokenizer: Any, stop: Sequence[str]) -> C:
+    """`config` with the ids that it leaves to the tokenizer and the policy.
+
+    Args:
+        config: of a trainer; what it names itself stays.
+        policy: a transformers model has settings of its own, any other module has none.
+        tokenizer: or None.
+        stop: strings that end a response too.
+    """
+    changes: dict[str, Any] = {}
+    if config.eos_token is None and (tokenizer is not None or is_hugging_face(policy)):
+        with contextlib.suppress(ModelError):  # nothing names one
+            changes["eos_token"] = stop_token_ids(tokenizer, stop, policy)
+    if config.pad_token is None:
+        changes["pad_token"] = pad_token_id(tokenizer, policy)
+    return dataclasses.replace(config, **changes)
+
+
+def knows_padding(config: TrainerConfig, policy: nn.Module, tokenizer: Any) -> bool:
+    """Whether the pad token is known, and known to be nothing else than padding."""
+    if tokenizer is not None:
+        ends = (tokenizer.bos_token_id, tokenizer.eos_token_id)
+        return tokenizer.pad_token_id is not None and tokenizer.pad_token_id not in ends
+    if not is_hugging_face(policy):
+        return False
+    core: Any = unwrap(policy)
+    own = core.config.get_text_config()
+    ends = (getattr(own, "bos_token_id", None), *config.stop_tokens)
+    return getattr(own, "pad_token_id", None) is not None and own.pad_token_id not in ends
+
+
+class EncodedPrompts(NamedTuple):
+    """Prompts as they go to the sampler."""
+
+    given: list[Any]
+    """As the reward functions see them: text, or token ids without padding."""
+    ids: Int[Tensor, "B P"]
+    mask: Bool[Tensor, "B P"]
+
+
+def prompts_for(
+    policy: nn.Module, prompts: Any, tokenizer: Any, config: TrainerConfig
+) -> EncodedPrompts:
+    """`encoded`, with what is known of the policy's tokens.
+
+    Args:
+        policy: what reads them.
+        prompts: see `Prompts`.
+        tokenizer: for text; or None.
+        config: `with_tokens`.
+    """
+    return encoded(
+        prompts,
+        tokenizer,
+        config.pad_token or 0,
+        vocabulary=vocabulary_size(policy),
+        pads=knows_padding(config, policy, tokenizer),
+    )
+
+
+def encoded(
+    prompts: Any, tokenizer: Any, pad_token: int, *, vocabulary: int | None, pads: bool = True
+) -> EncodedPrompts:
+    """Prompts of any accepted form.
+
+    Args:
+        prompts: see `Prompts`.
+        tokenizer: for text.
+        pad_token: fills padding.
+        vocabulary: token ids are below it; None where nobody knows.
+        pads: whether `pad_token` is known to be no part of a prompt: a tensor without a mask that
+            has it at an edge is then refused, because its padding would be read as prompt.
+
+    Raises:
+        ConfigError: one line that says what was received and what is accepted.
+    """
+    if isinstance(prompts, str | bytes):
+        raise ConfigError(f"prompts: got one {type(prompts).__name__}, {FORMS}; put it in a list")
+    if isinstance(prompts, Mapping):
+        if "input_ids" not in prompts:
+            raise ConfigError(f"prompts: got a mapping with {sorted(map(str, prompts))}, {FORMS}")
+        ids, mask = prompts["input_ids"], prompts.get("attention_mask")
+        prompts = ids if mask is None else (torch.as_tensor(ids), torch.as_tensor(mask))
+    if isinstance(prompts, tuple) and [getattr(x, "ndim", 0) for x in prompts] == [2, 2]:
+        return _of_rows(_unmasked(*map(torch.as_tensor, prompts)), pad_token, vocabulary)
+    if isinstance(prompts, Tensor) or hasattr(prompts, "dtype"):
+        ids = torch.as_tensor(prompts)
+        _check_tensor(ids, pad_token if pads else None)
+        return _of_rows(ids.tolist(), pad_token, vocabulary)
+    if not isinstance(prompts, Sequence):
+        raise ConfigError(f"prompts: got a {type(prompts).__name__}, {FORMS}")
+    if len(prompts) == 0:
+        raise ConfigError("prompts: got none, expected at least one prompt")
+    if all(isinstance(prompt, str) for prompt in prompts):
+        if tokenizer is None:
+            raise ConfigError("prompts: got text, expected token ids (or pass a tokenizer)")
+        return EncodedPrompts(list(prompts), *encode_prompts(tokenizer, prompts))
+    return _of_rows(
+        [_ids(prompt, index) for index, prompt in enumerate(prompts)], pad_token, vocabulary
+    )
+
+
+def _of_rows(rows: list[list[int]], pad_token: int, vocabulary: int | None) -> EncodedPrompts:
+    """Rows of ids, checked."""
+    for index, row in enumerate(rows):
+        if not row:
+            raise ConfigError(f"prompts[{index}]: got no token, expected at least one")
+        low, high = min(row), max(row)
+        if low < 0 or (vocabulary is not None and high >= vocabulary):
+            wrong = low if low < 0 else high
+            limit = "ids >= 0" if vocabulary is None else f"ids from 0 to {vocabulary - 1}"
+            raise ConfigError(f"prompts[{index}]: got token id {wrong}, expected {limit}")
+    return EncodedPrompts(rows, *left_padded(rows, pad_token))
+
+
+def _ids(prompt: Any, index: int) -> list[int]:
+    """One prompt given as token ids."""
+    if isinstance(prompt, Mapping) or (
+        isinstance(prompt, Sequence) and any(isinstance(item, Mapping) for item in prompt)
+    ):
+        raise ConfigError(
+            f"prompts[{index}]: got chat messages, {FORMS}; render them with "
+            "tokenizer.apply_chat_template(..., tokenize=False, add_generation_prompt=True)"
+        )
+    if hasattr(prompt, "tolist"):  # a tensor or an array
+        prompt = prompt.tolist()
+    if not isinstance(prompt, Sequence) or isinstance(prompt, str):
+        raise ConfigError(f"prompts[{index}]: got a {type(prompt).__name__}, {FORMS}")
+    for item in prompt:
+        if isinstance(item, bool) or not isinstance(item, int):
+            raise ConfigError(f"prompts[{index}]: got {item!r}, expected token ids (integers)")
+    return list(prompt)
+
+
+def _unmasked(ids: Tensor, mask: Tensor) -> list[list[int]]:
+    """Rows of a padded tensor without their padding, on whichever side."""
+    _check_tensor(ids, None)
+    if mask.shape != ids.shape:
+        raise ConfigError(
+            f"prompts: got a mask of shape {tuple(mask.shape)}, expected {tuple(ids.shape)}"
+        )
+    real = mask.bool()
+    if bool((real.int().diff(dim=1).abs().sum(1) > 1).any()):
+        raise ConfigError("prompts: got a mask with holes, expected each prompt in one piece")
+    return [row[keep].tolist() for row, keep in zip(ids, real.to(ids.device))]
+
+
+def _check_tensor(ids: Tensor, pad_token: int | None) -> None:
+    """Integers (B, P), without padding at an edge where `pad_token` is given."""
+    if ids.ndim != 2 or ids.numel() == 0:
+        raise ConfigError(f"prompts: got a tensor of shape {tuple(ids.shape)}, expected (B, P)")
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise ConfigError(f"prompts: got a tensor of {ids.dtype}, expected integer token ids")
+    if pad_token is not None and bool((ids[:, [0, -1]] == pad_token).any()):
+        raise ConfigError(
+            f"prompts: got a tensor with the pad token {pad_token} at an edge and no mask, which "
+            "would be read as prompt; give (ids, mask), or lists of different lengths"
+        )
+
+
+TRIED = 16
+"""Prompts of an endless task that are read before a run begins, of each split."""
+
+
+def check_prompts(task: Task, tokenizer: Any, policy: nn.Module, max_length: int) -> None:
+    """Read a task's prompts as a rollout would, before the run begins.
+
+    All prompts of a task that lists them (`every_prompt`, as that of a JSONL file), else the first
+    of both splits.
+
+    Args:
+        task: where they come from.
+        tokenizer: of the policy.
+        policy: what reads them.
+        max_length: longest response, in tokens.
+
+    Raises:
+        ModelError: one line with the prompt's place: it cannot be encoded, or is too long.
+    """
+    if hasattr(task, "every_prompt"):
+        listed = list(task.every_prompt())
+    else:
+        names = [("training", task.train), ("held-out", task.heldout)]
+        listed = [
+            (f"task {task.name}, {split} prompt {index}", make(index).prompt)
+            for split, make in names
+            for index in range(TRIED)
+        ]
+    for start in range(0, len(listed), 1024):
+        part = listed[start : start + 1024]
+        try:
+            _, mask = encode_prompts(tokenizer, [prompt for _, prompt in part])
+        except ModelError:
+            for place, prompt in part:
+                try:
+                    encode_prompts(tokenizer, [prompt])
+                except ModelError as error:
+                    raise ModelError(f"{place}: {error}") from None
+            raise
+        tokens, index = (int(x) for x in mask.sum(1).max(0))
+        what = f"{part[index][0]}: prompt of {tokens} tokens and max_length = {max_length}"
+        refuse_length(policy, tokens + max_length, what)

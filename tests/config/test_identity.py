@@ -1,0 +1,73 @@
+"""Settings that came later leave older runs what they were: their hash, and what they chose."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hmpo.config import to_dict
+from hmpo.config.identity import LATER, RESOLVED, config_hash
+from hmpo.config.reading import load_run_config, run_config
+from hmpo.errors import ConfigError
+from hmpo.run.build import trainer_config
+
+BEFORE = "b647b6f4712d72af35fd0f56dce7c090ebfbd5ffd6d57865cd1e408d5561fab6"
+"""Hash of the default configuration, from before any setting of `LATER` was there."""
+OTHER = {
+    "policy.attention": "eager",
+    "eval.success": 0.5,
+    "trainer.eos_token": [7],
+    "trainer.pad_token": 3,
+    "task.stop": [],
+}
+"""For each setting that came or changed later, a value that is somebody's choice."""
+
+
+def test_the_default_configuration_has_the_hash_that_it_always_had() -> None:
+    assert config_hash(run_config({})) == BEFORE
+
+
+@pytest.mark.parametrize("path", [*LATER, *RESOLVED])
+def test_a_choice_in_a_later_setting_changes_the_hash(path: str) -> None:
+    table, name = path.split(".")
+    assert config_hash(run_config({table: {name: OTHER[path]}})) != BEFORE
+
+
+def test_no_stop_string_is_not_the_tasks_own() -> None:
+    hashes = {config_hash(run_config({"task": {"stop": stop}})) for stop in ([], ["x"])}
+    assert len(hashes | {BEFORE}) == 3
+
+
+def old_config(tmp_path: Path, **changes: Any) -> Path:
+    """A config.json as older runs wrote it."""
+    data = to_dict(run_config({}))
+    del data["policy"]["attention"], data["eval"]["success"]
+    data["trainer"] |= {"eos_token": 2, "pad_token": 0}
+    data["task"]["stop"] = []
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(data | changes))
+    return path
+
+
+def test_an_older_runs_config_reads_as_what_it_meant(tmp_path: Path) -> None:
+    config = load_run_config(old_config(tmp_path))
+    assert config == run_config({})
+    trainer_config(config, eos_token=(5,), pad_token=1, seed=0)
+
+
+def test_a_newer_runs_config_comes_back_as_it_is(tmp_path: Path) -> None:
+    for stop in (None, [], ["x"]):
+        config = run_config({"task": {"stop": stop}} if stop is not None else {})
+        path = tmp_path / "config.json"
+        path.write_text(json.dumps(to_dict(config)))
+        assert load_run_config(path) == config
+
+
+@pytest.mark.parametrize(("name", "value"), [("eos_token", 2), ("pad_token", 0)])
+def test_token_ids_in_toml_are_refused_whatever_they_are(name, value, tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_bytes(b"\xef\xbb\xbf" + f"[trainer]\n{name} = {value}\n".encode())
+    config = load_run_config(path)
+    with pytest.raises(ConfigError, match=rf"^trainer\.{name}: got {value}, expected nothing"):
+        trainer_config(config, **{name: value})
