@@ -9,7 +9,6 @@ checked after every step on a CPU, after every `CHECK_EVERY` steps elsewhere: ro
 between are cut afterwards, and the tokens are the same.
 """
 
-import dataclasses
 import warnings
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -22,7 +21,7 @@ from hmpo.errors import ConfigError, ShapeError, require
 from hmpo.models.evaluation import evaluating
 from hmpo.models.policy import bare_policy, embeddable
 from hmpo.models.probe import refuse_length
-from hmpo.models.tokens import end_token_ids, pad_token_id, vocabulary_size
+from hmpo.models.tokens import end_token_ids, pad_token_id
 from hmpo.sampling.draw import Drawn, draw_in_place
 from hmpo.sampling.engines import Engine, arithmetic, start_engine, takes_fast_decoder
 from hmpo.sampling.graph import GraphDecoder
@@ -128,7 +127,7 @@ def sample_rollout(
     policy = bare_policy(policy)
     if options.stop and tokenizer is None:
         raise ConfigError(f"stop: got {options.stop!r} without a tokenizer, expected one")
-    prompt_ids, options = _fitted(policy, prompt_ids, prompt_mask, options)
+    _check_length(policy, prompt_mask, options)
     if options.temperature > 0 and options.truncates:
         warnings.warn(
             f"top_k={options.top_k}, top_p={options.top_p}: responses come from a truncated "
@@ -287,14 +286,8 @@ def _check_inputs(ids: Tensor, mask: Tensor, group_size: int) -> None:
     require(group_size >= 1, "group_size", group_size, "an integer >= 1")
 
 
-def _fitted(
-    policy: nn.Module, ids: Tensor, mask: Tensor, options: SamplingOptions
-) -> tuple[Tensor, SamplingOptions]:
-    """Prompts and options that the policy can read: padding is embedded, if never seen."""
+def _check_length(policy: nn.Module, mask: Tensor, options: SamplingOptions) -> None:
+    """Refuse prompts that the policy cannot read rightly up to the longest response."""
     longest = int(mask.sum(1).max())
     what = f"prompt of {longest} tokens and max_length = {options.max_length}"
     refuse_length(policy, longest + options.max_length, what)
-    rows = vocabulary_size(policy)
-    if rows is None or options.pad_token < rows:
-        return ids, options
-    return ids.masked_fill(~mask, 0), dataclasses.replace(options, pad_token=0)

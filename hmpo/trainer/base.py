@@ -19,14 +19,14 @@ from torch import Tensor, nn
 from hmpo.config import TrainerConfig
 from hmpo.errors import NonFiniteError, require
 from hmpo.models.evaluation import evaluating
-from hmpo.models.policy import load_trained_state, trained_state
+from hmpo.models.policy import bare_policy, load_trained_state, trained_state
 from hmpo.optim import MuonClip, MuonClipConfig, discard_qk_readings, with_qk_clip
 from hmpo.optim.state import clip_metrics, join_clip_state, split_clip_state
 from hmpo.randomness import keyed_generator
 from hmpo.rewards import Rewards
 from hmpo.stopwatch import section
 from hmpo.trainer.faults import Fault, UpdateCheck, check_update, fault_text, step_fault
-from hmpo.trainer.learning import check_gradients, differentiable
+from hmpo.trainer.learning import check_gradients, check_trainable, differentiable
 from hmpo.trainer.prompts import Prompts, with_tokens
 from hmpo.trainer.rollout import Collected, Collector
 from hmpo.types import Batch, Event, Metrics, MinibatchGradient
@@ -51,6 +51,9 @@ class Trainer(ABC, Generic[C]):
         tokenizer: Any = None,
         stop: Sequence[str] = (),
     ) -> None:
+        policy_model = bare_policy(policy_model)
+        ref_model = None if ref_model is None else bare_policy(ref_model)
+        check_trainable(policy_model, optimizer)
         config = with_tokens(config, policy_model, tokenizer, stop)
         self.policy, self.ref, self.config = policy_model, ref_model, config
         self.device = next(policy_model.parameters()).device
