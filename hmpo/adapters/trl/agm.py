@@ -63,8 +63,6 @@ class AGMCallback(TrainerCallback):
             return
         path = Path(self.trainer.resumed_from) / STATE_FILE
         if not path.is_file():
-            if self.trainer.telemetry.sink is not None:
-                self.trainer.telemetry.sink.close()
             raise CheckpointError(
                 f"{path}: missing, expected the state of the controllers; resume from a checkpoint "
                 "of a run with this callback, or without it"
