@@ -152,5 +152,9 @@ def pretended_gpu() -> Iterator[torch.device]:
 
     Inference mode is no more than the absence of gradients here: wrapped tensors know no other.
     """
-    with mock.patch.object(torch, "inference_mode", torch.no_grad), _Numbers(), _Operations():
+
+    def inference_mode(mode: bool = True):
+        return torch.no_grad() if mode else contextlib.nullcontext()
+
+    with mock.patch.object(torch, "inference_mode", inference_mode), _Numbers(), _Operations():
         yield DEVICE

@@ -70,6 +70,16 @@ def renew(module: nn.Module) -> None:
         found.exchange(module)
 
 
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether somebody other than `intercept` has replaced the module's forward pass."""
+    own = vars(module)
+    if "forward" not in own:
+        return False
+    replaced = own.get(REPLACED, {})
+    ours = "forward" in replaced and replaced["forward"] is None and _is_copy(own["forward"])
+    return not ours
+
+
 class _Interception:
     """One module's exchanged forward pass, and how many users need it. It holds no module."""
 

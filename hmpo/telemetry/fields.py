@@ -1,9 +1,8 @@
 """The one table of everything hmpo logs: name, type, unit, range, definition, producer.
 
 Validator, JSON Schema, TRL aliases and docs/metrics.md are made from `FIELDS`; a metric that has
-no row here cannot be logged. A row names the module (or room) that writes it, which
-`tests/telemetry/test_producers.py` checks. After a change run
-`python scripts/make_metrics_page.py`.
+no row here cannot be logged. A row names the module (or room) that writes it, which a test
+checks. After a change run `python scripts/make_metrics_page.py`.
 
 "token mean" is the sum over all valid response tokens divided by their number; "response mean"
 is the mean over responses of one value each. d is the token log ratio, logprob - old_logprob;
