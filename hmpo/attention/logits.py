@@ -56,6 +56,14 @@ class AttentionCall:
         return self.query.nbytes + self.key.nbytes + (0 if self.lse is None else self.lse.nbytes)
 
 
+@dataclass(frozen=True, eq=False, kw_only=True)
+class SeenScores:
+    """An attention call of which the logits themselves were seen, as they went into a softmax."""
+
+    maxima: Float[Tensor, " H"]
+    """Largest visible logit of each query head, float32; -inf without a visible pair."""
+
+
 def visible_pairs(mask: Tensor) -> Tensor:
     """The pairs that a mask lets through."""
     return mask if mask.dtype == torch.bool else mask > MASKED_BELOW

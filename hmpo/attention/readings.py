@@ -6,7 +6,7 @@ Cheapest first, each only for what the one before leaves above tau:
 2. "norms": Cauchy-Schwarz from the row norms of queries and keys;
 3. "lse": the log-sum-exp that the attention kernel computed anyway;
 4. "exact": the maximum itself, by branch and bound over the log-sum-exps, or block by block;
-   "projections" where only projections can be read.
+   "projections" where only projections can be read, in compiled graphs outside the interface.
 
 On an accelerator asking which heads are left would stall the queue, so calls are kept, within a
 budget, until the step asks once for all layers.
@@ -22,7 +22,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from hmpo.attention.gain_bound import GainBound
-from hmpo.attention.logits import AttentionCall, exact_max, logit_bound, real_rows, unmasked_bound
+from hmpo.attention.logits import (
+    AttentionCall,
+    SeenScores,
+    exact_max,
+    logit_bound,
+    real_rows,
+    unmasked_bound,
+)
 from hmpo.attention.lse import kernel_error, lse_bound, reduced_precision
 from hmpo.attention.search import max_by_lse
 from hmpo.stopwatch import section
@@ -79,7 +86,7 @@ class Reading:
         self.weights = weights
         """The bound from the weights, or None."""
         self.projected = projected
-        """Are calls read from projections? Their maxima are then no exact logits."""
+        """Are calls of compiled graphs read from projections? Their maxima are no exact logits."""
         self.settled = False
         """Did the weights' bound certify every head when the host last looked?"""
         self.kept: list[KeptCall] = []
@@ -100,12 +107,14 @@ class Reading:
         """Maxima of the bounds of the rest."""
 
     @torch.no_grad()
-    def record(self, call: AttentionCall) -> None:
+    def record(self, call: AttentionCall | SeenScores) -> None:
         """Take one call in."""
         began = time.perf_counter()
         with section("qk_clip"):
-            if self.source == "exact" or (self.source == "auto" and _cheap(call)):
-                self._add_exact(exact_max(call))
+            if isinstance(call, SeenScores):
+                self._add_exact(call.maxima)
+            elif self.source == "exact" or (self.source == "auto" and _cheap(call)):
+                self._add_exact(exact_max(call), borrowed=call.borrowed)
             elif not self._by_weights(call):
                 self._by_activations(call)
         self.seconds += time.perf_counter() - began
@@ -144,7 +153,7 @@ class Reading:
         elif not call.borrowed and self.budget.take(call.nbytes):
             self.kept.append(KeptCall(over=over, slack=slack, call=call))
         else:
-            self._add_exact(exact_max(call))
+            self._add_exact(exact_max(call), borrowed=call.borrowed)
             return False
         return True
 
@@ -160,15 +169,16 @@ class Reading:
             values, _ = max_by_lse(call, heads, slack)
         maxima = torch.full((self.heads,), -torch.inf, device=call.query.device)
         maxima[there] = values
-        self._add_exact(maxima, len(heads))
+        self._add_exact(maxima, len(heads), borrowed=call.borrowed)
         self.tiers.subtract({"norms" if call.lse is None else "lse": len(heads)})
 
-    def _add_exact(self, maxima: Tensor, heads: int | None = None) -> None:
-        if self.projected:
+    def _add_exact(self, maxima: Tensor, heads: int | None = None, borrowed: bool = False) -> None:
+        projected = self.projected and borrowed
+        if projected:
             self.bound = torch.maximum(self.bound.to(maxima.device), maxima)
         else:
             self.exact = torch.maximum(self.exact.to(maxima.device), maxima)
-        tier = "projections" if self.projected else "exact"
+        tier = "projections" if projected else "exact"
         self.tiers[tier] += self.heads if heads is None else heads
 
     def _add_bound(self, bound: Tensor, tier: str) -> None:

@@ -20,17 +20,17 @@ import torch
 from torch import Tensor, nn
 
 from hmpo.attention.interface import intercept
-from hmpo.attention.logits import AttentionCall
+from hmpo.attention.logits import AttentionCall, SeenScores
 from hmpo.attention.lse import call_with_lse, rows_of
 from hmpo.attention.packed import unpacking
 from hmpo.errors import ModelError
 
-Listener = Callable[[AttentionCall], None]
+Listener = Callable[[AttentionCall | SeenScores], None]
 
 _listeners: dict[int, list[Listener]] = {}
 """By id of the module, which a compiler can look up; a module that dies takes its entry along."""
 _finalizers: dict[int, weakref.finalize] = {}
-_captured: dict[int, list[AttentionCall]] = {}
+_captured: dict[int, list[AttentionCall | SeenScores]] = {}
 """By id of a module that is run once more, the calls it makes."""
 _without_gradient = False
 """Are passes without gradients recorded now?"""
@@ -113,17 +113,22 @@ def listener_count() -> int:
 
 
 @contextmanager
-def capture_calls(module: nn.Module) -> Iterator[list[AttentionCall]]:
+def capture_calls(module: nn.Module) -> Iterator[list[Any]]:
     """The attention calls that `module`, which must have a listener, makes without gradients.
 
     They go to this list alone, not to the listeners.
     """
-    calls: list[AttentionCall] = []
+    calls: list[AttentionCall | SeenScores] = []
     _captured[id(module)] = calls
     try:
         yield calls
     finally:
         del _captured[id(module)]
+
+
+def captures(module: nn.Module) -> list[Any] | None:
+    """The list of `capture_calls` for this module, where one is being filled."""
+    return _captured.get(id(module))
 
 
 def _forget_module(module_id: int) -> None:
@@ -206,7 +211,7 @@ def notify_compiled(
     torch.ops.hmpo.observe_logits(query, key, mask, _pulse, scale, causal, module_id)
 
 
-def notify(module_id: int, call: AttentionCall) -> None:
+def notify(module_id: int, call: AttentionCall | SeenScores) -> None:
     """Hand a call to the listeners of the module with this `id`."""
     for listener in tuple(_listeners.get(module_id, ())):
         listener(call)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from hmpo.attention import readings as tiers
 from hmpo.attention.gain_bound import gain_bound
-from hmpo.attention.hooks import listen_outside
+from hmpo.attention.hooks import computes_attention, listen_outside
 from hmpo.attention.inputs import InputHook, InputStore
 from hmpo.attention.interface import renew
 from hmpo.attention.readings import SOURCES, Budget, Reading, resolve, settle, to_host
@@ -46,8 +46,8 @@ class MaxLogits:
     value: Float[Tensor, " H"]
     """Largest logit of each query head, or an upper bound of it; -inf where nothing was read."""
     exact: Bool[Tensor, " H"]
-    """True where `value` is the maximum itself, False where it is an upper bound (or, for the
-    layers in `LogitTracker.projected`, the maximum before a rotary embedding)."""
+    """True where `value` is the maximum itself, False where it is an upper bound (or, in a compiled
+    layer of `LogitTracker.projected`, the maximum before a rotary embedding)."""
 
 
 class LogitTracker:
@@ -80,8 +80,9 @@ class LogitTracker:
         self.unread: list[str]
         """Attention modules that cannot be read, as "name: reason"."""
         self.projected: list[str]
-        """Layers read from the outputs of their projections: before any rotary embedding, with
-        every pair of tokens counted. Without such an embedding that is an upper bound."""
+        """Layers outside the shared attention functions. They are read where they compute their
+        softmax; inside compiled graphs from the outputs of their projections, before any rotary
+        embedding and with every pair of tokens counted."""
         self.tiers: Counter[str] = Counter()
         """Readings (one per call and head) of the last `consume()` by tier, on this rank."""
         self.seconds = 0.0
@@ -107,7 +108,7 @@ class LogitTracker:
         for line in self.unread:
             logger.warning("attention not read, QK-clip cannot act here: %s", line)
         for name in self.projected:
-            logger.info("logits of %s are read from its projections, before any rotation", name)
+            logger.info("logits of %s are read at its own softmax, if it computes one", name)
         if not self.sites and not self.unread:
             logger.warning("no attention found in %s: nothing to read", type(model).__name__)
 
@@ -115,6 +116,13 @@ class LogitTracker:
     def model(self) -> nn.Module | None:
         """The model, or None once it is gone; the tracker does not keep it alive."""
         return self._model()
+
+    @property
+    def unseen(self) -> list[str]:
+        """Layers that ran without computing a softmax of queries and keys: no logits are there."""
+        outside = [site for site in self.sites if site.tap == "projections"]
+        modules = {site.name: site.module() for site in outside}
+        return [n for n, m in modules.items() if m is not None and computes_attention(m) is False]
 
     def watch_inputs(self, site: AttentionSite) -> None:
         """Keep what the layer is called with in `inputs` from now on; once is enough."""

@@ -1,18 +1,25 @@
 """`hmpo doctor`: versions and devices, and what MuonClip finds in a model."""
 
 import itertools
+import logging
 import re
 
+import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from hmpo.attention.hooks import UNSEEN
 from hmpo.attention.sites import AttentionSite, ClipTarget, find_sites
+from hmpo.attention.tap import record_without_gradient
+from hmpo.attention.tracker import LogitTracker
 from hmpo.config import PolicyConfig
 from hmpo.models import load_policy
 from hmpo.optim import describe_groups, split_param_groups
 from hmpo.optim.adapter_clip import adapter_target
 from hmpo.run.environment import describe_environment
+
+logger = logging.getLogger(__name__)
 
 
 def show(model: str | None, *, split: bool = False) -> int:
@@ -66,6 +73,8 @@ def attention_rows(model: nn.Module) -> list[tuple[str, str, str]]:
     "rows of q and k, head by head").
     """
     sites, missed = find_sites(model)
+    missed += [f"{name}: {UNSEEN}" for name in _unseen(model)]
+    sites = [s for s in sites if not any(line.startswith(f"{s.name}: ") for line in missed)]
     rows = [(s.name, f"{s.heads} query, {s.kv_heads} key", _how(s)) for s in sites]
     for line in missed:
         name, _, reason = line.partition(": ")
@@ -76,6 +85,16 @@ def attention_rows(model: nn.Module) -> list[tuple[str, str, str]]:
         name = f"{first[0]} to {rest[-1][0]} ({len(rest) + 1})" if rest else first[0]
         merged.append((name, *first[1:]))
     return merged
+
+
+def _unseen(model: nn.Module) -> list[str]:
+    """Layers that compute no attention, as a few tokens show; none where the model refuses them."""
+    with LogitTracker(model) as tracker, torch.no_grad(), record_without_gradient():
+        try:
+            model(input_ids=torch.tensor([[0, 1, 2]], device=next(model.parameters()).device))
+        except Exception as error:  # a model may refuse anything; the first update will tell
+            logger.info("%s ran no example: %s", type(model).__name__, error)
+        return tracker.unseen
 
 
 def _how(site: AttentionSite) -> str:

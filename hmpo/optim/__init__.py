@@ -1,17 +1,18 @@
 """Muon, and QK-clip for any optimizer. Why it is hard: README.md beside this file."""
 
 from hmpo.attention.tracker import LogitTracker, MaxLogits
+from hmpo.optim.clip_stats import ClipStats
+from hmpo.optim.clipper import MuonClipConfig
 from hmpo.optim.muon import Muon
 from hmpo.optim.muon_clip import (
     MuonClip,
-    MuonClipConfig,
     detach_qk_clip,
     discard_qk_readings,
     qk_clip_stats,
     with_qk_clip,
 )
 from hmpo.optim.param_groups import MuonWithAdamW, describe_groups, split_param_groups
-from hmpo.optim.qk_clip import ClipStats, QKClip
+from hmpo.optim.qk_clip import QKClip
 
 __all__ = [
     "ClipStats",

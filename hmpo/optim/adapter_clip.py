@@ -157,7 +157,7 @@ def _run_again(
 ) -> list[tuple[AttentionCall, AttentionCall]] | str:
     """Each call without and with the adapter; a packed sequence makes several."""
     with ExitStack() as stack:
-        stack.enter_context(_evaluating(module))
+        stack.enter_context(evaluating(module))
         on = kept.autocast is not None
         stack.enter_context(torch.autocast(kept.device, dtype=kept.autocast, enabled=on))
         with capture_calls(module) as calls:
@@ -172,7 +172,7 @@ def _run_again(
 
 
 @contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
+def evaluating(module: nn.Module) -> Iterator[None]:
     """Dropout off, so that nothing is random and no random number is used up."""
     modes = [(part, part.training) for part in module.modules()]
     for part, _ in modes:

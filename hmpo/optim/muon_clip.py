@@ -6,101 +6,24 @@ exception in the step or in the clip reaches the caller; no step is ever repeate
 
 import logging
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
-import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from hmpo.attention.readings import SOURCES
-from hmpo.attention.tracker import LogitTracker
 from hmpo.errors import ConfigError, ModelError, require
-from hmpo.optim.adapter_clip import LORA_RULES
+from hmpo.optim.clip_stats import ClipStats
+from hmpo.optim.clipper import Clipper, MuonClipConfig
 from hmpo.optim.param_groups import MuonWithAdamW, split_param_groups
-from hmpo.optim.qk_clip import GQA_RULES, ClipStats, Masters, QKClip
-from hmpo.stopwatch import section
+from hmpo.optim.qk_clip import Masters
 
 AnyOptimizer = TypeVar("AnyOptimizer", bound=Optimizer)
 logger = logging.getLogger(__name__)
 STATE_KEY = "qk_clip"
 """Key of the clip's state inside an optimizer's `state_dict()`."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class MuonClipConfig:
-    """Settings of QK-clip."""
-
-    max_qk_score: float = 100.0
-    """Threshold tau on a head's largest attention logit (softmax input, natural units)."""
-    alpha: float = 0.5
-    """Share of the queries in a scaling, in [0, 1]."""
-    gqa: Literal["balanced", "query", "group"] = "balanced"
-    """Query heads that share a key head: "balanced" scales both sides and "query" queries only,
-    each head by its own factor; "group" scales all heads of a group by the smallest."""
-    source: Literal["auto", "lse", "exact", "bound"] = "auto"
-    """Where readings come from, see `LogitTracker`."""
-    scale_frozen: bool = False
-    """Also scale weights that are not trained: the base under LoRA, frozen gains. They have to be
-    saved with the adapter then. False: such layers are reported and left alone."""
-    lora: Literal["adapter", "report"] = "adapter"
-    """LoRA over a frozen base: "adapter" shrinks the adapter alone, as far as the base allows, and
-    keeps the inputs of layers near the threshold from one step to the next (tokens x hidden width
-    each, 1 GiB at most); "report" leaves the layer alone and keeps nothing."""
-    weight_norm_fallback: bool = False
-    """Clip layers whose logits cannot be read by an upper bound from their weights. It shrinks
-    healthy layers too; each use is counted in `ClipStats.fallbacks` and warned about once."""
-
-    def __post_init__(self) -> None:
-        tau = self.max_qk_score
-        require(0 < tau < torch.inf, "max_qk_score", tau, "a finite number > 0")
-        require(0 <= self.alpha <= 1, "alpha", self.alpha, "a number in [0, 1]")
-        require(self.gqa in GQA_RULES, "gqa", self.gqa, " or ".join(map(repr, GQA_RULES)))
-        require(self.source in SOURCES, "source", self.source, " or ".join(map(repr, SOURCES)))
-        require(self.lora in LORA_RULES, "lora", self.lora, " or ".join(map(repr, LORA_RULES)))
-        for name in ("scale_frozen", "weight_norm_fallback"):
-            require(isinstance(getattr(self, name), bool), name, getattr(self, name), "a bool")
-
-
-class _Clipper:
-    """QK-clip of one model with what has to survive a checkpoint."""
-
-    def __init__(
-        self, model: nn.Module, config: MuonClipConfig, masters: Masters | None = None
-    ) -> None:
-        self.config = config
-        self.tracker = LogitTracker(model, config.max_qk_score, config.source)
-        self.clip = QKClip(
-            self.tracker,
-            config.max_qk_score,
-            config.alpha,
-            config.gqa,
-            scale_frozen=config.scale_frozen,
-            lora=config.lora,
-            fallback=config.weight_norm_fallback,
-            masters=masters,
-        )
-        self.stats: ClipStats | None = None
-        self.steps = 0
-
-    def apply(self) -> None:
-        with section("qk_clip"):
-            self.stats = self.clip.apply()
-        self.steps += 1
-
-    def state(self) -> dict[str, Any]:
-        stats: dict[str, Any] | None = None
-        if self.stats is not None:
-            stats = self.stats.state()
-        return {"steps": self.steps, "readings": self.tracker.state_dict(), "stats": stats}
-
-    def load(self, state: Mapping[str, Any]) -> None:
-        self.tracker.load_state_dict(state["readings"])
-        self.steps = int(state["steps"])
-        stats: dict[str, Any] | None = state["stats"]
-        self.stats = None if stats is None else ClipStats.from_state(stats)
 
 
 class MuonClip(Optimizer):
@@ -195,7 +118,7 @@ class MuonClip(Optimizer):
                     "attached one; call detach() first"
                 )
             self.detach()
-        clipper = _Clipper(model, self.config, masters)
+        clipper = Clipper(model, self.config, masters)
         if self._loaded is not None:
             clipper.load(self._loaded)
         self._clipper, self._loaded = clipper, None
@@ -203,7 +126,7 @@ class MuonClip(Optimizer):
     def detach(self) -> None:
         """Stop reading and clipping; calling it twice does no harm."""
         if self._clipper is not None:
-            self._clipper.tracker.close()
+            self._clipper.close()
         self._clipper = None
 
     @property
@@ -281,7 +204,7 @@ class MuonClip(Optimizer):
         return {"base": self.base, "config": self.config, "_loaded": clip}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._clipper: _Clipper | None = None
+        self._clipper: Clipper | None = None
         self._loaded: dict[str, Any] | None = None
         self._warned = False
         super().__setstate__(state)
@@ -291,7 +214,7 @@ class MuonClip(Optimizer):
 class _Attachment:
     """The hooks of `with_qk_clip` on one optimizer. It must not hold the optimizer."""
 
-    clipper: _Clipper
+    clipper: Clipper
     handles: list[RemovableHandle]
 
     def after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -314,7 +237,7 @@ class _Attachment:
     def close(self) -> None:
         for handle in self.handles:
             handle.remove()
-        self.clipper.tracker.close()
+        self.clipper.close()
 
 
 _attached: weakref.WeakKeyDictionary[Optimizer, _Attachment] = weakref.WeakKeyDictionary()
@@ -358,7 +281,7 @@ def with_qk_clip(
                 "attached one; call detach_qk_clip(optimizer) first"
             )
         detach_qk_clip(optimizer)
-    attachment = _Attachment(_Clipper(model, config, masters), [])
+    attachment = _Attachment(Clipper(model, config, masters), [])
     attachment.handles = [
         optimizer.register_step_post_hook(attachment.after_step),
         optimizer.register_state_dict_post_hook(attachment.after_state_dict),

@@ -11,15 +11,15 @@ import functools
 import logging
 import math
 import time
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hmpo.attention.hooks import UNSEEN
 from hmpo.attention.inputs import KeptInput
 from hmpo.attention.sites import AttentionSite, ClipTarget, HeadRows, Scope, hidden_sites
 from hmpo.attention.tracker import LogitTracker, MaxLogits, smallest_of_ranks
@@ -32,72 +32,19 @@ from hmpo.optim.adapter_clip import (
     clip_adapter,
     left_alone,
 )
+from hmpo.optim.clip_stats import ClipStats, stats_of
+from hmpo.optim.obedience import DISOBEYS, ObedienceCheck
 
 logger = logging.getLogger(__name__)
 
 INPUTS_KEPT_ABOVE = 0.5
 """Part of tau above which a layer's inputs are kept: below, it would have to double in one step."""
+CHECKED_ABOVE = 0.5
+"""Part of tau above which a layer is asked whether it obeys, before it has to;
+after each clip it is asked again."""
 GQA_RULES = ("balanced", "query", "group")
 Masters = Callable[[Tensor], Tensor | None]
 """Gives the float32 copy that an optimizer keeps of a parameter, of the same shape, or None."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ClipStats:
-    """What one clip saw and did. Logits are those of the weights before the optimizer step."""
-
-    max_logit: float
-    """Largest finite logit over all heads; NaN if nothing was read."""
-    max_by_layer: dict[str, float]
-    """The same for each layer that was read."""
-    max_by_head: dict[str, tuple[float, ...]]
-    """The reading of each head of each layer, finite or not."""
-    heads: int
-    """Query heads watched."""
-    exact_heads: int
-    """Heads whose maximum is known exactly."""
-    bound_heads: int
-    """Heads of which an upper bound is known."""
-    unread_heads: int
-    """Heads with no reading: no forward pass with gradients ran since the last clip."""
-    nonfinite: int
-    """Heads whose reading is NaN or +inf; they are never scaled."""
-    negative: int
-    """Heads whose largest logit is below 0; they are never scaled."""
-    clipped_heads: int
-    """Heads above tau that were scaled."""
-    missed_heads: int
-    """Heads above tau that could not be scaled, see `unclippable`."""
-    clip_rate: float
-    """clipped_heads / heads, 0 without heads."""
-    min_scale: float
-    """Smallest gamma applied; 1 if none was."""
-    unclippable: tuple[str, ...]
-    """Attention layers where QK-clip cannot act, as "name: reason"."""
-    tiers: dict[str, int] = field(default_factory=dict)
-    """Readings (one for each forward pass and head) by what settled them, see `LogitTracker`."""
-    fallbacks: tuple[str, ...] = ()
-    """Layers that nobody can read, scaled by a bound from their weights where that is allowed."""
-    reread_heads: int = 0
-    """Heads above tau in layers with LoRA that, run again without dropout, are not above it."""
-    seconds: float = field(default=0.0, compare=False)
-    """Host time of the clip and of the readings it used; not part of the state."""
-
-    def state(self) -> dict[str, Any]:
-        """Plain containers, for a checkpoint."""
-        state = dataclasses.asdict(self)
-        del state["seconds"]
-        for name in ("unclippable", "fallbacks"):
-            state[name] = [*state[name]]
-        return state | {"max_by_head": {k: [*v] for k, v in self.max_by_head.items()}}
-
-    @classmethod
-    def from_state(cls, state: dict[str, Any]) -> "ClipStats":
-        """What `state()` gave."""
-        texts = {name: tuple(state[name]) for name in ("unclippable", "fallbacks")}
-        heads = {name: tuple(row) for name, row in state["max_by_head"].items()}
-        values: dict[str, Any] = state | texts | {"max_by_head": heads}
-        return cls(**values)
 
 
 def head_factors(
@@ -186,12 +133,19 @@ class QKClip:
         self.lora = lora
         self.fallback, self.masters = fallback, masters
         self._warned: set[str] = set()
+        self.obedient: dict[str, bool] = {}
+        """Layers that came near tau, and whether their logits follow their weights."""
+        self._checks: dict[str, ObedienceCheck] = {}
         self._adapters(self._targets())
 
     def apply(self) -> ClipStats:
         """Consume the readings, scale, and report what was done. One wait for the device."""
         start = time.perf_counter()
         targets, inputs = self._targets(), self.tracker.inputs.take()
+        self._settle_checks()
+        targets |= dict.fromkeys(self.tracker.unseen, UNSEEN)
+        targets |= dict.fromkeys([n for n, obeys in self.obedient.items() if not obeys], DISOBEYS)
+        self._warn("QK-clip cannot act", [f"{name}: {UNSEEN}" for name in self.tracker.unseen])
         adapters = self._adapters(targets)
         readings = self.tracker.consume()
         clippable = [
@@ -202,12 +156,15 @@ class QKClip:
         bounded = self._bounded() if self.fallback else []
         adapted = self._adapted(adapters, readings, inputs)
         self._scale([*clippable, *bounded])
+        known = self.obedient
+        least = {site.name: 1.0 if site.name in known else CHECKED_ABOVE for site, *_ in clippable}
+        self.ask(s.name for s, value, _ in clippable if self._is_over(value, least[s.name]))
         for name, clip in adapted.items():
             for rows, factors in clip.rows(adapters[name]):
                 self._multiply(rows, factors)
         reasons = {name: t for name, t in targets.items() if isinstance(t, str)}
         reasons = {name: why for name, why in reasons.items() if name not in adapters}
-        stats = _stats(readings, reasons, adapted, self.tracker.unread, self.tau)
+        stats = stats_of(readings, reasons, adapted, self.tracker.unread, self.tau)
         if stats.missed_heads:
             self._warn("a logit exceeds tau but QK-clip cannot act", stats.unclippable)
         used = tuple(site.name for site, bound, _ in bounded if bool((bound > self.tau).any()))
@@ -215,6 +172,46 @@ class QKClip:
         seconds = time.perf_counter() - start + self.tracker.seconds
         tiers = dict(self.tracker.tiers)
         return dataclasses.replace(stats, tiers=tiers, fallbacks=used, seconds=seconds)
+
+    def ask(self, names: Iterable[str]) -> None:
+        """Check at their next forward pass whether these layers obey."""
+        sites = {site.name: site for site in self.tracker.sites if site.tap != "multihead"}
+        for name in names:
+            if name in sites and name not in self._checks:
+                check = ObedienceCheck(sites[name], self.scope, self._halve)
+                self._checks[name] = check
+                weakref.finalize(self, check.remove)
+
+    @property
+    def asked(self) -> list[str]:
+        """Layers whose check is still to come."""
+        return [*self._checks]
+
+    def stop(self) -> None:
+        """Ask no layer any more."""
+        for check in self._checks.values():
+            check.remove()
+        self._checks.clear()
+
+    def _is_over(self, value: Tensor, part: float) -> bool:
+        return bool((value.isfinite() & (value > self.tau * part)).any())
+
+    def _halve(self, site: AttentionSite, target: ClipTarget) -> Iterator[tuple[HeadRows, Tensor]]:
+        return self._factors(site, target, torch.full((site.heads,), 0.5, dtype=torch.float64))
+
+    def _settle_checks(self) -> None:
+        """Take the answers in; ranks agree: one that saw a layer disobey decides."""
+        if not self._checks:
+            return
+        answers = [check.obeys for check in self._checks.values()]
+        marks = torch.tensor([2.0 if answer is None else float(answer) for answer in answers])
+        marks = smallest_of_ranks(marks, self.tracker.group)
+        for name, mark in zip([*self._checks], marks.tolist(), strict=True):
+            if mark < 2:
+                self._checks.pop(name).remove()
+                self.obedient[name] = mark == 1
+        lines = [f"{name}: {DISOBEYS}" for name, obeys in self.obedient.items() if not obeys]
+        self._warn("QK-clip cannot act", lines)
 
     def _bounded(self) -> list[tuple[AttentionSite, Tensor, ClipTarget]]:
         """Layers that nobody can read, with the bound of their logits where there is one."""
@@ -316,47 +313,3 @@ def gammas(value: Float[Tensor, " H"], tau: float) -> Float[Tensor, " H"]:
 
 def _identity(target: ClipTarget) -> tuple:
     return tuple(rows.key for rows in target.rows)
-
-
-def _stats(
-    readings: dict[str, MaxLogits],
-    reasons: dict[str, str],
-    adapted: dict[str, AdapterClip],
-    unread: list[str],
-    tau: float,
-) -> ClipStats:
-    values = {name: r.value.tolist() for name, r in readings.items()}
-    exact = [known for r in readings.values() for known in r.exact.tolist()]
-    able, reread = [], []
-    for name, row in values.items():
-        clip = adapted.get(name)
-        able += [name not in reasons] * len(row) if clip is None else clip.clipped.tolist()
-        reread += [False] * len(row) if clip is None else clip.reread.tolist()
-    reasons = reasons | {name: clip.reason for name, clip in adapted.items() if clip.reason}
-    flat = [value for row in values.values() for value in row]
-    finite, over = [math.isfinite(v) for v in flat], [math.isfinite(v) and v > tau for v in flat]
-    clipped = [v for v, high, can in zip(flat, over, able, strict=True) if high and can]
-    missed = [h and not (can or r) for h, can, r in zip(over, able, reread, strict=True)]
-    silent = flat.count(-math.inf)
-    by_layer = {name: _largest(row) for name, row in values.items()}
-    return ClipStats(
-        max_logit=_largest(flat),
-        max_by_layer={name: top for name, top in by_layer.items() if not math.isnan(top)},
-        max_by_head={name: tuple(row) for name, row in values.items()},
-        heads=len(flat),
-        exact_heads=sum(f and e for f, e in zip(finite, exact, strict=True)),
-        bound_heads=sum(f and not e for f, e in zip(finite, exact, strict=True)),
-        unread_heads=silent,
-        nonfinite=len(flat) - sum(finite) - silent,
-        negative=sum(f and v < 0 for f, v in zip(finite, flat, strict=True)),
-        clipped_heads=len(clipped),
-        missed_heads=sum(missed),
-        reread_heads=sum(map(bool, reread)),
-        clip_rate=len(clipped) / max(1, len(flat)),
-        min_scale=tau / max(clipped) if clipped else 1.0,
-        unclippable=(*unread, *(f"{name}: {why}" for name, why in reasons.items())),
-    )
-
-
-def _largest(values: Iterable[float]) -> float:
-    return max((v for v in values if math.isfinite(v)), default=math.nan)

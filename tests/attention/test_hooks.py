@@ -9,9 +9,10 @@ import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.testing import assert_close
+from transformers import GPTNeoConfig, GPTNeoForCausalLM
 
 from hmpo.attention import readings
-from hmpo.optim import LogitTracker, MuonClipConfig, with_qk_clip
+from hmpo.optim import LogitTracker, MuonClipConfig, qk_clip_stats, with_qk_clip
 from tests.attention.apart import run_apart
 from tests.optim.tiny import middle
 from tests.oracles.attention_logits import max_logits
@@ -42,13 +43,18 @@ class Attention(nn.Module):
         return self.out(y.transpose(1, 2).flatten(2))
 
 
-def all_pairs(module, x):
+def visible_pairs(module, x):
+    """The logits that the module's softmax sees."""
+    return all_pairs(module, x, causal=True)
+
+
+def all_pairs(module, x, causal=False):
     """Every pair's logit by the loops of the oracle."""
     query, key = (
         getattr(module, name)(x).unflatten(-1, (-1, 4)).transpose(1, 2) for name in module.names
     )
     keep = torch.ones(x.shape[:2], dtype=torch.bool)
-    return max_logits(query.detach(), key.detach(), keep, 0.5, causal=False)
+    return max_logits(query.detach(), key.detach(), keep, 0.5, causal=causal)
 
 
 @pytest.fixture
@@ -58,7 +64,7 @@ def x():
 
 @pytest.mark.parametrize("keys_first", [False, True])
 @pytest.mark.parametrize("names", NAMES)
-def test_plain_modules_are_read_from_their_projections(names, keys_first, x):
+def test_plain_modules_are_read_where_they_attend(names, keys_first, x):
     torch.manual_seed(0)
     model = nn.Sequential(Attention(names, keys_first), Attention(names, keys_first))
     with LogitTracker(model) as tracker:
@@ -68,9 +74,9 @@ def test_plain_modules_are_read_from_their_projections(names, keys_first, x):
             model(x)
         assert all((r.value == -torch.inf).all() for r in tracker.consume().values())
     assert list(found) == tracker.projected == ["0", "1"]
-    assert not found["0"].exact.any(), "a projection's maximum is no exact logit"
-    assert_close(found["0"].value.double(), all_pairs(model[0], x), rtol=1e-5, atol=0)
-    inner = all_pairs(model[1], model[0](x).detach())
+    assert found["0"].exact.all()
+    assert_close(found["0"].value.double(), visible_pairs(model[0], x), rtol=1e-5, atol=0)
+    inner = visible_pairs(model[1], model[0](x).detach())
     assert_close(found["1"].value.double(), inner, rtol=1e-5, atol=1e-6)
 
 
@@ -81,7 +87,7 @@ def test_head_width_is_taken_from_hints(hints, x):
         model(x)
         (reading,) = tracker.consume().values()
     assert tracker.sites[0].kv_heads == 2
-    assert_close(reading.value.double(), all_pairs(model, x), rtol=1e-5, atol=0)
+    assert_close(reading.value.double(), visible_pairs(model, x), rtol=1e-5, atol=0)
 
 
 def test_head_width_is_taken_from_the_models_config(x):
@@ -117,14 +123,14 @@ def test_projected_bound_covers_a_rotation(monkeypatch, x):
 def test_plain_module_is_clipped(x):
     torch.manual_seed(0)
     model = Attention()
-    before = all_pairs(model, x)
+    before = visible_pairs(model, x)
     tau = middle(before)
     optimizer = with_qk_clip(
         torch.optim.SGD(model.parameters(), lr=0.0), model, MuonClipConfig(max_qk_score=tau)
     )
     model(x).sum().backward()
     optimizer.step()
-    assert_close(all_pairs(model, x), before.clamp_max(tau), rtol=1e-4, atol=0)
+    assert_close(visible_pairs(model, x), before.clamp_max(tau), rtol=1e-4, atol=0)
 
 
 COMPILED = """
@@ -248,14 +254,116 @@ def test_layers_of_torch_transformers_are_found(x):
     assert all(r.value.isfinite().all() for r in found.values())
 
 
-def test_gptj_is_said_to_be_read_before_its_rotation():
+def test_gptj_is_read_after_its_rotation():
     from transformers import GPTJConfig, GPTJForCausalLM
 
     config = GPTJConfig(vocab_size=32, n_embd=32, n_layer=2, n_head=4, rotary_dim=4, n_positions=32)
     model = GPTJForCausalLM(config)
     ids = torch.randint(0, 32, (2, 6))
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6])
     with LogitTracker(model) as tracker:
-        model(input_ids=ids)
+        true = softmax_maxima(model, ids, mask)
         found = tracker.consume()
     assert len(found) == 2 and tracker.projected == [*found]
-    assert all(r.value.isfinite().all() and not r.exact.any() for r in found.values())
+    for reading, wanted in zip(found.values(), true, strict=True):
+        assert reading.exact.all()
+        assert_close(reading.value, wanted, rtol=1e-6, atol=0)
+
+
+def softmax_maxima(model, ids, mask):
+    """What a spy on torch's softmax sees of real tokens, for each call, in float64."""
+    maxima = []
+    softmax = nn.functional.softmax
+
+    def spy(x, dim=None, **options):
+        real = mask.bool()[:, None, :, None] & mask.bool()[:, None, None, :]
+        seen = real & torch.ones(x.shape[-2:], dtype=torch.bool).tril()
+        maxima.append(x.detach().masked_fill(~seen, -torch.inf).amax((0, 2, 3)))
+        return softmax(x, dim, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nn.functional, "softmax", spy)
+        model(input_ids=ids, attention_mask=mask)
+    return maxima
+
+
+@pytest.mark.parametrize("padding", [False, True])
+def test_gpt_neos_logits_are_those_its_softmax_sees_and_are_clipped(padding):
+    # It has no scaling: by head_dim ** -0.5 they were read 8 times too low.
+    config = GPTNeoConfig(
+        vocab_size=61,
+        hidden_size=128,
+        num_layers=2,
+        num_heads=2,
+        attention_types=[[["global", "local"], 1]],
+        window_size=4,
+        intermediate_size=64,
+        max_position_embeddings=32,
+        attention_dropout=0.0,
+        embed_dropout=0.0,
+        resid_dropout=0.0,
+    )
+    torch.manual_seed(0)
+    model = GPTNeoForCausalLM(config)
+    for layer in model.transformer.h:
+        with torch.no_grad():
+            layer.attn.attention.q_proj.weight.mul_(20)
+            layer.attn.attention.k_proj.weight.mul_(20)
+    ids, mask = torch.randint(3, 61, (2, 12)), torch.ones(2, 12, dtype=torch.long)
+    mask[0, :5] = 1 - int(padding)
+    model(input_ids=ids, attention_mask=mask)
+    settings = MuonClipConfig(max_qk_score=40.0)
+    optimizer = with_qk_clip(torch.optim.SGD(model.parameters(), lr=0.0), model, settings)
+    attention = model.transformer.h[0].attn.attention
+    before = None
+    for _ in range(2):
+        seen = softmax_maxima(model, ids, mask)
+        optimizer.step()
+        stats = qk_clip_stats(optimizer)
+        if before is None:
+            before = seen[0]
+            assert float(before.max()) > 40
+            assert_close(
+                torch.tensor(next(iter(stats.max_by_head.values()))), before, rtol=1e-6, atol=0
+            )
+    assert float(seen[0].max()) <= 40 * (1 + 1e-4)
+    assert attention.q_proj.weight.isfinite().all()
+
+
+class LinearAttention(Attention):
+    """Queries and keys by name, but no softmax of their product; one over features."""
+
+    def forward(self, x):
+        q, k = (
+            getattr(self, n)(x).unflatten(-1, (-1, 4)).transpose(1, 2).softmax(-1)
+            for n in self.names
+        )
+        return self.out((q @ (k.mT @ k)).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("tokens", [7, 4, 2])
+def test_linear_attention_is_left_alone_and_reported(tokens, x, caplog):
+    # Also where the sequence is as long as a head is wide, or shorter.
+    torch.manual_seed(0)
+    model = nn.Sequential(LinearAttention(("q_proj", "k_proj")))
+    optimizer = with_qk_clip(
+        torch.optim.SGD(model.parameters(), lr=0.0), model, MuonClipConfig(max_qk_score=1e-3)
+    )
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for length in (tokens, 7):
+        model(x[:, :length]).sum().backward()
+        optimizer.step()
+    stats = qk_clip_stats(optimizer)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert stats.clipped_heads == stats.missed_heads == 0
+    (line,) = stats.unclippable
+    assert line.startswith("0: its forward pass computes no softmax") and line in caplog.text
+
+
+def test_a_watched_plain_module_is_put_back(x):
+    model = Attention()
+    wanted = model(x)
+    with LogitTracker(model) as tracker:
+        assert torch.equal(model(x), wanted) and "forward" in vars(model)
+        tracker.consume()
+    assert "forward" not in vars(model) and torch.equal(model(x), wanted)

@@ -21,8 +21,7 @@ from transformers.models.gemma3n.modeling_gemma3n import Gemma3nForCausalLM, Gem
 
 from hmpo.attention.sites import find_sites
 from hmpo.attention.sites.norms import gain_offset
-from hmpo.optim import LogitTracker, QKClip, with_qk_clip
-from hmpo.optim.muon_clip import MuonClipConfig
+from hmpo.optim import LogitTracker, MuonClipConfig, QKClip, with_qk_clip
 from tests.attention.families import GPT2, NEOX, SIZES, family
 from tests.optim.test_qk_clip import clip_once, fake_readings, parameters
 from tests.optim.tiny import batch, loss_of, middle, values

@@ -40,15 +40,37 @@ def hidden_sites(model: nn.Module) -> list[AttentionSite]:
 
 def _scan(model: nn.Module) -> list[tuple[str, AttentionSite | str]]:
     """Every attention module by name: its site, or why it has none."""
-    results = []
+    results: dict[str, AttentionSite | str] = {}
     for name, module in model.named_modules():
         if uses_interface(module):
             built = (build(name, module) for build in BUILDERS)
             site = next((s for s in built if s is not None), None)
             unknown = f"{type(module).__name__} has no q_proj and k_proj, nor a fused projection"
-            results.append((name or type(module).__name__, unknown if site is None else site))
+            results[name] = unknown if site is None else site
         else:
             site = plain_attention(name, module, getattr(model, "config", None))
             if site is not None:
-                results.append((name or type(module).__name__, site))
-    return results
+                results[name] = site
+    for name, module in model.named_modules():
+        inner = any(found == name or found.startswith(f"{name}.") for found in results)
+        if not inner and is_called_attention(module):
+            results[name] = (
+                f"{type(module).__name__} attends outside the shared attention functions, and "
+                "which of its weights make queries and keys is not known"
+            )
+    kinds = dict(model.named_modules())
+    order = [name for name in kinds if name in results]
+    return [(name or type(model).__name__, results[name]) for name in order]
+
+
+def is_called_attention(module: nn.Module) -> bool:
+    """Whether a module's class says that it attends, and no part of it does."""
+    return _says_so(module) and not any(
+        _says_so(part) for name, part in module.named_modules() if name
+    )
+
+
+def _says_so(module: nn.Module) -> bool:
+    name = type(module).__name__.lower()
+    owns = any(True for _ in module.parameters())
+    return owns and ("attention" in name or name.endswith("attn"))

@@ -1,8 +1,7 @@
 """Attention outside the shared attention functions: any module that projects queries and keys.
 
-Its logits are read from the projections' outputs (`hmpo.attention.hooks`): every pair of
-tokens counts, and a rotary embedding that follows is not seen. For `nn.MultiheadAttention`, which
-has no such embedding and is called with its masks, the reading is the logit itself.
+Its logits are read where it computes its softmax (`hmpo.attention.hooks`); a module that computes
+none is left alone. `nn.MultiheadAttention` is called with its masks: the reading is the logit.
 """
 
 import weakref

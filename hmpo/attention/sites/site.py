@@ -52,8 +52,8 @@ class AttentionSite:
     """Why its logits cannot be read; "" where they can."""
     tap: str = "interface"
     """Where they are read: "interface", the attention function itself; "multihead",
-    `nn.MultiheadAttention` with its masks; "projections", before any rotary embedding and with
-    every pair of tokens, since that is all there is to record."""
+    `nn.MultiheadAttention` with its masks; "projections", the module's own softmax of what its
+    projections give (`hmpo.attention.hooks`)."""
 
     def target(self, scope: Scope = "trained") -> ClipTarget | str:
         """What to scale now, or why nothing can be scaled.
