@@ -23,6 +23,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from hmpo.attention.tap import not_recorded
 from hmpo.errors import ModelError
 from hmpo.models.cached import CachedModules
 from hmpo.models.evaluation import evaluating
@@ -88,7 +89,8 @@ def policy_facts(policy: nn.Module) -> PolicyFacts:
     """
     core = unwrap(policy)
     if core not in _known:
-        _known[core] = _probe(policy, core) if is_hugging_face(policy) else PolicyFacts()
+        with not_recorded():
+            _known[core] = _probe(policy, core) if is_hugging_face(policy) else PolicyFacts()
         for name, found in _known[core].obstacles.items():
             logger.info("%s: without %s (%s)", type(core).__name__, name, found)
     return _known[core]

@@ -19,7 +19,7 @@ from hmpo.errors import NonFiniteError, RewardError
 from hmpo.models import LoadedPolicy, load_policy, save_policy
 from hmpo.optim.state import clip_lists
 from hmpo.randomness import random_state_kept, restore_random_state, seed_everything
-from hmpo.run.build import make_rewards, make_trainer
+from hmpo.run.build import make_rewards, make_trainer, trainer_config
 from hmpo.run.evaluation import Evaluation, Evaluator, gather_columns
 from hmpo.run.files import RunFiles, check_folder
 from hmpo.run.observer import Observer, RunResult
@@ -73,6 +73,9 @@ class _Run:
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         seed_everything(config.seed)
+        trainer_config(
+            config
+        )  # what an algorithm does not read is refused before a model is loaded
         self.task: Task = make_task(config.task, config.seed)
         self.rewards = make_rewards(config, self.task)
         self.loaded: LoadedPolicy = load_policy(config.policy, device=device)
