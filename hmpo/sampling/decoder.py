@@ -20,6 +20,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
+from hmpo.attention.hooks import Hook
 from hmpo.attention.interface import has_own_forward
 from hmpo.sampling.prefill import DistinctPrompts, read_prompts
 from hmpo.sampling.weights import DecoderWeights, Scratch, as_pairs, rotate
@@ -61,9 +62,14 @@ def why_not_fast(policy: nn.Module, width: int) -> str | None:
         where = name or "the model"
         if type(module) not in parts and not _is_silu(module):
             return f"{where} is a {type(module).__name__}"
-        if has_own_forward(module) or module._forward_hooks or module._forward_pre_hooks:
+        if has_own_forward(module) or module._forward_hooks or _foreign_hooks(module):
             return f"{where} has a hook or a forward method of its own"
     return _unfit_weights(policy) or _unfit_config(policy, width)
+
+
+def _foreign_hooks(module: nn.Module) -> bool:
+    """Whether somebody else's hook runs before the module: ours have no part in sampling."""
+    return any(not isinstance(hook, Hook) for hook in module._forward_pre_hooks.values())
 
 
 def _is_silu(module: nn.Module) -> bool:

@@ -382,3 +382,10 @@ def test_bf16_autocast_trains() -> None:
     record = trainer_for(model, settings(autocast="bfloat16")).update_step(PROMPTS)
     assert record["update_skipped"] == 0
     assert all(p.dtype == torch.float32 for p in model.parameters())
+
+
+def test_a_policy_that_was_clipped_is_still_sampled_by_the_fast_decoder() -> None:
+    trainer = trainer_for(tiny_llama(), settings(max_qk_score=0.05))
+    records = [trainer.update_step(PROMPTS) for _ in range(3)]
+    assert records[0]["qk/clipped_heads"] > 0, "the clip must act for this to mean anything"
+    assert [record["rollout/fast"] for record in records] == [1.0, 1.0, 1.0]
