@@ -15,13 +15,24 @@ import tyro
 
 import hmpo
 from hmpo.cli import agm as cli_agm
+from hmpo.cli.preflight import (
+    expanded,
+    refuse_parts,
+    refuse_several_processes,
+    refuse_unknown_command,
+)
 from hmpo.errors import ConfigError, HmpoError, RunFolderError
 
 app = tyro.extras.SubcommandApp()
 app.command(cli_agm.app, name="agm", help="Adaptive controllers over recorded runs.")
 
 Positional = tyro.conf.Positional
-Settings = Annotated[tuple[str, ...], tyro.conf.arg(name="set", metavar="KEY=VALUE")]
+Settings = Annotated[
+    tuple[tuple[str, ...], ...],
+    tyro.conf.UseAppendAction,
+    tyro.conf.arg(name="set", metavar="KEY=VALUE ..."),
+]
+"""Each `--set` with what follows it; all of them hold."""
 
 
 @app.command
@@ -40,9 +51,11 @@ def demo(
         out: folder for the run's folder.
         quiet: only the result.
     """
+    if updates is not None and updates < 1:
+        raise ConfigError(f"--updates: got {updates}, expected an integer >= 1")
     from hmpo.cli.demo import run_demo
 
-    return run_demo(seed=seed, updates=updates, out=out, quiet=quiet)
+    return run_demo(seed=seed, updates=updates, out=expanded(out), quiet=quiet)
 
 
 @app.command
@@ -64,22 +77,27 @@ def train(
         report: write report.html and plots at the end.
         quiet: only the result.
     """
-    from hmpo.cli.screen import Screen, outcome_table
     from hmpo.config.reading import load_run_config
-    from hmpo.run.loop import train as run_train
 
+    refuse_several_processes()
     if (config is None) == (resume is None):
-        raise ConfigError("train: give a TOML file, or --resume RUN (one of the two)")
+        raise ConfigError("train: give a TOML file, or --resume RUN (one of the two)" + _lost(set))
     if resume is not None:
+        resume = expanded(resume)
         if resume.name in ("", ".."):
             resume = resume.resolve()
         if not (resume / "config.json").exists():
             raise RunFolderError(f"{resume}: holds no run (no config.json); start it from a file")
-        settings = load_run_config(resume / "config.json", set)
+        settings = load_run_config(resume / "config.json", _all(set))
         settings = dataclasses.replace(settings, out=str(resume.parent), name=resume.name)
     else:
         assert config is not None
-        settings = load_run_config(config, set)
+        settings = load_run_config(config, _all(set))
+    refuse_parts(settings)
+
+    from hmpo.cli.screen import Screen, outcome_table
+    from hmpo.run.loop import train as run_train
+
     with Screen(quiet=quiet) as screen:
         result = run_train(settings, resume=resume is not None, observer=screen)
     screen.console.print(outcome_table(result))
@@ -118,7 +136,9 @@ def eval(
     """
     from hmpo.cli.evaluate import evaluate_target
 
-    return evaluate_target(target, task=task, settings=set, prompts=prompts, pass_at=pass_at)
+    return evaluate_target(
+        expanded(target), task=task, settings=_all(set), prompts=prompts, pass_at=pass_at
+    )
 
 
 @app.command
@@ -132,7 +152,7 @@ def report(runs: Positional[tuple[Path, ...]], /, *, out: Path | None = None) ->
     """
     if not runs:
         raise ConfigError("report: give at least one run folder")
-    _write_report(list(runs), out)
+    _write_report([expanded(run) for run in runs], None if out is None else expanded(out))
     return 0
 
 
@@ -149,7 +169,7 @@ def fetch_model(name: Positional[str] = "smollm2", /, *, folder: Path | None = N
     if name != "smollm2":
         raise ConfigError(f"fetch-model: got {name!r}, expected smollm2")
     print("fetching and converting SmolLM2-135M-Instruct; this takes a minute or two once ...")
-    print(fetch_smollm2(folder))
+    print(fetch_smollm2(None if folder is None else expanded(folder)))
     return 0
 
 
@@ -164,6 +184,17 @@ def doctor(model: Positional[str | None] = None, /, *, split: bool = False) -> i
     from hmpo.cli.doctor import show
 
     return show(model, split=split)
+
+
+def _all(settings: tuple[tuple[str, ...], ...]) -> list[str]:
+    """What stands behind every `--set`, in order."""
+    return [item for group in settings for item in group]
+
+
+def _lost(settings: tuple[tuple[str, ...], ...]) -> str:
+    """A hint where `--set` swallowed the file."""
+    swallowed = [item for item in _all(settings) if "=" not in item]
+    return f"; put {swallowed[0]} before --set" if swallowed else ""
 
 
 def _write_report(runs: list[Path], out: Path | None = None) -> None:
@@ -184,6 +215,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
+        refuse_unknown_command(arguments)
         return app.cli(args=arguments, prog="hmpo", description=hmpo.__doc__) or 0
     except HmpoError as error:
         text = " ".join(str(error).split())

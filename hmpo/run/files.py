@@ -34,6 +34,18 @@ from hmpo.telemetry.secrets import mask_secrets
 from hmpo.telemetry.sinks import JsonlSink, make_sinks
 
 
+def run_folder(config: RunConfig) -> Path:
+    """The folder of a run, `~` expanded.
+
+    Raises:
+        RunFolderError: `out` names the home of nobody.
+    """
+    try:
+        return Path(config.out).expanduser() / config.name
+    except RuntimeError as error:
+        raise RunFolderError(f"out: got {config.out!r}: {str(error).rstrip('.')}") from None
+
+
 def check_folder(config: RunConfig, folder: Path, *, resume: bool, exist_ok: bool) -> None:
     """Refuse a folder that does not fit, before anything is read or written there.
 

@@ -21,7 +21,7 @@ from hmpo.optim.state import clip_lists
 from hmpo.randomness import random_state_kept, restore_random_state, seed_everything
 from hmpo.run.build import make_rewards, make_trainer, trainer_config
 from hmpo.run.evaluation import Evaluation, Evaluator, gather_columns
-from hmpo.run.files import RunFiles, check_folder
+from hmpo.run.files import RunFiles, check_folder, run_folder
 from hmpo.run.observer import Observer, RunResult
 from hmpo.run.signals import StopRequest
 from hmpo.run.steering import Steering
@@ -54,7 +54,7 @@ def train(
     Raises:
         HmpoError: one line with the remedy; nothing of an earlier run is lost.
     """
-    folder = Path(config.out) / config.name
+    folder = run_folder(config)
     check_folder(config, folder, resume=resume, exist_ok=exist_ok)
     run = _Run(config, folder, observer or Observer())
     with contextlib.ExitStack() as stack:
