@@ -3,6 +3,8 @@
 The whole is run by hand; `docs/models.md` shows it.
 """
 
+import json
+
 import pytest
 
 from hmpo.logprobs.tied import TiedGradient
@@ -16,9 +18,11 @@ from tests.models_matrix.cells import (
     update_error,
     variant_of,
 )
+from tests.models_matrix.clipping import qk_clip_cell
 from tests.models_matrix.families import build
+from tests.models_matrix.run import RESULT, statuses
 
-SAMPLE = ("llama", "gpt2", "gpt_neo", "gemma2", "opt", "falcon", "mixtral", "lfm2")
+SAMPLE = ("llama", "gpt2", "gpt_neo", "gemma2", "opt", "falcon", "mixtral", "lfm2", "bart")
 """Packed and not, tied and not, with dropout of their own, experts, convolutions."""
 
 
@@ -44,6 +48,19 @@ def test_log_probs_are_those_of_rows_alone_while_sampling_too(family) -> None:
     model = build(family)
     cells = (*logprob_cell(model), sampling_cell(model))
     assert {cell["status"] for cell in cells} <= {"exact", "slow"}
+
+
+@pytest.mark.parametrize("family", [*SAMPLE, "bailing_hybrid", "diffllama"])
+def test_a_clipped_layer_is_at_the_threshold_or_named(family) -> None:
+    cell = qk_clip_cell(build(family))
+    assert cell["status"] in ("exact", "refused") and (cell["status"] == "exact" or cell["why"])
+
+
+def test_no_family_is_wrong_in_silence() -> None:
+    families = json.loads(RESULT.read_text())["families"]
+    built = {name: row for name, row in families.items() if "unbuilt" not in row}
+    assert len(built) >= 120
+    assert [name for name, row in built.items() if "wrong" in statuses(row)] == []
 
 
 def test_a_lost_gradient_is_noticed(monkeypatch) -> None:
