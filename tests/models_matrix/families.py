@@ -192,7 +192,12 @@ def tiny_config(kind: type, changes: dict[str, Any] | None = None) -> Any:
 
 
 def build(
-    name: str, *, tied: bool | None = None, dtype: torch.dtype | None = None, seed: int = 0
+    name: str,
+    *,
+    tied: bool | None = None,
+    dtype: torch.dtype | None = None,
+    seed: int = 0,
+    vocabulary: int | None = None,
 ) -> nn.Module:
     """A tiny model of a family, in training mode, weights drawn.
 
@@ -201,10 +206,12 @@ def build(
         tied: whether the embedding is the projection; None leaves it to the family.
         dtype: of the weights; None is float64, or float32 where that serves only.
         seed: of the weights.
+        vocabulary: tokens; None is `VOCABULARY`.
     """
     from transformers import AutoModelForCausalLM
 
-    config = tiny_config(families()[name])
+    sizes = {} if vocabulary is None else {"vocab_size": vocabulary}
+    config = tiny_config(families()[name], sizes)
     if tied is not None:
         for part in {id(c): c for c in (config, config.get_text_config())}.values():
             part.tie_word_embeddings = tied

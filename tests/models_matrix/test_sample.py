@@ -6,10 +6,14 @@ The whole is run by hand; `docs/models.md` shows it.
 import json
 
 import pytest
+import torch
 
+from hmpo.logprobs.head import STORE
 from hmpo.logprobs.tied import TiedGradient
 from tests.models_matrix.cells import (
     LIMIT,
+    LIMIT_FLOAT32,
+    RESPONSES,
     SCHEMES,
     VARIANTS,
     limit_of,
@@ -41,6 +45,12 @@ def cases() -> list[tuple[str, str, bool, str]]:
 def test_an_update_is_that_of_rows_alone(family, variant, tied, scheme) -> None:
     model = variant_of(family, variant, tied)
     assert update_error(model, SCHEMES[scheme]) < limit_of(model)
+
+
+def test_an_update_with_more_logits_than_are_kept_is_that_of_rows_alone() -> None:
+    tokens = sum(map(len, RESPONSES))
+    model = build("gpt_neo", tied=True, vocabulary=1 + STORE // (4 * tokens), dtype=torch.float32)
+    assert update_error(model, {}) < LIMIT_FLOAT32
 
 
 @pytest.mark.parametrize("family", SAMPLE)
