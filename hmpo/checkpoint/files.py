@@ -177,6 +177,8 @@ def write_atomic(path: Path, data: bytes | str, *, make_folder: bool = False) ->
         StorageError: naming the path, the needed and the free bytes; the former file stays.
     """
     content = data.encode("utf-8") if isinstance(data, str) else data
+    if path.name in ("", ".."):
+        raise StorageError(f"cannot write {str(path)!r}: it names no file, give a file's path")
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
     with storage_errors(path, len(content)):
         if make_folder:

@@ -22,6 +22,7 @@ from hmpo.cli.preflight import (
 )
 from hmpo.config import RunConfig
 from hmpo.errors import ConfigError, HmpoError
+from hmpo.telemetry.visible import writable
 
 app = tyro.extras.SubcommandApp()
 app.command(cli_agm.app, name="agm", help="Adaptive controllers over recorded runs.")
@@ -245,7 +246,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return app.cli(args=arguments, prog="hmpo", description=hmpo.__doc__) or 0
     except HmpoError as error:
         text = " ".join(str(error).split())
-        print(f"hmpo: {text}", file=sys.stderr)
+        print(writable(f"hmpo: {text}", sys.stderr.encoding), file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:
         print("hmpo: interrupted", file=sys.stderr)
