@@ -3,7 +3,6 @@
 Nothing heavy is imported before a command runs, so `hmpo --help` is quick.
 """
 
-import dataclasses
 import logging
 import signal
 import sys
@@ -21,7 +20,8 @@ from hmpo.cli.preflight import (
     refuse_several_processes,
     refuse_unknown_command,
 )
-from hmpo.errors import ConfigError, HmpoError, RunFolderError
+from hmpo.config import RunConfig
+from hmpo.errors import ConfigError, HmpoError
 from hmpo.telemetry.visible import writable
 
 app = tyro.extras.SubcommandApp()
@@ -34,6 +34,7 @@ Settings = Annotated[
     tyro.conf.arg(name="set", metavar="KEY=VALUE ..."),
 ]
 """Each `--set` with what follows it; all of them hold."""
+From = Annotated[str | None, tyro.conf.arg(name="from", metavar="RUN[@STEP]")]
 
 
 @app.command
@@ -66,6 +67,8 @@ def train(
     *,
     set: Settings = (),
     resume: Path | None = None,
+    from_: From = None,
+    overwrite: bool = False,
     report: bool = True,
     quiet: bool = False,
 ) -> int:
@@ -75,32 +78,23 @@ def train(
         config: TOML file; see `examples/`.
         set: settings that override the file, such as `objective.p=-0.5 updates=40`.
         resume: folder of an interrupted run to go on with (instead of a file).
+        from_: start a new run with the weights of a run's checkpoint (its newest, or RUN@STEP),
+            under the file's settings, or without a file under that run's own.
+        overwrite: delete the run of this name, if there is one, and start over.
         report: write report.html and plots at the end.
         quiet: only the result.
     """
-    from hmpo.config.reading import load_run_config
-
     refuse_several_processes()
-    if (config is None) == (resume is None):
-        raise ConfigError("train: give a TOML file, or --resume RUN (one of the two)" + _lost(set))
-    if resume is not None:
-        resume = expanded(resume)
-        if resume.name in ("", ".."):
-            resume = resume.resolve()
-        if not (resume / "config.json").exists():
-            raise RunFolderError(f"{resume}: holds no run (no config.json); start it from a file")
-        settings = load_run_config(resume / "config.json", _all(set))
-        settings = dataclasses.replace(settings, out=str(resume.parent), name=resume.name)
-    else:
-        assert config is not None
-        settings = load_run_config(config, _all(set))
+    settings = _settings(config, _all(set), resume, from_, overwrite)
     refuse_parts(settings)
 
     from hmpo.cli.screen import Screen, outcome_table
     from hmpo.run.loop import train as run_train
 
     with Screen(quiet=quiet) as screen:
-        result = run_train(settings, resume=resume is not None, observer=screen)
+        result = run_train(
+            settings, resume=resume is not None, observer=screen, overwrite=overwrite
+        )
     screen.console.print(outcome_table(result))
     if result.signal is not None:
         screen.console.print(
@@ -187,14 +181,46 @@ def doctor(model: Positional[str | None] = None, /, *, split: bool = False) -> i
     return show(model, split=split)
 
 
+def _settings(
+    config: Path | None,
+    settings: list[str],
+    resume: Path | None,
+    start: str | None,
+    overwrite: bool,
+) -> RunConfig:
+    """The settings of the run that `hmpo train` was asked for.
+
+    Raises:
+        HmpoError: one line.
+    """
+    from hmpo.cli.sources import new_run, resumed_run
+    from hmpo.config.reading import load_run_config
+
+    if resume is not None:
+        if config is not None or start is not None or overwrite:
+            raise ConfigError(
+                "train: --resume RUN goes on as the run began; give a TOML file, --from or "
+                "--overwrite without it (one of the two)"
+            )
+        return resumed_run(expanded(resume), settings)
+    if start is not None:
+        return new_run(start, None if config is None else expanded(config), settings)
+    if config is None:
+        hint = _lost(settings)
+        raise ConfigError(
+            f"train: give a TOML file, or --resume RUN (one of the two), or --from RUN{hint}"
+        )
+    return load_run_config(config, settings)
+
+
 def _all(settings: tuple[tuple[str, ...], ...]) -> list[str]:
     """What stands behind every `--set`, in order."""
     return [item for group in settings for item in group]
 
 
-def _lost(settings: tuple[tuple[str, ...], ...]) -> str:
+def _lost(settings: list[str]) -> str:
     """A hint where `--set` swallowed the file."""
-    swallowed = [item for item in _all(settings) if "=" not in item]
+    swallowed = [item for item in settings if "=" not in item]
     return f"; put {swallowed[0]} before --set" if swallowed else ""
 
 

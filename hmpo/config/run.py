@@ -32,6 +32,9 @@ class PolicyConfig:
     path: str = "tiny-sort"
     """A local Hugging Face folder, `tiny-sort` (bundled), or `smollm2` (see
     `hmpo fetch-model smollm2`)."""
+    start: str = ""
+    """A checkpoint whose weights the policy starts with, as `RUN` (its newest) or `RUN@STEP`; empty
+    starts with those of `path`. `hmpo train --from` sets it. The run keeps a copy of them."""
     lora_rank: int = 0
     """Rank of LoRA adapters; 0 trains all weights. Needs `pip install 'hmpo[lora]'`."""
     lora_alpha: float = 16.0
