@@ -17,13 +17,27 @@ import tyro
 
 import hmpo
 from hmpo.cli import agm as cli_agm
-from hmpo.errors import ConfigError, HmpoError, RunFolderError
+from hmpo.cli.preflight import (
+    expanded,
+    refuse_parts,
+    refuse_several_processes,
+    refuse_unknown_command,
+)
+from hmpo.config import RunConfig
+from hmpo.errors import ConfigError, HmpoError
+from hmpo.telemetry.visible import writable
 
 app = tyro.extras.SubcommandApp()
 app.command(cli_agm.app, name="agm", help="Adaptive controllers over recorded runs.")
 
 Positional = tyro.conf.Positional
-Settings = Annotated[tuple[str, ...], tyro.conf.arg(name="set", metavar="KEY=VALUE")]
+Settings = Annotated[
+    tuple[tuple[str, ...], ...],
+    tyro.conf.UseAppendAction,
+    tyro.conf.arg(name="set", metavar="KEY=VALUE ..."),
+]
+"""Each `--set` with what follows it; all of them hold."""
+From = Annotated[str | None, tyro.conf.arg(name="from", metavar="RUN[@STEP]")]
 
 
 @app.command
@@ -42,9 +56,11 @@ def demo(
         out: folder for the run's folder.
         quiet: only the result.
     """
+    if updates is not None and updates < 1:
+        raise ConfigError(f"--updates: got {updates}, expected an integer >= 1")
     from hmpo.cli.demo import run_demo
 
-    return run_demo(seed=seed, updates=updates, out=out, quiet=quiet)
+    return run_demo(seed=seed, updates=updates, out=expanded(out), quiet=quiet)
 
 
 @app.command
@@ -54,6 +70,8 @@ def train(
     *,
     set: Settings = (),
     resume: Path | None = None,
+    from_: From = None,
+    overwrite: bool = False,
     report: bool = True,
     quiet: bool = False,
 ) -> int:
@@ -63,29 +81,28 @@ def train(
         config: TOML file; see `examples/`.
         set: settings that override the file, such as `objective.p=-0.5 updates=40`.
         resume: folder of an interrupted run to go on with (instead of a file).
+        from_: start a new run with the weights of a run's checkpoint (its newest, or RUN@STEP),
+            under the file's settings, or without a file under that run's own.
+        overwrite: delete the run of this name, if there is one, and start over.
         report: write report.html and plots at the end.
         quiet: only the result.
     """
-    from hmpo.cli.screen import Screen, outcome_table
-    from hmpo.config.reading import load_run_config
-    from hmpo.run.loop import train as run_train
-    from hmpo.run.place import refuse_foreign, renamed
+    refuse_several_processes()
+    settings = _settings(config, _all(set), resume, from_, overwrite)
+    refuse_parts(settings)
 
-    if (config is None) == (resume is None):
-        raise ConfigError("train: give a TOML file, or --resume RUN (one of the two)")
-    if resume is not None:
-        if resume.name in ("", ".."):
-            resume = resume.resolve()
-        if not (resume / "config.json").exists():
-            raise RunFolderError(f"{resume}: holds no run (no config.json); start it from a file")
-        refuse_foreign(resume)
-        settings = load_run_config(resume / "config.json", set)
-        settings = renamed(settings, resume)
-    else:
-        assert config is not None
-        settings = load_run_config(config, set)
+    from hmpo.cli.screen import Screen, outcome_table
+    from hmpo.run.loop import train as run_train
+
+    where = None if resume is None else Path(os.path.abspath(expanded(resume)))  # noqa: PTH100
     with Screen(quiet=quiet) as screen:
-        result = run_train(settings, resume=resume is not None, observer=screen, folder=resume)
+        result = run_train(
+            settings,
+            resume=resume is not None,
+            observer=screen,
+            overwrite=overwrite,
+            folder=where,
+        )
     screen.say(outcome_table(result))
     if result.signal is not None:
         screen.say(
@@ -93,6 +110,7 @@ def train(
             f"Go on with: hmpo train --resume {shlex.quote(str(result.folder))}"
         )
         return 128 + result.signal
+    screen.say(f"policy: {result.folder / 'policy'}")
     if report:
         _write_report([result.folder], say=screen.say)
     return 0
@@ -119,7 +137,9 @@ def eval(
     """
     from hmpo.cli.evaluate import evaluate_target
 
-    return evaluate_target(target, task=task, settings=set, prompts=prompts, pass_at=pass_at)
+    return evaluate_target(
+        expanded(target), task=task, settings=_all(set), prompts=prompts, pass_at=pass_at
+    )
 
 
 @app.command
@@ -133,7 +153,7 @@ def report(runs: Positional[tuple[Path, ...]], /, *, out: Path | None = None) ->
     """
     if not runs:
         raise ConfigError("report: give at least one run folder")
-    _write_report(list(runs), out)
+    _write_report([expanded(run) for run in runs], None if out is None else expanded(out))
     return 0
 
 
@@ -150,7 +170,7 @@ def fetch_model(name: Positional[str] = "smollm2", /, *, folder: Path | None = N
     if name != "smollm2":
         raise ConfigError(f"fetch-model: got {name!r}, expected smollm2")
     print("fetching and converting SmolLM2-135M-Instruct; this takes a minute or two once ...")
-    print(fetch_smollm2(folder))
+    print(fetch_smollm2(None if folder is None else expanded(folder)))
     return 0
 
 
@@ -165,6 +185,49 @@ def doctor(model: Positional[str | None] = None, /, *, split: bool = False) -> i
     from hmpo.cli.doctor import show
 
     return show(model, split=split)
+
+
+def _settings(
+    config: Path | None,
+    settings: list[str],
+    resume: Path | None,
+    start: str | None,
+    overwrite: bool,
+) -> RunConfig:
+    """The settings of the run that `hmpo train` was asked for.
+
+    Raises:
+        HmpoError: one line.
+    """
+    from hmpo.cli.sources import new_run, resumed_run
+    from hmpo.config.reading import load_run_config
+
+    if resume is not None:
+        if config is not None or start is not None or overwrite:
+            raise ConfigError(
+                "train: --resume RUN goes on as the run began; give a TOML file, --from or "
+                "--overwrite without it (one of the two)"
+            )
+        return resumed_run(expanded(resume), settings)
+    if start is not None:
+        return new_run(start, None if config is None else expanded(config), settings)
+    if config is None:
+        hint = _lost(settings)
+        raise ConfigError(
+            f"train: give a TOML file, or --resume RUN (one of the two), or --from RUN{hint}"
+        )
+    return load_run_config(config, settings)
+
+
+def _all(settings: tuple[tuple[str, ...], ...]) -> list[str]:
+    """What stands behind every `--set`, in order."""
+    return [item for group in settings for item in group]
+
+
+def _lost(settings: list[str]) -> str:
+    """A hint where `--set` swallowed the file."""
+    swallowed = [item for item in settings if "=" not in item]
+    return f"; put {swallowed[0]} before --set" if swallowed else ""
 
 
 def _write_report(
@@ -187,6 +250,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
+        refuse_unknown_command(arguments)
         code = app.cli(args=arguments, prog="hmpo", description=hmpo.__doc__) or 0
         if sys.stdout is not None:
             sys.stdout.flush()  # while a failure can still be told
@@ -207,8 +271,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _refuse(text: str) -> int:
     """Say in one line on standard error what is wrong; the exit code of it."""
-    with contextlib.suppress(OSError, ValueError):
-        print(f"hmpo: {' '.join(text.split())}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # no standard error
+        line = writable(f"hmpo: {' '.join(text.split())}", sys.stderr.encoding)
+        print(line, file=sys.stderr, flush=True)
     return 2
 
 

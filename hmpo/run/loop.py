@@ -22,11 +22,12 @@ from hmpo.run.build import make_rewards, make_trainer, trainer_config
 from hmpo.run.ending import failure_text
 from hmpo.run.evaluation import Evaluation, Evaluator, gather_columns
 from hmpo.run.evidence import Evidence
-from hmpo.run.files import RunFiles, check_folder
+from hmpo.run.files import RunFiles, check_folder, run_folder
+from hmpo.run.folder import Place
 from hmpo.run.observer import Audience, Observer, RunResult
-from hmpo.run.place import Place
 from hmpo.run.saving import Saver
 from hmpo.run.signals import Stopped, StopRequest
+from hmpo.run.start import keep_start, load_start
 from hmpo.run.steering import Steering
 from hmpo.stopwatch import Stopwatch, section, time_fields
 from hmpo.tasks import Task, make_task
@@ -43,6 +44,7 @@ def train(
     resume: bool = False,
     observer: Observer | None = None,
     exist_ok: bool = False,
+    overwrite: bool = False,
     folder: Path | None = None,
 ) -> RunResult:
     """Train from a configuration; everything is written below `config.out/config.name`.
@@ -54,6 +56,8 @@ def train(
         resume: go on from the newest valid checkpoint of that folder.
         observer: told of each step.
         exist_ok: with `resume`, start afresh where the folder holds no run yet.
+        overwrite: start afresh where the folder holds a run, which is deleted; a run that has
+            made no update yet is started afresh without it.
         folder: the run's folder; None takes `config.out/config.name`.
 
     Raises:
@@ -62,15 +66,15 @@ def train(
             that, and its `end` record has the reason.
         KeyboardInterrupt: a signal came before the run had begun, or a second one.
     """
-    place = Place(Path(config.out) / config.name if folder is None else folder)
-    check_folder(config, place.path, resume=resume, exist_ok=exist_ok)
+    place = Place(run_folder(config) if folder is None else folder)
+    check_folder(config, place.path, resume=resume, exist_ok=exist_ok, overwrite=overwrite)
     observer = observer or Observer()
     stop = StopRequest(observer.on_stop)
     with contextlib.ExitStack() as stack:
         stack.enter_context(stop.listening())
         with stop.at_once():
-            run = _Run(config, place, observer, stop)
-        run.open(stack, resume=resume, exist_ok=exist_ok)
+            run = _Run(config, place, observer, stop, resume=resume)
+        run.open(stack, resume=resume, exist_ok=exist_ok, overwrite=overwrite)
         return run.go()
 
 
@@ -78,7 +82,13 @@ class _Run:
     """One process's share of a run."""
 
     def __init__(
-        self, config: RunConfig, place: Place, observer: Observer, stop: StopRequest
+        self,
+        config: RunConfig,
+        place: Place,
+        observer: Observer,
+        stop: StopRequest,
+        *,
+        resume: bool,
     ) -> None:
         self.config, self.place, self.stop = config, place, stop
         self.files = RunFiles(config, place)
@@ -96,6 +106,7 @@ class _Run:
         self.rewards = make_rewards(config, self.task)
         self.audience.tell("on_loading", config, f"the policy {config.policy.path}")
         self.loaded: LoadedPolicy = load_policy(config.policy, device=device)
+        load_start(self.loaded.model, config, place.path if resume else None)
         length = config.trainer.max_length
         check_prompts(self.task, self.loaded.tokenizer, self.loaded.model, length)
         self.trainer = make_trainer(config, self.loaded, self.task, self.rewards)
@@ -118,20 +129,24 @@ class _Run:
 
     # ---------------------------------------------------------------------- opening and saving
 
-    def open(self, stack: contextlib.ExitStack, *, resume: bool, exist_ok: bool) -> None:
+    def open(
+        self, stack: contextlib.ExitStack, *, resume: bool, exist_ok: bool, overwrite: bool
+    ) -> None:
         """Take the folder, load the newest valid checkpoint, open the logs.
 
         All that can be refused comes first, so that a refused start leaves the folder as it was.
         """
         files = self.files
         stack.callback(self.rewards.close)
-        saved = files.take(stack, resume=resume, exist_ok=exist_ok)
+        saved = files.take(stack, resume=resume, exist_ok=exist_ok, overwrite=overwrite)
         files.check_room(self.trainer.state_dict())
         header = files.header(self.steering.base, saved)
         self.steering.start(header)
         if saved is not None:
             self.saver.restore(saved.state, self.config.updates)
         files.open(stack, header, saved)
+        if saved is None:
+            keep_start(self.loaded.model, self.config, self.files.folder)
         for name, why in saved.skipped if saved is not None else ():
             self._tell("checkpoint_skipped", {"checkpoint": name, "why": why})
 

@@ -1,116 +1,56 @@
-"""The folder of a run as a place: what lies in it is ours, and it stays where it was.
+"""Where a run's checkpoints are: `RUN` or `RUN@STEP`. No torch in here."""
 
-A folder may come from a stranger, and may be moved, deleted or replaced while a run writes into it.
-"""
-
-import dataclasses
-import os
-import stat
+import re
 from pathlib import Path
 
-from hmpo.config import RunConfig
-from hmpo.errors import ConfigError, RunFolderError
+from hmpo.errors import CheckpointError
 
-FILES = (
-    "config.json",
-    "environment.json",
-    "inputs.json",
-    "telemetry.jsonl",
-    "telemetry.jsonl.gz",
-    "telemetry.csv",
-    "completions.jsonl",
-    "timing.jsonl",
-    "run.lock",
-    "report.html",
-)
-"""Files that a run, an evaluation or a report reads or writes."""
-FOLDERS = ("checkpoints", "policy", "plots", "tensorboard")
-"""Folders of the same kind."""
+_PLACE = re.compile(r"(?P<run>.+)@(?P<step>\d{1,18})", re.DOTALL)
+_STEP = re.compile(r"step-(\d{8,18})")
 
 
-def refuse_foreign(folder: Path) -> None:
-    """Refuse a run folder in which one of our names is a link, a pipe, a device or the like.
+def split_place(text: str) -> tuple[Path, int | None]:
+    """A run's folder and a step from `RUN` or `RUN@STEP`, `~` expanded.
 
     Raises:
-        RunFolderError: one line that names it.
+        CheckpointError: `~` of nobody, or a name too long.
     """
-    for name in (*FILES, *FOLDERS):
-        path = folder / name
-        try:
-            mode = path.lstat().st_mode
-        except OSError:
-            continue  # it is not there, or whoever opens it says why it cannot be
-        if stat.S_ISREG(mode) if name in FILES else stat.S_ISDIR(mode):
-            continue
-        found = _kind(mode)
-        expected = "a regular file" if name in FILES else "a folder"
-        raise RunFolderError(
-            f"{path}: is {found}, expected {expected}; links, pipes and devices in a run folder "
-            "are not followed, put a copy in its place"
-        )
-
-
-def _kind(mode: int) -> str:
-    kinds = {
-        stat.S_IFLNK: "a symbolic link",
-        stat.S_IFIFO: "a named pipe",
-        stat.S_IFSOCK: "a socket",
-        stat.S_IFDIR: "a folder",
-        stat.S_IFREG: "a file",
-    }
-    return kinds.get(stat.S_IFMT(mode), "a device")
-
-
-def renamed(config: RunConfig, folder: Path) -> RunConfig:
-    """The configuration under the name and place of the folder that it was found in.
-
-    A folder whose name is no run's (it has a space, say) keeps the run's own name within.
-    """
-    place = dataclasses.replace(config, out=str(folder.parent))
+    match = _PLACE.fullmatch(text)
     try:
-        return dataclasses.replace(place, name=folder.name)
-    except ConfigError:
-        return place
+        whole = Path(text).expanduser()
+        if match is None or whole.is_dir():
+            return whole, None
+        return Path(match["run"]).expanduser(), int(match["step"])
+    except (OSError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or str(error).rstrip(".")
+        raise CheckpointError(f"{text[:200]}: {reason}; give RUN or RUN@STEP") from None
 
 
-class Place:
-    """A run's folder under its absolute path, which a change of the current folder leaves alone.
+def found_place(text: str) -> tuple[Path, int]:
+    """The folder of a run, absolute, and the step of a checkpoint: the newest where none is given.
 
-    Args:
-        folder: as it was given.
+    Raises:
+        CheckpointError: no such run, or no checkpoint (of this step) in it.
     """
+    run, step = split_place(text)
+    if not (run / "config.json").is_file():
+        what = "holds no run (no config.json)" if run.is_dir() else "no such folder"
+        raise CheckpointError(f"{run}: {what}, expected RUN or RUN@STEP")
+    saved = saved_steps(run)
+    if not saved:
+        policy = run / "policy"
+        remedy = "let it save one first (checkpoint.every)"
+        if policy.is_dir():
+            remedy = f"start from its policy instead: --set policy.path={policy}"
+        raise CheckpointError(f"{run}: has no checkpoint; {remedy}")
+    if step is not None and step not in saved:
+        known = ", ".join(map(str, saved))
+        raise CheckpointError(f"{run}: has no checkpoint of step {step}, only of {known}")
+    return run.resolve(), saved[-1] if step is None else step
 
-    def __init__(self, folder: Path) -> None:
-        self.given = folder
-        self.path = Path(os.path.abspath(folder))  # noqa: PTH100 - resolve() would follow links
-        self._identity: tuple[int, int] | None = None
 
-    def settle(self) -> None:
-        """Note which folder it is, now that it exists."""
-        self._identity = self._look()
-
-    def check(self) -> None:
-        """Insist that the path still leads to the folder that `settle` found.
-
-        Raises:
-            RunFolderError: it was moved, deleted or replaced.
-        """
-        try:
-            same = self._look() == self._identity
-            problem = "another folder is in its place"
-        except OSError as error:
-            same, problem = False, error.strerror or "it cannot be reached"
-        if not same:
-            raise RunFolderError(
-                f"{self.path}: was moved, deleted or replaced while the run went on ({problem}); "
-                "the run stopped, put the folder back and resume it"
-            )
-
-    def shown(self) -> Path:
-        """The path as it was given, if it still means this folder; else the absolute one."""
-        here = Path(os.path.abspath(self.given))  # noqa: PTH100
-        return self.given if here == self.path else self.path
-
-    def _look(self) -> tuple[int, int]:
-        status = self.path.stat()
-        return status.st_dev, status.st_ino
+def saved_steps(run: Path) -> list[int]:
+    """Steps of a run's checkpoints, oldest first, not verified."""
+    folder = run / "checkpoints"
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return sorted(int(match[1]) for name in names if (match := _STEP.fullmatch(name)))

@@ -17,6 +17,7 @@ from hmpo.errors import (
     RunFolderError,
     StorageError,
     TelemetryError,
+    byte_size,
 )
 from hmpo.telemetry.careful import open_own
 from hmpo.telemetry.lookup import lookup
@@ -206,7 +207,7 @@ class JsonlSink:
 
 def _free(path: Path) -> str:
     try:
-        return f"{shutil.disk_usage(path.parent).free} bytes free"
+        return f"{byte_size(shutil.disk_usage(path.parent).free)} free"
     except OSError:
         return "folder not reachable"
 

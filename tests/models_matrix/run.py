@@ -8,6 +8,7 @@ can be stopped and resumed. A crash or a time-out is a row of its own.
 
 import argparse
 import json
+import logging
 import multiprocessing
 import platform
 import resource
@@ -32,10 +33,12 @@ def main() -> int:
     import torch
     import transformers
 
-    from tests.models_matrix.cells import LIMIT
+    from tests.models_matrix.cells import COMPILED, LIMIT, LIMIT_FLOAT32
+    from tests.models_matrix.clipping import STEPS
     from tests.models_matrix.families import families
 
     torch.set_num_threads(1)
+    logging.getLogger("hmpo").addHandler(logging.NullHandler())  # what is told stands in the cells
     found = json.loads(RESULT.read_text()) if RESULT.exists() else {"families": {}}
     known = list(families())
     for name in options.families or known:
@@ -45,6 +48,9 @@ def main() -> int:
         found |= {
             "command": "make test-models",
             "limit": LIMIT,
+            "limit_float32": LIMIT_FLOAT32,
+            "compiled": [*COMPILED],
+            "steps": STEPS,
             "commit": commit(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
