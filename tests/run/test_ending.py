@@ -337,6 +337,7 @@ def equal(prompts, **columns):
     return [0.5] * len(prompts)
 
 
+@pytest.mark.filterwarnings("ignore:top_k=1")
 @pytest.mark.parametrize("name", LACKING)
 def test_a_run_without_a_signal_says_so_everywhere_and_ends_well(policy, out, caplog, name):
     changes, expected = LACKING[name]
