@@ -27,6 +27,7 @@ from hmpo.checkpoint import (
 from hmpo.config import RunConfig, to_dict
 from hmpo.config.identity import changed_settings, config_hash
 from hmpo.config.reading import load_run_config, run_config
+from hmpo.config.unread_run import refuse_unread_run
 from hmpo.errors import ConfigError, RunFolderError
 from hmpo.run.environment import describe_environment
 from hmpo.telemetry.records import run_record, segment_record, time_record
@@ -39,7 +40,8 @@ def check_folder(config: RunConfig, folder: Path, *, resume: bool, exist_ok: boo
 
     Raises:
         RunFolderError: it holds a run and this is no resume, or the other way round.
-        ConfigError: the run in it was started with other settings that decide its numbers.
+        ConfigError: the run in it was started with other settings that decide its numbers, or there
+            is none and nothing would read one of the settings.
     """
     try:
         started = (folder / "config.json").is_file()
@@ -67,6 +69,8 @@ def check_folder(config: RunConfig, folder: Path, *, resume: bool, exist_ok: boo
                 f"{folder}: cannot be resumed with other settings, which would change its "
                 f"numbers: {'; '.join(changed)}; leave them as they were, or start a new run"
             )
+    else:
+        refuse_unread_run(config)
 
 
 def as_stored(config: RunConfig) -> RunConfig:
