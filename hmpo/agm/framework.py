@@ -90,7 +90,7 @@ class AdaptiveAGMFramework(Controller):
         if record["type"] == "step":
             self.rollouts += self.course.follow(record).reward
         chain = self.chain if record["type"] == "step" else [self.stop]
-        merged = dict(record)
+        merged = {k: v for k, v in record.items() if not k.startswith("decision/")}
         values: dict[str, Value] = {}
         inputs: dict[str, Any] = {}
         parts: dict[str, Decision] = {}

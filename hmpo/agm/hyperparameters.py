@@ -162,9 +162,11 @@ class AGMHyperparameterAdapter(Controller):
     ) -> None:
         """Clip width, batch and exponent, which follow their own signals."""
         config = self.config
-        if "eps" in config.controls and self.reference is not None and not locked:
+        reference = self.reference if self.variances.values else None
+        if "eps" in config.controls and reference is not None and not locked:
             v = max(median(self.variances.values), 1e-300)
-            aim = math.log(math.sqrt(v / self.reference)) - math.log(self.eps.value)
+            spread = math.sqrt(max(v / reference, 5e-324))
+            aim = math.log(spread) - math.log(self.eps.value)
             eps = self.eps.moved(aim)
             dispersed = unstable or self.band.on
             wanted["eps_mult"] = min(eps, self.eps.value) if dispersed else eps

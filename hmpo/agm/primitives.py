@@ -25,10 +25,17 @@ CERTAIN = 1e6
 """Stands for an infinite t or effect: a slope without any residual."""
 ROUNDING = 1e-12
 """Spreads below this share of the largest value are rounding, not data."""
+LARGEST = 1e150
+"""Largest size of a value that counts: squares of larger ones have no float."""
+
+
+def usable(value: Number) -> bool:
+    """Whether a value can enter sums and squares; NaN, infinities and the immense cannot."""
+    return abs(value) <= LARGEST
 
 
 class Window:
-    """The last `size` finite values with their steps; others are counted, not kept.
+    """The last `size` usable values with their steps; others are counted, not kept.
 
     Args:
         size: values kept, at least 1.
@@ -54,7 +61,7 @@ class Window:
 
     def push(self, step: Number, value: Number) -> bool:
         """Keep the pair; returns whether an entry was added."""
-        if not math.isfinite(value):
+        if not usable(value):
             self.bad += 1
             return False
         if self.block > 1:
@@ -108,8 +115,8 @@ class EwStat:
         self.n = 0
 
     def push(self, value: Number) -> bool:
-        """Take in a value; a non-finite one is only counted."""
-        if not math.isfinite(value):
+        """Take in a value; one that is not usable is only counted."""
+        if not usable(value):
             self.bad += 1
             return False
         self.weight = self.decay * self.weight + 1.0

@@ -61,7 +61,11 @@ def number(record: Record, name: str) -> float | None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TelemetryError(f"{name}: got {value!r}, expected a number")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        digits = int(math.log10(value if value > 0 else -value)) + 1
+        raise TelemetryError(f"{name}: got {digits} digits, more than a float can hold") from None
 
 
 def finite(record: Record, name: str) -> float:
@@ -122,7 +126,7 @@ class Controller:
                 return self._insufficient(record, name)
             if type(value) is float:
                 clean = clean and math.isfinite(value)
-            elif type(value) is not int and not name.startswith("decision/"):
+            elif not name.startswith("decision/"):
                 clean = clean and math.isfinite(number(record, name) or 0.0)  # refuses texts
         self.counts["read"] += 1
         self.counts["nonfinite"] += not clean

@@ -28,7 +28,9 @@ def ahm_iterations(gap: float, tol: float, most: int) -> int:
         return 0
     if gap > 100:
         return most
-    ratio = math.log(math.tanh(tol / 4)) / math.log1p(-2 / (math.exp(gap / 2) + 1))
+    # Below, tanh(gap / 4) is gap / 4, and the other form cancels.
+    q = math.log(gap / 4) if gap < 1e-12 else math.log1p(-2 / (math.exp(gap / 2) + 1))
+    ratio = math.log(max(math.tanh(tol / 4), 5e-324)) / q
     return min(most, max(1, math.ceil(math.log2(ratio) - 1e-12)))
 
 

@@ -82,7 +82,7 @@ def decompose(within: float, total: float, ess: float, responses: int) -> tuple[
         responses: how many there are.
     """
     stale = max(0.0, min(1.0, 1 - ess))
-    error = math.sqrt(total / responses) if responses else 0.0
+    error = math.sqrt(max(0.0, total) / responses) if responses > 0 else 0.0
     if error <= 0:
         return 0.0, stale, "equal_rewards"
     aleatoric = max(0.0, min(1.0, within / total))

@@ -2,15 +2,22 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import tyro
 
+from hmpo.cli.preflight import expanded
 from hmpo.errors import ConfigError
+from hmpo.telemetry.visible import writable
 
 app = tyro.extras.SubcommandApp()
 
 Positional = tyro.conf.Positional
+Grid = Annotated[
+    tuple[tuple[str, ...], ...],
+    tyro.conf.UseAppendAction,
+    tyro.conf.arg(metavar="KEY=VALUE,VALUE ..."),
+]
 
 
 @app.command
@@ -45,13 +52,19 @@ def replay(
 
     if compare and (until is not None or state_in is not None):
         raise ConfigError("replay: --compare needs the whole log; leave --until, --state-in out")
-    source = load_source(run, config, adapter, strict)
-    decisions = replay_file(source, out=out, until=until, state_in=state_in, state_out=state_out)
+    source = load_source(expanded(run), _expanded(config), adapter, strict)
+    decisions = replay_file(
+        source,
+        out=_expanded(out),
+        until=until,
+        state_in=_expanded(state_in),
+        state_out=_expanded(state_out),
+    )
     _show_source(source)
     if compare:
         difference = first_difference(source, decisions)
         same = f"equal to the {len(decisions)} decisions in the log"
-        print(same if difference is None else f"differs at {difference}")
+        _say(same if difference is None else f"differs at {difference}")
         return 0 if difference is None else 1
     _show(summarize_decisions(decisions))
     return 0
@@ -85,11 +98,12 @@ def plot(run: Positional[Path], /, *, out: Path | None = None, adapter: str | No
     from hmpo.checkpoint import write_atomic
     from hmpo.lab.timeline import render_timeline
 
+    run, out = expanded(run), _expanded(out)
     source, decisions = _decided(run, adapter)
     if out is None:
         out = run / "plots" / "decisions.png" if run.is_dir() else run.with_suffix(".png")
     write_atomic(out, render_timeline(source, decisions, run.resolve().name), make_folder=True)
-    print(f"plot: {out}")
+    _say(f"plot: {out}")
     return 0
 
 
@@ -98,7 +112,7 @@ def sweep(
     run: Positional[Path],
     /,
     *,
-    grid: tuple[str, ...],
+    grid: Grid,
     out: Path | None = None,
     config: Path | None = None,
     adapter: str | None = None,
@@ -115,15 +129,18 @@ def sweep(
     from hmpo.checkpoint import write_atomic
     from hmpo.lab.decisions import sweep_row
     from hmpo.lab.replay import grid_of, load_source, sweep
+    from hmpo.telemetry.csvlog import table_csv
 
-    source = load_source(run, config, adapter)
+    source = load_source(expanded(run), _expanded(config), adapter)
     _show_source(source)
-    rows = [{**changes, **sweep_row(outcome)} for changes, outcome in sweep(source, grid_of(grid))]
-    lines = [",".join(rows[0])]
-    lines += [",".join("" if v is None else str(v) for v in row.values()) for row in rows]
-    print("\n".join(lines))
+    choices = [item for group in grid for item in group]
+    rows = [
+        {**changes, **sweep_row(outcome)} for changes, outcome in sweep(source, grid_of(choices))
+    ]
+    text = table_csv(rows[0], (row.values() for row in rows))
+    _say(text.removesuffix("\n"))
     if out is not None:
-        write_atomic(out, "\n".join(lines) + "\n", make_folder=True)
+        write_atomic(expanded(out), text, make_folder=True)
     return 0
 
 
@@ -139,18 +156,22 @@ def diff(first: Positional[Path], second: Positional[Path], /, *, lines: int = 1
     from hmpo.lab.decisions import compare_decisions
 
     differences, fields = compare_decisions(_decided(first, None)[1], _decided(second, None)[1])
-    print("\n".join(differences[:lines]) if differences else "no difference")
+    _say("\n".join(differences[:lines]) if differences else "no difference")
     if differences:
         counts = ", ".join(f"{name} {count}" for name, count in sorted(fields.items()))
-        print(f"{len(differences)} decisions differ: {counts or 'present in one only'}")
+        _say(f"{len(differences)} decisions differ: {counts or 'present in one only'}")
     return 1 if differences else 0
+
+
+def _expanded(path: Path | None) -> Path | None:
+    return None if path is None else expanded(path)
 
 
 def _decided(run: Path, adapter: str | None) -> tuple[Any, list[dict[str, Any]]]:
     """A log and the decisions in it; where it holds none, those of a replay."""
     from hmpo.lab.replay import load_source, replay_file
 
-    source = load_source(run, adapter=adapter)
+    source = load_source(expanded(run), adapter=adapter)
     if source.log.decisions:
         return source, list(source.log.decisions)
     print("no decisions in the log; these are of a replay")
@@ -162,14 +183,19 @@ def _show_source(source: Any) -> None:
     log = source.log
     if log.adapter != "hmpo":
         estimated = sum(record.get("approx") is True for record in log.steps)
-        print(f"{source.path}: {log.adapter}, {estimated} of {len(log.steps)} gaps approximate")
+        _say(f"{source.path}: {log.adapter}, {estimated} of {len(log.steps)} gaps approximate")
     for note in log.notes:
-        print(f"note: {note}")
+        _say(f"note: {note}")
     for problem in log.problems:
         if problem.kind == "malformed":
-            print(f"malformed: line {problem.line}: {problem.message}")
+            _say(f"malformed: line {problem.line}: {problem.message}")
 
 
 def _show(rows: Sequence[tuple[str, str]]) -> None:
     width = max(len(name) for name, _ in rows)
-    print("\n".join(f"{name:{width}}  {text}" for name, text in rows))
+    _say("\n".join(f"{name:{width}}  {text}" for name, text in rows))
+
+
+def _say(text: str) -> None:
+    """Print what a log may have written: no character of it steers the terminal."""
+    print(writable(text))

@@ -61,15 +61,18 @@ def _state(decisions: Sequence[Record], name: str) -> tuple[str, str] | None:
 
 
 def _number(decisions: Sequence[Record], name: str) -> tuple[str, str] | None:
-    values = [float(value) for _, value in values_of(decisions, name)]
-    values = [value for value in values if math.isfinite(value)]
-    if not values:
-        return None
-    mean = math.fsum(values) / len(values)
-    return (
-        name,
-        f"min {min(values):.4g}, mean {mean:.4g}, max {max(values):.4g}, last {values[-1]:.4g}",
-    )
+    found = [value for _, value in values_of(decisions, name)]
+    values = [float(v) for v in found if not isinstance(v, str) and math.isfinite(v)]
+    texts = [f"no number: {_counts(odd)}"] if (odd := Counter(map(repr, _texts(found)))) else []
+    if values:
+        mean = math.fsum(value / len(values) for value in values)
+        low, high, last = min(values), max(values), values[-1]
+        texts.insert(0, f"min {low:.4g}, mean {mean:.4g}, max {high:.4g}, last {last:.4g}")
+    return (name, "; ".join(texts)) if texts else None
+
+
+def _texts(values: Sequence[Any]) -> list[str]:
+    return [value for value in values if isinstance(value, str)]
 
 
 def compare_decisions(
@@ -107,7 +110,7 @@ def sweep_row(decisions: Sequence[Record]) -> dict[str, Any]:
     actions = Counter(value for _, value in values_of(decisions, "action"))
     regimes = Counter(value for _, value in values_of(decisions, "regime"))
     stops = [step for step, why in values_of(decisions, "stop") if why != GO_ON]
-    factors = [float(value) for _, value in values_of(decisions, "lr_mult")]
+    factors = [float(v) for _, v in values_of(decisions, "lr_mult") if not isinstance(v, str)]
     return {
         "unstable": regimes["unstable"],
         "emergency": actions["emergency"],

@@ -1,7 +1,7 @@
 """A run folder as the report sees it, whole or cut short."""
 
-import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +9,7 @@ from typing import Any
 
 from hmpo.errors import RunFolderError, TelemetryError
 from hmpo.telemetry.ingest import Record, RunLog, read_records, read_run, read_timing
+from hmpo.telemetry.reading import loads, reason
 from hmpo.telemetry.secrets import mask_secrets
 
 
@@ -70,7 +71,7 @@ def load_run(path: Path | str) -> RunData:
         TelemetryError: the log is of another version or more than 1 % of it is malformed.
     """
     path = Path(path)
-    if not path.is_dir():
+    if not os.path.isdir(path):  # noqa: PTH112 - unlike pathlib, false for over-long paths
         raise RunFolderError(f"{path}: no such folder, expected a run folder")
     logs = [path / name for name in ("telemetry.jsonl", "telemetry.jsonl.gz")]
     present = [log for log in logs if log.is_file()]
@@ -100,9 +101,9 @@ def _read_object(path: Path, notes: list[str], needed: bool) -> dict[str, Any]:
             notes.append(f"{path.name} is missing")
         return {}
     try:
-        value = mask_secrets(json.loads(path.read_bytes()))
-    except (OSError, ValueError, RecursionError) as error:
-        notes.append(f"{path.name} cannot be read: {error}")
+        value = mask_secrets(loads(path.read_bytes()))
+    except (OSError, ValueError) as error:
+        notes.append(f"{path.name} cannot be read: {reason(error)}")
         return {}
     if not isinstance(value, dict):
         notes.append(f"{path.name} holds {type(value).__name__}, expected a JSON object")

@@ -20,6 +20,7 @@ from matplotlib.ticker import MaxNLocator
 from hmpo.checkpoint import write_atomic
 from hmpo.lab.folder import RunData
 from hmpo.lab.panels import PLOTS, Line, Panel, Plot
+from hmpo.lab.thin import LARGEST, evenly, smoothed, thin
 from hmpo.stats import wilson_interval
 
 INK, SOFT, GRID = "#1f2328", "#59636e", "#d9dde2"
@@ -35,6 +36,8 @@ DARK = {
 """What each colour becomes on a dark page."""
 _SMOOTH_ABOVE = 30
 """Points above which a moving average is drawn over the raw line."""
+_EVALS = 300
+"""Evaluations drawn with their intervals, evenly spaced."""
 
 
 def style(form: str) -> dict[str, Any]:
@@ -196,7 +199,7 @@ def _draw(axes: Axes, panel: Panel, run: RunData) -> None:
         _draw_line(axes, line, run, COLOURS[i], offset=float(i - 1) if line.interval else 0.0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     threshold = run.setting(*panel.threshold) if panel.threshold else None
-    if isinstance(threshold, int | float) and math.isfinite(threshold):
+    if isinstance(threshold, int | float) and abs(threshold) <= LARGEST:
         axes.axhline(threshold, color=SOFT, linestyle="--", linewidth=1.1, label="threshold")
     if panel.full:
         axes.set_ylim(0, 1.03)
@@ -254,9 +257,10 @@ def _draw_line(
         return
     window = smoothing(len(values), run)
     if window > 1:
-        axes.plot(steps, values, color=colour, linewidth=0.8, alpha=0.35)
-        values = moving_average(values, window)
-    axes.plot(steps, values, dashes, color=colour, label=line.label)
+        axes.plot(*thin(steps, values), color=colour, linewidth=0.8, alpha=0.35)
+        axes.plot(*smoothed(steps, values, window), dashes, color=colour, label=line.label)
+    else:
+        axes.plot(*thin(steps, values), dashes, color=colour, label=line.label)
 
 
 def _draw_intervals(
@@ -265,6 +269,7 @@ def _draw_intervals(
     """Points with their 95 % intervals, set apart a little so that bars do not hide each other."""
     rows = {r["step"]: r for r in run.log.evals if isinstance(r.get(line.metric), int | float)}
     steps = sorted(rows)
+    steps = [steps[i] for i in evenly(len(steps), _EVALS)]
     span = max(1, run.last_step)
     values = [rows[step][line.metric] for step in steps]
     ends = [interval(rows[step], line.metric) or (v, v) for step, v in zip(steps, values)]
@@ -310,17 +315,3 @@ def _rollout(count: int, run: RunData) -> int:
     parts = [run.setting("trainer", name, default=1) for name in ("minibatches", "epochs")]
     product = math.prod(part for part in parts if isinstance(part, int) and 0 < part <= count)
     return max(1, min(product, count))
-
-
-def moving_average(values: Sequence[float], window: int) -> list[float]:
-    """Centred mean of the finite values among `window` neighbours.
-
-    NaN where there are none, and at the ends, where the window would not be full.
-    """
-    result = []
-    for i in range(len(values)):
-        first, last = i - window // 2, i + (window + 1) // 2
-        full = first >= 0 and last <= len(values)
-        near = [v for v in values[first:last] if math.isfinite(v)] if full else []
-        result.append(sum(near) / len(near) if near else math.nan)
-    return result

@@ -7,6 +7,7 @@ what would have been decided at each record of the run as it went.
 
 import itertools
 import json
+import os
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ from hmpo.config.reading import from_dict
 from hmpo.errors import CheckpointError, ConfigError, TelemetryError
 from hmpo.telemetry.foreign import read_log
 from hmpo.telemetry.ingest import Record, RunLog
+from hmpo.telemetry.reading import loads, reason
 from hmpo.telemetry.records import encode, event_record
 
 LOGS = ("telemetry.jsonl", "telemetry.jsonl.gz", "telemetry.csv")
@@ -56,6 +58,8 @@ def load_source(
         ConfigError: settings that cannot be read.
     """
     path = run
+    if not os.path.exists(run):  # noqa: PTH110 - unlike pathlib, false for over-long paths
+        raise TelemetryError(f"{run}: no such file or folder, expected a run folder or a log")
     if run.is_dir():
         logs = [run / name for name in LOGS if (run / name).is_file()]
         if not logs:
@@ -77,10 +81,10 @@ def load_settings(path: Path) -> ControlConfig:
     """
     try:
         text = path.read_text(encoding="utf-8")
-        data = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+        data = loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: cannot be read ({reason(error)})") from None
+    except (ValueError, RecursionError) as error:  # TOML has no limit of depth of its own
         raise ConfigError(f"{path}: {str(error).splitlines()[0]}") from None
     if isinstance(data, dict) and "schema" not in data and "run_id" not in data:
         whole_run = "trainer" in data or "objective" in data or "agm" in data
@@ -141,8 +145,7 @@ def replay_file(
     control, after = Control(source.config, source.log.run), -1
     if state_in is not None:
         state = _read_state(state_in)
-        control.load_state_dict(state["control"])
-        after = state["step"]
+        after = _continue(control, state, state_in)
     decisions = replay(source, control, until, after)
     if out is not None:
         lines = [encode(_header(source, control, until)), *map(encode, decisions)]
@@ -154,11 +157,27 @@ def replay_file(
     return decisions
 
 
+def _continue(control: Control, state: Mapping[str, Any], path: Path) -> int:
+    """Load a state that --state-out wrote; returns the last step that it has seen."""
+    try:
+        control.load_state_dict(state["control"])
+        after = state["step"]
+        if not isinstance(after, int):
+            raise TypeError(f"step is {after!r}")
+    except CheckpointError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path}: damaged, {error!r}; replay the log from its start"
+        ) from None
+    return after
+
+
 def _read_state(path: Path) -> dict[str, Any]:
     try:
-        state = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}") from None
+        state = loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {reason(error)}") from None
     if not isinstance(state, dict) or state.get("schema") != "hmpo.agm/1":
         raise CheckpointError(f"{path}: expected a state that --state-out wrote")
     return state

@@ -6,8 +6,10 @@ content security policy allows neither scripts nor anything from outside.
 """
 
 import base64
+import contextlib
 import functools
-import unicodedata
+import os
+import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +26,7 @@ from hmpo.lab.panels import PLOTS
 from hmpo.lab.plots import darken, render, render_comparison, write_plots
 from hmpo.lab.summary import compare, summarize
 from hmpo.telemetry.secrets import mask_credentials
+from hmpo.telemetry.visible import visible
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -54,9 +57,28 @@ def write_report(runs: Sequence[Path], out: Path | None = None) -> Path:
         out = Path(runs[0]) / ("report.html" if len(data) == 1 else "comparison.html")
     folder = out.parent / ("plots" if len(data) == 1 else f"{out.stem}-plots")
     page = render_page(data, labels)
+    _clear_left(out.parent, [out.name])
+    _clear_left(folder, [f"{plot.name}.png" for plot in PLOTS])
     write_atomic(out, page, make_folder=True)
     write_plots(data, folder, labels)
     return out
+
+
+def _clear_left(folder: Path, names: Sequence[str]) -> None:
+    """Remove the half-written files of reports that were killed: their process is gone."""
+    if os.name != "posix":
+        return
+    with contextlib.suppress(OSError):
+        for path in folder.iterdir():
+            left = re.fullmatch(r"\.(.+)\.tmp-(\d{1,9})-[0-9a-f]+", path.name)
+            if left is None or left[1] not in names:
+                continue
+            try:
+                os.kill(int(left[2]), 0)
+            except ProcessLookupError:
+                path.unlink(missing_ok=True)
+            except OSError:
+                continue  # another user's, and alive
 
 
 def render_page(runs: Sequence[RunData], labels: Sequence[str]) -> str:
@@ -100,25 +122,6 @@ def unique_labels(runs: Sequence[RunData]) -> list[str]:
         if counts[label] > 1:
             labels[i] = f"{label} ({counts[label]})"
     return labels
-
-
-def visible(text: str) -> str:
-    """The text with control, format and other invisible characters written as codes.
-
-    Newlines and tabs stay. Bidi overrides, zero-width characters, terminal escapes and lone
-    surrogates become visible, such as <U+202E>.
-    """
-    if text.isprintable():
-        return text
-    return "".join(
-        character
-        if character in "\n\t" or unicodedata.category(character) not in _HIDDEN
-        else f"<U+{ord(character):04X}>"
-        for character in text.replace("\r\n", "\n")
-    )
-
-
-_HIDDEN = frozenset(["Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"])
 
 
 def _finalize(value: Any) -> Any:

@@ -322,10 +322,9 @@ def _origin(run: RunData) -> list[tuple[str, str]]:
         resumed = ", ".join(str(s.get("resumed_from_step", 0)) for s in run.segments[1:])
         rows.append(("resumed", f"{len(run.segments) - 1} times, from updates {resumed}"))
     seconds = sum(
-        value
+        _seconds(record, name)
         for record in run.times
-        for name, value in record.items()
-        if name in ("time/step_s", "time/eval_s", "time/save_s") and math.isfinite(value)
+        for name in ("time/step_s", "time/eval_s", "time/save_s")
     )
     if seconds:
         rows.append(("time", f"{seconds / 60:.1f} min in updates, evaluation and checkpoints"))

@@ -13,14 +13,17 @@ from hmpo.agm.phase import PHASES
 from hmpo.agm.regime import REGIMES
 from hmpo.agm.stopping import GO_ON
 from hmpo.lab.decisions import values_of
-from hmpo.lab.plots import COLOURS, SOFT, plain, save, style
+from hmpo.lab.plots import COLOURS, INK, SOFT, plain, save, style
 from hmpo.lab.replay import Source
+from hmpo.lab.thin import LARGEST, evenly, strips, thin
 from hmpo.telemetry.fields import GAP
 from hmpo.telemetry.ingest import Record
 
 ABOVE: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (-0.01, 0.96), "ncols": 2}
 SHADES = ("#c8cdd3", "#009e73", "#56b4e9", "#e6a000", "#d55e00")
 """Of regimes and phases, from nothing known to bad."""
+OTHER = INK
+"""Of a state that no controller of this version gives."""
 
 
 def render_timeline(source: Source, decisions: Sequence[Record], label: str) -> bytes:
@@ -34,7 +37,7 @@ def render_timeline(source: Source, decisions: Sequence[Record], label: str) -> 
     steps, evals = source.log.steps, source.log.evals
     rows: list[tuple[float, Any]] = [(1.3, _draw_reward), (1.3, _draw_gap), (0.7, _draw_states)]
     rows.append((0.9, _draw_lr))
-    ps = {record["ratio/p"] for record in steps if "ratio/p" in record}
+    ps = {record["ratio/p"] for record in steps if record.get("ratio/p") is not None}
     if len(ps) > 1 or values_of(decisions, "p"):
         rows.append((0.9, _draw_p))
     if any("curriculum/level" in record for record in steps):
@@ -55,7 +58,7 @@ def render_timeline(source: Source, decisions: Sequence[Record], label: str) -> 
 
 def _series(records: Sequence[Record], name: str) -> tuple[list[int], list[float]]:
     points = [(r["step"], r[name]) for r in records if isinstance(r.get(name), int | float)]
-    return [step for step, _ in points], [float(value) for _, value in points]
+    return thin([step for step, _ in points], [float(value) for _, value in points])
 
 
 def _draw_reward(axes: Axes, source: Source, steps: Any, evals: Any, decisions: Any) -> None:
@@ -67,11 +70,11 @@ def _draw_reward(axes: Axes, source: Source, steps: Any, evals: Any, decisions: 
 
 def _draw_gap(axes: Axes, source: Source, steps: Any, evals: Any, decisions: Any) -> None:
     """The log gap of the stalest updates, which alone are compared, against its target."""
-    deepest = max((record.get("staleness", 0) for record in steps), default=0)
-    stale = [record for record in steps if record.get("staleness", 0) == deepest]
+    deepest = max((record.get("staleness") or 0 for record in steps), default=0)
+    stale = [record for record in steps if (record.get("staleness") or 0) == deepest]
     at, gaps = _series(stale, GAP)
     axes.plot(at, [max(gap, 1e-9) for gap in gaps], color=COLOURS[0], label="g")
-    target = source.config.resolved.adapter.gap_target
+    target = min(source.config.resolved.adapter.gap_target, LARGEST)
     axes.axhline(target, color=SOFT, linestyle="--", linewidth=1.1, label="target")
     axes.set_yscale("log")
     axes.set_ylabel("log gap (nat)")
@@ -80,18 +83,27 @@ def _draw_gap(axes: Axes, source: Source, steps: Any, evals: Any, decisions: Any
 
 def _draw_states(axes: Axes, source: Source, steps: Any, evals: Any, decisions: Any) -> None:
     """Two strips: the regime above, the phase below."""
+    others: list[str] = []
     for row, (name, names) in enumerate((("phase", PHASES), ("regime", REGIMES))):
-        points = values_of(decisions, name)
-        ends = [step for step, _ in points[1:]] + [points[-1][0] + 1 if points else 0]
-        for (step, value), end in zip(points, ends):
-            colour = SHADES[names.index(value) % len(SHADES)]
-            axes.broken_barh([(step, max(1, end - step))], (row + 0.1, 0.8), color=colour)
+        points = [(step, str(value)) for step, value in values_of(decisions, name)]
+        bars: dict[str, list[tuple[int, int]]] = {}
+        for start, end, value in strips(points, points[-1][0] + 1 if points else 0):
+            colour = SHADES[names.index(value) % len(SHADES)] if value in names else OTHER
+            bars.setdefault(colour, []).append((start, max(1, end - start)))
+            if colour == OTHER and value not in others:
+                others.append(value)
+        for colour, spans in bars.items():
+            axes.broken_barh(spans, (row + 0.1, 0.8), color=colour)
     axes.set_yticks([0.5, 1.5], ["phase", "regime"])
     axes.set_ylim(0, 2)
     axes.grid(False)
     labels = [f"{regime.split('_')[0]} / {phase}" for regime, phase in zip(REGIMES, PHASES)]
+    patches = [Patch(color=shade, label=text) for shade, text in zip(SHADES, labels)]
+    if others:
+        shown = ", ".join(plain(value) for value in others[:3]).replace("$", r"\$")
+        patches.append(Patch(color=OTHER, label=f"unknown: {shown}"))
     axes.legend(
-        handles=[Patch(color=shade, label=text) for shade, text in zip(SHADES, labels)],
+        handles=patches,
         loc="upper left",
         bbox_to_anchor=(0.0, -0.05),
         ncols=3,
@@ -107,9 +119,8 @@ def _draw_lr(axes: Axes, source: Source, steps: Any, evals: Any, decisions: Any)
 
 def _draw_p(axes: Axes, source: Source, steps: Any, evals: Any, decisions: Any) -> None:
     axes.plot(*_series(steps, "ratio/p"), color=COLOURS[0], label="in force")
-    points = values_of(decisions, "p_target")
-    if points:
-        at, targets = zip(*points)
+    at, targets = _series(decisions, "decision/p_target")
+    if at:
         axes.plot(at, targets, color=SOFT, linewidth=0.9, linestyle="--", label="target")
         axes.legend(**ABOVE)
     axes.set_ylabel("p")
@@ -123,9 +134,13 @@ def _draw_level(axes: Axes, source: Source, steps: Any, evals: Any, decisions: A
 
 def _mark(axes: Axes, decisions: Sequence[Record]) -> None:
     """Applied emergencies and rollbacks, and the end."""
-    for record in decisions:
-        if record["applied"] and record.get("decision/action") in ("emergency", "rollback"):
-            axes.axvline(record["step"], color=COLOURS[1], linewidth=0.9, alpha=0.7)
+    at = [
+        record["step"]
+        for record in decisions
+        if record["applied"] and record.get("decision/action") in ("emergency", "rollback")
+    ]
+    for i in evenly(len(at), 200):
+        axes.axvline(at[i], color=COLOURS[1], linewidth=0.9, alpha=0.7)
     stops = [step for step, why in values_of(decisions, "stop") if why != GO_ON]
     if stops:
         axes.axvline(stops[0], color=COLOURS[5], linewidth=1.2, linestyle=":")

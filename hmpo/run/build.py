@@ -53,15 +53,19 @@ def make_rewards(config: RunConfig, task: Task) -> Rewards:
 
 
 def load_trained(folder: Path, config: RunConfig, device: str = "cpu") -> LoadedPolicy:
-    """The policy of a run: its `policy/` folder, or else its newest valid checkpoint.
+    """The policy of a run: its newest valid checkpoint, or else its `policy/` folder.
 
     Raises:
         CheckpointError: the run has neither.
     """
-    loaded = load_policy(config.policy, device=device)
     saved = load_checkpoint(folder / "checkpoints")
     if saved is None:
-        raise CheckpointError(f"{folder}: has no checkpoint yet; let the run save one first")
+        written = folder / "policy"
+        if not written.is_dir():
+            raise CheckpointError(f"{folder}: has no checkpoint yet; let the run save one first")
+        policy = dataclasses.replace(config.policy, path=str(written), lora_rank=0)
+        return load_policy(policy, device=device)
+    loaded = load_policy(config.policy, device=device)
     load_trained_state(loaded.model, saved.state["model"])
     return loaded
 

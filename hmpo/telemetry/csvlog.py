@@ -1,9 +1,13 @@
-"""Telemetry as CSV: columns in the order of the table, values typed by it."""
+"""Telemetry as CSV: columns in the order of the table, values typed by it.
+
+A text that a spreadsheet would take for a formula gets an apostrophe in front, which `read_csv`
+takes away again.
+"""
 
 import contextlib
 import csv
-import gzip
 import io
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,9 +16,12 @@ from hmpo.errors import TelemetryError
 from hmpo.telemetry.field import Field
 from hmpo.telemetry.fields import FIELDS
 from hmpo.telemetry.lookup import lookup, lookup_trl
+from hmpo.telemetry.reading import lines
 from hmpo.telemetry.records import decode, encode
 
 _FLAGS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
+_FORMULA = re.compile(r"'*[=+\-@\t\r]")
+"""Texts that a spreadsheet would run, and those that look like ours in front of them."""
 _ORDER = {row.name: i for i, row in enumerate(FIELDS)}
 
 
@@ -31,12 +38,16 @@ def csv_header(records: Iterable[Mapping[str, Any]]) -> list[str]:
 def to_csv(records: Iterable[Mapping[str, Any]]) -> str:
     """Records as CSV text; a missing value is an empty cell."""
     rows = list(records)
+    header = csv_header(rows)
+    return table_csv(header, ([record.get(name) for name in header] for record in rows))
+
+
+def table_csv(header: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
+    """Any table as CSV text, cells with commas, quotes and line ends quoted, formulas defused."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    header = csv_header(rows)
-    writer.writerow(header)
-    for record in rows:
-        writer.writerow([_cell(record.get(name)) for name in header])
+    writer.writerow([_cell(name) for name in header])
+    writer.writerows([_cell(value) for value in row] for row in rows)
     return text.getvalue()
 
 
@@ -49,14 +60,21 @@ def read_csv(path: Path) -> Iterator[tuple[int, dict[str, Any] | TelemetryError]
         TelemetryError: the file cannot be read or has no header.
     """
     try:
-        raw = path.read_bytes()
-        text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8-sig")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+        text = b"".join(line for _, line in lines(path)).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
         raise TelemetryError(f"{path}: cannot be read: {error}") from None
     reader = csv.reader(io.StringIO(text, newline=""))
-    header = next(reader, None)
-    if not header:
-        raise TelemetryError(f"{path}: empty, expected a line of column names")
+    try:
+        header = [_told(name) for name in next(reader, [])]
+        if not header:
+            raise TelemetryError(f"{path}: empty, expected a line of column names")
+        yield from _rows(reader, header)
+    except csv.Error as error:
+        raise TelemetryError(f"{path}, line {reader.line_num}: {error}") from None
+
+
+def _rows(reader: Any, header: list[str]) -> Iterator[tuple[int, dict[str, Any] | TelemetryError]]:
+    """The rows below the header."""
     for cells in reader:
         if not cells:
             continue
@@ -76,12 +94,18 @@ def _cell(value: Any) -> str:
     if value is None:
         return ""
     if isinstance(value, str):
-        return value
+        text = value.encode("utf-8", "backslashreplace").decode()  # lone surrogates
+        return f"'{text}" if _FORMULA.match(text) else text
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, float):
         return repr(value)  # every digit, and nan, inf, -inf
     return str(value) if isinstance(value, int) else encode({"": value})[4:-1]
+
+
+def _told(cell: str) -> str:
+    """A text as it was before `_cell` defused it."""
+    return cell[1:] if cell.startswith("'") and _FORMULA.match(cell) else cell
 
 
 def _value(name: str, cell: str) -> Any:
@@ -94,7 +118,7 @@ def _value(name: str, cell: str) -> Any:
 def _typed(row: Field, name: str, cell: str) -> Any:
     match row.kind:
         case "str":
-            return cell
+            return _told(cell)
         case "bool":
             if cell.strip().lower() not in _FLAGS:
                 raise ValueError(f"{name}: got {cell!r}, expected {row.expected}")
@@ -113,10 +137,13 @@ def _guess(cell: str) -> Any:
     if cell.strip().lower() in ("true", "false"):
         return _FLAGS[cell.strip().lower()]
     value = _number(cell)
-    return cell if value is None else value
+    return _told(cell) if value is None else value
 
 
 def _number(cell: str) -> int | float | None:
+    digits = cell.strip().lstrip("+-")
+    if len(digits) > 308 and digits.isdecimal():
+        raise ValueError(f"an integer of {len(digits)} digits, a float holds 308")
     with contextlib.suppress(ValueError):
         return int(cell)
     with contextlib.suppress(ValueError):

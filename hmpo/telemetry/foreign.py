@@ -8,7 +8,6 @@ stands for nothing.
 Rollouts are counted by records, and `staleness` is 0, as each record stands for a whole rollout.
 """
 
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ from hmpo.errors import ConfigError, TelemetryError
 from hmpo.telemetry.fields import GAP
 from hmpo.telemetry.ingest import Problem, RunLog, read_records, read_run, refuse_malformed
 from hmpo.telemetry.lookup import lookup, lookup_trl
+from hmpo.telemetry.reading import loads, reason
 from hmpo.telemetry.records import eval_record, step_record
 
 Adapter = Literal["hmpo", "hmpo-legacy", "agm-payload", "trl", "verl"]
@@ -95,12 +95,18 @@ def _rows(path: Path) -> tuple[list[tuple[int, Record]], list[Problem], int]:
     if path.suffix != ".json":
         return read_records(path)
     try:
-        history = json.loads(path.read_bytes())["log_history"]
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        state = loads(path.read_bytes())
+    except (OSError, ValueError) as error:
         raise TelemetryError(
-            f"{path}: cannot be read ({error}); expected JSON lines, CSV, or a trainer_state.json "
-            "with log_history"
+            f"{path}: cannot be read ({reason(error)}); expected JSON lines, CSV, or a "
+            "trainer_state.json with log_history"
         ) from None
+    history = state.get("log_history") if isinstance(state, dict) else None
+    if not isinstance(history, list):
+        raise TelemetryError(
+            f"{path}: log_history is {'missing' if history is None else 'no list'}; expected JSON "
+            "lines, CSV, or a trainer_state.json with log_history"
+        )
     rows = [(i, row) for i, row in enumerate(history, start=1) if isinstance(row, dict)]
     return rows, [], len(history)
 
@@ -150,7 +156,7 @@ def _translated(
             made = [("step", metrics)] if metrics else []
             made += [("eval", evaluation)] if evaluation else []
             built = [_build(kind, path.stem, step, values) for kind, values in made]
-        except (TelemetryError, KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, ArithmeticError, IndexError) as error:
             text = f"no {error}" if isinstance(error, KeyError) else str(error)
             problems.append(Problem(line=line, kind="malformed", message=text))
             continue

@@ -1,14 +1,13 @@
 """Reading a run's log back, with every fault named by its line."""
 
-import gzip
-import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from hmpo.errors import TelemetryError
 from hmpo.telemetry.csvlog import is_csv, read_csv
+from hmpo.telemetry.reading import lines
 from hmpo.telemetry.records import RECORD_TYPES, check_schema, decode, validate
 
 MALFORMED_SHARE = 0.01
@@ -129,7 +128,7 @@ def read_records(
             else:
                 records.append((number, row))
         return records, problems, number
-    for number, line in _lines(Path(path)):
+    for number, line in lines(Path(path)):
         if not line.strip():
             continue
         try:
@@ -144,7 +143,7 @@ def read_records(
 
 def _read(path: Path) -> tuple[list[tuple[int, Record]], list[Problem]]:
     """Decoded and validated records of our schema; records of unknown type become `other`."""
-    decoded, problems, lines = read_records(path)
+    decoded, problems, count = read_records(path)
     records: list[tuple[int, Record]] = []
     for number, record in decoded:
         if record.get("type") == "run" and record.get("schema") is not None:
@@ -162,7 +161,7 @@ def _read(path: Path) -> tuple[list[tuple[int, Record]], list[Problem]]:
             problems.append(Problem(line=number, kind="malformed", message=str(error)))
             continue
         records.append((number, record))
-    refuse_malformed(path, problems, lines)
+    refuse_malformed(path, problems, count)
     return records, problems
 
 
@@ -175,15 +174,6 @@ def refuse_malformed(path: Path, problems: Sequence[Problem], lines: int) -> Non
             f"{path}: {len(malformed)} of {lines} lines are malformed, expected at most 1 %; "
             f"the first is line {first.line}: {first.message}"
         )
-
-
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    opener = gzip.open if path.suffix == ".gz" else open
-    try:
-        with opener(path, "rb") as file:
-            yield from enumerate(file, start=1)
-    except (OSError, EOFError, zlib.error) as error:
-        raise TelemetryError(f"{path}: cannot be read: {error}") from None
 
 
 def _key(record: Record) -> tuple[Any, ...] | None:

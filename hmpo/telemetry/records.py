@@ -19,6 +19,7 @@ from hmpo.errors import TelemetryError
 from hmpo.telemetry.field import RANGE_TOLERANCE, Field
 from hmpo.telemetry.fields import FIELDS
 from hmpo.telemetry.lookup import lookup, lookup_trl, with_trl_names
+from hmpo.telemetry.reading import loads
 from hmpo.telemetry.schema import schema_json as schema_json
 from hmpo.telemetry.secrets import mask_secrets
 
@@ -26,6 +27,8 @@ SCHEMA = "hmpo.telemetry/1"
 RECORD_TYPES = ("run", "step", "eval", "decision", "event", "end", "segment", "time")
 
 _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+_COUNTS = ("success/", "eval/sampled_", "eval/greedy_", "eval/pass_at_k_")
+"""Names that end in `k` for successes and `n` for trials."""
 _EVENT_NAME = re.compile(r"[a-z][a-z0-9_./-]{0,63}")
 
 
@@ -232,10 +235,26 @@ def validate(record: Mapping[str, Any], strict: bool = True) -> None:
                 raise TelemetryError(f"{kind} record: {name}: not allowed here, expected {where}")
             continue
         if not fits(row, value):
-            raise TelemetryError(f"{kind} record: {name}: got {value!r}, expected {row.expected}")
+            more = " below 2^64" if isinstance(value, int) and abs(value) >= 2**64 else ""
+            wanted = f"expected {row.expected}{more}"
+            raise TelemetryError(f"{kind} record: {name}: got {_short(value)}, {wanted}")
+    _check_counts(record, kind)
     if kind == "event" and not _EVENT_NAME.fullmatch(record["name"]):
         expected = "a lower-case word such as checkpoint_saved"
         raise TelemetryError(f"event record: name: got {record['name']!r}, expected {expected}")
+
+
+def _check_counts(record: Mapping[str, Any], kind: str) -> None:
+    """Refuse more successes than trials."""
+    for name in _COUNTS:
+        k, n = record.get(f"{name}k"), record.get(f"{name}n")
+        if isinstance(k, int | float) and isinstance(n, int | float) and k > n:
+            raise TelemetryError(f"{kind} record: {name}k: got {k}, expected at most {name}n = {n}")
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 120 else f"{text[:100]}... ({len(text)} characters)"
 
 
 def _home(row: Field) -> str:
@@ -273,6 +292,8 @@ def fits(row: Field, value: Any) -> bool:
         return isinstance(value, list | tuple) and all(_is_number(item) for item in value)
     if not _is_number(value) or (row.kind == "int" and not isinstance(value, int)):
         return False
+    if isinstance(value, int) and abs(value) >= (2**64 if row.kind == "int" else 10**308):
+        return False
     slack = 0.0 if row.kind == "int" else RANGE_TOLERANCE
     below = row.low is not None and value < row.low - slack
     above = row.high is not None and value > row.high + slack
@@ -291,7 +312,7 @@ def encode(record: Mapping[str, Any]) -> str:
     """
     try:
         return json.dumps(_finite(record), sort_keys=True, allow_nan=False, separators=(",", ":"))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise TelemetryError(f"record cannot be written as JSON: {error}") from None
 
 
@@ -317,18 +338,14 @@ def decode(line: str | bytes, non_finite: bool = True) -> dict[str, Any]:
         TelemetryError: not a JSON object.
     """
     try:
-        record = json.loads(line, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
+        record = loads(line)
+    except ValueError as error:
         raise TelemetryError(f"not a JSON record: {error}") from None
     if not isinstance(record, dict):
         raise TelemetryError(f"not a JSON record: got {type(record).__name__}, expected an object")
     if not non_finite:
         return record
     return {key: value if _is_text(key) else _infinite(value) for key, value in record.items()}
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f'{name} is not JSON; write it as a text, "nan"')
 
 
 def _is_text(key: str) -> bool:

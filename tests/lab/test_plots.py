@@ -109,15 +109,6 @@ def test_text_and_lines_stand_out_on_both_grounds():
         assert all(contrast(palette[colour], ground) > 3 for colour in plots.COLOURS)
 
 
-def test_moving_average_skips_nan_and_stops_where_the_window_is_not_full():
-    values = [1.0, 2.0, math.nan, 4.0, 5.0]
-    smooth = plots.moving_average(values, 3)
-    assert math.isnan(smooth[0]) and math.isnan(smooth[4])
-    assert smooth[1:4] == [1.5, 3.0, 4.5]
-    sawtooth = plots.moving_average([0.0, 1.0, 2.0, 3.0] * 3, 4)
-    assert sawtooth[2:11] == [1.5] * 9 and math.isnan(sawtooth[1]) and math.isnan(sawtooth[11])
-
-
 def test_smoothing_spans_whole_rollouts_and_leaves_short_series_alone(run):
     assert plots.smoothing(20, run) == 1
     assert plots.smoothing(40, run) == 4, "four minibatches a rollout"
