@@ -27,6 +27,7 @@ from hmpo.checkpoint import (
 from hmpo.config import RunConfig, to_dict
 from hmpo.config.identity import changed_settings, config_hash
 from hmpo.config.reading import load_run_config, run_config
+from hmpo.config.unread_run import refuse_unread_run
 from hmpo.errors import ConfigError, RunFolderError
 from hmpo.run.afresh import delete, leftovers, without_update
 from hmpo.run.environment import describe_environment
@@ -56,7 +57,8 @@ def check_folder(
 
     Raises:
         RunFolderError: it holds a run and this is no resume, or the other way round.
-        ConfigError: the run in it was started with other settings that decide its numbers.
+        ConfigError: the run in it was started with other settings that decide its numbers, or there
+            is none and nothing would read one of the settings.
     """
     try:
         started = (folder / "config.json").is_file()
@@ -89,6 +91,8 @@ def check_folder(
                 f"numbers: {'; '.join(changed)}; leave them as they were, or start a new run "
                 f"from its weights with `hmpo train --from {folder} --set ...`"
             )
+    else:
+        refuse_unread_run(config)
 
 
 def as_stored(config: RunConfig) -> RunConfig:

@@ -12,14 +12,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from hmpo.config import RunConfig
 from hmpo.errors import NonFiniteError, RewardError
 from hmpo.models import LoadedPolicy, load_policy, save_policy
 from hmpo.optim.state import clip_lists
 from hmpo.randomness import random_state_kept, restore_random_state, seed_everything
-from hmpo.run.build import make_rewards, make_trainer, trainer_config
+from hmpo.run.build import make_rewards, make_trainer, trainer_config, use_machine
 from hmpo.run.evaluation import Evaluation, Evaluator, gather_columns
 from hmpo.run.files import RunFiles, check_folder, run_folder
 from hmpo.run.observer import Observer, RunResult
@@ -73,11 +71,7 @@ class _Run:
         self, config: RunConfig, folder: Path, observer: Observer, *, resume: bool
     ) -> None:
         self.config, self.folder, self.observer = config, folder, observer
-        if config.threads:
-            torch.set_num_threads(config.threads)
-        device = config.device
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = use_machine(config)
         seed_everything(config.seed)
         trainer_config(
             config
