@@ -40,12 +40,16 @@ def all_ended(patience: float = 60.0) -> Iterator[None]:
     try:
         yield
     finally:
-        deadline = time.monotonic() + patience
+        deadline, killed = time.monotonic() + patience, set()
         while left := descendants() - before:
+            killed |= left
             for process in left:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(process, signal.SIGKILL)
             if time.monotonic() > deadline:
                 raise TimeoutError(f"processes that do not end: {sorted(left)}")
             time.sleep(0.2)
+        for process in killed:
+            with contextlib.suppress(ChildProcessError):  # orphans are children of this one
+                os.waitpid(process, 0)
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)

@@ -20,7 +20,7 @@ HERE = __package__
 MAIN = ("-m", "verl.trainer.main_ppo")
 PROMPTS, RESPONSES = 4, 4
 """Prompts in a step, and responses to each; half of them are in a minibatch."""
-LR = 1e-3
+LR = 1e-4
 TEMPLATE = "{{ bos_token }}{% for message in messages %}{{ message.content }}{% endfor %}"
 
 
@@ -141,6 +141,9 @@ def train(folder: Path, limit: float) -> float:
             failed = running.wait(timeout=limit)
         except subprocess.TimeoutExpired:
             failed = f"not done after {limit:.0f} s"
+        finally:
+            running.kill()
+            running.wait()
         seconds = time.monotonic() - began
     if failed:
         raise RuntimeError(f"main_ppo: {failed}\n{path.read_text(errors='replace')[-6000:]}")
