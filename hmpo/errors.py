@@ -64,3 +64,13 @@ def require(condition: bool, name: str, received: object, expected: str) -> None
 def require_positive(name: str, value: float) -> None:
     """Raise `ConfigError` unless the value is finite and > 0."""
     require(math.isfinite(value) and value > 0, name, value, "a finite number > 0")
+
+
+def byte_size(count: int) -> str:
+    """A number of bytes as it is read: `812 bytes`, `1.4 MB`, `14.9 GB` (decimal units)."""
+    if count < 10_000:
+        return f"{count} bytes"
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    raise AssertionError("some unit fits")

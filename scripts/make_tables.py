@@ -211,15 +211,31 @@ def rollout_products() -> str:
 
 
 def kill_and_resume() -> str:
-    """SIGKILL at random instants."""
+    """SIGKILL at random instants: all of them."""
     result = load("kill_and_resume")
+    total = result["total"]
     return (
-        f"{result['kills']} kills (SIGKILL) at random instants of {result['runs']} short runs, "
-        f"{result['inside_saves']} of them inside a checkpoint save: {result['resumed']} of "
-        f"{result['kills']} resumed, and {result['identical']} of {result['runs']} runs ended with "
-        "weights, optimizer state, telemetry and completions identical to the byte. "
-        f"From `{result['command']}`."
+        f"{total['kills']} kills (SIGKILL) at random instants of {total['runs']} short runs of "
+        f"{len(result['rows'])} configurations, {total['inside_saves']} of them inside a "
+        f"checkpoint save, {total['before_first_checkpoint']} before the first checkpoint and "
+        f"{total['after_last_checkpoint']} after the last: {total['resumed']} of {total['kills']} "
+        f"resumed, {total['identical']} of {total['runs']} runs ended with all files but "
+        "timing.jsonl identical to the byte and none too many, and every process of a killed run "
+        f"was gone within {total['orphans_s']:.1f} s. The load: {result['beside']}. From "
+        f"`{result['command']}`."
     )
+
+
+def kill_and_resume_rows() -> str:
+    """SIGKILL at random instants, by configuration."""
+    shown = ("kills", "inside_saves", "resumed", "runs", "identical")
+    lines = [
+        "| runs with | kills | inside a save | resumed | runs | identical |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in load("kill_and_resume")["rows"]:
+        lines.append(f"| {row['case']} | " + " | ".join(str(row[name]) for name in shown) + " |")
+    return "\n".join(lines)
 
 
 def trl_versions() -> str:
@@ -385,6 +401,7 @@ MAKERS: dict[str, Callable[[], str]] = {
     "logprobs_parts": performance_tables.logprobs_parts,
     "logprobs_tried": performance_tables.logprobs_tried,
     "kill_and_resume": kill_and_resume,
+    "kill_and_resume_rows": kill_and_resume_rows,
     "trl_versions": trl_versions,
     "muonclip_tracker": muonclip_tracker,
     "muonclip_muon": muonclip_muon,

@@ -167,7 +167,7 @@ def test_docs_links(page: str) -> None:
             assert (ROOT / page).parent.joinpath(target).exists(), target
 
 
-@pytest.mark.parametrize("name", ["config", "metrics"])
+@pytest.mark.parametrize("name", ["config", "metrics", "models"])
 def test_generated_page_is_current(name: str) -> None:
     script = ROOT / "scripts" / f"make_{name}_page.py"
     run = subprocess.run(

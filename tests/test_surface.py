@@ -113,7 +113,11 @@ def flags() -> str:
         lines.append(f"hmpo {name}")
         for parameter in inspect.signature(function).parameters.values():
             positional = parameter.kind is parameter.POSITIONAL_ONLY
-            shown = parameter.name if positional else f"--{parameter.name.replace('_', '-')}"
+            shown = (
+                parameter.name
+                if positional
+                else f"--{parameter.name.rstrip('_').replace('_', '-')}"
+            )
             required = parameter.default is parameter.empty
             lines.append(f"    {shown}" + ("" if required else f" = {parameter.default}"))
     return "\n".join(lines) + "\n"
@@ -146,7 +150,10 @@ def test_flags_are_those_that_the_help_shows(capsys) -> None:
         text = capsys.readouterr().out
         for parameter in inspect.signature(function).parameters.values():
             if parameter.kind is parameter.KEYWORD_ONLY:
-                assert re.search(rf"--{parameter.name.replace('_', '-')}\b", text), (name, text)
+                assert re.search(rf"--{parameter.name.rstrip('_').replace('_', '-')}\b", text), (
+                    name,
+                    text,
+                )
 
 
 def test_every_public_name_can_be_imported() -> None:

@@ -17,7 +17,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from hmpo.errors import CheckpointError, HmpoError, StorageError
+from hmpo.errors import CheckpointError, HmpoError, StorageError, byte_size
 
 CHUNK_BYTES = 4 * 2**20
 """Bytes hashed and written, or read and hashed, at a time."""
@@ -143,9 +143,9 @@ def storage_errors(path: Path, needed: int) -> Iterator[None]:
         if isinstance(error, HmpoError):
             raise
         refused = StorageError(
-            f"{path}: cannot write ({error.strerror or error}): needed {needed} bytes, "
-            f"{free_bytes(path)} bytes free; make room, check permissions and quota, or choose "
-            "another folder"
+            f"{path}: cannot write ({error.strerror or error}): needed {byte_size(needed)}, "
+            f"{byte_size(free_bytes(path))} free; make room, check permissions and quota, or "
+            "choose another folder"
         )
         refused.errno = error.errno
         raise refused from error
@@ -156,8 +156,8 @@ def check_free_space(folder: Path, needed_bytes: int) -> None:
     free = free_bytes(folder)
     if free < needed_bytes:
         refused = StorageError(
-            f"{folder}: not enough room: needed {needed_bytes} bytes, {free} bytes free; make "
-            "room or choose another folder"
+            f"{folder}: not enough room: needed {byte_size(needed_bytes)}, "
+            f"{byte_size(free)} free; make room or choose another folder"
         )
         refused.errno = errno.ENOSPC
         raise refused

@@ -2,16 +2,22 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import tyro
 
+from hmpo.cli.preflight import expanded
 from hmpo.errors import ConfigError
 from hmpo.telemetry.visible import writable
 
 app = tyro.extras.SubcommandApp()
 
 Positional = tyro.conf.Positional
+Grid = Annotated[
+    tuple[tuple[str, ...], ...],
+    tyro.conf.UseAppendAction,
+    tyro.conf.arg(metavar="KEY=VALUE,VALUE ..."),
+]
 
 
 @app.command
@@ -46,8 +52,14 @@ def replay(
 
     if compare and (until is not None or state_in is not None):
         raise ConfigError("replay: --compare needs the whole log; leave --until, --state-in out")
-    source = load_source(run, config, adapter, strict)
-    decisions = replay_file(source, out=out, until=until, state_in=state_in, state_out=state_out)
+    source = load_source(expanded(run), _expanded(config), adapter, strict)
+    decisions = replay_file(
+        source,
+        out=_expanded(out),
+        until=until,
+        state_in=_expanded(state_in),
+        state_out=_expanded(state_out),
+    )
     _show_source(source)
     if compare:
         difference = first_difference(source, decisions)
@@ -86,6 +98,7 @@ def plot(run: Positional[Path], /, *, out: Path | None = None, adapter: str | No
     from hmpo.checkpoint import write_atomic
     from hmpo.lab.timeline import render_timeline
 
+    run, out = expanded(run), _expanded(out)
     source, decisions = _decided(run, adapter)
     if out is None:
         out = run / "plots" / "decisions.png" if run.is_dir() else run.with_suffix(".png")
@@ -99,7 +112,7 @@ def sweep(
     run: Positional[Path],
     /,
     *,
-    grid: tuple[str, ...],
+    grid: Grid,
     out: Path | None = None,
     config: Path | None = None,
     adapter: str | None = None,
@@ -118,13 +131,16 @@ def sweep(
     from hmpo.lab.replay import grid_of, load_source, sweep
     from hmpo.telemetry.csvlog import table_csv
 
-    source = load_source(run, config, adapter)
+    source = load_source(expanded(run), _expanded(config), adapter)
     _show_source(source)
-    rows = [{**changes, **sweep_row(outcome)} for changes, outcome in sweep(source, grid_of(grid))]
+    choices = [item for group in grid for item in group]
+    rows = [
+        {**changes, **sweep_row(outcome)} for changes, outcome in sweep(source, grid_of(choices))
+    ]
     text = table_csv(rows[0], (row.values() for row in rows))
     _say(text.removesuffix("\n"))
     if out is not None:
-        write_atomic(out, text, make_folder=True)
+        write_atomic(expanded(out), text, make_folder=True)
     return 0
 
 
@@ -147,11 +163,15 @@ def diff(first: Positional[Path], second: Positional[Path], /, *, lines: int = 1
     return 1 if differences else 0
 
 
+def _expanded(path: Path | None) -> Path | None:
+    return None if path is None else expanded(path)
+
+
 def _decided(run: Path, adapter: str | None) -> tuple[Any, list[dict[str, Any]]]:
     """A log and the decisions in it; where it holds none, those of a replay."""
     from hmpo.lab.replay import load_source, replay_file
 
-    source = load_source(run, adapter=adapter)
+    source = load_source(expanded(run), adapter=adapter)
     if source.log.decisions:
         return source, list(source.log.decisions)
     print("no decisions in the log; these are of a replay")

@@ -3,7 +3,6 @@
 Nothing heavy is imported before a command runs, so `hmpo --help` is quick.
 """
 
-import dataclasses
 import logging
 import signal
 import sys
@@ -15,14 +14,27 @@ import tyro
 
 import hmpo
 from hmpo.cli import agm as cli_agm
-from hmpo.errors import ConfigError, HmpoError, RunFolderError
+from hmpo.cli.preflight import (
+    expanded,
+    refuse_parts,
+    refuse_several_processes,
+    refuse_unknown_command,
+)
+from hmpo.config import RunConfig
+from hmpo.errors import ConfigError, HmpoError
 from hmpo.telemetry.visible import writable
 
 app = tyro.extras.SubcommandApp()
 app.command(cli_agm.app, name="agm", help="Adaptive controllers over recorded runs.")
 
 Positional = tyro.conf.Positional
-Settings = Annotated[tuple[str, ...], tyro.conf.arg(name="set", metavar="KEY=VALUE")]
+Settings = Annotated[
+    tuple[tuple[str, ...], ...],
+    tyro.conf.UseAppendAction,
+    tyro.conf.arg(name="set", metavar="KEY=VALUE ..."),
+]
+"""Each `--set` with what follows it; all of them hold."""
+From = Annotated[str | None, tyro.conf.arg(name="from", metavar="RUN[@STEP]")]
 
 
 @app.command
@@ -41,9 +53,11 @@ def demo(
         out: folder for the run's folder.
         quiet: only the result.
     """
+    if updates is not None and updates < 1:
+        raise ConfigError(f"--updates: got {updates}, expected an integer >= 1")
     from hmpo.cli.demo import run_demo
 
-    return run_demo(seed=seed, updates=updates, out=out, quiet=quiet)
+    return run_demo(seed=seed, updates=updates, out=expanded(out), quiet=quiet)
 
 
 @app.command
@@ -53,6 +67,8 @@ def train(
     *,
     set: Settings = (),
     resume: Path | None = None,
+    from_: From = None,
+    overwrite: bool = False,
     report: bool = True,
     quiet: bool = False,
 ) -> int:
@@ -62,27 +78,23 @@ def train(
         config: TOML file; see `examples/`.
         set: settings that override the file, such as `objective.p=-0.5 updates=40`.
         resume: folder of an interrupted run to go on with (instead of a file).
+        from_: start a new run with the weights of a run's checkpoint (its newest, or RUN@STEP),
+            under the file's settings, or without a file under that run's own.
+        overwrite: delete the run of this name, if there is one, and start over.
         report: write report.html and plots at the end.
         quiet: only the result.
     """
+    refuse_several_processes()
+    settings = _settings(config, _all(set), resume, from_, overwrite)
+    refuse_parts(settings)
+
     from hmpo.cli.screen import Screen, outcome_table
-    from hmpo.config.reading import load_run_config
     from hmpo.run.loop import train as run_train
 
-    if (config is None) == (resume is None):
-        raise ConfigError("train: give a TOML file, or --resume RUN (one of the two)")
-    if resume is not None:
-        if resume.name in ("", ".."):
-            resume = resume.resolve()
-        if not (resume / "config.json").exists():
-            raise RunFolderError(f"{resume}: holds no run (no config.json); start it from a file")
-        settings = load_run_config(resume / "config.json", set)
-        settings = dataclasses.replace(settings, out=str(resume.parent), name=resume.name)
-    else:
-        assert config is not None
-        settings = load_run_config(config, set)
     with Screen(quiet=quiet) as screen:
-        result = run_train(settings, resume=resume is not None, observer=screen)
+        result = run_train(
+            settings, resume=resume is not None, observer=screen, overwrite=overwrite
+        )
     screen.console.print(outcome_table(result))
     if result.signal is not None:
         screen.console.print(
@@ -93,6 +105,7 @@ def train(
             soft_wrap=True,
         )
         return 128 + result.signal
+    print(f"policy: {result.folder / 'policy'}")
     if report:
         _write_report([result.folder])
     return 0
@@ -119,7 +132,9 @@ def eval(
     """
     from hmpo.cli.evaluate import evaluate_target
 
-    return evaluate_target(target, task=task, settings=set, prompts=prompts, pass_at=pass_at)
+    return evaluate_target(
+        expanded(target), task=task, settings=_all(set), prompts=prompts, pass_at=pass_at
+    )
 
 
 @app.command
@@ -133,7 +148,7 @@ def report(runs: Positional[tuple[Path, ...]], /, *, out: Path | None = None) ->
     """
     if not runs:
         raise ConfigError("report: give at least one run folder")
-    _write_report(list(runs), out)
+    _write_report([expanded(run) for run in runs], None if out is None else expanded(out))
     return 0
 
 
@@ -150,7 +165,7 @@ def fetch_model(name: Positional[str] = "smollm2", /, *, folder: Path | None = N
     if name != "smollm2":
         raise ConfigError(f"fetch-model: got {name!r}, expected smollm2")
     print("fetching and converting SmolLM2-135M-Instruct; this takes a minute or two once ...")
-    print(fetch_smollm2(folder))
+    print(fetch_smollm2(None if folder is None else expanded(folder)))
     return 0
 
 
@@ -165,6 +180,49 @@ def doctor(model: Positional[str | None] = None, /, *, split: bool = False) -> i
     from hmpo.cli.doctor import show
 
     return show(model, split=split)
+
+
+def _settings(
+    config: Path | None,
+    settings: list[str],
+    resume: Path | None,
+    start: str | None,
+    overwrite: bool,
+) -> RunConfig:
+    """The settings of the run that `hmpo train` was asked for.
+
+    Raises:
+        HmpoError: one line.
+    """
+    from hmpo.cli.sources import new_run, resumed_run
+    from hmpo.config.reading import load_run_config
+
+    if resume is not None:
+        if config is not None or start is not None or overwrite:
+            raise ConfigError(
+                "train: --resume RUN goes on as the run began; give a TOML file, --from or "
+                "--overwrite without it (one of the two)"
+            )
+        return resumed_run(expanded(resume), settings)
+    if start is not None:
+        return new_run(start, None if config is None else expanded(config), settings)
+    if config is None:
+        hint = _lost(settings)
+        raise ConfigError(
+            f"train: give a TOML file, or --resume RUN (one of the two), or --from RUN{hint}"
+        )
+    return load_run_config(config, settings)
+
+
+def _all(settings: tuple[tuple[str, ...], ...]) -> list[str]:
+    """What stands behind every `--set`, in order."""
+    return [item for group in settings for item in group]
+
+
+def _lost(settings: list[str]) -> str:
+    """A hint where `--set` swallowed the file."""
+    swallowed = [item for item in settings if "=" not in item]
+    return f"; put {swallowed[0]} before --set" if swallowed else ""
 
 
 def _write_report(runs: list[Path], out: Path | None = None) -> None:
@@ -185,6 +243,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
+        refuse_unknown_command(arguments)
         return app.cli(args=arguments, prog="hmpo", description=hmpo.__doc__) or 0
     except HmpoError as error:
         text = " ".join(str(error).split())

@@ -31,7 +31,7 @@ def demo_config(*, seed: int = 0, updates: int | None = None, out: Path, name: s
         name=name,
         out=str(out),
         seed=seed,
-        updates=updates or UPDATES,
+        updates=UPDATES if updates is None else updates,
         prompts_per_rollout=48,
         reference="start",
         policy=PolicyConfig(path="tiny-sort"),

@@ -12,9 +12,27 @@ from hmpo.config.reading import load_run_config, run_config
 from hmpo.errors import ConfigError
 from hmpo.models import load_policy, stop_token_ids
 from hmpo.models.tokens import pad_token_id
-from hmpo.run.build import load_trained, make_rewards, trainer_config
+from hmpo.run.build import load_trained, make_rewards, trainer_config, use_machine
 from hmpo.run.evaluation import Evaluation, Evaluator
 from hmpo.tasks import make_task
+
+READ_TABLES = ("policy", "task", "rewards")
+READ = (
+    "seed",
+    "threads",
+    "device",
+    "eval.batch_size",
+    "eval.success",
+    *(f"trainer.{name}" for name in ("max_length", "temperature", "decoder", "autocast")),
+    "trainer.on_reward_error",
+    "trainer.reward_timeout",
+)
+"""Settings that a measurement reads: tables, and single ones of other tables."""
+INSTEAD = {
+    "eval.prompts": "--prompts",
+    "eval.final_prompts": "--prompts",
+    "eval.pass_at": "--pass-at",
+}
 
 
 def evaluate_target(
@@ -34,6 +52,11 @@ def evaluate_target(
         raise ConfigError(f"{target}: is a model, not a run; say what to measure with --task NAME")
     else:
         config, run = run_config({"policy": {"path": str(target)}}, settings), None
+    _refuse_unread(settings, run)
+    if run is None and not any(_key(item) == "trainer.max_length" for item in settings):
+        longest = make_task(config.task, config.seed).max_new_tokens
+        trainer = dataclasses.replace(config.trainer, max_length=longest)
+        config = dataclasses.replace(config, trainer=trainer)
     evaluation = measure(config, run, prompts=prompts, pass_at=pass_at)
     scored = evaluation.sampled.trials
     table = Table(title=f"{target} on {config.task.name}, {scored} held-out prompts")
@@ -57,15 +80,34 @@ def evaluate_target(
     return 0
 
 
+def _key(item: str) -> str:
+    """The setting that a `dotted.key=value` sets."""
+    return item.partition("=")[0].strip()
+
+
+def _refuse_unread(settings: Sequence[str], run: Path | None) -> None:
+    """Refuse settings that a measurement does not read.
+
+    Raises:
+        ConfigError: one line that names the setting.
+    """
+    for key in map(_key, settings):
+        if key in INSTEAD:
+            raise ConfigError(f"--set {key}: hmpo eval does not read it; give {INSTEAD[key]}")
+        if key == "policy.path" and run is None:
+            raise ConfigError("--set policy.path: the model is the argument; give it alone")
+        if key not in READ and key.partition(".")[0] not in READ_TABLES:
+            raise ConfigError(f"--set {key}: hmpo eval does not read it; leave it out")
+
+
 def measure(config: RunConfig, run: Path | None, *, prompts: int, pass_at: int) -> Evaluation:
     """Success of the run's trained policy, or of the configuration's own where `run` is None."""
+    device = use_machine(config)
     task = make_task(config.task, config.seed)
     if run is None:
-        loaded = load_policy(config.policy)
-        trainer = dataclasses.replace(config.trainer, max_length=task.max_new_tokens)
-        config = dataclasses.replace(config, trainer=trainer)
+        loaded = load_policy(config.policy, device=device)
     else:
-        loaded = load_trained(run, config)
+        loaded = load_trained(run, config, device)
     settings = trainer_config(
         config,
         eos_token=stop_token_ids(loaded.tokenizer, task.stop, loaded.model),

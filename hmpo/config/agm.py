@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from hmpo.config.checks import at_least, between, positive
+from hmpo.config.checks import EXPONENT, at_least, between, positive, within_reason
 from hmpo.errors import require
 
 
@@ -46,6 +46,7 @@ class RegimeConfig:
     """Most iterations that are reported."""
 
     def __post_init__(self) -> None:
+        within_reason(self)
         at_least(self, 3, "window", "baseline_window", "min_samples", "performance_window")
         at_least(self, 1, "confirm", "thaw", "max_iterations")
         positive(self, "z_hi", "z_floor", "vol_hi", "band", "gap_floor", "tol")
@@ -79,6 +80,7 @@ class PhaseConfig:
     """Values that a phase lasts at least; instability comes without waiting."""
 
     def __post_init__(self) -> None:
+        within_reason(self)
         at_least(self, 3, "window", "min_samples")
         at_least(self, 1, "confirm")
         at_least(self, 0, "dwell")
@@ -103,7 +105,7 @@ class StrategyConfig:
     period: int = 10
     """oscillating_agm: period in updates."""
     max_move: float = 0.1
-    """Most that p moves in one update."""
+    """Most that p moves in one update; beside the other controllers `adapter.p_move` decides it."""
     low: float = -2.0
     """Least p."""
     high: float = 2.0
@@ -112,6 +114,7 @@ class StrategyConfig:
     """What `p_target` or `weight` is meant for: the power mean M_p, or A^w H^(1-w)."""
 
     def __post_init__(self) -> None:
+        within_reason(self, low=EXPONENT, high=EXPONENT, boost=EXPONENT)
         positive(self, "max_move")
         at_least(self, 2, "period")
         require(self.max_move <= 0.1, "max_move", self.max_move, "at most 0.1")
@@ -179,6 +182,7 @@ class AdapterConfig:
     """The batch stays a multiple of it: group size times processes."""
 
     def __post_init__(self) -> None:
+        within_reason(self, p_low=EXPONENT, p_high=EXPONENT)
         known = ("lr", "eps", "batch", "p")
         require(set(self.controls) <= set(known), "controls", self.controls, f"some of {known}")
         positive(self, "gap_target", "dead_band", "gain", "lr_low", "eps_low", "t_hi")
@@ -214,6 +218,7 @@ class ScalesConfig:
     """Gaps below this count as this."""
 
     def __post_init__(self) -> None:
+        within_reason(self)
         rising = list(self.scales) == sorted(set(self.scales)) and len(self.scales) == 3
         require(rising and self.scales[0] >= 6, "scales", self.scales, "three rising sizes >= 6")
         require(0 < self.min_fill <= 1, "min_fill", self.min_fill, "a number in (0, 1]")
@@ -247,6 +252,7 @@ class CurriculumConfig:
     """Share of prompts from the level below, so that it is not forgotten."""
 
     def __post_init__(self) -> None:
+        within_reason(self)
         at_least(self, 1, "levels", "min_trials", "confirm")
         at_least(self, 0, "dwell")
         between(self, 0, 1, "promote", "demote", "confidence", "consolidate")
@@ -285,6 +291,7 @@ class StopConfig:
     """Whether more of eval/mean is better."""
 
     def __post_init__(self) -> None:
+        within_reason(self)
         at_least(self, 2, "patience")
         at_least(self, 0, "min_steps")
         at_least(self, 1, "abort_confirm")
@@ -316,6 +323,7 @@ class UncertaintyConfig:
     """Rollouts that it stays closed at least."""
 
     def __post_init__(self) -> None:
+        within_reason(self)
         at_least(self, 3, "window", "min_samples")
         at_least(self, 1, "confirm")
         at_least(self, 0, "dwell")
@@ -346,9 +354,12 @@ class AGMConfig:
     """Rollouts between two changes of level or batch; p stands still as long after either."""
 
     def __post_init__(self) -> None:
+        within_reason(self)
         at_least(self, 0, "dwell")
         if self.gap_target is not None:
             positive(self, "gap_target")
+        move, expected = self.strategy.max_move, "nothing: adapter.p_move decides it"
+        require(move == StrategyConfig().max_move, "strategy.max_move", move, expected)
 
     @property
     def resolved(self) -> "AGMConfig":

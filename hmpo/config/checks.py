@@ -1,6 +1,13 @@
 """Checks that settings share: each refuses a value in one line that names the field."""
 
+import dataclasses
+
 from hmpo.errors import require, require_positive
+
+LARGEST = 1e37
+"""Largest magnitude of any number: what float32 holds, with room to be multiplied by ten."""
+EXPONENT = 1e6
+"""Largest magnitude of an exponent p: M_p is the largest or least ratio long before."""
 
 
 def at_least(config: object, low: int, *names: str) -> None:
@@ -21,3 +28,22 @@ def between(config: object, low: float | int, high: float | int, *names: str) ->
     for name in names:
         value = getattr(config, name)
         require(low < value < high, name, value, f"a number in ({low:g}, {high:g})")
+
+
+def within_reason(config: object, **most: float) -> None:
+    """Every number of a settings table is finite, and not so large that arithmetic overflows.
+
+    Args:
+        config: the dataclass.
+        most: largest magnitude of single fields; the others have `LARGEST`.
+
+    Raises:
+        ConfigError: one line that names the field.
+    """
+    for field in dataclasses.fields(config):  # type: ignore[arg-type]
+        value = getattr(config, field.name)
+        limit = most.get(field.name, LARGEST)
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, int | float):
+                expected = f"a finite number of at most {limit:g} in magnitude"
+                require(abs(number) <= limit, field.name, number, expected)

@@ -7,7 +7,12 @@ from typing import Any
 
 from hmpo.config import RunConfig, to_dict
 
-LATER = {"optimizer.muon_dtype": "auto", "policy.attention": "auto", "eval.success": 1.0}
+LATER = {
+    "optimizer.muon_dtype": "auto",
+    "policy.attention": "auto",
+    "policy.start": "",
+    "eval.success": 1.0,
+}
 """Settings that came after runs had been made, each with the value that says nothing new: left out
 of the hash where they hold it, so that the hashes of those runs stay."""
 

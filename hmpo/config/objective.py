@@ -7,7 +7,13 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from hmpo.config.checks import EXPONENT, within_reason
 from hmpo.errors import require, require_positive
+
+WIDEST = 1e6
+"""Largest half-width of a clip: no ratio reaches it, in nats or as a distance from 1."""
+LARGEST_LOG = 700.0
+"""Largest log ratio (nat) whose ratio is a number."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +51,7 @@ class ExponentConfig:
     """reward: the upper bound is clip_high + clip_gain * tanh(mean / std of the rewards)."""
 
     def __post_init__(self) -> None:
-        require(math.isfinite(self.end), "end", self.end, "a finite number")
+        within_reason(self, end=EXPONENT, bound=EXPONENT, gamma=EXPONENT, clip_gain=EXPONENT)
         updates = self.updates
         require(updates is None or updates >= 2, "updates", updates, "an integer >= 2")
         require(
@@ -94,6 +100,7 @@ class MismatchConfig:
     below this ratio (DeepSeek-V3.2's off-policy mask with delta = -log of it); None keeps."""
 
     def __post_init__(self) -> None:
+        within_reason(self)
         require(0 <= self.low <= 1, "low", self.low, "a ratio in [0, 1]")
         high = self.high
         require(math.isfinite(high) and high >= 1, "high", high, "a finite ratio >= 1")
@@ -181,9 +188,8 @@ class ObjectiveConfig:
     """Per-token estimator of that KL (J. Schulman's names)."""
 
     def __post_init__(self) -> None:
-        for name in ("p", "p_positive", "p_negative"):
-            value = getattr(self, name)
-            require(value is None or math.isfinite(value), name, value, "a finite number")
+        exponents = dict.fromkeys(("p", "p_positive", "p_negative"), EXPONENT)
+        within_reason(self, **exponents, clip_low=WIDEST, clip_high=WIDEST)
         require(0 <= self.ahm_weight <= 1, "ahm_weight", self.ahm_weight, "a number in [0, 1]")
         for name in ("gate_positive", "gate_negative", "clip_low", "clip_high", "clip_sigma"):
             require_positive(name, getattr(self, name))
@@ -227,7 +233,7 @@ class ObjectiveConfig:
         if self.dual_clip is not None:
             plain = self.gate == "clip" and level != "none" and self.clip_width == "absolute"
             require(plain, "dual_clip", self.dual_clip, "None without a clip of absolute width")
-            high = math.exp(self.log_bounds[1])
+            high = math.exp(min(self.log_bounds[1], LARGEST_LOG))
             require(
                 math.isfinite(self.dual_clip) and self.dual_clip > high,
                 "dual_clip",

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from hmpo.config.checks import at_least, between, positive
+from hmpo.config.checks import EXPONENT, at_least, between, positive, within_reason
 from hmpo.errors import require
 
 
@@ -36,6 +36,7 @@ class PopulationConfig:
     """Seed of every draw."""
 
     def __post_init__(self) -> None:
+        within_reason(self, p_low=EXPONENT, p_high=EXPONENT, p_sigma=EXPONENT)
         at_least(self, 1, "members", "updates", "min_age")
         require(0 < self.fraction <= 0.5, "fraction", self.fraction, "a number in (0, 0.5]")
         require(self.perturb > 1, "perturb", self.perturb, "a number > 1")

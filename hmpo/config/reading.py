@@ -6,7 +6,6 @@ An unknown key, a wrong type or a value out of range gives one line that names t
 
 import copy
 import dataclasses
-import difflib
 import json
 import math
 import tomllib
@@ -18,6 +17,9 @@ from typing import Any, Literal, TypeVar
 
 from hmpo import members
 from hmpo.config import RunConfig, to_dict
+from hmpo.config.formats import file_kind
+from hmpo.config.hints import unknown_member, unknown_name
+from hmpo.config.overrides import apply_overrides, refuse_deep
 from hmpo.errors import ConfigError, require
 
 T = TypeVar("T")
@@ -33,18 +35,7 @@ def load_run_config(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
     Raises:
         ConfigError: one line with the file and the field.
     """
-    try:
-        text = path.expanduser().read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}); give a TOML file") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"{path}: not UTF-8 text; give a TOML file") from None
-    try:
-        data = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
-    except ValueError as error:  # both decoders' own, and integers of thousands of digits
-        raise ConfigError(f"{path}: {str(error).splitlines()[0]}") from None
-    except RecursionError:
-        raise ConfigError(f"{path}: nested too deeply") from None
+    data = read_tables(path)
     if path.suffix == ".json":
         _forget_old_defaults(data)
     try:
@@ -53,13 +44,40 @@ def load_run_config(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
         raise ConfigError(f"{path}: {error}") from None
 
 
+def read_tables(path: Path) -> Any:
+    """The plain values in a TOML (or JSON) file; a byte-order mark before them is passed over.
+
+    Raises:
+        ConfigError: one line with the file.
+    """
+    try:
+        raw = path.expanduser().read_bytes()
+    except (OSError, RuntimeError) as error:  # RuntimeError: ~ of nobody
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"{path}: cannot be read ({reason}); give a TOML file") from None
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        kind = file_kind(raw) or "not UTF-8 text"
+        raise ConfigError(f"{path}: {kind}; give a TOML file") from None
+    try:
+        return json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+    except ValueError as error:  # both decoders' own, and integers of thousands of digits
+        kind = file_kind(raw)
+        reason = f"{kind}; give a TOML file" if kind else str(error).splitlines()[0]
+        raise ConfigError(f"{path}: {reason}") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: nested too deeply") from None
+
+
 def run_config(data: Any, overrides: Iterable[str] = ()) -> RunConfig:
     """A `RunConfig` from nested plain values, with `objective.member` resolved to its preset."""
     if not isinstance(data, Mapping):
         raise ConfigError(f"config: got {type(data).__name__}, expected a table of settings")
+    refuse_deep(data)
     data = copy.deepcopy(dict(data))
-    for item in overrides:
-        _override(data, item)
+    apply_overrides(data, overrides)
+    refuse_deep(data)
     objective = data.get("objective")
     if isinstance(objective, dict) and "member" in objective:
         data["objective"] = _member(objective)
@@ -81,35 +99,11 @@ def _forget_old_defaults(data: Any) -> None:
                 del table[key]
 
 
-def _override(data: dict[str, Any], item: str) -> None:
-    """Set one `dotted.key=value` in nested tables.
-
-    A member starts the objective afresh: bounds that a file gave for another one, perhaps in
-    another unit, do not carry over.
-    """
-    key, sign, text = item.partition("=")
-    require(bool(sign) and bool(key.strip()), "--set", item, "dotted.key=value")
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except ValueError:
-        value = text.strip()
-    if key.strip() == "objective.member":
-        data["objective"] = {}
-    *tables, last = key.strip().split(".")
-    for table in tables:
-        inner = data.setdefault(table, {})
-        require(isinstance(inner, dict), "--set", item, f"{table} to be a table, which it is not")
-        data = inner
-    data[last] = value
-
-
 def _member(objective: Mapping[str, Any]) -> dict[str, Any]:
     """An `[objective]` table whose `member` names its starting point."""
     name = objective["member"]
     if not isinstance(name, str) or name not in members.BY_NAME:
-        close = difflib.get_close_matches(str(name), members.BY_NAME, n=len(members.BY_NAME))
-        close.sort(key=lambda known: sorted(known) != sorted(str(name)))  # letters swapped: first
-        hint = f"did you mean {close[0]}?" if close else f"one of {', '.join(members.BY_NAME)}"
+        hint = unknown_member(name, members.BY_NAME)
         raise ConfigError(f"objective.member: got {name!r}; {hint}")
     rest = {key: value for key, value in objective.items() if key != "member"}
     start = to_dict(members.BY_NAME[name]())
@@ -138,8 +132,7 @@ def from_dict(cls: type[T], data: Any, path: str = "") -> T:
     for key, value in data.items():
         name = f"{path}.{key}" if path else str(key)
         if key not in fields:
-            close = difflib.get_close_matches(str(key), fields, n=1)
-            hint = f"did you mean {close[0]}?" if close else f"one of {', '.join(fields)}"
+            hint = unknown_name(str(key), path, fields, RunConfig)
             raise ConfigError(f"{name}: unknown; {hint}")
         values[key] = _convert(hints[key], value, name)
     try:

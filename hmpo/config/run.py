@@ -8,12 +8,12 @@ them from TOML and JSON.
 """
 
 import dataclasses
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from hmpo.config.checks import within_reason
 from hmpo.config.control import ControlConfig
 from hmpo.config.objective import MismatchConfig, ObjectiveConfig
 from hmpo.config.trainer import TrainerConfig
@@ -32,6 +32,9 @@ class PolicyConfig:
     path: str = "tiny-sort"
     """A local Hugging Face folder, `tiny-sort` (bundled), or `smollm2` (see
     `hmpo fetch-model smollm2`)."""
+    start: str = ""
+    """A checkpoint whose weights the policy starts with, as `RUN` (its newest) or `RUN@STEP`; empty
+    starts with those of `path`. `hmpo train --from` sets it. The run keeps a copy of them."""
     lora_rank: int = 0
     """Rank of LoRA adapters; 0 trains all weights. Needs `pip install 'hmpo[lora]'`."""
     lora_alpha: float = 16.0
@@ -43,6 +46,7 @@ class PolicyConfig:
     sdpa, eager, or another that transformers knows."""
 
     def __post_init__(self) -> None:
+        within_reason(self, lora_alpha=1e9)
         require(bool(self.path), "path", self.path, "a folder or a bundled name")
         require(self.lora_rank >= 0, "lora_rank", self.lora_rank, "an integer >= 0")
         require_positive("lora_alpha", self.lora_alpha)
@@ -82,8 +86,7 @@ class RewardConfig:
             self.weights,
             f"{len(self.functions)} numbers, one for each function",
         )
-        for weight in self.weights:
-            require(math.isfinite(weight), "weights", weight, "finite numbers")
+        within_reason(self, weights=1e9)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +117,7 @@ class OptimizerConfig:
     it (environment.json says what that is), and a resumed run keeps what it began with."""
 
     def __post_init__(self) -> None:
+        within_reason(self)
         require_positive("lr", self.lr)
         require(len(self.betas) == 2, "betas", self.betas, "two numbers")
         for beta in self.betas:
@@ -143,12 +147,12 @@ class EvalConfig:
     the success rates whatever this is."""
 
     def __post_init__(self) -> None:
+        within_reason(self)
         require(self.every >= 0, "every", self.every, "an integer >= 0")
         require(self.prompts >= 1, "prompts", self.prompts, "an integer >= 1")
         require(self.final_prompts >= 1, "final_prompts", self.final_prompts, ">= 1")
         require(self.pass_at >= 0, "pass_at", self.pass_at, "an integer >= 0")
         require(self.batch_size >= 1, "batch_size", self.batch_size, "an integer >= 1")
-        require(math.isfinite(self.success), "success", self.success, "a finite number")
 
 
 @dataclass(frozen=True, kw_only=True)

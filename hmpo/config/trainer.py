@@ -5,6 +5,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from hmpo.config.checks import within_reason
 from hmpo.config.objective import MismatchConfig, ObjectiveConfig
 from hmpo.config.unread import refuse_unread_mismatch, refuse_unread_objective
 from hmpo.errors import require, require_positive
@@ -80,6 +81,7 @@ class TrainerConfig:
     """Seed of sampling and of the minibatch order."""
 
     def __post_init__(self) -> None:
+        within_reason(self, temperature=1e6, reward_timeout=1e6)
         require(self.group_size >= 2, "group_size", self.group_size, "an integer >= 2")
         for name in ("max_length", "minibatches", "epochs", "max_nonfinite", "logprob_chunk"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "an integer >= 1")
@@ -91,7 +93,7 @@ class TrainerConfig:
             self.eos_token,
             "one or more token ids >= 0",
         )
-        require_positive("temperature", self.temperature)
+        require(self.temperature >= 1e-6, "temperature", self.temperature, "a number >= 1e-06")
         require(self.top_k >= 0, "top_k", self.top_k, "an integer >= 0")
         require(0 < self.top_p <= 1, "top_p", self.top_p, "a number in (0, 1]")
         for name in ("micro_batch_size", "total_updates"):

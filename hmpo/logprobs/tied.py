@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from hmpo.attention.embedding import input_embedding
+
 
 class TiedGradient:
     """Where the projection's gradient waits for the embedding's, in one forward and backward."""
@@ -37,8 +39,7 @@ class TiedGradient:
         A parameter of another class may be a shard, an embedding of another class or with hooks
         may do more than look rows up. On a GPU rows would be added in no fixed order.
         """
-        core: Any = base
-        table = core.get_input_embeddings()
+        table = input_embedding(base)
         if type(table) is not nn.Embedding or table.weight is not weight:
             return None
         plain = type(weight) is nn.Parameter and weight.device.type == "cpu"

@@ -38,8 +38,13 @@ def resolve_policy_path(path: str) -> Path:
         if not (folder / "config.json").is_file():
             raise ModelError(f"policy 'smollm2': not in {folder.parent}; run `{FETCH_COMMAND}`")
         return folder
-    folder = Path(path).expanduser()
-    if not folder.exists():
+    try:
+        folder = Path(path).expanduser()
+        there = folder.exists()
+    except (OSError, RuntimeError) as error:  # a name too long, or ~ of nobody
+        reason = getattr(error, "strerror", None) or error
+        raise ModelError(f"policy {path[:100]!r}: cannot be looked for ({reason})") from None
+    if not there:
         if _HUB_NAME.fullmatch(path):
             raise ModelError(
                 f"policy {path!r}: no such folder, and only local folders are loaded; download "

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
+from hmpo.attention.embedding import input_embedding
 from hmpo.config import TrainerConfig
 from hmpo.errors import CheckpointError, ModelError
 
@@ -111,8 +112,8 @@ def embeddable(
     """
     rows = 1
     if is_hugging_face(policy):
-        core: Any = unwrap(policy)
-        rows = len(core.get_input_embeddings().weight)
+        weight = getattr(input_embedding(unwrap(policy)), "weight", None)
+        rows = 1 if weight is None else len(weight)
     return torch.where(mask, input_ids, input_ids.clamp(0, rows - 1))
 
 

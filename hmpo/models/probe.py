@@ -23,6 +23,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from hmpo.attention.embedding import input_embedding
 from hmpo.attention.tap import not_recorded
 from hmpo.errors import ModelError
 from hmpo.models.cached import CachedModules
@@ -126,9 +127,9 @@ def _probe(policy: nn.Module, core: Any) -> PolicyFacts:
     context, one_rope = _context(core), _one_rope(core)
     longest = min(LONGER, *(limit for limit in (context, one_rope) if limit is not None), LONGER)
     limits = {"context": context, "one_rope": one_rope}
-    if longest <= STEPS + 1 or core.get_input_embeddings() is None:
+    if longest <= STEPS + 1 or getattr(input_embedding(core), "weight", None) is None:
         return PolicyFacts(**limits)
-    device = core.get_input_embeddings().weight.device
+    device = input_embedding(core).weight.device
     with (
         torch.no_grad(),
         evaluating(policy),
@@ -151,7 +152,7 @@ class _Example:
 
     def __init__(self, policy: nn.Module, core: Any, longest: int) -> None:
         self.policy, self.core = policy, core
-        embedding = core.get_input_embeddings().weight
+        embedding = input_embedding(core).weight
         vocabulary, device = len(embedding), embedding.device
         self.lengths = (longest, min(SHORTER, longest - 1))
         self.rows = [

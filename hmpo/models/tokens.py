@@ -9,6 +9,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from hmpo.attention.embedding import input_embedding
 from hmpo.errors import ModelError
 from hmpo.models.policy import is_hugging_face, unwrap
 
@@ -190,8 +191,7 @@ def pad_token_id(tokenizer: Any, model: nn.Module | None = None) -> int:
 
 def vocabulary_size(model: nn.Module) -> int | None:
     """Rows of a transformers model's embedding; None for any other module."""
-    core: Any = unwrap(model)
-    embedding = core.get_input_embeddings() if is_hugging_face(model) else None
+    embedding = input_embedding(unwrap(model)) if is_hugging_face(model) else None
     return getattr(embedding, "num_embeddings", None)
 
 

@@ -308,7 +308,9 @@ class QKClip:
 
 def gammas(value: Float[Tensor, " H"], tau: float) -> Float[Tensor, " H"]:
     """Wanted factor of each head: tau / value above tau, else 1; 1 for NaN and infinities."""
-    return tau / value.masked_fill(~value.isfinite(), tau).clamp_min(tau)
+    over = value.isfinite() & (value > tau)
+    # exactly 1 elsewhere: torch divides a number by a tensor as a product with its reciprocal
+    return torch.where(over, tau / value.masked_fill(~over, tau), 1.0)
 
 
 def _identity(target: ClipTarget) -> tuple:

@@ -34,23 +34,49 @@ def load_reward(spec: str) -> RewardFn:
 
 def load_object(spec: str, what: str, error: type[HmpoError]) -> Any:
     """The object behind `module:name` or `path/to/file.py:name`; failures raise `error`."""
-    source, colon, name = spec.rpartition(":")
-    if not colon or not source or not name:
-        raise error(f"{what}: got {spec!r}, expected 'module:name' or 'path/to/file.py:name'")
+    source, name = check_object(spec, what, error)
     is_file = source.endswith(".py")
-    if is_file and not Path(source).is_file():
-        folder = Path(source).parent
-        names = [str(path) for path in folder.glob("*.py")] if folder.is_dir() else []
-        raise error(f"{what} {spec!r}: no file {source}; {nearest(source, names)}")
     try:
         module = _from_file(source) if is_file else _from_name(source)
-    except Exception as cause:
+    except (Exception, SystemExit) as cause:
         text = f"{type(cause).__name__}: {one_line(cause)}"
         raise error(f"{what} {spec!r}: cannot import {source} ({text})") from cause
     if name not in vars(module):
         names = [key for key in vars(module) if not key.startswith("_")]
         raise error(f"{what} {spec!r}: no {name} in {source}; {nearest(name, names)}")
     return vars(module)[name]
+
+
+def check_spec(spec: str) -> None:
+    """Refuse a reward function whose file is not there; nothing is imported.
+
+    Raises:
+        RewardError: one line with the nearest name.
+    """
+    check_object(spec, "reward function", RewardError)
+
+
+def check_object(spec: str, what: str, error: type[HmpoError]) -> tuple[str, str]:
+    """Module or file and name in `module:name` or `path/to/file.py:name`, `~` expanded.
+
+    Nothing is imported; another form, or a file that is not there, raises `error`.
+    """
+    source, colon, name = spec.rpartition(":")
+    if not colon or not source or not name:
+        raise error(f"{what}: got {spec!r}, expected 'module:name' or 'path/to/file.py:name'")
+    if not source.endswith(".py"):
+        return source, name
+    try:
+        path = Path(source).expanduser()
+        found = path.is_file()
+    except (OSError, RuntimeError) as cause:  # a name too long, or ~ of nobody
+        reason = getattr(cause, "strerror", None) or one_line(cause)
+        raise error(f"{what} {spec!r}: cannot look for {source} ({reason})") from None
+    if not found:
+        folder = path.parent
+        names = [str(other) for other in folder.glob("*.py")] if folder.is_dir() else []
+        raise error(f"{what} {spec!r}: no file {source}; {nearest(source, names)}")
+    return str(path), name
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

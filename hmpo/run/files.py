@@ -27,19 +27,38 @@ from hmpo.checkpoint import (
 from hmpo.config import RunConfig, to_dict
 from hmpo.config.identity import changed_settings, config_hash
 from hmpo.config.reading import load_run_config, run_config
+from hmpo.config.unread_run import refuse_unread_run
 from hmpo.errors import ConfigError, RunFolderError
+from hmpo.run.afresh import delete, leftovers, without_update
 from hmpo.run.environment import describe_environment
 from hmpo.telemetry.records import run_record, segment_record, time_record
 from hmpo.telemetry.secrets import mask_secrets
 from hmpo.telemetry.sinks import JsonlSink, make_sinks
 
 
-def check_folder(config: RunConfig, folder: Path, *, resume: bool, exist_ok: bool) -> None:
+def run_folder(config: RunConfig) -> Path:
+    """The folder of a run, `~` expanded.
+
+    Raises:
+        RunFolderError: `out` names the home of nobody.
+    """
+    try:
+        return Path(config.out).expanduser() / config.name
+    except RuntimeError as error:
+        raise RunFolderError(f"out: got {config.out!r}: {str(error).rstrip('.')}") from None
+
+
+def check_folder(
+    config: RunConfig, folder: Path, *, resume: bool, exist_ok: bool, overwrite: bool = False
+) -> None:
     """Refuse a folder that does not fit, before anything is read or written there.
+
+    A run that has made no update may be started afresh, and any run where `overwrite` says so.
 
     Raises:
         RunFolderError: it holds a run and this is no resume, or the other way round.
-        ConfigError: the run in it was started with other settings that decide its numbers.
+        ConfigError: the run in it was started with other settings that decide its numbers, or there
+            is none and nothing would read one of the settings.
     """
     try:
         started = (folder / "config.json").is_file()
@@ -48,12 +67,16 @@ def check_folder(config: RunConfig, folder: Path, *, resume: bool, exist_ok: boo
         raise RunFolderError(
             f"{folder}: cannot be looked into ({error.strerror}); choose another `out`"
         ) from None
+    if resume and overwrite:
+        raise RunFolderError(f"{folder}: a run is resumed or overwritten, not both; choose one")
     if started and not resume:
+        if overwrite or without_update(folder):
+            return
         raise RunFolderError(
-            f"{folder}: holds a run already; resume it with `hmpo train --resume {folder}`, or "
-            "choose another name"
+            f"{folder}: holds a run already; resume it with `hmpo train --resume {folder}`, "
+            "choose another name, or delete it and start over with --overwrite"
         )
-    if remains and not started:
+    if remains and not started and not overwrite:
         raise RunFolderError(
             f"{folder}: holds {remains[0]} of a run but no config.json; put that back, or choose "
             "another name"
@@ -65,8 +88,11 @@ def check_folder(config: RunConfig, folder: Path, *, resume: bool, exist_ok: boo
         if changed:
             raise ConfigError(
                 f"{folder}: cannot be resumed with other settings, which would change its "
-                f"numbers: {'; '.join(changed)}; leave them as they were, or start a new run"
+                f"numbers: {'; '.join(changed)}; leave them as they were, or start a new run "
+                f"from its weights with `hmpo train --from {folder} --set ...`"
             )
+    else:
+        refuse_unread_run(config)
 
 
 def as_stored(config: RunConfig) -> RunConfig:
@@ -96,13 +122,15 @@ class RunFiles:
         self.config, self.folder = config, folder
         self.stored = as_stored(config)
         self.hash = config_hash(self.stored)
+        self.former: list[Path] = []
+        """What a run left here that is started anew."""
         self.run_id = ""
         """Stands in every record; set by `header`, or by a resumed run's first name."""
 
     def take(
-        self, stack: contextlib.ExitStack, *, resume: bool, exist_ok: bool
+        self, stack: contextlib.ExitStack, *, resume: bool, exist_ok: bool, overwrite: bool
     ) -> Checkpoint | None:
-        """Make the folder, lock it, and load its newest valid checkpoint.
+        """Make the folder, lock it, and load its newest valid checkpoint if it is resumed.
 
         Raises:
             RunFolderError: it cannot be made, is locked, or holds another run.
@@ -117,7 +145,10 @@ class RunFiles:
             ) from None
         stack.enter_context(RunLock(folder))
         # once more, as nobody else writes now
-        check_folder(self.config, folder, resume=resume, exist_ok=exist_ok)
+        check_folder(self.config, folder, resume=resume, exist_ok=exist_ok, overwrite=overwrite)
+        if not resume:
+            self.former = leftovers(folder)
+            return None
         return load_checkpoint(folder / "checkpoints", config_hash=self.hash)
 
     def check_room(self, state: Mapping[str, Any]) -> None:
@@ -153,6 +184,7 @@ class RunFiles:
         folder, step = self.folder, None if saved is None else saved.step
         self.trackers = make_sinks(self.config.sinks, folder, to_dict(self.config), step)
         stack.callback(self.trackers.close)
+        delete(self.former)
         sweep(folder)
         environment = describe_environment()
         write_atomic(folder / "config.json", json.dumps(to_dict(self.stored), indent=2) + "\n")

@@ -12,18 +12,17 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from hmpo.config import RunConfig
 from hmpo.errors import NonFiniteError, RewardError
 from hmpo.models import LoadedPolicy, load_policy, save_policy
 from hmpo.optim.state import clip_lists
 from hmpo.randomness import random_state_kept, restore_random_state, seed_everything
-from hmpo.run.build import make_rewards, make_trainer, trainer_config
+from hmpo.run.build import make_rewards, make_trainer, trainer_config, use_machine
 from hmpo.run.evaluation import Evaluation, Evaluator, gather_columns
-from hmpo.run.files import RunFiles, check_folder
+from hmpo.run.files import RunFiles, check_folder, run_folder
 from hmpo.run.observer import Observer, RunResult
 from hmpo.run.signals import StopRequest
+from hmpo.run.start import keep_start, load_start
 from hmpo.run.steering import Steering
 from hmpo.stopwatch import Stopwatch, section, time_fields
 from hmpo.tasks import Task, make_task
@@ -40,6 +39,7 @@ def train(
     resume: bool = False,
     observer: Observer | None = None,
     exist_ok: bool = False,
+    overwrite: bool = False,
 ) -> RunResult:
     """Train from a configuration; everything is written below `config.out/config.name`.
 
@@ -50,28 +50,28 @@ def train(
         resume: go on from the newest valid checkpoint of that folder.
         observer: told of each step.
         exist_ok: with `resume`, start afresh where the folder holds no run yet.
+        overwrite: start afresh where the folder holds a run, which is deleted; a run that has
+            made no update yet is started afresh without it.
 
     Raises:
         HmpoError: one line with the remedy; nothing of an earlier run is lost.
     """
-    folder = Path(config.out) / config.name
-    check_folder(config, folder, resume=resume, exist_ok=exist_ok)
-    run = _Run(config, folder, observer or Observer())
+    folder = run_folder(config)
+    check_folder(config, folder, resume=resume, exist_ok=exist_ok, overwrite=overwrite)
+    run = _Run(config, folder, observer or Observer(), resume=resume)
     with contextlib.ExitStack() as stack:
-        run.open(stack, resume=resume, exist_ok=exist_ok)
+        run.open(stack, resume=resume, exist_ok=exist_ok, overwrite=overwrite)
         return run.go()
 
 
 class _Run:
     """One process's share of a run."""
 
-    def __init__(self, config: RunConfig, folder: Path, observer: Observer) -> None:
+    def __init__(
+        self, config: RunConfig, folder: Path, observer: Observer, *, resume: bool
+    ) -> None:
         self.config, self.folder, self.observer = config, folder, observer
-        if config.threads:
-            torch.set_num_threads(config.threads)
-        device = config.device
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = use_machine(config)
         seed_everything(config.seed)
         trainer_config(
             config
@@ -79,6 +79,7 @@ class _Run:
         self.task: Task = make_task(config.task, config.seed)
         self.rewards = make_rewards(config, self.task)
         self.loaded: LoadedPolicy = load_policy(config.policy, device=device)
+        load_start(self.loaded.model, config, folder if resume else None)
         length = config.trainer.max_length
         check_prompts(self.task, self.loaded.tokenizer, self.loaded.model, length)
         self.trainer = make_trainer(config, self.loaded, self.task, self.rewards)
@@ -103,20 +104,24 @@ class _Run:
 
     # ---------------------------------------------------------------------- opening and saving
 
-    def open(self, stack: contextlib.ExitStack, *, resume: bool, exist_ok: bool) -> None:
+    def open(
+        self, stack: contextlib.ExitStack, *, resume: bool, exist_ok: bool, overwrite: bool
+    ) -> None:
         """Take the folder, load the newest valid checkpoint, open the logs.
 
         All that can be refused comes first, so that a refused start leaves the folder as it was.
         """
         files = self.files
         stack.callback(self.rewards.close)
-        saved = files.take(stack, resume=resume, exist_ok=exist_ok)
+        saved = files.take(stack, resume=resume, exist_ok=exist_ok, overwrite=overwrite)
         files.check_room(self.trainer.state_dict())
         header = files.header(self.steering.base)
         self.steering.start(header)
         if saved is not None:
             self._restore(saved.state)
         files.open(stack, header, saved)
+        if saved is None:
+            keep_start(self.loaded.model, self.config, self.folder)
         for name, why in saved.skipped if saved is not None else ():
             self._tell("checkpoint_skipped", {"checkpoint": name, "why": why})
         stack.enter_context(self.stop.listening())

@@ -1,10 +1,12 @@
 """Verifiable tasks: built-in ones, reasoning-gym, and prompts from a JSONL file."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 
 from hmpo.config import TaskConfig
-from hmpo.errors import TaskError
-from hmpo.rewards.loading import load_object, nearest
+from hmpo.errors import HmpoError, TaskError
+from hmpo.rewards.loading import check_object, load_object, nearest
+from hmpo.rewards.values import one_line, shown
 from hmpo.tasks.alphabet import ALPHABET
 from hmpo.tasks.base import Example, Task
 from hmpo.tasks.countdown import countdown_task
@@ -14,7 +16,7 @@ from hmpo.tasks.jsonl import JsonlTask
 from hmpo.tasks.key import key_task
 from hmpo.tasks.largest import largest_task
 
-__all__ = ["ALPHABET", "BUILT_IN", "Example", "Task", "make_task"]
+__all__ = ["ALPHABET", "BUILT_IN", "Example", "Task", "check_name", "make_task"]
 
 BUILT_IN: dict[str, Callable[[TaskConfig, int], Task]] = {
     "sort": sort_task,
@@ -37,18 +39,30 @@ def make_task(config: TaskConfig, seed: int = 0) -> Task:
     Raises:
         TaskError: an unknown name, level or option, in one line with a hint.
     """
-    if config.shots < 0:
-        raise TaskError(f"task.shots: got {config.shots}, expected an integer >= 0")
-    if any(text == "" for text in config.stop or ()):
-        raise TaskError(f"task.stop: got {config.stop!r}, expected strings that are not empty")
+    check_name(config)
     if config.name in BUILT_IN:
         return BUILT_IN[config.name](config, seed)
     if config.name.startswith(PREFIX):
         return gym_task(config, seed)
-    if ":" in config.name:
-        return _own_task(config, seed)
-    known = [*BUILT_IN, f"{PREFIX}NAME", "module:name"]
-    raise TaskError(f"task.name: got {config.name!r}; {nearest(config.name, known)}")
+    return _own_task(config, seed)
+
+
+def check_name(config: TaskConfig) -> None:
+    """Refuse what needs no task to be seen: an unknown name, empty stop strings, a missing file.
+
+    Raises:
+        TaskError: one line that names the setting.
+    """
+    if config.shots < 0:
+        raise TaskError(f"task.shots: got {config.shots}, expected an integer >= 0")
+    if any(text == "" for text in config.stop or ()):
+        raise TaskError(f"task.stop: got {config.stop!r}, expected strings that are not empty")
+    if config.name in BUILT_IN or config.name.startswith(PREFIX):
+        return
+    if ":" not in config.name:
+        known = [*BUILT_IN, f"{PREFIX}NAME", "module:name"]
+        raise TaskError(f"task.name: got {config.name!r}; {nearest(config.name, known)}")
+    check_object(config.name, "task", TaskError)
 
 
 def _own_task(config: TaskConfig, seed: int) -> Task:
@@ -56,9 +70,31 @@ def _own_task(config: TaskConfig, seed: int) -> Task:
     factory = load_object(config.name, "task", TaskError)
     if not callable(factory):
         raise TaskError(f"task.name: {config.name} is no function of (config, seed)")
-    task = factory(config, seed)
+    with _named(config.name):
+        task = factory(config, seed)
     if not isinstance(task, Task):
         parts = [part for part in Task.__annotations__ if part not in dir(task)]
         parts += [part for part in ("train", "heldout", "reward") if part not in dir(task)]
         raise TaskError(f"task.name: {config.name} made no task; it lacks {', '.join(parts)}")
+    for split in ("train", "heldout"):
+        with _named(f"{config.name}, {split}(0),"):
+            example = getattr(task, split)(0)
+        sound = isinstance(getattr(example, "prompt", None), str)
+        if not sound or not isinstance(getattr(example, "columns", None), dict):
+            raise TaskError(
+                f"task.name: {config.name}, {split}(0) gave {shown(example, 60)}, expected an "
+                "Example with a prompt (text) and columns (a dict)"
+            )
     return task
+
+
+@contextlib.contextmanager
+def _named(what: str) -> Iterator[None]:
+    """Whatever a user's own code raises inside, as one line that names it."""
+    try:
+        yield
+    except HmpoError:
+        raise
+    except (Exception, SystemExit) as error:
+        text = f"{type(error).__name__}: {one_line(error)}"
+        raise TaskError(f"task.name: {what} raised {text}; mend it") from error

@@ -8,19 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from hmpo.config import TaskConfig
+from hmpo.config.formats import file_kind
 from hmpo.errors import TaskError
 from hmpo.tasks.base import Example, check_rows, is_heldout, same_stripped
 from hmpo.tasks.options import read_options, require_option, stop_strings
 
-BINARY = {
-    b"PAR1": "a parquet file",
-    b"\x1f\x8b": "compressed by gzip",
-    b"PK": "a zip archive",
-    b"ARROW1": "an Arrow file",
-    b"\x28\xb5\x2f\xfd": "compressed by zstd",
-    b"SQLite": "a database",
-}
-"""First bytes of files that are no text, and what they are."""
 RESERVED = ("prompts", "completions", "completion_ids")
 
 
@@ -49,6 +41,10 @@ class JsonlTask:
             config,
             {"path": "", "heldout_path": "", "prompt_field": "prompt", "answer_field": "answer"},
         )
+        if config.level not in (None, 1):
+            raise TaskError(
+                f"task.level: got {config.level}, expected none: a file of prompts has no levels"
+            )
         require_option(bool(options["path"]), "path", options["path"], "the path of a JSONL file")
         self.name = config.name
         self.stop = stop_strings(config)
@@ -156,9 +152,9 @@ def _read(path: str, prompt_field: str, answer_field: str) -> list[_Row]:
     except (OSError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise TaskError(f"task.options: cannot read {path}: {reason}") from None
-    for begin, kind in BINARY.items():
-        if data.startswith(begin):
-            raise TaskError(f"task.options: {path} is {kind}, expected JSONL; convert it")
+    kind = file_kind(data)
+    if kind is not None:
+        raise TaskError(f"task.options: {path} is {kind}, expected JSONL; convert it")
     try:
         lines = data.decode("utf-8-sig").split("\n")
     except UnicodeDecodeError:
@@ -171,7 +167,7 @@ def _read(path: str, prompt_field: str, answer_field: str) -> list[_Row]:
         where = f"{path}, line {number}"
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise TaskError(f"{where}: not JSON ({error}); write one object a line") from None
         if not isinstance(row, dict):
             raise TaskError(f"{where}: got a {type(row).__name__}, expected an object")

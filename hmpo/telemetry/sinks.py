@@ -15,6 +15,7 @@ from hmpo.errors import (
     RunFolderError,
     StorageError,
     TelemetryError,
+    byte_size,
 )
 from hmpo.telemetry.lookup import lookup
 from hmpo.telemetry.records import config_hash, encode, make_run_id
@@ -163,7 +164,7 @@ class JsonlSink:
 
 def _free(path: Path) -> str:
     try:
-        return f"{shutil.disk_usage(path.parent).free} bytes free"
+        return f"{byte_size(shutil.disk_usage(path.parent).free)} free"
     except OSError:
         return "folder not reachable"
 

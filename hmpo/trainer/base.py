@@ -287,7 +287,8 @@ class Trainer(ABC, Generic[C]):
         if stop or self.skipped_in_a_row >= self.config.max_nonfinite:
             raise NonFiniteError(
                 f"update {self.step}: not finite at {where}; {self.skipped_in_a_row} update(s) "
-                "skipped in a row; lower the learning rate or resume from the last checkpoint"
+                "skipped in a row; lower the learning rate: `hmpo train --from RUN --set "
+                "optimizer.lr=...` goes on in a new run from the weights of a run's checkpoint"
             )
 
     # ------------------------------------------------------------------------------- the state

@@ -16,6 +16,7 @@ BEFORE = "b647b6f4712d72af35fd0f56dce7c090ebfbd5ffd6d57865cd1e408d5561fab6"
 """Hash of the default configuration, from before any setting of `LATER` was there."""
 OTHER = {
     "policy.attention": "eager",
+    "policy.start": "runs/a@3",
     "optimizer.muon_dtype": "float32",
     "eval.success": 0.5,
     "trainer.eos_token": [7],

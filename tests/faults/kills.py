@@ -14,27 +14,43 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 
+class Counters:
+    """Counters that a child counts up and that survive it."""
+
+    def __init__(self, count: int) -> None:
+        self._memory = mmap.mmap(-1, 8 * count)
+
+    def add(self, place: int) -> None:
+        self[place] = self[place] + 1
+
+    def __getitem__(self, place: int) -> int:
+        return struct.unpack_from("q", self._memory, 8 * place)[0]
+
+    def __setitem__(self, place: int, value: int) -> None:
+        struct.pack_into("q", self._memory, 8 * place, value)
+
+
 class Progress:
     """Two counters shared with the child: saves begun and saves finished."""
 
     def __init__(self) -> None:
-        self._memory = mmap.mmap(-1, 16)
+        self._counters = Counters(2)
 
     @property
     def begun(self) -> int:
-        return struct.unpack_from("q", self._memory, 0)[0]
+        return self._counters[0]
 
     @begun.setter
     def begun(self, value: int) -> None:
-        struct.pack_into("q", self._memory, 0, value)
+        self._counters[0] = value
 
     @property
     def finished(self) -> int:
-        return struct.unpack_from("q", self._memory, 8)[0]
+        return self._counters[1]
 
     @finished.setter
     def finished(self, value: int) -> None:
-        struct.pack_into("q", self._memory, 8, value)
+        self._counters[1] = value
 
 
 @dataclass(frozen=True)

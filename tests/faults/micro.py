@@ -91,6 +91,14 @@ def left_by(folder: Path) -> dict[str, bytes]:
     return found
 
 
+def everything(folder: Path) -> dict[str, bytes]:
+    """All files of a run but timing.jsonl, which is about the clock, by their path in it."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    found = {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+    found.pop("timing.jsonl", None)
+    return found
+
+
 def litter(folder: Path) -> list[str]:
     """Files that a finished run must not leave."""
     known = {*EXACT, "timing.jsonl", "checkpoints", "policy"}

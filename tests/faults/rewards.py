@@ -2,6 +2,7 @@
 
 import os
 import random
+import subprocess
 import time
 from pathlib import Path
 
@@ -45,3 +46,35 @@ def noted_and_slow(prompts, completions, completion_ids, **columns):
     values = noted(prompts, completions, completion_ids)
     time.sleep(60)
     return values
+
+
+def ends_low(prompts, completions, completion_ids, **columns):
+    """1 for a response that ends in a digit below 5: many groups have nothing to tell."""
+    return [float(row[-1] < 9) for row in completion_ids]
+
+
+def draws(prompts, completions, completion_ids, **columns):
+    """`low_digits` and noise from every global random state that a run seeds."""
+    import numpy
+    import torch
+
+    exact = low_digits(prompts, completions, completion_ids)
+    noise = [random.random(), numpy.random.rand(), torch.rand(()).item()]
+    return [value + sum(noise) * random.random() for value in exact]
+
+
+def often_fails(prompts, completions, completion_ids, **columns):
+    """Not a number for every response that begins with a low digit."""
+    return [float("nan") if row[0] < 6 else row[0] / 16 for row in completion_ids]
+
+
+def starts_another(prompts, completions, completion_ids, **columns):
+    """`low_digits`, with a process of its own in a session of its own left behind."""
+    subprocess.Popen(["sleep", "60"], start_new_session=True)
+    return low_digits(prompts, completions, completion_ids)
+
+
+def slow(prompts, completions, completion_ids, **columns):
+    """`low_digits` after a quarter of a second."""
+    time.sleep(0.25)
+    return low_digits(prompts, completions, completion_ids)

@@ -80,7 +80,7 @@ def test_a_failure_at_every_storage_call_of_a_save_leaves_the_previous_one_valid
                     assert durable or hidden(run) == []
                     assert refused.errno == code
                     assert "\n" not in str(refused)
-                    for part in (str(run / f"step-0000000{step}"), "needed", "bytes free"):
+                    for part in (str(run / f"step-0000000{step}"), "needed", "B free"):
                         assert part in str(refused)
                     save_checkpoint(run, step, state_of(3))  # and the next save works
                     assert is_state(load_checkpoint(run).state, 3)

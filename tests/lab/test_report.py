@@ -287,7 +287,7 @@ def test_a_failed_write_keeps_the_former_page_and_leaves_nothing_behind(tmp_path
 
     monkeypatch.setattr(Path, "replace", fail)
     with pytest.raises(
-        StorageError, match=r"\(No space left on device\): needed 3 bytes, \d+ bytes free"
+        StorageError, match=r"\(No space left on device\): needed 3 bytes, [\d.]+ .B free"
     ):
         write_atomic(tmp_path / "p.html", b"new")
     assert [p.name for p in tmp_path.iterdir()] == ["p.html"]

@@ -15,16 +15,15 @@ import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from hmpo.attention.tracker import LogitTracker
 from hmpo.config import ObjectiveConfig, PowerMeanConfig
 from hmpo.errors import HmpoError
 from hmpo.logprobs import head, states
 from hmpo.logprobs import tiles as small
 from hmpo.logprobs.responses import token_logprobs
-from hmpo.optim.qk_clip import ClipTarget
 from hmpo.sampling.responses import sample_responses
 from hmpo.trainer.gradient import accumulate
 from hmpo.types import Batch, Rollout
+from tests.models_matrix.clipping import qk_clip_cell
 from tests.models_matrix.families import build
 from tests.oracles.update_path import minibatch, row_logprobs
 
@@ -251,18 +250,6 @@ def sampling_cell(model: nn.Module) -> Cell:
     status = "wrong" if worst > limit_of(model) else "exact" if rollout.fast else "slow"
     why = "" if rollout.fast else next(iter(lines), "through the modules")
     return {"status": status, "why": why.partition(": ")[2] or why, "worst": worst}
-
-
-def qk_clip_cell(model: nn.Module) -> Cell:
-    """Attention layers whose logits are read, and which of them can be scaled."""
-    sites = LogitTracker(model).sites
-    targets = [site.target("trained") for site in sites]
-    reasons = sorted({target for target in targets if not isinstance(target, ClipTarget)})
-    scaled = len(targets) - sum(not isinstance(t, ClipTarget) for t in targets)
-    if not sites:
-        return {"status": "none", "why": "no attention layer that is read"}
-    status = "exact" if scaled == len(sites) else "refused"
-    return {"status": status, "why": "; ".join(reasons), "scaled": scaled, "layers": len(sites)}
 
 
 @contextlib.contextmanager

@@ -15,6 +15,9 @@ WIDTH = 32
 LAYERS = 2
 SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY,
+    "vocab_size_per_layer_input": VOCABULARY,
+    "image_size": 32,
+    "patch_size": 16,
     "hidden_size": WIDTH,
     "d_model": WIDTH,
     "n_embd": WIDTH,
@@ -114,6 +117,9 @@ SIZES: dict[str, Any] = {
 
 OVERRIDES: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
+    "blt": {"encoder_hash_byte_group_vocab": 64},
+    "blt_local_decoder": {"hidden_size_global": WIDTH},
+    "blt_local_encoder": {"hidden_size_global": WIDTH},
     "dots3_note": {"num_key_value_heads": 4},
     "dots3_note_text": {"num_key_value_heads": 4},
     "falcon_h1": {"mamba_d_ssm": 64},
@@ -125,11 +131,26 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 64},
     "reformer": {"axial_pos_embds": False, "attn_layers": ["local", "local"], "is_decoder": True},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 4},
     "longcat_flash": {"head_dim": 4},
     "mamba2": {"num_heads": 8},
     "moshi": {"audio_vocab_size": 32},
+    "qwen4_exp_text": {
+        "layer_types": ["linear_attention", "indexed_attention"],
+        "hc_lowrank": 8,
+        "ngram_vocab_size_base": 64,
+        "split_ngram_parts": 2,
+        "make_ngram_vocab_size_divisible_by": 2,
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 8,
+        "indexer_budget": 64,
+        "indexer_compress_ratio": 1,
+    },
     "recurrent_gemma": {"block_types": ("recurrent", "attention")},
+    "zamba2": {"layers_block_type": ["mamba", "hybrid"]},
+    "zaya": {"num_experts_per_tok": 1, "router_hidden_size": 8},
 }
 """By model type: fields that the sizes leave wrong or have no value for."""
 
@@ -155,7 +176,9 @@ def tiny_config(kind: type, changes: dict[str, Any] | None = None) -> Any:
     fields = {field.name for field in dataclasses.fields(kind)}
     given = {name: value for name, value in SIZES.items() if name in fields - set(parts)}
     for name, part in parts.items():
-        if name in changes or not hasattr(part, "model_type") or part.__name__ == "AutoConfig":
+        if part.__name__ == "AutoConfig":  # of any class; the default says which
+            part = type(getattr(kind(), name, None))
+        if name in changes or not getattr(part, "model_type", ""):
             continue
         given[name] = tiny_config(part).to_dict()
     if "kv_lora_rank" in fields and "num_key_value_heads" in given:
@@ -169,7 +192,12 @@ def tiny_config(kind: type, changes: dict[str, Any] | None = None) -> Any:
 
 
 def build(
-    name: str, *, tied: bool | None = None, dtype: torch.dtype | None = None, seed: int = 0
+    name: str,
+    *,
+    tied: bool | None = None,
+    dtype: torch.dtype | None = None,
+    seed: int = 0,
+    vocabulary: int | None = None,
 ) -> nn.Module:
     """A tiny model of a family, in training mode, weights drawn.
 
@@ -178,10 +206,12 @@ def build(
         tied: whether the embedding is the projection; None leaves it to the family.
         dtype: of the weights; None is float64, or float32 where that serves only.
         seed: of the weights.
+        vocabulary: tokens; None is `VOCABULARY`.
     """
     from transformers import AutoModelForCausalLM
 
-    config = tiny_config(families()[name])
+    sizes = {} if vocabulary is None else {"vocab_size": vocabulary}
+    config = tiny_config(families()[name], sizes)
     if tied is not None:
         for part in {id(c): c for c in (config, config.get_text_config())}.values():
             part.tie_word_embeddings = tied
@@ -211,6 +241,6 @@ def is_finite_in_float64(model: nn.Module) -> bool:
     mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
     try:
         out = model.eval()(input_ids=ids, attention_mask=mask, use_cache=False)
-    except Exception:  # cells say what is wrong with it
-        return True
+    except Exception:  # what float32 cannot do either stands in the cells
+        return False
     return bool(out.logits[mask.bool()].isfinite().all())

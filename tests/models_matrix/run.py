@@ -8,6 +8,7 @@ can be stopped and resumed. A crash or a time-out is a row of its own.
 
 import argparse
 import json
+import logging
 import multiprocessing
 import platform
 import resource
@@ -32,20 +33,24 @@ def main() -> int:
     import torch
     import transformers
 
-    from tests.models_matrix.cells import LIMIT
+    from tests.models_matrix.cells import COMPILED, LIMIT, LIMIT_FLOAT32
+    from tests.models_matrix.clipping import STEPS
     from tests.models_matrix.families import families
 
     torch.set_num_threads(1)
+    logging.getLogger("hmpo").addHandler(logging.NullHandler())  # what is told stands in the cells
     found = json.loads(RESULT.read_text()) if RESULT.exists() else {"families": {}}
     known = list(families())
     for name in options.families or known:
         if name in found["families"] and not options.again:
             continue
-        found["families"][name] = asked(name, options.seconds)
+        found["families"][name] = asked(name, options.seconds) | {"commit": commit()}
         found |= {
             "command": "make test-models",
             "limit": LIMIT,
-            "commit": commit(),
+            "limit_float32": LIMIT_FLOAT32,
+            "compiled": [*COMPILED],
+            "steps": STEPS,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "python": platform.python_version(),

@@ -3,11 +3,18 @@
 The whole is run by hand; `docs/models.md` shows it.
 """
 
-import pytest
+import json
 
+import pytest
+import torch
+
+from hmpo.attention.tracker import LogitTracker
+from hmpo.logprobs.head import STORE
 from hmpo.logprobs.tied import TiedGradient
 from tests.models_matrix.cells import (
     LIMIT,
+    LIMIT_FLOAT32,
+    RESPONSES,
     SCHEMES,
     VARIANTS,
     limit_of,
@@ -16,9 +23,11 @@ from tests.models_matrix.cells import (
     update_error,
     variant_of,
 )
+from tests.models_matrix.clipping import forward, qk_clip_cell
 from tests.models_matrix.families import build
+from tests.models_matrix.run import RESULT, statuses
 
-SAMPLE = ("llama", "gpt2", "gpt_neo", "gemma2", "opt", "falcon", "mixtral", "lfm2")
+SAMPLE = ("llama", "gpt2", "gpt_neo", "gemma2", "opt", "falcon", "mixtral", "lfm2", "bart")
 """Packed and not, tied and not, with dropout of their own, experts, convolutions."""
 
 
@@ -39,11 +48,39 @@ def test_an_update_is_that_of_rows_alone(family, variant, tied, scheme) -> None:
     assert update_error(model, SCHEMES[scheme]) < limit_of(model)
 
 
+def test_an_update_with_more_logits_than_are_kept_is_that_of_rows_alone() -> None:
+    tokens = sum(map(len, RESPONSES))
+    model = build("gpt_neo", tied=True, vocabulary=1 + STORE // (4 * tokens), dtype=torch.float32)
+    assert update_error(model, {}) < LIMIT_FLOAT32
+
+
 @pytest.mark.parametrize("family", SAMPLE)
 def test_log_probs_are_those_of_rows_alone_while_sampling_too(family) -> None:
     model = build(family)
     cells = (*logprob_cell(model), sampling_cell(model))
     assert {cell["status"] for cell in cells} <= {"exact", "slow"}
+
+
+@pytest.mark.parametrize("family", [*SAMPLE, "bailing_hybrid", "diffllama"])
+def test_a_clipped_layer_is_at_the_threshold_or_named(family) -> None:
+    cell = qk_clip_cell(build(family))
+    assert cell["status"] in ("exact", "refused") and (cell["status"] == "exact" or cell["why"])
+
+
+def test_layers_that_attend_to_other_states_are_read() -> None:
+    model = build("blt").eval()
+    with LogitTracker(model, source="exact") as tracker:
+        forward(model)
+        readings = tracker.consume()
+    cross = [reading for name, reading in readings.items() if "cross_attn" in name]
+    assert len(cross) == 3 and all(bool(reading.value.isfinite().all()) for reading in cross)
+
+
+def test_no_family_is_wrong_in_silence() -> None:
+    families = json.loads(RESULT.read_text())["families"]
+    built = {name: row for name, row in families.items() if "unbuilt" not in row}
+    assert len(built) >= 120
+    assert [name for name, row in built.items() if "wrong" in statuses(row)] == []
 
 
 def test_a_lost_gradient_is_noticed(monkeypatch) -> None:

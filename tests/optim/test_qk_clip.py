@@ -149,6 +149,13 @@ def test_odd_readings_do_not_stop_their_neighbours():
     torch.testing.assert_close(new[16:24], old[16:24] / 4)
 
 
+def test_a_head_at_tau_or_under_it_has_factor_one_exactly():
+    tau = torch.rand(1000, generator=torch.Generator().manual_seed(0)).double() * 4
+    for limit in tau.tolist():
+        value = torch.tensor([limit, limit / 2, -1.0, torch.nan, torch.inf], dtype=torch.float64)
+        assert gammas(value, limit).tolist() == [1.0] * 5
+
+
 @given(
     st.integers(1, 4),
     st.integers(1, 4),

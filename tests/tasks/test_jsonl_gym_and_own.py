@@ -253,3 +253,53 @@ def test_a_level_of_reasoning_gym_is_a_step_of_its_curriculum():
     assert lengths[0] < lengths[1]
     with pytest.raises(TaskError, match=r"task.level: got 99, expected 1 to \d+"):
         make_task(TaskConfig(name="reasoning-gym:chain_sum", level=99))
+
+
+BROKEN = """
+from hmpo.tasks import make_task
+from hmpo.config import TaskConfig
+import sys
+
+def raises(config, seed):
+    raise KeyError("no data")
+
+def leaves(config, seed):
+    sys.exit(0)
+
+class _Half:
+    name, level, levels, stop, max_new_tokens = "half", 1, 1, (), 3
+    def heldout(self, index): return make_task(TaskConfig()).heldout(index)
+    def reward(self, prompts, completions, completion_ids, **columns): return [1.0]
+
+class Raising(_Half):
+    def __init__(self, config, seed): pass
+    def train(self, index): raise RuntimeError("no prompt")
+
+class Plain(_Half):
+    def __init__(self, config, seed): pass
+    def train(self, index): return "a prompt"
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("raises", "raises raised KeyError: 'no data'; mend it"),
+        ("leaves", "leaves raised SystemExit: 0; mend it"),
+        ("Raising", r"Raising, train\(0\), raised RuntimeError: no prompt"),
+        ("Plain", r"Plain, train\(0\) gave 'a prompt', expected an Example"),
+    ],
+)
+def test_an_own_task_that_raises_is_one_line_that_names_it(name, words, tmp_path):
+    path = tmp_path / "own.py"
+    path.write_text(BROKEN)
+    with pytest.raises(TaskError, match=words) as caught:
+        make_task(TaskConfig(name=f"{path}:{name}"))
+    assert "\n" not in str(caught.value)
+
+
+def test_code_that_leaves_while_it_is_imported_is_one_line(tmp_path):
+    path = tmp_path / "leaving.py"
+    path.write_text("import sys\nsys.exit(3)\n")
+    with pytest.raises(TaskError, match=r"cannot import .*SystemExit: 3"):
+        make_task(TaskConfig(name=f"{path}:task"))

@@ -135,7 +135,7 @@ def test_a_full_disk_keeps_whole_lines_and_says_where_and_how_much_is_free(tmp_p
     for expected in ("the disk took only part of it", "No space left on device"):
         with pytest.raises(StorageError, match=expected) as caught:
             sink.write(steps(2, 2)[0])
-        assert str(path) in str(caught.value) and "bytes free" in str(caught.value)
+        assert str(path) in str(caught.value) and "B free" in str(caught.value)
         assert [json.loads(row)["step"] for row in path.read_text().splitlines()] == [1]
     sink._file.room = 10_000
     sink.write(steps(3, 3)[0])
