@@ -9,6 +9,7 @@ from hmpo.config import RunConfig
 from hmpo.config.overrides import overridden
 from hmpo.config.reading import load_run_config
 from hmpo.errors import RunFolderError
+from hmpo.run.folder import refuse_foreign, renamed
 from hmpo.run.place import found_place
 
 
@@ -21,9 +22,9 @@ def resumed_run(folder: Path, settings: Sequence[str]) -> RunConfig:
     """
     if folder.name in ("", ".."):
         folder = folder.resolve()
+    refuse_foreign(folder)
     refuse_no_run(folder)
-    config = load_run_config(folder / "config.json", settings)
-    return dataclasses.replace(config, out=str(folder.parent), name=folder.name)
+    return renamed(load_run_config(folder / "config.json", settings), folder)
 
 
 def new_run(start: str, file: Path | None, settings: Sequence[str]) -> RunConfig:
@@ -38,6 +39,7 @@ def new_run(start: str, file: Path | None, settings: Sequence[str]) -> RunConfig
         HmpoError: no such run or checkpoint, or a setting is wrong.
     """
     run, step = found_place(start)
+    refuse_foreign(run)
     if file is not None:
         config = load_run_config(file, settings)
     else:
