@@ -43,6 +43,13 @@ def make_rewards(config: RunConfig, task: Task) -> Rewards:
     return rewards
 
 
+def place_of(device: str) -> str:
+    """The device that a setting means: `auto` is CUDA where there is one, else the CPU."""
+    if device != "auto":
+        return device
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def load_trained(folder: Path, config: RunConfig, device: str = "cpu") -> LoadedPolicy:
     """The policy of a run: its `policy/` folder, or else its newest valid checkpoint.
 

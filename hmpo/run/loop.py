@@ -15,13 +15,15 @@ from typing import Any
 import torch
 
 from hmpo.config import RunConfig
+from hmpo.config.places import located
 from hmpo.errors import NonFiniteError, RewardError
 from hmpo.models import LoadedPolicy, load_policy, save_policy
 from hmpo.optim.state import clip_lists
 from hmpo.randomness import random_state_kept, restore_random_state, seed_everything
-from hmpo.run.build import make_rewards, make_trainer, trainer_config
+from hmpo.run.build import make_rewards, make_trainer, place_of, trainer_config
 from hmpo.run.evaluation import Evaluation, Evaluator, gather_columns
 from hmpo.run.files import RunFiles, check_folder, run_folder
+from hmpo.run.inputs import changed_inputs, describe_inputs, refuse_changed
 from hmpo.run.observer import Observer, RunResult
 from hmpo.run.signals import StopRequest
 from hmpo.run.start import keep_start, load_start
@@ -42,6 +44,7 @@ def train(
     observer: Observer | None = None,
     exist_ok: bool = False,
     overwrite: bool = False,
+    allow_changed: bool = False,
 ) -> RunResult:
     """Train from a configuration; everything is written below `config.out/config.name`.
 
@@ -54,6 +57,8 @@ def train(
         exist_ok: with `resume`, start afresh where the folder holds no run yet.
         overwrite: start afresh where the folder holds a run, which is deleted; a run that has
             made no update yet is started afresh without it.
+        allow_changed: with `resume`, go on where task files, reward code or the policy are not what
+            they were, which is told in the log; else that is refused.
 
     Raises:
         HmpoError: one line with the remedy; nothing of an earlier run is lost.
@@ -62,6 +67,7 @@ def train(
     check_folder(config, folder, resume=resume, exist_ok=exist_ok, overwrite=overwrite)
     run = _Run(config, folder, observer or Observer(), resume=resume)
     with contextlib.ExitStack() as stack:
+        run.allow_changed = allow_changed
         run.open(stack, resume=resume, exist_ok=exist_ok, overwrite=overwrite)
         return run.go()
 
@@ -72,12 +78,12 @@ class _Run:
     def __init__(
         self, config: RunConfig, folder: Path, observer: Observer, *, resume: bool
     ) -> None:
+        self.files = RunFiles(config, folder)
+        config = located(config)  # settings are stored as they are written, used as they are found
         self.config, self.folder, self.observer = config, folder, observer
         if config.threads:
             torch.set_num_threads(config.threads)
-        device = config.device
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = place_of(config.device)
         seed_everything(config.seed)
         trainer_config(
             config
@@ -104,7 +110,9 @@ class _Run:
         """The record of the evaluation before the first update."""
         self.random: dict[str, Any] | None = None
         """Global random state that a resumed run goes on from."""
-        self.files = RunFiles(config, folder)
+        self.allow_changed = False
+        self.inputs: dict[str, str] = {}
+        """Hashes of prompts, code and policy, in each checkpoint."""
         self.stop = StopRequest()
         self.watch = Stopwatch()
 
@@ -125,9 +133,16 @@ class _Run:
         self.steering.start(header)
         if saved is not None:
             self._restore(saved.state)
+        changed = [] if saved is None else self._changed_inputs(saved.state["run"])
         files.open(stack, header, saved)
         if saved is None:
             keep_start(self.loaded.model, self.config, self.folder)
+            self.inputs = describe_inputs(self.config, self.folder)
+        if changed:
+            data = {"changed": changed}
+            step = self.trainer.step
+            files.telemetry.write(event_record(files.run_id, step, "inputs_changed", data))
+            self._tell("inputs_changed", data)
         for name, why in saved.skipped if saved is not None else ():
             self._tell("checkpoint_skipped", {"checkpoint": name, "why": why})
         stack.enter_context(self.stop.listening())
@@ -139,6 +154,14 @@ class _Run:
         self.files.run_id = own["run_id"]  # also where the folder's name or `updates` changed
         self.steering.load_state_dict(own["steering"])
 
+    def _changed_inputs(self, own: dict[str, Any]) -> list[str]:
+        """What is not as it was when the checkpoint was made; refused unless it is allowed."""
+        self.inputs = describe_inputs(self.config, self.folder)
+        changed = changed_inputs(own.get("inputs", self.inputs), self.inputs)  # older runs: none
+        if not self.allow_changed:
+            refuse_changed(self.folder, changed)
+        return changed
+
     def _save(self) -> None:
         began = time.perf_counter()
         with random_state_kept() as random:  # saving more often changes nothing
@@ -148,6 +171,8 @@ class _Run:
                 "before": self.before,
                 "offsets": self.files.offsets(),
                 "rng": random,
+                "inputs": self.inputs,
+                "every": self.files.every,
                 "steering": self.steering.state_dict(),
             }
             try:
