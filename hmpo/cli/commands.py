@@ -117,6 +117,7 @@ def train(
             soft_wrap=True,
         )
         return 128 + result.signal
+    print(f"policy: {result.folder / 'policy'}")
     if report:
         _write_report([result.folder])
     return 0

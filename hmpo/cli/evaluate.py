@@ -45,11 +45,11 @@ def evaluate_target(
     for name, value, least in (("prompts", prompts, 1), ("pass-at", pass_at, 0)):
         if value < least:
             raise ConfigError(f"--{name}: got {value}, expected an integer >= {least}")
-    refuse_unread(settings)
     config = measured_run(target, task, settings, allow_code=allow_code)
     run: Path | None = target
     if config is None:
         config, run = measured_model(target, task, settings), None
+    refuse_unread(settings, run)
     refuse_parts(config)
     chosen = "trainer.max_length" in overridden(settings)
     evaluation = measure(
@@ -89,18 +89,14 @@ def measure(
         pass_at: k of pass@k; 0 leaves it out.
         own_length: responses are as long as `trainer.max_length` says, else as the task hints.
     """
-    import torch
-
     from hmpo.models import load_policy, stop_token_ids
     from hmpo.models.tokens import pad_token_id
-    from hmpo.run.build import load_trained, make_rewards, place_of, trainer_config
+    from hmpo.run.build import load_trained, make_rewards, trainer_config, use_machine
     from hmpo.run.evaluation import Evaluator
 
     config = located(config)
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    device = use_machine(config)
     task = make_task(config.task, config.seed)
-    device = place_of(config.device)
     if not own_length:
         trainer = dataclasses.replace(config.trainer, max_length=task.max_new_tokens)
         config = dataclasses.replace(config, trainer=trainer)

@@ -31,10 +31,10 @@ READ = (
     "trainer.reward_timeout",
 )
 """What else it reads."""
-FLAGS = {
-    "eval.prompts": "give --prompts",
-    "eval.final_prompts": "give --prompts",
-    "eval.pass_at": "give --pass-at",
+INSTEAD = {
+    "eval.prompts": "--prompts",
+    "eval.final_prompts": "--prompts",
+    "eval.pass_at": "--pass-at",
 }
 
 
@@ -137,18 +137,22 @@ def measured_model(target: Path, task: str | None, settings: Sequence[str]) -> R
     return run_config({"policy": {"path": str(target)}}, [*named, *settings])
 
 
-def refuse_unread(settings: Sequence[str]) -> None:
+def refuse_unread(settings: Sequence[str], run: Path | None) -> None:
     """Refuse what an evaluation does not read.
+
+    Args:
+        settings: overrides.
+        run: the run that is measured; None for a model.
 
     Raises:
         ConfigError: one line that names the setting.
     """
     for name in sorted(overridden(settings)):
-        table = name.partition(".")[0]
-        if name in READ or table in READ_TABLES:
-            continue
-        hint = FLAGS.get(name, f"it reads {', '.join(READ_TABLES)}, {', '.join(READ)}")
-        raise ConfigError(f"--set {name[:80]}: eval does not read it; {hint}")
+        if name == "policy.path" and run is None:
+            raise ConfigError("--set policy.path: the model is the argument; give it alone")
+        if name not in READ and name.partition(".")[0] not in READ_TABLES:
+            remedy = f"give {INSTEAD[name]}" if name in INSTEAD else "leave it out"
+            raise ConfigError(f"--set {name[:80]}: hmpo eval does not read it; {remedy}")
 
 
 def is_model(folder: Path) -> bool:

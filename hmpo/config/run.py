@@ -225,6 +225,14 @@ class RunConfig:
             self.reference,
             f'"start" with objective.kl_coef = {self.objective.kl_coef}',
         )
+        total = self.trainer.total_updates
+        ends = self.trainer.lr_schedule != "constant" and total is not None
+        require(
+            not ends or (total or 0) >= self.updates,
+            "trainer.total_updates",
+            total,
+            f"nothing, or at least updates = {self.updates}: a schedule ends at 0 there",
+        )
         responses = self.prompts_per_rollout * self.trainer.group_size
         require(
             responses >= self.trainer.minibatches,

@@ -72,8 +72,9 @@ def load_policy(config: PolicyConfig, *, device: str = "cpu") -> LoadedPolicy:
     tokenizer = _load_tokenizer(folder, config.path)
     model = _load_model(folder, config)
     _check_together(model, tokenizer, config.path)
+    _tell_precision(folder, config.path)
     if config.lora_rank > 0:
-        model = _with_lora(model, config)
+        model = _with_lora(model, config, folder)
     model.to(place).train()
     remember_end_tokens(tokenizer, model)
     policy_facts(model)  # whatever it cannot do is told now
@@ -174,7 +175,16 @@ def _check_together(model: nn.Module, tokenizer: PreTrainedTokenizerBase, path: 
         )
 
 
-def _with_lora(model: nn.Module, config: PolicyConfig) -> nn.Module:
+def _tell_precision(folder: Path, path: str) -> None:
+    """Weights that are stored in another precision do not become float32 without a word."""
+    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    stored = settings.get("dtype", settings.get("torch_dtype"))
+    if stored not in (None, "auto", "float32"):
+        line = "policy %r: stored as %s, trained and saved as float32 (4 bytes a weight)"
+        logger.warning(line, path, stored)
+
+
+def _with_lora(model: nn.Module, config: PolicyConfig, folder: Path) -> nn.Module:
     """`model` wrapped by peft: trainable adapters on the targets, everything else frozen."""
     peft = _import_peft()
     settings = peft.LoraConfig(
@@ -188,8 +198,9 @@ def _with_lora(model: nn.Module, config: PolicyConfig) -> nn.Module:
             wrapped = peft.get_peft_model(model, settings)
     except ValueError as error:
         raise ModelError(f"lora_targets: {first_line(error)}") from error
-    # What a saved adapter says it sits on: the name the user gave, not this machine's path.
-    wrapped.peft_config["default"].base_model_name_or_path = config.path
+    # What a saved adapter says it sits on: peft and transformers know no name of ours, and a
+    # relative path means another folder elsewhere.
+    wrapped.peft_config["default"].base_model_name_or_path = str(folder.resolve())
     return wrapped
 
 

@@ -29,6 +29,7 @@ from hmpo.checkpoint.manifest import OtherRunError, read_manifest
 from hmpo.config import RunConfig, to_dict
 from hmpo.config.identity import changed_settings, config_hash
 from hmpo.config.reading import load_run_config
+from hmpo.config.unread_run import refuse_unread_run
 from hmpo.errors import ConfigError, RunFolderError, require
 from hmpo.run.afresh import delete, leftovers, without_update
 from hmpo.run.consent import resume_command
@@ -60,7 +61,8 @@ def check_folder(
 
     Raises:
         RunFolderError: it holds a run and this is no resume, or the other way round.
-        ConfigError: the run in it was started with other settings that decide its numbers.
+        ConfigError: the run in it was started with other settings that decide its numbers, or there
+            is none and nothing would read one of the settings.
     """
     try:
         started = (folder / "config.json").is_file()
@@ -96,6 +98,8 @@ def check_folder(
                 f"numbers: {'; '.join(changed)}; leave them as they were, or start a new run "
                 f"from its weights with `hmpo train --from {folder} --set ...`"
             )
+    else:
+        refuse_unread_run(config)
 
 
 def measured_every(config: RunConfig, every: int) -> RunConfig:

@@ -12,15 +12,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from hmpo.config import RunConfig
 from hmpo.config.places import located
 from hmpo.errors import NonFiniteError, RewardError
 from hmpo.models import LoadedPolicy, load_policy, save_policy
 from hmpo.optim.state import clip_lists
 from hmpo.randomness import random_state_kept, restore_random_state, seed_everything
-from hmpo.run.build import make_rewards, make_trainer, place_of, trainer_config
+from hmpo.run.build import make_rewards, make_trainer, trainer_config, use_machine
 from hmpo.run.evaluation import Evaluation, Evaluator, gather_columns
 from hmpo.run.files import RunFiles, check_folder, run_folder
 from hmpo.run.inputs import changed_inputs, describe_inputs, refuse_changed
@@ -81,9 +79,7 @@ class _Run:
         self.files = RunFiles(config, folder)
         config = located(config)  # settings are stored as they are written, used as they are found
         self.config, self.folder, self.observer = config, folder, observer
-        if config.threads:
-            torch.set_num_threads(config.threads)
-        device = place_of(config.device)
+        device = use_machine(config)
         seed_everything(config.seed)
         trainer_config(
             config

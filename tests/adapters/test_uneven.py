@@ -14,15 +14,13 @@ pytest.importorskip("trl")
 from tests.adapters.uneven import ROWS, SETTINGS, replay, whole_weights
 
 ROOT = Path(__file__).parents[2]
-SHARDED = ["hmpo", "dapo", "gspo", "cispo", "learnable", "windows"]
-"""Under FSDP2 too; what differs between members is the same code there."""
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two processes did, both ways: one start of two processes for each."""
     folder = tmp_path_factory.mktemp("uneven")
-    for mode, names in (("ddp", list(SETTINGS)), ("fsdp2", SHARDED)):
+    for mode, names in (("ddp", list(SETTINGS)), ("fsdp2", list(SETTINGS))):
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
         done = subprocess.run(
             [sys.executable, *launcher, "-m", "tests.adapters.uneven", str(folder), mode, *names],
@@ -41,7 +39,7 @@ def test_both_end_with_the_weights_and_the_record_of_one_process(
 ) -> None:
     alone: Any = None
     generations: Any = None
-    for mode in ("ddp", "fsdp2") if name in SHARDED else ("ddp",):
+    for mode in ("ddp", "fsdp2"):
         found = torch.load(results / mode / f"{name}.pt", weights_only=False)
         lengths = [[len(ids) for ids in rows] for rows in found["generations"]]
         assert any(max(rows[: len(rows) // 2]) != max(rows[len(rows) // 2 :]) for rows in lengths)

@@ -238,6 +238,28 @@ def test_lora_trains_only_the_adapters_and_comes_back(small, tmp_path):
     save_policy(again.model, again.tokenizer, folder)
 
 
+def test_a_saved_adapter_names_its_base_for_peft_from_any_folder(small, tmp_path, monkeypatch):
+    monkeypatch.chdir(small.parent)
+    for path, base in ((small.name, small), ("tiny-sort", TINY_SORT)):
+        policy = load_policy(PolicyConfig(path=path, lora_rank=2, lora_targets=("q_proj",)))
+        folder = save_policy(policy.model, policy.tokenizer, tmp_path / f"adapter-{path}")
+        named = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+        assert named == str(base.resolve())
+        monkeypatch.chdir("/")
+        load_policy(PolicyConfig(path=str(folder)))
+        monkeypatch.chdir(small.parent)
+
+
+def test_weights_of_another_precision_are_not_widened_without_a_word(small, tmp_path, caplog):
+    load_policy(PolicyConfig(path=str(small)))
+    assert not caplog.text
+    settings = json.loads((small / "config.json").read_text())
+    half = shutil.copytree(small, tmp_path / "half")
+    (half / "config.json").write_text(json.dumps(settings | {"dtype": "bfloat16"}))
+    load_policy(PolicyConfig(path=str(half)))
+    assert "stored as bfloat16, trained and saved as float32" in caplog.text
+
+
 def test_lora_errors(small, tmp_path, monkeypatch):
     peft = pytest.importorskip("peft")
     with pytest.raises(ModelError, match=r"lora_targets: Target modules .* not found"):

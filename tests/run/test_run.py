@@ -19,6 +19,7 @@ from hmpo.errors import (
     TelemetryError,
 )
 from hmpo.run import loop as run
+from hmpo.run.build import load_trained
 from hmpo.telemetry.ingest import read_run
 from tests.faults.micro import (
     left_by,
@@ -270,6 +271,29 @@ def test_a_log_shorter_than_the_checkpoint_says_is_refused(policy, out):
     log.write_bytes(log.read_bytes()[:100])
     with pytest.raises(TelemetryError, match=r"telemetry\.jsonl: cannot resume at byte"):
         run.train(config, resume=True)
+
+
+def test_success_in_the_log_of_updates_begins_at_the_setting(policy, out):
+    counts = {}
+    for k, success in enumerate((1.0, 1e-6, 1e6)):
+        config = micro_config(policy, out, f"at-{k}", eval__success=success, updates=2)
+        run.train(config)
+        log = [row for row in records(out / config.name) if row["type"] == "step"]
+        counts[success] = log[0]["success/k"], log[0]["success/n"]
+    assert counts[1e-6][0] > counts[1e6][0] == 0
+    assert len({total for _, total in counts.values()}) == 1
+
+
+def test_a_run_whose_checkpoints_are_gone_is_its_written_policy(policy, out):
+    config = micro_config(policy, out, "gone")
+    run.train(config)
+    kept = load_trained(out / "gone", config).model.state_dict()
+    shutil.rmtree(out / "gone" / "checkpoints")
+    written = load_trained(out / "gone", config).model.state_dict()
+    assert all(torch.equal(kept[name], value) for name, value in written.items())
+    shutil.rmtree(out / "gone" / "policy")
+    with pytest.raises(CheckpointError, match="has no checkpoint yet"):
+        load_trained(out / "gone", config)
 
 
 def test_resume_with_another_policy_in_its_place_is_refused(policy, out):
