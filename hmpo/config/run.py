@@ -199,6 +199,10 @@ class RunConfig:
     """Completions of each rollout written to completions.jsonl."""
     sinks: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = ()
     """Further places for the telemetry; telemetry.jsonl is always written."""
+    relative_to: tuple[str, ...] = ()
+    """Folders that relative paths of policy, data and code count from, the first that holds one;
+    empty: the current folder. Reading a file fills in its own folder and the current one, so that
+    evaluation and resume work from anywhere."""
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     task: TaskConfig = field(default_factory=TaskConfig)
     rewards: RewardConfig = field(default_factory=RewardConfig)
