@@ -62,7 +62,8 @@ def page() -> str:
     head = HEAD.format(
         dtype="float64",
         counts="\n".join([lines[0].strip(), "", *(f"* {line}" for line in lines[1:])]),
-        **{key: found[key] for key in ("commit", "torch", "transformers", "limit")},
+        commit=" and ".join(sorted({row["commit"] for row in found["families"].values()})),
+        **{key: found[key] for key in ("torch", "transformers", "limit")},
         **{key: found[key] for key in ("limit_float32", "steps")},
         compiled=", ".join(f"`{name}`" for name in found["compiled"]),
     )

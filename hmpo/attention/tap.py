@@ -158,7 +158,12 @@ def _heard(live: Callable[[], Callable[..., Any]], eager: bool) -> Callable[...,
                 scale, causal = _scale_and_causal(module, query, options, eager=eager)
                 _captured[id(module)].append(
                     AttentionCall(
-                        query=query, key=key, mask=attention_mask, causal=causal, scale=scale
+                        query=query,
+                        key=key,
+                        mask=attention_mask,
+                        causal=causal,
+                        scale=scale,
+                        own_tokens=_own_tokens(module, query, key),
                     )
                 )
             return original(module, query, key, value, attention_mask, *args, **options)
@@ -186,11 +191,17 @@ def _heard(live: Callable[[], Callable[..., Any]], eager: bool) -> Callable[...,
             causal=causal,
             scale=scale,
             lse=rows_of(raw, batch=batch, heads=heads, queries=queries) if usable else None,
+            own_tokens=_own_tokens(module, query, key),
         )
         notify(id(module), call)
         return result
 
     return attention
+
+
+def _own_tokens(module: nn.Module, query: Tensor, key: Tensor) -> bool:
+    """Whether query i and key i are one token: not where other states are attended to."""
+    return query.shape[2] == key.shape[2] or getattr(module, "is_causal", None) is not False
 
 
 def _scale_and_causal(

@@ -6,7 +6,6 @@ Nothing heavy is imported before a command runs, so `hmpo --help` is quick.
 import contextlib
 import logging
 import os
-import shlex
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -25,6 +24,7 @@ from hmpo.cli.preflight import (
 )
 from hmpo.config import RunConfig
 from hmpo.errors import ConfigError, HmpoError
+from hmpo.run.consent import resume_command
 from hmpo.telemetry.visible import writable
 
 app = tyro.extras.SubcommandApp()
@@ -72,6 +72,8 @@ def train(
     resume: Path | None = None,
     from_: From = None,
     overwrite: bool = False,
+    allow_code: bool = False,
+    allow_changed: bool = False,
     report: bool = True,
     quiet: bool = False,
 ) -> int:
@@ -84,11 +86,16 @@ def train(
         from_: start a new run with the weights of a run's checkpoint (its newest, or RUN@STEP),
             under the file's settings, or without a file under that run's own.
         overwrite: delete the run of this name, if there is one, and start over.
+        allow_code: run the reward functions and the task that the folder of --resume or --from
+            names; a folder may be a stranger's.
+        allow_changed: with --resume, go on although prompts, reward code or policy have changed.
         report: write report.html and plots at the end.
         quiet: only the result.
     """
     refuse_several_processes()
-    settings = _settings(config, _all(set), resume, from_, overwrite)
+    if resume is None and allow_changed:
+        raise ConfigError("train: --allow-changed is for --resume RUN; leave it out")
+    settings = _settings(config, _all(set), resume, from_, overwrite, allow_code)
     refuse_parts(settings)
 
     from hmpo.cli.screen import Screen, outcome_table
@@ -102,12 +109,13 @@ def train(
             observer=screen,
             overwrite=overwrite,
             folder=where,
+            allow_changed=allow_changed,
         )
     screen.say(outcome_table(result))
     if result.signal is not None:
         screen.say(
             f"stopped by a signal after {result.step} updates; everything is saved. "
-            f"Go on with: hmpo train --resume {shlex.quote(str(result.folder))}"
+            f"Go on with: {resume_command(settings, result.folder)}"
         )
         return 128 + result.signal
     screen.say(f"policy: {result.folder / 'policy'}")
@@ -125,6 +133,7 @@ def eval(
     set: Settings = (),
     prompts: int = 256,
     pass_at: int = 0,
+    allow_code: bool = False,
 ) -> int:
     """Success of a run or a model folder on held-out prompts, with 95 % intervals.
 
@@ -134,11 +143,18 @@ def eval(
         set: further settings, such as `task.shots=3 trainer.max_length=12`.
         prompts: held-out prompts.
         pass_at: k of pass@k; 0 leaves it out.
+        allow_code: run the reward functions and the task that the run's folder names; a folder may
+            be a stranger's.
     """
     from hmpo.cli.evaluate import evaluate_target
 
     return evaluate_target(
-        expanded(target), task=task, settings=_all(set), prompts=prompts, pass_at=pass_at
+        expanded(target),
+        task=task,
+        settings=_all(set),
+        prompts=prompts,
+        pass_at=pass_at,
+        allow_code=allow_code,
     )
 
 
@@ -193,6 +209,7 @@ def _settings(
     resume: Path | None,
     start: str | None,
     overwrite: bool,
+    allow_code: bool,
 ) -> RunConfig:
     """The settings of the run that `hmpo train` was asked for.
 
@@ -208,9 +225,10 @@ def _settings(
                 "train: --resume RUN goes on as the run began; give a TOML file, --from or "
                 "--overwrite without it (one of the two)"
             )
-        return resumed_run(expanded(resume), settings)
+        return resumed_run(expanded(resume), settings, allow_code=allow_code)
     if start is not None:
-        return new_run(start, None if config is None else expanded(config), settings)
+        file = None if config is None else expanded(config)
+        return new_run(start, file, settings, allow_code=allow_code)
     if config is None:
         hint = _lost(settings)
         raise ConfigError(

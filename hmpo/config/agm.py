@@ -105,7 +105,7 @@ class StrategyConfig:
     period: int = 10
     """oscillating_agm: period in updates."""
     max_move: float = 0.1
-    """Most that p moves in one update."""
+    """Most that p moves in one update; beside the other controllers `adapter.p_move` decides it."""
     low: float = -2.0
     """Least p."""
     high: float = 2.0
@@ -358,6 +358,8 @@ class AGMConfig:
         at_least(self, 0, "dwell")
         if self.gap_target is not None:
             positive(self, "gap_target")
+        move, expected = self.strategy.max_move, "nothing: adapter.p_move decides it"
+        require(move == StrategyConfig().max_move, "strategy.max_move", move, expected)
 
     @property
     def resolved(self) -> "AGMConfig":

@@ -199,6 +199,10 @@ class RunConfig:
     """Completions of each rollout written to completions.jsonl."""
     sinks: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = ()
     """Further places for the telemetry; telemetry.jsonl is always written."""
+    relative_to: tuple[str, ...] = ()
+    """Folders that relative paths of policy, data and code count from, the first that holds one;
+    empty: the current folder. Reading a file fills in its own folder and the current one, so that
+    evaluation and resume work from anywhere."""
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     task: TaskConfig = field(default_factory=TaskConfig)
     rewards: RewardConfig = field(default_factory=RewardConfig)
@@ -223,6 +227,14 @@ class RunConfig:
             "reference",
             self.reference,
             f'"start" with objective.kl_coef = {self.objective.kl_coef}',
+        )
+        total = self.trainer.total_updates
+        ends = self.trainer.lr_schedule != "constant" and total is not None
+        require(
+            not ends or (total or 0) >= self.updates,
+            "trainer.total_updates",
+            total,
+            f"nothing, or at least updates = {self.updates}: a schedule ends at 0 there",
         )
         responses = self.prompts_per_rollout * self.trainer.group_size
         require(

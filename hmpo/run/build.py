@@ -25,6 +25,15 @@ from hmpo.trainer.power_mean import PowerMeanTrainer
 Trainer = PowerMeanTrainer | GSPOTrainer
 
 
+def use_machine(config: RunConfig) -> str:
+    """Take the threads that a run asks for; returns its device: cpu, cuda or cuda:N."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    if config.device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return config.device
+
+
 def make_rewards(config: RunConfig, task: Task) -> Rewards:
     """The configured reward functions, or the task's own check."""
     functions = {spec: load_reward(spec) for spec in config.rewards.functions}
@@ -38,6 +47,7 @@ def make_rewards(config: RunConfig, task: Task) -> Rewards:
         config.rewards.weights,
         on_error=config.trainer.on_reward_error,
         timeout=config.trainer.reward_timeout,
+        success=config.eval.success,
     )
     rewards.refuse_missing(task.train(0).columns)
     return rewards
@@ -118,15 +128,22 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
 
     Raises:
         ModelError: the model has no trainable parameter.
+        ConfigError: `muon_per_head`, and no trained matrix is known to be one of heads.
     """
     if config.name == "muon":
-        groups = split_param_groups(
-            model,
-            lr=config.lr if config.muon_lr is None else config.muon_lr,
-            weight_decay=config.weight_decay,
-            adamw_lr=config.lr,
-            per_head=config.muon_per_head,
-        )
+        settings: dict[str, Any] = {
+            "lr": config.lr if config.muon_lr is None else config.muon_lr,
+            "weight_decay": config.weight_decay,
+            "adamw_lr": config.lr,
+        }
+        groups = split_param_groups(model, per_head=config.muon_per_head, **settings)
+        if config.muon_per_head:
+            plain = split_param_groups(model, **settings)
+            divided = [g.get("split_sizes") for g in groups] != [
+                g.get("split_sizes") for g in plain
+            ]
+            expected = "False: no trained matrix of this policy is known to hold attention heads"
+            require(divided, "optimizer.muon_per_head", True, expected)
         return MuonWithAdamW(
             groups,
             lr=config.lr,

@@ -6,6 +6,7 @@ functions of the configuration alone; whatever depends on the clock or the proce
 """
 
 import contextlib
+import dataclasses
 import json
 import logging
 import os
@@ -21,18 +22,23 @@ from hmpo.checkpoint import (
     RunLock,
     check_free_space,
     estimate_bytes,
+    load_checkpoint,
     save_checkpoint,
     write_atomic,
 )
+from hmpo.checkpoint.manifest import OtherRunError, read_manifest
 from hmpo.config import RunConfig, to_dict
 from hmpo.config.identity import changed_settings, config_hash
-from hmpo.config.reading import load_run_config, run_config
-from hmpo.errors import ConfigError, RunFolderError, StorageError, TelemetryError
+from hmpo.config.reading import load_run_config
+from hmpo.config.unread_run import refuse_unread_run
+from hmpo.errors import ConfigError, RunFolderError, StorageError, TelemetryError, require
 from hmpo.run.afresh import delete, leftovers, without_update
+from hmpo.run.consent import resume_command
 from hmpo.run.ending import failure_text
 from hmpo.run.environment import describe_environment
 from hmpo.run.folder import Place, refuse_foreign
 from hmpo.run.logs import load_fitting
+from hmpo.run.masked import as_stored, refuse_masked, with_masks
 from hmpo.telemetry.careful import open_own
 from hmpo.telemetry.records import (
     decode,
@@ -71,7 +77,8 @@ def check_folder(
     Raises:
         RunFolderError: it holds a run and this is no resume, or the other way round; or a link, a
             pipe or a device in place of a file of ours.
-        ConfigError: the run in it was started with other settings that decide its numbers.
+        ConfigError: the run in it was started with other settings that decide its numbers, or there
+            is none and nothing would read one of the settings.
     """
     refuse_foreign(folder)
     try:
@@ -87,7 +94,7 @@ def check_folder(
         if overwrite or without_update(folder):
             return
         raise RunFolderError(
-            f"{folder}: holds a run already; resume it with `hmpo train --resume {folder}`, "
+            f"{folder}: holds a run already; resume it with `{resume_command(config, folder)}`, "
             "choose another name, or delete it and start over with --overwrite"
         )
     if remains and not started and not overwrite:
@@ -98,19 +105,28 @@ def check_folder(
     if resume and not started and not exist_ok:
         raise RunFolderError(f"{folder}: holds no run (no config.json); start it without --resume")
     if started:
-        changed = changed_settings(load_run_config(folder / "config.json"), as_stored(config))
+        refuse_masked(config, folder)
+        before = load_run_config(folder / "config.json")
+        now = with_masks(as_stored(config), before)
+        changed = changed_settings(before, measured_every(now, before.eval.every))
         if changed:
             raise ConfigError(
                 f"{folder}: cannot be resumed with other settings, which would change its "
                 f"numbers: {'; '.join(changed)}; leave them as they were, or start a new run "
                 f"from its weights with `hmpo train --from {folder} --set ...`"
             )
+    else:
+        refuse_unread_run(config)
 
 
-def as_stored(config: RunConfig) -> RunConfig:
-    """The configuration as config.json keeps it: secrets masked."""
-    plain = to_dict(config)
-    return run_config(mask_secrets(plain) | {"name": config.name, "out": config.out})
+def measured_every(config: RunConfig, every: int) -> RunConfig:
+    """The configuration with another `eval.every`, where measuring decides nothing.
+
+    It decides what controllers see, so with them the configuration stays as it is.
+    """
+    if config.agm.mode != "off":
+        return config
+    return dataclasses.replace(config, eval=dataclasses.replace(config.eval, every=every))
 
 
 def sweep(folder: Path) -> None:
@@ -141,7 +157,10 @@ class RunFiles:
     def __init__(self, config: RunConfig, place: Place) -> None:
         self.config, self.place, self.folder = config, place, place.path
         self.stored = as_stored(config)
+        self.every = config.eval.every
+        """`eval.every` that the run began with, which is the one in the hash."""
         self.hash = config_hash(self.stored)
+        """Of the settings, in each checkpoint."""
         self.former: list[Path] = []
         """What a run left here that is started anew."""
         self.run_id = ""
@@ -176,7 +195,35 @@ class RunFiles:
         if not resume:
             self.former = leftovers(folder)
             return None
-        return load_fitting(folder, self.hash)
+        saved = load_checkpoint(folder / "checkpoints")
+        if (folder / "config.json").is_file():
+            before = load_run_config(folder / "config.json")
+            self.stored = with_masks(self.stored, before)
+            self._find_hash(saved, before.eval.every)
+        done = 0 if saved is None else saved.step
+        expected = f"at least the {done} that are done in {folder}"
+        require(self.config.updates >= done, "updates", self.config.updates, expected)
+        return None if saved is None else load_fitting(folder, self.hash, saved)
+
+    def _find_hash(self, saved: Checkpoint | None, every: int) -> None:
+        """The hash of the settings as the run began with them, which the checkpoint must carry.
+
+        Raises:
+            OtherRunError: it carries that of other settings.
+        """
+        began = every if saved is None else saved.state["run"].get("every", every)
+        found = None if saved is None else read_manifest(saved.path, saved.step)["config_hash"]
+        # a checkpoint of before says nothing of `every`: config.json's, or the one given
+        for candidate in (began, self.config.eval.every):
+            self.every = candidate
+            self.hash = config_hash(measured_every(self.stored, candidate))
+            if found in (None, self.hash):
+                return
+        assert saved is not None
+        raise OtherRunError(
+            f"{saved.path}: saved under the configuration {found!r}, expected {self.hash!r}; "
+            "resume with the configuration of the run, or start a new run"
+        )
 
     def check_room(self, state: Mapping[str, Any]) -> None:
         """Refuse a disk without room for the checkpoints of such a state (`StorageError`)."""

@@ -17,27 +17,26 @@ STEP = re.compile(r"\d{8,18}")
 """The updates done, in the name of a checkpoint's folder."""
 
 
-def load_fitting(folder: Path, config_hash: str) -> Checkpoint | None:
-    """The newest valid checkpoint of a run folder that fits its logs; None if there is none.
+def load_fitting(folder: Path, config_hash: str, newest: Checkpoint) -> Checkpoint:
+    """The newest valid checkpoint of a run folder that fits its logs.
 
     A checkpoint holds how long each log was and the SHA-256 of that part. Where the log was
     damaged since, an older checkpoint may still fit.
 
     Args:
         folder: of the run.
-        config_hash: refuse a checkpoint that was saved under another one.
+        config_hash: refuse an older checkpoint that was saved under another one.
+        newest: the newest that verifies.
 
     Raises:
-        CheckpointError: no checkpoint verifies, or the newest is of another configuration.
+        CheckpointError: an older one is of another configuration.
         TelemetryError: there are valid checkpoints, and none fits.
     """
     checkpoints = folder / "checkpoints"
-    found = load_checkpoint(checkpoints, config_hash=config_hash)
-    if found is None:
-        return None
-    skipped = list(found.skipped)
+    found: Checkpoint | None = newest
+    skipped = list(newest.skipped)
     steps = [int(STEP.findall(path.name)[0]) for path in list_checkpoints(checkpoints)]
-    older = [step for step in reversed(steps) if step < found.step]
+    older = [step for step in reversed(steps) if step < newest.step]
     while found is not None:
         why = damage(folder, found.state["run"])
         if why is None:

@@ -12,18 +12,19 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from hmpo.config import RunConfig
+from hmpo.config.places import located
 from hmpo.models import LoadedPolicy, load_policy, save_policy
 from hmpo.optim.state import clip_lists
 from hmpo.randomness import random_state_kept, seed_everything
-from hmpo.run.build import make_rewards, make_trainer, trainer_config
+from hmpo.run.build import make_rewards, make_trainer, trainer_config, use_machine
+from hmpo.run.consent import resume_command
 from hmpo.run.ending import failure_text
 from hmpo.run.evaluation import Evaluation, Evaluator, gather_columns
 from hmpo.run.evidence import Evidence
 from hmpo.run.files import RunFiles, check_folder, run_folder
 from hmpo.run.folder import Place
+from hmpo.run.inputs import changed_inputs, describe_inputs, refuse_changed
 from hmpo.run.observer import Audience, Observer, RunResult
 from hmpo.run.saving import Saver
 from hmpo.run.signals import Stopped, StopRequest
@@ -46,6 +47,7 @@ def train(
     exist_ok: bool = False,
     overwrite: bool = False,
     folder: Path | None = None,
+    allow_changed: bool = False,
 ) -> RunResult:
     """Train from a configuration; everything is written below `config.out/config.name`.
 
@@ -59,6 +61,8 @@ def train(
         overwrite: start afresh where the folder holds a run, which is deleted; a run that has
             made no update yet is started afresh without it.
         folder: the run's folder; None takes `config.out/config.name`.
+        allow_changed: with `resume`, go on where task files, reward code or the policy are not what
+            they were, which is told in the log; else that is refused.
 
     Raises:
         HmpoError: one line with the remedy; nothing of an earlier run is lost.
@@ -74,6 +78,7 @@ def train(
         stack.enter_context(stop.listening())
         with stop.at_once():
             run = _Run(config, place, observer, stop, resume=resume)
+            run.allow_changed = allow_changed
         run.open(stack, resume=resume, exist_ok=exist_ok, overwrite=overwrite)
         return run.go()
 
@@ -90,14 +95,11 @@ class _Run:
         *,
         resume: bool,
     ) -> None:
-        self.config, self.place, self.stop = config, place, stop
         self.files = RunFiles(config, place)
+        config = located(config)  # settings are stored as they are written, used as they are found
+        self.config, self.place, self.stop = config, place, stop
         self.audience = Audience(observer, self._lost)
-        if config.threads:
-            torch.set_num_threads(config.threads)
-        device = config.device
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = use_machine(config)
         seed_everything(config.seed)
         trainer_config(
             config
@@ -125,6 +127,7 @@ class _Run:
         every = config.checkpoint.every
         seed_everything(config.seed)  # whatever setting up has drawn, a run goes on from here
         self.saver = Saver(self.files, self.trainer, self.steering, self.evidence, every)
+        self.allow_changed = False
         self.watch = Stopwatch()
 
     # ---------------------------------------------------------------------- opening and saving
@@ -144,9 +147,16 @@ class _Run:
         self.steering.start(header)
         if saved is not None:
             self.saver.restore(saved.state, self.config.updates)
+        changed = [] if saved is None else self._changed_inputs(saved.state["run"])
         files.open(stack, header, saved)
         if saved is None:
-            keep_start(self.loaded.model, self.config, self.files.folder)
+            keep_start(self.loaded.model, self.config, files.folder)
+            self.saver.inputs = describe_inputs(self.config, files.folder)
+        if changed:
+            data = {"changed": changed}
+            step = self.trainer.step
+            files.telemetry.write(event_record(files.run_id, step, "inputs_changed", data))
+            self._tell("inputs_changed", data)
         for name, why in saved.skipped if saved is not None else ():
             self._tell("checkpoint_skipped", {"checkpoint": name, "why": why})
 
@@ -155,12 +165,19 @@ class _Run:
         with contextlib.suppress(Exception):
             self._report_events()
         if self.saver.save_sound(error):
-            place, step = self.place.shown(), self.trainer.step
-            error.add_note(
-                f"hmpo: saved after {step} updates; go on with: hmpo train --resume {place}"
-            )
+            again = resume_command(self.config, self.place.shown())
+            error.add_note(f"hmpo: saved after {self.trainer.step} updates; go on with: {again}")
         with contextlib.suppress(Exception):
             self._write_end("failed", reason=failure_text(error))
+
+    def _changed_inputs(self, own: dict[str, Any]) -> list[str]:
+        """What is not as it was when the checkpoint was made; refused unless it is allowed."""
+        folder = self.files.folder
+        self.saver.inputs = describe_inputs(self.config, folder)
+        changed = changed_inputs(own.get("inputs", self.saver.inputs), self.saver.inputs)
+        if not self.allow_changed:
+            refuse_changed(folder, changed)
+        return changed
 
     # ------------------------------------------------------------------------------- running
 

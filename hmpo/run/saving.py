@@ -120,6 +120,8 @@ class Saver:
         """The record of the evaluation before the first update."""
         self.passed = 0
         """Updates after which what was due after them is done."""
+        self.inputs: dict[str, str] = {}
+        """Hashes of prompts, code and policy, in each checkpoint."""
         self.random = random_state()
         """Global random states from which the run draws on."""
         self.mark: Mark | None = None
@@ -185,6 +187,7 @@ class Saver:
         with random_state_kept():  # saving more often changes nothing
             state = self.trainer.state_dict() | {"trainer": dict(mark.trainer)}
             state["run"] = mark.state(self.files.run_id)
+            state["run"] |= {"inputs": self.inputs, "every": self.files.every}
             try:
                 self.files.save(self.trainer.step, state)
             except NonFiniteError as error:

@@ -41,6 +41,10 @@ class JsonlTask:
             config,
             {"path": "", "heldout_path": "", "prompt_field": "prompt", "answer_field": "answer"},
         )
+        if config.level not in (None, 1):
+            raise TaskError(
+                f"task.level: got {config.level}, expected none: a file of prompts has no levels"
+            )
         require_option(bool(options["path"]), "path", options["path"], "the path of a JSONL file")
         self.name = config.name
         self.stop = stop_strings(config)

@@ -30,7 +30,7 @@ _FRAME = (
         count(
             "segment", "Process starts before this one.", records=("run", "segment"), required=True
         ),
-        text("config_hash", "SHA-256 of the resolved configuration without `out`.", "run"),
+        text("config_hash", "SHA-256 of the resolved configuration without its folders.", "run"),
         text("algo", "Trainer: power_mean or gspo.", "run"),
         text(
             "objective",

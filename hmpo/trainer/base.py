@@ -26,8 +26,14 @@ from hmpo.randomness import keyed_generator
 from hmpo.rewards import Rewards
 from hmpo.stopwatch import section
 from hmpo.trainer.faults import Fault, UpdateCheck, check_update, fault_text, step_fault
-from hmpo.trainer.learning import check_gradients, check_trainable, differentiable
+from hmpo.trainer.learning import (
+    check_apart,
+    check_gradients,
+    check_trainable,
+    differentiable,
+)
 from hmpo.trainer.prompts import Prompts, with_tokens
+from hmpo.trainer.rates import LearningRates
 from hmpo.trainer.rollout import Collected, Collector
 from hmpo.types import Batch, Event, Metrics, MinibatchGradient
 
@@ -54,6 +60,7 @@ class Trainer(ABC, Generic[C]):
         policy_model = bare_policy(policy_model)
         ref_model = None if ref_model is None else bare_policy(ref_model)
         check_trainable(policy_model, optimizer)
+        check_apart(policy_model, ref_model)
         config = with_tokens(config, policy_model, tokenizer, stop)
         self.policy, self.ref, self.config = policy_model, ref_model, config
         self.device = next(policy_model.parameters()).device
@@ -75,8 +82,8 @@ class Trainer(ABC, Generic[C]):
             clip = MuonClipConfig(max_qk_score=config.max_qk_score)
             optimizer = with_qk_clip(optimizer, policy_model, clip)
         self.optimizer = optimizer
-        for group in optimizer.param_groups:
-            group.setdefault("initial_lr", group["lr"])
+        self.rates = LearningRates(optimizer, config)
+        """Base learning rates, which an outside scheduler or a hand may set in the optimizer."""
         self.lr_scale = 1.0
         """Factor of whoever controls the run on the learning rate; not in the state."""
         self.whole = True
@@ -146,6 +153,7 @@ class Trainer(ABC, Generic[C]):
                 where a step itself made the weights or the optimizer's state non-finite.
         """
         batch = self._minibatch()
+        self.optimizer.zero_grad(set_to_none=True)  # what somebody else left there is not ours
         with section("backward"), evaluating(self.policy):  # less the sections inside
             gradient = self.gradient(batch)
         check_gradients(self.optimizer)
@@ -218,9 +226,7 @@ class Trainer(ABC, Generic[C]):
         The host waits for the device once before the step, to learn whether to take it, and once
         after it.
         """
-        factor = self.config.lr_factor(self.step) * self.lr_scale
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * factor
+        self.rates.apply(self.step, self.lr_scale)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         check = check_update(
@@ -308,6 +314,7 @@ class Trainer(ABC, Generic[C]):
             "cursor": self.cursor,
             "skipped_in_a_row": self.skipped_in_a_row,
             "totals": dict(self.totals),
+            **self.rates.state_dict(),
             "rollout_metrics": dict(self.rollout_metrics),
             "batch": None if self.batch is None else self.batch.state_dict(),
         }
@@ -317,6 +324,7 @@ class Trainer(ABC, Generic[C]):
         load_trained_state(self.policy, state["model"])
         join_clip_state(self.optimizer, state)
         saved = state["trainer"]
+        self.rates.load_state_dict(saved)
         self.step, self.rollouts = saved["step"], saved["rollouts"]
         self.cursor, self.skipped_in_a_row = saved["cursor"], saved["skipped_in_a_row"]
         self.totals = dict(saved["totals"])

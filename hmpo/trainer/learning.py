@@ -46,6 +46,35 @@ def check_trainable(policy: nn.Module, optimizer: torch.optim.Optimizer) -> None
         )
 
 
+def check_apart(policy: nn.Module, ref: nn.Module | None) -> None:
+    """Refuse a reference that moves with the policy: the same model, or its trained weights.
+
+    Frozen weights may be shared, as those beneath an adapter.
+
+    Raises:
+        ModelError: `ref` is the policy, or shares memory with weights of it that train.
+    """
+    if ref is None:
+        return
+    trained = {_place(p): name for name, p in policy.named_parameters() if p.requires_grad}
+    trained.pop(None, None)
+    held = [*ref.named_parameters(), *ref.named_buffers()]
+    shared = [trained[_place(tensor)] for _, tensor in held if _place(tensor) in trained]
+    if ref is policy or shared:
+        what = "the policy itself" if ref is policy else f"{len(shared)} of the policy's weights"
+        first = f" (the first is {shared[0]})" if shared else ""
+        raise ModelError(
+            f"ref_model: got {what}{first}, which training moves, expected a frozen model of its "
+            "own; give copy.deepcopy(policy).requires_grad_(False) or a second from_pretrained"
+        )
+
+
+def _place(tensor: Tensor) -> int | None:
+    """Where a tensor's memory begins; None where it has none (empty, or on no device)."""
+    storage = getattr(tensor, "_local_tensor", tensor).untyped_storage()
+    return storage.data_ptr() or None
+
+
 @contextlib.contextmanager
 def differentiable() -> Iterator[None]:
     """Gradients on for the block, whatever the caller, or code that was imported, switched off."""

@@ -14,21 +14,10 @@ from hmpo.errors import CheckpointError, ConfigError
 from hmpo.lab.replay import first_difference, in_order, load_source, replay
 from hmpo.run import loop as run
 from hmpo.telemetry.records import encode
+from tests.agm.streams import EAGER
 from tests.faults.micro import left_by, micro_config, micro_policy, records, saved_state
 from tests.faults.storage import fast_folder
 
-EAGER = {
-    "regime": {"window": 3, "baseline_window": 4, "min_samples": 3, "performance_window": 3,
-               "vol_hi": 0.6, "confirm": 1},
-    "phase": {"window": 3, "min_samples": 3, "confirm": 1, "dwell": 0, "t_hi": 1.5},
-    "adapter": {"dwell": 1, "median_window": 2, "cooldown": 2, "performance_window": 3,
-                "gap_target": 5e-4},
-    "curriculum": {"min_trials": 4, "max_trials": 8, "confirm": 1, "dwell": 0, "promote": 0.3,
-                   "demote": 0.1},
-    "scales": {"scales": [6, 8, 10]},
-    "dwell": 1,
-}  # fmt: skip
-"""Settings under which even a few rollouts move everything."""
 UPDATES = 24
 STEERED = {
     "updates": UPDATES,

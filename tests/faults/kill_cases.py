@@ -8,23 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from hmpo.config import RunConfig
+from tests.agm.streams import EAGER
 from tests.faults.micro import micro_config
 
 REWARDS = "tests.faults.rewards"
-EAGER = {
-    "mode": "apply",
-    "regime": {"window": 3, "baseline_window": 4, "min_samples": 3, "performance_window": 3,
-               "vol_hi": 0.6, "confirm": 1},
-    "phase": {"window": 3, "min_samples": 3, "confirm": 1, "dwell": 0, "t_hi": 1.5},
-    "adapter": {"dwell": 1, "median_window": 2, "cooldown": 2, "performance_window": 3,
-                "gap_target": 5e-4},
-    "curriculum": {"min_trials": 4, "max_trials": 8, "confirm": 1, "dwell": 0, "promote": 0.3,
-                   "demote": 0.1},
-    "scales": {"scales": [6, 8, 10]},
-    "dwell": 1,
-}  # fmt: skip
-"""Controllers that even a few rollouts move."""
-
 CASES: dict[str, dict[str, Any]] = {
     "AdamW and QK-clip": {"checkpoint__every": 3},
     "Muon and QK-clip": {"optimizer__name": "muon", "checkpoint__every": 3},
@@ -45,7 +32,7 @@ CASES: dict[str, dict[str, Any]] = {
         "eval__success": 0.5,
         "task__level": 3,
         "objective__exponent__kind": "controller",
-        "agm": EAGER | {"controls": ["lr", "p", "clip", "batch", "level", "stop"]},
+        "agm": EAGER | {"mode": "apply", "controls": ["lr", "p", "clip", "batch", "level", "stop"]},
     },
     "early stop by a controller": {
         "agm": {"mode": "apply", "stop": {"max_steps": 5}},

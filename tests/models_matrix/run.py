@@ -44,14 +44,13 @@ def main() -> int:
     for name in options.families or known:
         if name in found["families"] and not options.again:
             continue
-        found["families"][name] = asked(name, options.seconds)
+        found["families"][name] = asked(name, options.seconds) | {"commit": commit()}
         found |= {
             "command": "make test-models",
             "limit": LIMIT,
             "limit_float32": LIMIT_FLOAT32,
             "compiled": [*COMPILED],
             "steps": STEPS,
-            "commit": commit(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "python": platform.python_version(),

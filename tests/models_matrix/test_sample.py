@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 
+from hmpo.attention.tracker import LogitTracker
 from hmpo.logprobs.head import STORE
 from hmpo.logprobs.tied import TiedGradient
 from tests.models_matrix.cells import (
@@ -22,7 +23,7 @@ from tests.models_matrix.cells import (
     update_error,
     variant_of,
 )
-from tests.models_matrix.clipping import qk_clip_cell
+from tests.models_matrix.clipping import forward, qk_clip_cell
 from tests.models_matrix.families import build
 from tests.models_matrix.run import RESULT, statuses
 
@@ -64,6 +65,15 @@ def test_log_probs_are_those_of_rows_alone_while_sampling_too(family) -> None:
 def test_a_clipped_layer_is_at_the_threshold_or_named(family) -> None:
     cell = qk_clip_cell(build(family))
     assert cell["status"] in ("exact", "refused") and (cell["status"] == "exact" or cell["why"])
+
+
+def test_layers_that_attend_to_other_states_are_read() -> None:
+    model = build("blt").eval()
+    with LogitTracker(model, source="exact") as tracker:
+        forward(model)
+        readings = tracker.consume()
+    cross = [reading for name, reading in readings.items() if "cross_attn" in name]
+    assert len(cross) == 3 and all(bool(reading.value.isfinite().all()) for reading in cross)
 
 
 def test_no_family_is_wrong_in_silence() -> None:

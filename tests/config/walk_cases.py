@@ -1,0 +1,193 @@
+"""For every setting of a run another value, and what else is set so that it matters.
+
+`CASES` is complete: `tests/config/test_every_setting.py` fails where a field of `RunConfig` or of a
+table in it has no entry. The settings of the controllers are walked over recorded logs instead
+(`tests/agm/test_every_setting.py`).
+"""
+
+from typing import Any
+
+from tests.config.other_values import EXPONENT, MISMATCH, OBJECTIVE, TRAINER
+
+Case = tuple[dict[str, Any], Any]
+"""What else is set, as `table__key`, and another value of the field."""
+REWARDS = "tests.faults.rewards"
+LOW, DRAWS, FAILS, SLOW = (
+    f"{REWARDS}:{name}" for name in ("low_digits", "draws", "often_fails", "slow")
+)
+MUON = {"optimizer__name": "muon"}
+LORA = {"policy__lora_rank": 2, "optimizer__lr": 0.05}
+FROM_FILE = {"task": {"name": "jsonl", "options": {"path": "prompts.jsonl"}}}
+GSPO = {"algorithm": "gspo", "objective__member": "gspo"}
+LINEAR = {"objective__exponent__kind": "linear"}
+LEARNABLE = {"objective__exponent__kind": "learnable", "objective__p": -0.5}
+MATCHED = {"objective__member": "pmpo", "objective__clip_low": 0.01, "objective__clip_high": 0.01}
+BY_REWARD = {"objective__member": "apmpo"}
+TIGHT = {"objective__clip_low": 0.01, "objective__clip_high": 0.01}
+NARROW = {"trainer__top_k": 4, "trainer__temperature": 1.5}
+WILD = {"optimizer__lr": 1e37, "trainer__qk_clip": False}
+"""A learning rate at which nothing is finite."""
+
+RUN: dict[str, Case] = {
+    "name": ({}, "other"),
+    "out": ({}, "elsewhere"),
+    "seed": ({}, 1),
+    "updates": ({}, 3),
+    "prompts_per_rollout": ({}, 4),
+    "algorithm": ({"objective__member": "gspo", **TIGHT}, "gspo"),
+    "reference": ({}, "start"),
+    "threads": ({}, 2),
+    "device": ({}, "cuda:77"),
+    "samples": ({}, 1),
+    "sinks": ({}, ["tensorboard"]),
+    "policy.path": ({}, "tiny-sort"),
+    "policy.lora_rank": ({}, 2),
+    "policy.lora_alpha": (LORA, 4.0),
+    "policy.lora_targets": (LORA, ["q_proj"]),
+    "policy.attention": ({}, "eager"),
+    "task.name": ({}, "sort"),
+    "task.level": ({}, 1),
+    "task.shots": ({}, 1),
+    "task.options": (FROM_FILE, {"path": "others.jsonl"}),
+    "task.stop": ({}, ["9"]),
+    "rewards.functions": ({}, [DRAWS]),
+    "rewards.weights": ({"rewards__functions": [LOW, DRAWS]}, [1.0, 0.5]),
+    "optimizer.name": ({}, "muon"),
+    "optimizer.lr": ({}, 0.02),
+    "optimizer.betas": ({}, [0.5, 0.9]),
+    "optimizer.weight_decay": ({}, 0.5),
+    "optimizer.muon_lr": (MUON, 0.5),
+    "optimizer.muon_momentum": (MUON, 0.5),
+    "optimizer.muon_coefficients": (MUON, "cans"),
+    "optimizer.muon_update_scale": (MUON, "original"),
+    "optimizer.muon_per_head": (MUON, True),
+    "optimizer.muon_dtype": (MUON | {"optimizer__muon_dtype": "float32"}, "bfloat16"),
+    "eval.every": ({}, 1),
+    "eval.prompts": ({"eval__every": 1}, 3),
+    "eval.final_prompts": ({}, 2),
+    "eval.pass_at": ({}, 2),
+    "eval.batch_size": ({"eval__final_prompts": 9}, 2),
+    "eval.success": ({}, 0.1),
+    "checkpoint.every": ({"checkpoint__keep": 9}, 2),
+    "checkpoint.keep": ({"checkpoint__every": 1}, 3),
+}
+"""Settings of the run itself and of its small tables."""
+
+NEEDED: dict[str, dict[str, Any]] = {
+    "objective.ahm_weight": {"objective__mean": "ahm"},
+    "objective.gate": {"objective__clip_level": "token"},
+    "objective.gate_positive": {"objective__member": "sapo"},
+    "objective.gate_negative": {"objective__member": "sapo"},
+    "objective.clip_width": {"objective__clip_level": "sequence"},
+    "objective.clip_center": {"objective__clip_level": "sequence", **TIGHT},
+    "objective.clip_sigma": {
+        "objective__clip_level": "sequence",
+        "objective__clip_width": "z",
+        "objective__clip_sigma": 1.0,
+    },
+    "objective.clip_rollouts": {"updates": 10, "objective__clip_share": 0.3},
+    "objective.sign_convention": {"objective__clip_low": 0.01, "objective__clip_high": 0.04},
+    "objective.clip_level": TIGHT,
+    "objective.clip_share": {"updates": 8},
+    "objective.name": GSPO,
+    "objective.exponent.allow_surrogate": {
+        **LEARNABLE,
+        "objective__exponent__criterion": "surrogate",
+    },
+    "objective.clip_space": {"objective__clip_low": 0.02, "objective__clip_high": 0.02},
+    "objective.dual_clip": TIGHT,
+    "objective.max_length": {"objective__reduction": "constant", "objective__max_length": 4},
+    "objective.kl_coef": {"reference": "start"},
+    "objective.kl_estimator": {"reference": "start", "objective__kl_coef": 0.5},
+    "objective.exponent.end": LINEAR,
+    "objective.exponent.updates": LINEAR,
+    "objective.exponent.criterion": LEARNABLE,
+    "objective.exponent.target": LEARNABLE,
+    "objective.exponent.bound": LEARNABLE,
+    "objective.exponent.lr": LEARNABLE,
+    "objective.exponent.saturation": MATCHED,
+    "objective.exponent.matching": MATCHED,
+    "objective.exponent.gamma": BY_REWARD,
+    "objective.exponent.clip_gain": BY_REWARD,
+    "mismatch.recompute": NARROW,
+    "mismatch.correction": NARROW,
+    "mismatch.level": NARROW | {"mismatch__correction": "truncate"},
+    "mismatch.low": NARROW | {"mismatch__correction": "truncate"},
+    "mismatch.high": {
+        "trainer__sampling_dtype": "bfloat16",
+        "mismatch__correction": "truncate",
+        "mismatch__high": 1.0,
+    },
+    "mismatch.sequence_low": NARROW,
+    "mismatch.sequence_high": NARROW,
+    "mismatch.off_policy_low": NARROW,
+    "trainer.total_updates": {"trainer__lr_schedule": "linear"},
+    "trainer.on_nonfinite": WILD,
+    "trainer.max_nonfinite": WILD | {"trainer__max_nonfinite": 1},
+    "trainer.on_reward_error": {"rewards__functions": [FAILS]},
+    "trainer.reward_timeout": {"rewards__functions": [SLOW], "trainer__on_reward_error": "skip"},
+}
+"""What else is set for the fields of `tests.config.other_values`."""
+VALUES: dict[str, Any] = {
+    "objective.name": "mine",
+    "objective.clip_center": "drift",
+    "objective.exponent.allow_surrogate": True,
+    "objective.exponent.kind": "linear",
+    "objective.dual_clip": 1.02,
+    "mismatch.low": 1.0,
+    "trainer.reward_timeout": 0.05,
+    "trainer.minibatches": 3,
+    "objective.clip_level": "sequence",
+    "objective.clip_space": "ratio",
+    "trainer.logprob_chunk": 1,
+}
+"""Values for where those do not do."""
+
+
+def _cases() -> dict[str, Case]:
+    cases = dict(RUN)
+    tables = {
+        "objective": OBJECTIVE | {"name": "mine"},
+        "objective.exponent": EXPONENT | {"allow_surrogate": True},
+        "mismatch": MISMATCH,
+        "trainer": TRAINER,
+    }
+    for table, values in tables.items():
+        for name, value in values.items():
+            path = f"{table}.{name}"
+            cases[path] = (NEEDED.get(path, {}), VALUES.get(path, value))
+    return cases
+
+
+CASES = _cases()
+SAMPLING = (
+    *(f"trainer.{name}" for name in ("temperature", "top_", "sampling", "autocast")),
+    "trainer.decoder",
+    "trainer.max_length",
+)
+ALSO: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "gspo": (GSPO, ("trainer.",)),
+    "lora": (LORA, ("optimizer.", *SAMPLING, "trainer.micro", "trainer.qk", "trainer.max_")),
+    "module": ({"trainer__decoder": "module"}, ("task.stop", *SAMPLING, "trainer.mask")),
+}
+"""Other paths through a run, and the settings that are walked over on them once more."""
+THE_SAME = {
+    "lora": {"trainer.decoder": "the fast decoder knows no adapters"},
+    "module": {"trainer.decoder": "is set already"},
+}
+"""What changes nothing on such a path, and why that is right."""
+UNREAD: dict[str, Case] = {
+    "policy.lora_alpha": ({}, 4.0),
+    "policy.lora_targets": ({}, ["q_proj"]),
+    "task.level": (FROM_FILE, 2),
+    "optimizer.muon_lr": ({}, 0.5),
+    "optimizer.muon_momentum": ({}, 0.5),
+    "optimizer.muon_coefficients": ({}, "cans"),
+    "optimizer.muon_update_scale": ({}, "original"),
+    "optimizer.muon_per_head": ({}, True),
+    "optimizer.muon_dtype": ({}, "bfloat16"),
+    "trainer.std_ddof": ({"trainer__advantage_scale": "none"}, 0),
+    "trainer.total_updates": ({}, 9),
+    "agm.first_level": ({}, 2),
+}
+"""Settings that nothing reads beside what else is set: one line refuses them."""
