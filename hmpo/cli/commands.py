@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
@@ -269,7 +270,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
         refuse_unknown_command(arguments)
-        code = app.cli(args=arguments, prog="hmpo", description=hmpo.__doc__) or 0
+        with warnings.catch_warnings():
+            warnings.showwarning = _warn  # type: ignore[assignment]
+            code = app.cli(args=arguments, prog="hmpo", description=hmpo.__doc__) or 0
         if sys.stdout is not None:
             sys.stdout.flush()  # while a failure can still be told
         return code
@@ -285,6 +288,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _silence()
         place = f"{error.filename}: " if error.filename else ""
         return _refuse(f"{place}{error.strerror or error}")
+
+
+def _warn(message: Warning | str, category: type[Warning], *place: object, **more: object) -> None:
+    """Show a warning in one line, without the place in our code that it comes from."""
+    logging.getLogger("hmpo").warning("%s", " ".join(str(message).split()))
 
 
 def _refuse(text: str) -> int:

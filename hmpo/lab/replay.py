@@ -209,7 +209,9 @@ def first_difference(source: Source, decisions: Sequence[Record]) -> str | None:
         raise TelemetryError(f"{source.path}: holds no decisions to compare with")
     for replayed, recorded in zip(decisions, logged):
         if encode(replayed) != encode(recorded):
-            return f"step {replayed['step']}: {'; '.join(differing(replayed, recorded))}"
+            ids = f"run_id {replayed.get('run_id')!r}, was {recorded.get('run_id')!r}"
+            parts = differing(replayed, recorded) or [ids]
+            return f"step {replayed['step']}: {'; '.join(parts)}"
     if len(logged) < len(decisions):
         return f"{len(decisions)} decisions, the log holds {len(logged)}"
     return None
