@@ -7,7 +7,7 @@ from pathlib import Path
 
 from hmpo.config import RunConfig
 from hmpo.config.overrides import overridden
-from hmpo.config.reading import load_run_config, run_config
+from hmpo.config.reading import load_run_config, read_tables, run_config
 from hmpo.errors import ConfigError, RunFolderError
 from hmpo.run.consent import code_of, refuse_code
 from hmpo.run.masked import refuse_masked
@@ -160,8 +160,8 @@ def is_model(folder: Path) -> bool:
     if (folder / "adapter_config.json").is_file():
         return True
     try:
-        data = json.loads((folder / "config.json").read_bytes())
-    except (OSError, ValueError, RecursionError):
+        data = read_tables(folder / "config.json")
+    except ConfigError:
         return False
     return isinstance(data, dict) and "model_type" in data
 
