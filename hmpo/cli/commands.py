@@ -3,10 +3,12 @@
 Nothing heavy is imported before a command runs, so `hmpo --help` is quick.
 """
 
+import contextlib
 import logging
+import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -99,27 +101,26 @@ def train(
     from hmpo.cli.screen import Screen, outcome_table
     from hmpo.run.loop import train as run_train
 
+    where = None if resume is None else Path(os.path.abspath(expanded(resume)))  # noqa: PTH100
     with Screen(quiet=quiet) as screen:
         result = run_train(
             settings,
             resume=resume is not None,
             observer=screen,
             overwrite=overwrite,
+            folder=where,
             allow_changed=allow_changed,
         )
-    screen.console.print(outcome_table(result))
+    screen.say(outcome_table(result))
     if result.signal is not None:
-        screen.console.print(
+        screen.say(
             f"stopped by a signal after {result.step} updates; everything is saved. "
-            f"Go on with: {resume_command(settings, result.folder)}",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
+            f"Go on with: {resume_command(settings, result.folder)}"
         )
         return 128 + result.signal
-    print(f"policy: {result.folder / 'policy'}")
+    screen.say(f"policy: {result.folder / 'policy'}")
     if report:
-        _write_report([result.folder])
+        _write_report([result.folder], say=screen.say)
     return 0
 
 
@@ -247,14 +248,16 @@ def _lost(settings: list[str]) -> str:
     return f"; put {swallowed[0]} before --set" if swallowed else ""
 
 
-def _write_report(runs: list[Path], out: Path | None = None) -> None:
+def _write_report(
+    runs: list[Path], out: Path | None = None, say: Callable[[str], None] = print
+) -> None:
     from hmpo.lab.report import write_report
     from hmpo.lab.summary import time_line
 
-    print(f"report: {write_report(runs, out)}")
+    say(f"report: {write_report(runs, out)}")
     for run in runs:
         if line := time_line(run):
-            print(line)
+            say(line)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -266,11 +269,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
         refuse_unknown_command(arguments)
-        return app.cli(args=arguments, prog="hmpo", description=hmpo.__doc__) or 0
+        code = app.cli(args=arguments, prog="hmpo", description=hmpo.__doc__) or 0
+        if sys.stdout is not None:
+            sys.stdout.flush()  # while a failure can still be told
+        return code
     except HmpoError as error:
-        text = " ".join(str(error).split())
-        print(writable(f"hmpo: {text}", sys.stderr.encoding), file=sys.stderr)
-        return 2
+        return _refuse(str(error))
     except KeyboardInterrupt as error:
-        print("hmpo: interrupted", file=sys.stderr)
+        _refuse("interrupted")
         return 128 + (error.args[0] if error.args else signal.SIGINT)
+    except BrokenPipeError:  # whoever read has what they wanted
+        _silence()
+        return 128 + getattr(signal, "SIGPIPE", 13)
+    except OSError as error:  # a path that is too long, a disk that takes nothing
+        _silence()
+        place = f"{error.filename}: " if error.filename else ""
+        return _refuse(f"{place}{error.strerror or error}")
+
+
+def _refuse(text: str) -> int:
+    """Say in one line on standard error what is wrong; the exit code of it."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # no standard error
+        line = writable(f"hmpo: {' '.join(text.split())}", sys.stderr.encoding)
+        print(line, file=sys.stderr, flush=True)
+    return 2
+
+
+def _silence() -> None:
+    """Let what standard output no longer takes go nowhere, also when Python ends."""
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except AttributeError:  # there is no standard output
+        return

@@ -10,6 +10,7 @@ from hmpo.config.overrides import overridden
 from hmpo.config.reading import load_run_config, read_tables, run_config
 from hmpo.errors import ConfigError, RunFolderError
 from hmpo.run.consent import code_of, refuse_code
+from hmpo.run.folder import refuse_foreign, renamed
 from hmpo.run.masked import refuse_masked
 from hmpo.run.place import found_place, split_place
 
@@ -47,9 +48,9 @@ def resumed_run(folder: Path, settings: Sequence[str], *, allow_code: bool) -> R
     """
     if folder.name in ("", ".."):
         folder = folder.resolve()
+    refuse_foreign(folder)
     refuse_no_run(folder)
-    config = _own_settings(folder, settings, allow_code=allow_code)
-    return dataclasses.replace(config, out=str(folder.parent), name=folder.name)
+    return renamed(_own_settings(folder, settings, allow_code=allow_code), folder)
 
 
 def _own_settings(folder: Path, settings: Sequence[str], *, allow_code: bool) -> RunConfig:
@@ -81,6 +82,7 @@ def new_run(
     """
     refuse_no_run(split_place(start)[0])
     run, step = found_place(start)
+    refuse_foreign(run)
     if file is not None:
         config = load_run_config(file, settings)
     else:

@@ -159,13 +159,16 @@ class EvalConfig:
 class CheckpointConfig:
     """When the whole state of a run is saved."""
 
-    every: int = 0
-    """Updates between checkpoints; 0 saves only at the end and when the run is stopped."""
+    every: int | Literal["auto"] = "auto"
+    """Updates between checkpoints. auto saves after the first update and then as often as costs 2 %
+    of the time, every 10 seconds to 30 minutes; 0 saves only at the end and when the run stops or
+    fails."""
     keep: int = 2
     """Newest checkpoints kept."""
 
     def __post_init__(self) -> None:
-        require(self.every >= 0, "every", self.every, "an integer >= 0")
+        if self.every != "auto":
+            require(self.every >= 0, "every", self.every, 'an integer >= 0, or "auto"')
         require(self.keep >= 1, "keep", self.keep, "an integer >= 1")
 
 
