@@ -50,7 +50,7 @@ def evaluate_target(
     if config is None:
         config, run = measured_model(target, task, settings), None
     refuse_unread(settings, run)
-    refuse_parts(config)
+    refuse_parts(config, fresh=False)
     chosen = "trainer.max_length" in overridden(settings)
     evaluation = measure(
         config, run, prompts=prompts, pass_at=pass_at, own_length=run is not None or chosen

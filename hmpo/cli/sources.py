@@ -7,12 +7,12 @@ from pathlib import Path
 
 from hmpo.config import RunConfig
 from hmpo.config.overrides import overridden
-from hmpo.config.reading import load_run_config, run_config
+from hmpo.config.reading import load_run_config, read_tables, run_config
 from hmpo.errors import ConfigError, RunFolderError
 from hmpo.run.consent import code_of, refuse_code
 from hmpo.run.folder import refuse_foreign, renamed
 from hmpo.run.masked import refuse_masked
-from hmpo.run.place import found_place
+from hmpo.run.place import found_place, split_place
 
 BUNDLED = ("tiny-sort", "smollm2")
 """Policies that are found by their names."""
@@ -80,12 +80,12 @@ def new_run(
     Raises:
         HmpoError: no such run or checkpoint, or a setting is wrong.
     """
+    refuse_no_run(split_place(start)[0])
     run, step = found_place(start)
     refuse_foreign(run)
     if file is not None:
         config = load_run_config(file, settings)
     else:
-        refuse_no_run(run)
         config = _own_settings(run, settings, allow_code=allow_code)
         given = overridden(settings)
         out = config.out if "out" in given else str(run.parent)
@@ -162,8 +162,8 @@ def is_model(folder: Path) -> bool:
     if (folder / "adapter_config.json").is_file():
         return True
     try:
-        data = json.loads((folder / "config.json").read_bytes())
-    except (OSError, ValueError, RecursionError):
+        data = read_tables(folder / "config.json")
+    except ConfigError:
         return False
     return isinstance(data, dict) and "model_type" in data
 
@@ -186,7 +186,9 @@ def refuse_no_run(folder: Path) -> None:
             f"--set policy.path={folder}"
         )
     if not (folder / "config.json").is_file():
-        what = "holds no run (no config.json)" if folder.is_dir() else "holds no run (no folder)"
+        what = (
+            "holds no run (no config.json)" if folder.is_dir() else "holds no run (no such folder)"
+        )
         if _of_another_trainer(folder):
             what = "is a run of another trainer, such as TRL, which resumes it by itself"
         raise RunFolderError(f"{folder}: {what}; start it from a file")
