@@ -31,6 +31,7 @@ from hmpo.config.unread_run import refuse_unread_run
 from hmpo.errors import ConfigError, RunFolderError
 from hmpo.run.afresh import delete, leftovers, without_update
 from hmpo.run.environment import describe_environment
+from hmpo.telemetry.plain import json_ready
 from hmpo.telemetry.records import run_record, segment_record, time_record
 from hmpo.telemetry.secrets import mask_secrets
 from hmpo.telemetry.sinks import JsonlSink, make_sinks
@@ -222,7 +223,7 @@ class RunFiles:
 
     def write_completion(self, record: Mapping[str, Any]) -> None:
         """One response for completions.jsonl, secrets masked."""
-        self.completions.write(mask_secrets(record))
+        self.completions.write(mask_secrets(json_ready(record)))
 
     def write_time(self, step: int, seconds: Mapping[str, Any]) -> None:
         """A record of the clock for timing.jsonl, by telemetry name."""
