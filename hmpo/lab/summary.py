@@ -46,8 +46,8 @@ def summarize(run: RunData, label: str) -> dict[str, Any]:
         "progress": _progress(run),
         "health": _health(run),
         "breakdown": breakdown(run),
-        "events": [_event(record) for record in run.log.events[:EVENTS]],
-        "events_left": max(0, len(run.log.events) - EVENTS),
+        "events": [_event(record) for record in run.events[:EVENTS]],
+        "events_left": max(0, len(run.events) - EVENTS),
         "samples": _samples(run),
         "differing": differing,
         "settings": settings,
@@ -63,8 +63,9 @@ def _status(run: RunData) -> dict[str, Any]:
         text = f"no end record after {last} updates: the run crashed or is still going"
         return {"text": text, "good": False, "word": "unfinished"}
     good = end["status"] in ("completed", "early_stop")
+    told = [f"{end['step']} updates", *(end[n] for n in ("reason", "warning") if end.get(n))]
     return {
-        "text": f"{end['step']} updates",
+        "text": ": ".join(told[:2]) + "".join(f"; {text}" for text in told[2:]),
         "good": good,
         "word": end["status"],
     }

@@ -223,7 +223,8 @@ def _serve(connection: socket.socket, functions: Mapping[str, RewardFn], guard: 
         reply = _answer(function, request, loop)
         for stream in (sys.stdout, sys.stderr):
             if stream is not None:
-                stream.flush()
+                with suppress(OSError, ValueError):  # nobody reads it any more
+                    stream.flush()
         connection.sendall(_encode(reply, default=repr))
 
 
