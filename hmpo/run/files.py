@@ -322,9 +322,11 @@ class RunFiles:
         self.completions.write(mask_secrets(json_ready(record)))
 
     def write_time(self, step: int, seconds: Mapping[str, Any]) -> None:
-        """A record of the clock for timing.jsonl, by telemetry name."""
+        """A record of the clock for timing.jsonl and for the trackers, by telemetry name."""
         assert self.timing is not None, "opened with the logs"
-        self.timing.write(time_record(self.run_id, step, seconds))
+        record = time_record(self.run_id, step, seconds)
+        self.timing.write(record)
+        self.trackers.write(record)
 
     def note(self, step: int, name: str, data: Mapping[str, Any]) -> None:
         """An event of this process alone, for timing.jsonl: another run would not have it.
