@@ -47,6 +47,9 @@ def main() -> int:
             print(failed)
             return 1
         steps = run.metrics(folder)
+        if len(steps) != STEPS:
+            print(f"main_ppo: logged {len(steps)} steps, expected {STEPS}")
+            return 1
         repeated = replay(folder, members.hmpo(), run.LR, [2] * STEPS)
         other = replay(folder, PowerMeanLossConfig(p=1.0).objective(), run.LR, [2] * STEPS)
         for found, arithmetic in zip(repeated, other):

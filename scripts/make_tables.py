@@ -238,6 +238,34 @@ def kill_and_resume_rows() -> str:
     return "\n".join(lines)
 
 
+def verl_ray() -> str:
+    """Two steps of verl's own trainer."""
+    result = load("verl_ray")
+    about, *steps = result["rows"]
+    lines = [
+        "| step | mean reward | gradient norm | clipped | `ratio/log_gap_mean` "
+        "| weights: verl to plain torch | to p = 1 |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in steps:
+        told = row["metrics"]
+        lines.append(
+            f"| {row['step']} | {told['critic/score/mean']:.3f} | {told['actor/grad_norm']:.2f} | "
+            f"{told['actor/pg_clipfrac']:.2%} | {told['actor/ratio/log_gap_mean']:.4f} | "
+            f"{row['distance']:.0e} | {row['distance_of_p_1']:.2f} |"
+        )
+    versions = about["versions"]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"verl {versions['verl']}, Ray {versions['ray']}, {about['workers']} workers: "
+            f"{about['seconds']} s from start to end on a machine that others used, too (load "
+            f"{about['load'][0]}). {source(result)}",
+        ]
+    )
+
+
 def trl_versions() -> str:
     """Gradients through TRL."""
     result = load("trl_versions")
@@ -403,6 +431,7 @@ MAKERS: dict[str, Callable[[], str]] = {
     "kill_and_resume": kill_and_resume,
     "kill_and_resume_rows": kill_and_resume_rows,
     "trl_versions": trl_versions,
+    "verl_ray": verl_ray,
     "muonclip_tracker": muonclip_tracker,
     "muonclip_muon": muonclip_muon,
     "explosion": explosion,

@@ -165,10 +165,8 @@ class _Run:
         with contextlib.suppress(Exception):
             self._report_events()
         if self.saver.save_sound(error):
-            place, step = self.place.shown(), self.trainer.step
-            error.add_note(
-                f"hmpo: saved after {step} updates; go on with: {resume_command(self.config, place)}"
-            )
+            again = resume_command(self.config, self.place.shown())
+            error.add_note(f"hmpo: saved after {self.trainer.step} updates; go on with: {again}")
         with contextlib.suppress(Exception):
             self._write_end("failed", reason=failure_text(error))
 

@@ -81,15 +81,15 @@ def test_no_process_of_a_run_outlives_it(tmp_path: Path, raises: bool) -> None:
     daemon = f"setsid sh -c 'echo $$ > {note}; exec sleep 300' & exit 0"
     other = subprocess.Popen(["sleep", "300"])
     try:
-        with pytest.raises(KeyboardInterrupt) if raises else contextlib.nullcontext():
-            with ended.all_ended():
-                subprocess.run(["sh", "-c", daemon], check=True)
-                while not (note.exists() and note.read_text()):
-                    time.sleep(0.05)
-                left = int(note.read_text())
-                assert alive(left)
-                if raises:
-                    raise KeyboardInterrupt
+        interrupted = pytest.raises(KeyboardInterrupt) if raises else contextlib.nullcontext()
+        with interrupted, ended.all_ended():
+            subprocess.run(["sh", "-c", daemon], check=True)
+            while not (note.exists() and note.read_text()):
+                time.sleep(0.05)
+            left = int(note.read_text())
+            assert alive(left)
+            if raises:
+                raise KeyboardInterrupt
         assert not alive(left) and not Path(f"/proc/{left}/cwd").exists()
         assert other.poll() is None, "what was there before stays"
     finally:
