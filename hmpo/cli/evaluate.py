@@ -1,13 +1,14 @@
 """`hmpo eval`: success of a run or a model on held-out prompts."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 from hmpo.config import RunConfig
+from hmpo.config.overrides import overridden
 from hmpo.config.reading import load_run_config, run_config
 from hmpo.errors import ConfigError
 from hmpo.models import load_policy, stop_token_ids
@@ -43,7 +44,10 @@ def evaluate_target(
     Raises:
         HmpoError: no such model, run or task.
     """
+    given = overridden(settings)
     if task is not None:
+        if "task.name" in given:
+            raise ConfigError(f"--task: got {task!r} beside --set task.name; give one of the two")
         settings = [f'task.name="{task}"', *settings]
     if (target / "telemetry.jsonl").exists():
         config = load_run_config(target / "config.json", settings)
@@ -52,8 +56,8 @@ def evaluate_target(
         raise ConfigError(f"{target}: is a model, not a run; say what to measure with --task NAME")
     else:
         config, run = run_config({"policy": {"path": str(target)}}, settings), None
-    _refuse_unread(settings, run)
-    if run is None and not any(_key(item) == "trainer.max_length" for item in settings):
+    _refuse_unread(given, run)
+    if run is None and "trainer.max_length" not in given:
         longest = make_task(config.task, config.seed).max_new_tokens
         trainer = dataclasses.replace(config.trainer, max_length=longest)
         config = dataclasses.replace(config, trainer=trainer)
@@ -80,23 +84,19 @@ def evaluate_target(
     return 0
 
 
-def _key(item: str) -> str:
-    """The setting that a `dotted.key=value` sets."""
-    return item.partition("=")[0].strip()
-
-
-def _refuse_unread(settings: Sequence[str], run: Path | None) -> None:
+def _refuse_unread(given: Iterable[str], run: Path | None) -> None:
     """Refuse settings that a measurement does not read.
 
     Raises:
         ConfigError: one line that names the setting.
     """
-    for key in map(_key, settings):
+    for key in sorted(given):
         if key in INSTEAD:
             raise ConfigError(f"--set {key}: hmpo eval does not read it; give {INSTEAD[key]}")
         if key == "policy.path" and run is None:
             raise ConfigError("--set policy.path: the model is the argument; give it alone")
-        if key not in READ and key.partition(".")[0] not in READ_TABLES:
+        read = key in READ or key.partition(".")[0] in READ_TABLES
+        if not read or key == "policy.start":
             raise ConfigError(f"--set {key}: hmpo eval does not read it; leave it out")
 
 

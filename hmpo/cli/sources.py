@@ -8,7 +8,7 @@ from pathlib import Path
 from hmpo.config import RunConfig
 from hmpo.config.overrides import overridden
 from hmpo.config.reading import load_run_config
-from hmpo.errors import RunFolderError
+from hmpo.errors import ConfigError, RunFolderError
 from hmpo.run.place import found_place
 
 
@@ -17,8 +17,10 @@ def resumed_run(folder: Path, settings: Sequence[str]) -> RunConfig:
 
     Raises:
         RunFolderError: it holds no run.
-        ConfigError: a setting is wrong.
+        ConfigError: a setting is wrong, or decided by the folder.
     """
+    for name in sorted({"name", "out"} & overridden(settings)):
+        raise ConfigError(f"--set {name}: the folder behind --resume decides it; rename that")
     if folder.name in ("", ".."):
         folder = folder.resolve()
     refuse_no_run(folder)
@@ -37,6 +39,8 @@ def new_run(start: str, file: Path | None, settings: Sequence[str]) -> RunConfig
     Raises:
         HmpoError: no such run or checkpoint, or a setting is wrong.
     """
+    if "policy.start" in overridden(settings):
+        raise ConfigError(f"--set policy.start: --from {start} decides it; give one of the two")
     run, step = found_place(start)
     if file is not None:
         config = load_run_config(file, settings)

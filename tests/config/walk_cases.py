@@ -41,6 +41,7 @@ RUN: dict[str, Case] = {
     "samples": ({}, 1),
     "sinks": ({}, ["tensorboard"]),
     "policy.path": ({}, "tiny-sort"),
+    "policy.start": ({}, "0/run"),
     "policy.lora_rank": ({}, 2),
     "policy.lora_alpha": (LORA, 4.0),
     "policy.lora_targets": (LORA, ["q_proj"]),
