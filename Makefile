@@ -8,13 +8,13 @@ HASH = import hashlib, os, sys; print(hashlib.sha256(os.getcwd().encode() + b"".
 RUN := $(VENV)/run-$(shell $(PYTHON) -c '$(HASH)' requirements.txt).stamp
 DEV := $(VENV)/dev-$(shell $(PYTHON) -c '$(HASH)' requirements.txt requirements-dev.txt).stamp
 PEER := $(PEERS)/peers-$(shell $(PYTHON) -c '$(HASH)' requirements-peers.txt pyproject.toml).stamp
-PEER_TESTS = $(wildcard tests/adapters/test_verl.py tests/differential)
+PEER_TESTS = $(wildcard tests/adapters/test_verl.py tests/adapters/test_verl_ray.py tests/differential)
 QUICK = $(foreach slow,adapters differential run test_run.py,--ignore=tests/$(slow))
 NUMERIC = python -m pytest -q -n $(JOBS) -m numeric
 OLD_CPU = OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=default DNNL_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBLE
 AVX2_CPU = OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=avx2 DNNL_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
 
-.PHONY: demo test check test-processors test-kills test-models peers peers-test bench docs clean
+.PHONY: demo test check test-processors test-kills test-models test-verl peers peers-test bench docs clean
 demo: $(RUN) # trains the bundled policy; makes .venv first where needed
 	$(VENV)/bin/hmpo demo
 test: $(DEV) peers-test # the whole gate; makes .venv and .venv-peers first where needed
@@ -35,15 +35,15 @@ test-processors: # the numeric tests as other processors and libraries would rou
 test-kills: # hundreds of SIGKILLs over every kind of run; benchmarks/results/kill_and_resume.json
 	OMP_NUM_THREADS=1 python -m benchmarks.kill_and_resume
 test-models: # every architecture of transformers against an oracle; resumes what is not done yet
-	OMP_NUM_THREADS=1 python -m tests.models_matrix.run
-	python scripts/make_models_page.py
+	OMP_NUM_THREADS=1 python -m tests.models_matrix.run && python scripts/make_models_page.py
+test-verl: $(PEER) # verl's own trainer over two workers; benchmarks/results/verl_ray.json
+	$(PEERS)/bin/python -m benchmarks.verl_ray
 peers: $(PEER) # the second environment, .venv-peers: verl and OpenRLHF
 peers-test: $(PEER) # what is compared with them and runs inside them
 	OMP_NUM_THREADS=1 $(PEERS)/bin/python -m pytest -q -n $(JOBS) $(PEER_TESTS)
 bench: $(PEER) # every timing but the GPU's, then tables and plots; verl from .venv-peers
 	for f in $(filter-out %_gpu.py,$(sort $(wildcard benchmarks/bench_*.py))) benchmarks/rollout_parts.py benchmarks/update_tried.py; do python $$f || exit 1; done
-	python benchmarks/bench_trl.py --options
-	$(PEERS)/bin/python benchmarks/objective.py
+	python benchmarks/bench_trl.py --options && $(PEERS)/bin/python benchmarks/objective.py
 	python scripts/make_performance_plots.py && python scripts/make_tables.py
 docs: # the site, in site/
 	zensical build --clean --strict
@@ -52,19 +52,16 @@ clean:
 
 $(RUN):
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; v >= (3, 11) or sys.exit("hmpo needs Python 3.11 or newer, this is %d.%d; try: make PYTHON=python3.12" % v)'
-	rm -f $(VENV)/*.stamp
-	$(PYTHON) -m venv $(VENV)
+	rm -f $(VENV)/*.stamp && $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install -q torch==2.13.0
 	$(VENV)/bin/python -m pip install -q -r requirements.txt
 	$(VENV)/bin/python -m pip install -q --no-deps --no-build-isolation -e .
 	@touch $@
 $(DEV): $(RUN)
-	rm -f $(VENV)/dev-*.stamp
-	$(VENV)/bin/python -m pip install -q -r requirements-dev.txt
+	rm -f $(VENV)/dev-*.stamp && $(VENV)/bin/python -m pip install -q -r requirements-dev.txt
 	@touch $@
 $(PEER):
-	rm -f $(PEERS)/*.stamp
-	$(PYTHON) -m venv $(PEERS)
+	rm -f $(PEERS)/*.stamp && $(PYTHON) -m venv $(PEERS)
 	$(PEERS)/bin/python -m pip install -q torch==2.13.0
 	$(PEERS)/bin/python -m pip install -q --no-deps -r requirements-peers.txt
 	$(PEERS)/bin/python -m pip install -q --no-deps --no-build-isolation -e .

@@ -3,10 +3,12 @@
 Nothing heavy is imported before a command runs, so `hmpo --help` is quick.
 """
 
+import contextlib
 import logging
+import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -22,6 +24,7 @@ from hmpo.cli.preflight import (
 )
 from hmpo.config import RunConfig
 from hmpo.errors import ConfigError, HmpoError
+from hmpo.run.consent import resume_command
 from hmpo.telemetry.visible import writable
 
 app = tyro.extras.SubcommandApp()
@@ -69,6 +72,8 @@ def train(
     resume: Path | None = None,
     from_: From = None,
     overwrite: bool = False,
+    allow_code: bool = False,
+    allow_changed: bool = False,
     report: bool = True,
     quiet: bool = False,
 ) -> int:
@@ -81,33 +86,41 @@ def train(
         from_: start a new run with the weights of a run's checkpoint (its newest, or RUN@STEP),
             under the file's settings, or without a file under that run's own.
         overwrite: delete the run of this name, if there is one, and start over.
+        allow_code: run the reward functions and the task that the folder of --resume or --from
+            names; a folder may be a stranger's.
+        allow_changed: with --resume, go on although prompts, reward code or policy have changed.
         report: write report.html and plots at the end.
         quiet: only the result.
     """
     refuse_several_processes()
-    settings = _settings(config, _all(set), resume, from_, overwrite)
+    if resume is None and allow_changed:
+        raise ConfigError("train: --allow-changed is for --resume RUN; leave it out")
+    settings = _settings(config, _all(set), resume, from_, overwrite, allow_code)
     refuse_parts(settings)
 
     from hmpo.cli.screen import Screen, outcome_table
     from hmpo.run.loop import train as run_train
 
+    where = None if resume is None else Path(os.path.abspath(expanded(resume)))  # noqa: PTH100
     with Screen(quiet=quiet) as screen:
         result = run_train(
-            settings, resume=resume is not None, observer=screen, overwrite=overwrite
+            settings,
+            resume=resume is not None,
+            observer=screen,
+            overwrite=overwrite,
+            folder=where,
+            allow_changed=allow_changed,
         )
-    screen.console.print(outcome_table(result))
+    screen.say(outcome_table(result))
     if result.signal is not None:
-        screen.console.print(
+        screen.say(
             f"stopped by a signal after {result.step} updates; everything is saved. "
-            f"Go on with: hmpo train --resume {result.folder}",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
+            f"Go on with: {resume_command(settings, result.folder)}"
         )
         return 128 + result.signal
-    print(f"policy: {result.folder / 'policy'}")
+    screen.say(f"policy: {result.folder / 'policy'}")
     if report:
-        _write_report([result.folder])
+        _write_report([result.folder], say=screen.say)
     return 0
 
 
@@ -120,6 +133,7 @@ def eval(
     set: Settings = (),
     prompts: int = 256,
     pass_at: int = 0,
+    allow_code: bool = False,
 ) -> int:
     """Success of a run or a model folder on held-out prompts, with 95 % intervals.
 
@@ -129,11 +143,18 @@ def eval(
         set: further settings, such as `task.shots=3 trainer.max_length=12`.
         prompts: held-out prompts.
         pass_at: k of pass@k; 0 leaves it out.
+        allow_code: run the reward functions and the task that the run's folder names; a folder may
+            be a stranger's.
     """
     from hmpo.cli.evaluate import evaluate_target
 
     return evaluate_target(
-        expanded(target), task=task, settings=_all(set), prompts=prompts, pass_at=pass_at
+        expanded(target),
+        task=task,
+        settings=_all(set),
+        prompts=prompts,
+        pass_at=pass_at,
+        allow_code=allow_code,
     )
 
 
@@ -188,6 +209,7 @@ def _settings(
     resume: Path | None,
     start: str | None,
     overwrite: bool,
+    allow_code: bool,
 ) -> RunConfig:
     """The settings of the run that `hmpo train` was asked for.
 
@@ -203,9 +225,10 @@ def _settings(
                 "train: --resume RUN goes on as the run began; give a TOML file, --from or "
                 "--overwrite without it (one of the two)"
             )
-        return resumed_run(expanded(resume), settings)
+        return resumed_run(expanded(resume), settings, allow_code=allow_code)
     if start is not None:
-        return new_run(start, None if config is None else expanded(config), settings)
+        file = None if config is None else expanded(config)
+        return new_run(start, file, settings, allow_code=allow_code)
     if config is None:
         hint = _lost(settings)
         raise ConfigError(
@@ -225,14 +248,16 @@ def _lost(settings: list[str]) -> str:
     return f"; put {swallowed[0]} before --set" if swallowed else ""
 
 
-def _write_report(runs: list[Path], out: Path | None = None) -> None:
+def _write_report(
+    runs: list[Path], out: Path | None = None, say: Callable[[str], None] = print
+) -> None:
     from hmpo.lab.report import write_report
     from hmpo.lab.summary import time_line
 
-    print(f"report: {write_report(runs, out)}")
+    say(f"report: {write_report(runs, out)}")
     for run in runs:
         if line := time_line(run):
-            print(line)
+            say(line)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -244,11 +269,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
         refuse_unknown_command(arguments)
-        return app.cli(args=arguments, prog="hmpo", description=hmpo.__doc__) or 0
+        code = app.cli(args=arguments, prog="hmpo", description=hmpo.__doc__) or 0
+        if sys.stdout is not None:
+            sys.stdout.flush()  # while a failure can still be told
+        return code
     except HmpoError as error:
-        text = " ".join(str(error).split())
-        print(writable(f"hmpo: {text}", sys.stderr.encoding), file=sys.stderr)
-        return 2
+        return _refuse(str(error))
     except KeyboardInterrupt as error:
-        print("hmpo: interrupted", file=sys.stderr)
+        _refuse("interrupted")
         return 128 + (error.args[0] if error.args else signal.SIGINT)
+    except BrokenPipeError:  # whoever read has what they wanted
+        _silence()
+        return 128 + getattr(signal, "SIGPIPE", 13)
+    except OSError as error:  # a path that is too long, a disk that takes nothing
+        _silence()
+        place = f"{error.filename}: " if error.filename else ""
+        return _refuse(f"{place}{error.strerror or error}")
+
+
+def _refuse(text: str) -> int:
+    """Say in one line on standard error what is wrong; the exit code of it."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # no standard error
+        line = writable(f"hmpo: {' '.join(text.split())}", sys.stderr.encoding)
+        print(line, file=sys.stderr, flush=True)
+    return 2
+
+
+def _silence() -> None:
+    """Let what standard output no longer takes go nowhere, also when Python ends."""
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except AttributeError:  # there is no standard output
+        return

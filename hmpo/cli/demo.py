@@ -60,22 +60,19 @@ def run_demo(
         result = train(config, observer=screen)
     from hmpo.lab.report import write_report  # plots are slow to import, and not needed before
 
-    console = screen.console
-    console.print(outcome_table(result))
+    screen.say(outcome_table(result))
     if result.after is None:
-        console.print(f"stopped after {result.step} updates; everything is saved")
+        screen.say(f"stopped after {result.step} updates; everything is saved")
         return 128 + (result.signal or 0)
     low, high = result.after.sampled.interval
     reached = "reached" if result.after.sampled.value >= GOAL else "not reached"
-    console.print(
+    screen.say(
         f"goal {GOAL:.2f} sampled success on {result.after.sampled.trials} held-out prompts: "
-        f"{reached} ({result.after.sampled.value:.3f}, 95 % interval {low:.3f} to {high:.3f})",
-        highlight=False,
-        soft_wrap=True,
+        f"{reached} ({result.after.sampled.value:.3f}, 95 % interval {low:.3f} to {high:.3f})"
     )
     for name, path in (
         ("report", write_report([result.folder])),
         ("trained policy", result.folder / "policy"),
     ):
-        console.print(f"{name}: {path}", markup=False, highlight=False, soft_wrap=True)
+        screen.say(f"{name}: {path}")
     return 0

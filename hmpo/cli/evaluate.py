@@ -1,67 +1,60 @@
 """`hmpo eval`: success of a run or a model on held-out prompts."""
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
+from hmpo.cli.preflight import refuse_parts
+from hmpo.cli.sources import measured_model, measured_run, refuse_unread
 from hmpo.config import RunConfig
 from hmpo.config.overrides import overridden
-from hmpo.config.reading import load_run_config, run_config
+from hmpo.config.places import located
 from hmpo.errors import ConfigError
-from hmpo.models import load_policy, stop_token_ids
-from hmpo.models.tokens import pad_token_id
-from hmpo.run.build import load_trained, make_rewards, trainer_config, use_machine
-from hmpo.run.evaluation import Evaluation, Evaluator
 from hmpo.tasks import make_task
 
-READ_TABLES = ("policy", "task", "rewards")
-READ = (
-    "seed",
-    "threads",
-    "device",
-    "eval.batch_size",
-    "eval.success",
-    *(f"trainer.{name}" for name in ("max_length", "temperature", "decoder", "autocast")),
-    "trainer.on_reward_error",
-    "trainer.reward_timeout",
-)
-"""Settings that a measurement reads: tables, and single ones of other tables."""
-INSTEAD = {
-    "eval.prompts": "--prompts",
-    "eval.final_prompts": "--prompts",
-    "eval.pass_at": "--pass-at",
-}
+if TYPE_CHECKING:
+    from hmpo.run.evaluation import Evaluation
 
 
 def evaluate_target(
-    target: Path, *, task: str | None, settings: Sequence[str], prompts: int, pass_at: int
+    target: Path,
+    *,
+    task: str | None,
+    settings: Sequence[str],
+    prompts: int,
+    pass_at: int,
+    allow_code: bool = False,
 ) -> int:
     """Measure and print a table; returns the exit code.
 
+    Args:
+        target: a run's folder, or a model.
+        task: task to measure on; None takes the run's own.
+        settings: overrides.
+        prompts: held-out prompts, at least 1.
+        pass_at: k of pass@k; 0 leaves it out.
+        allow_code: run the code that a run's folder names.
+
     Raises:
-        HmpoError: no such model, run or task.
+        HmpoError: no such model, run or task, or a setting that is wrong or not read.
     """
-    given = overridden(settings)
-    if task is not None:
-        if "task.name" in given:
-            raise ConfigError(f"--task: got {task!r} beside --set task.name; give one of the two")
-        settings = [f'task.name="{task}"', *settings]
-    if (target / "telemetry.jsonl").exists():
-        config = load_run_config(target / "config.json", settings)
-        run: Path | None = target
-    elif task is None:
-        raise ConfigError(f"{target}: is a model, not a run; say what to measure with --task NAME")
-    else:
-        config, run = run_config({"policy": {"path": str(target)}}, settings), None
-    _refuse_unread(given, run)
-    if run is None and "trainer.max_length" not in given:
-        longest = make_task(config.task, config.seed).max_new_tokens
-        trainer = dataclasses.replace(config.trainer, max_length=longest)
-        config = dataclasses.replace(config, trainer=trainer)
-    evaluation = measure(config, run, prompts=prompts, pass_at=pass_at)
+    for name, value, least in (("prompts", prompts, 1), ("pass-at", pass_at, 0)):
+        if value < least:
+            raise ConfigError(f"--{name}: got {value}, expected an integer >= {least}")
+    config = measured_run(target, task, settings, allow_code=allow_code)
+    run: Path | None = target
+    if config is None:
+        config, run = measured_model(target, task, settings), None
+    refuse_unread(settings, run, task)
+    refuse_parts(config)
+    chosen = "trainer.max_length" in overridden(settings)
+    evaluation = measure(
+        config, run, prompts=prompts, pass_at=pass_at, own_length=run is not None or chosen
+    )
     scored = evaluation.sampled.trials
     table = Table(title=f"{target} on {config.task.name}, {scored} held-out prompts")
     for column in ("decoding", "success", "95 % interval"):
@@ -84,26 +77,29 @@ def evaluate_target(
     return 0
 
 
-def _refuse_unread(given: Iterable[str], run: Path | None) -> None:
-    """Refuse settings that a measurement does not read.
+def measure(
+    config: RunConfig, run: Path | None, *, prompts: int, pass_at: int, own_length: bool = True
+) -> "Evaluation":
+    """Success of the run's trained policy, or of the configuration's own where `run` is None.
 
-    Raises:
-        ConfigError: one line that names the setting.
+    Args:
+        config: what to measure, on which task and device.
+        run: a run's folder.
+        prompts: held-out prompts.
+        pass_at: k of pass@k; 0 leaves it out.
+        own_length: responses are as long as `trainer.max_length` says, else as the task hints.
     """
-    for key in sorted(given):
-        if key in INSTEAD:
-            raise ConfigError(f"--set {key}: hmpo eval does not read it; give {INSTEAD[key]}")
-        if key == "policy.path" and run is None:
-            raise ConfigError("--set policy.path: the model is the argument; give it alone")
-        read = key in READ or key.partition(".")[0] in READ_TABLES
-        if not read or key == "policy.start":
-            raise ConfigError(f"--set {key}: hmpo eval does not read it; leave it out")
+    from hmpo.models import load_policy, stop_token_ids
+    from hmpo.models.tokens import pad_token_id
+    from hmpo.run.build import load_trained, make_rewards, trainer_config, use_machine
+    from hmpo.run.evaluation import Evaluator
 
-
-def measure(config: RunConfig, run: Path | None, *, prompts: int, pass_at: int) -> Evaluation:
-    """Success of the run's trained policy, or of the configuration's own where `run` is None."""
+    config = located(config)
     device = use_machine(config)
     task = make_task(config.task, config.seed)
+    if not own_length:
+        trainer = dataclasses.replace(config.trainer, max_length=task.max_new_tokens)
+        config = dataclasses.replace(config, trainer=trainer)
     if run is None:
         loaded = load_policy(config.policy, device=device)
     else:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hmpo.config import RunConfig
+from hmpo.config.places import located
 from hmpo.errors import ConfigError
 from hmpo.models.paths import resolve_policy_path
 from hmpo.rewards.loading import check_spec
@@ -53,6 +54,7 @@ def refuse_parts(config: RunConfig) -> None:
     Raises:
         HmpoError: one line that names it.
     """
+    config = located(config)
     check_name(config.task)
     for spec in config.rewards.functions:
         check_spec(spec)

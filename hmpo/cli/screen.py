@@ -1,9 +1,13 @@
 """A run in the terminal: a live view where there is one, plain lines where there is not."""
 
+import contextlib
+import errno
+import os
 import re
 import time
 from collections import deque
 from pathlib import Path
+from signal import Signals
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
@@ -52,11 +56,25 @@ def spark(values: deque[float], bars: str) -> str:
     return "".join(bars[round((v - low) / span * top)] if v == v else "?" for v in values)
 
 
+REFRESH_S = 0.25
+"""Seconds between two pictures of the live view."""
+
+
+class _Console(Console):
+    """A console that lets its owner know of a reader who has gone, and does not end the process."""
+
+    def on_broken_pipe(self) -> None:
+        """Go on raising."""
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+
 class Screen(Observer):
-    """Shows a run as it goes; use as a context manager."""
+    """Shows a run as it goes; use as a context manager. A run goes on without it where it fails."""
+
+    expendable = True
 
     def __init__(self, console: Console | None = None, *, quiet: bool = False) -> None:
-        self.console = console or Console()
+        self.console = console or _Console()
         self.quiet = quiet
         self.bars = BLOCK_BARS if self.console.encoding.startswith("utf") else ASCII_BARS
         self.live: Live | None = None
@@ -75,6 +93,8 @@ class Screen(Observer):
         self.measured: list[tuple[int, Evaluation]] = []
         self.tokens_per_s = float("nan")
         self.title = ""
+        self.measuring = ""
+        self.drawn = 0.0
         self.every = 1
         self.began: float | None = None
         self.first_step = 0
@@ -83,11 +103,27 @@ class Screen(Observer):
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self.live is not None:
-            self.live.stop()
-            self.live = None
+        live, self.live = self.live, None
+        if live is not None:
+            with contextlib.suppress(Exception):  # the terminal may be gone
+                live.stop()
+
+    def say(self, shown: RenderableType | str) -> None:
+        """Print a line or a table, unless nobody can read it any more."""
+        with contextlib.suppress(OSError, ValueError):
+            if isinstance(shown, str):
+                self.console.print(shown, markup=False, highlight=False, soft_wrap=True)
+            else:
+                self.console.print(shown)
+            self.console.file.flush()
 
     # ------------------------------------------------------------------------ what a run tells
+
+    def on_loading(self, config: RunConfig, what: str) -> None:
+        """Say what is being set up."""
+        if not self.quiet:
+            text = f"hmpo: loading {printable(what, 200)} ..."
+            self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def on_start(self, config: RunConfig, folder: Path, step: int) -> None:
         """Open the live view."""
@@ -102,8 +138,9 @@ class Screen(Observer):
         if self.quiet:
             return
         if self.console.is_terminal:
-            self.live = Live(self._view(), console=self.console, refresh_per_second=4)
-            self.live.start()
+            # Drawn by the run alone: a thread that draws cannot be let go of when it fails.
+            self.live = Live(self._view(), console=self.console, auto_refresh=False)
+            self.live.start(refresh=True)
         else:
             self.console.print(f"hmpo: {self.title}", markup=False, highlight=False, soft_wrap=True)
 
@@ -125,15 +162,24 @@ class Screen(Observer):
         self.tokens_per_s = 0.8 * self.tokens_per_s + 0.2 * rate if known else rate
         self.progress.update(self.bar, completed=record["step"] + 1)
         if self.live is not None:
-            self.live.update(self._view())
+            self._draw()
         elif not self.quiet and (record["step"] + 1) % self.every == 0:
             self._line()
+
+    def on_measuring(self, step: int, name: str, done: int, total: int) -> None:
+        """Say how far an evaluation is."""
+        self.measuring = "" if done >= total else f"measuring {done} of {total} held-out responses"
+        if self.live is not None:
+            self._draw(at_once=done == 0)
+        elif not self.quiet and done == 0:
+            text = f"hmpo: measuring {total} held-out responses after {step} updates ..."
+            self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def on_evaluation(self, step: int, name: str, evaluation: Evaluation) -> None:
         """Note a measurement on held-out prompts."""
         self.measured.append((step, evaluation))
         if self.live is not None:
-            self.live.update(self._view())
+            self._draw(at_once=True)
         elif not self.quiet:
             text = f"held-out after {step:4d} updates: sampled {evaluation.sampled}"
             if evaluation.greedy is not None:
@@ -147,7 +193,24 @@ class Screen(Observer):
         if not self.quiet:
             self.console.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
 
+    def on_stop(self, signal: int) -> None:
+        """Answer a signal: straight to the terminal, as it may come while something is printed."""
+        if not self.quiet:
+            name = Signals(signal).name
+            text = (
+                f"\nhmpo: {name}: finishing the update in hand and saving; once more to leave at "
+                "once, without\n"
+            )
+            os.write(self.console.file.fileno(), text.encode())
+
     # ------------------------------------------------------------------------------ the picture
+
+    def _draw(self, *, at_once: bool = False) -> None:
+        """Renew the live view, unless it was drawn this moment."""
+        now = time.monotonic()
+        if self.live is not None and (at_once or now - self.drawn >= REFRESH_S):
+            self.live.update(self._view(), refresh=True)
+            self.drawn = now
 
     def _line(self) -> None:
         """One line of progress where there is no terminal."""
@@ -181,6 +244,8 @@ class Screen(Observer):
             low, high = last.sampled.interval
             note = f"[{low:.3f}, {high:.3f}] of {last.sampled.trials} prompts at update {step}"
             numbers.add_row("held-out success", held, "", Text(note, style="dim"))
+        if self.measuring:
+            numbers.add_row("now", Text(self.measuring, style="bold"), "", "")
         parts: list[RenderableType] = [Panel(numbers, title=Text(self.title), title_align="left")]
         if self.samples:
             parts.append(self._sample_table())
@@ -205,6 +270,8 @@ def outcome_table(result: RunResult) -> Table:
     for column in ("", "before", "after", "prompts"):
         table.add_column(column, justify="left" if column == "" else "right", no_wrap=True)
     before, after = result.before, result.after
+    if before is None:
+        return table
     rows: list[tuple[str, Rate | None, Rate | None]] = [
         ("sampled", before.sampled, after.sampled if after else None),
         ("greedy", before.greedy, after.greedy if after else None),

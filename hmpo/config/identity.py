@@ -45,7 +45,8 @@ def _decisive(config: RunConfig) -> dict[str, Any]:
     data = to_dict(config)
     ends = has_schedule(config) and config.trainer.total_updates is None
     kept = {"updates"} if ends else set()
-    for name in {"name", "out", "sinks", "samples", "checkpoint", "updates"} - kept:
+    free = {"name", "out", "sinks", "samples", "checkpoint", "updates", "relative_to"}
+    for name in free - kept:
         data.pop(name)
     if config.agm.mode == "off":  # what nobody asks decides nothing
         data.pop("agm")

@@ -38,6 +38,9 @@ def load_run_config(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
     data = read_tables(path)
     if path.suffix == ".json":
         _forget_old_defaults(data)
+    elif isinstance(data, dict):
+        folders = dict.fromkeys((str(path.expanduser().resolve().parent), str(Path.cwd())))
+        data.setdefault("relative_to", list(folders))
     try:
         return run_config(data, overrides)
     except ConfigError as error:

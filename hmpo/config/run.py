@@ -159,13 +159,16 @@ class EvalConfig:
 class CheckpointConfig:
     """When the whole state of a run is saved."""
 
-    every: int = 0
-    """Updates between checkpoints; 0 saves only at the end and when the run is stopped."""
+    every: int | Literal["auto"] = "auto"
+    """Updates between checkpoints. auto saves after the first update and then as often as costs 2 %
+    of the time, every 10 seconds to 30 minutes; 0 saves only at the end and when the run stops or
+    fails."""
     keep: int = 2
     """Newest checkpoints kept."""
 
     def __post_init__(self) -> None:
-        require(self.every >= 0, "every", self.every, "an integer >= 0")
+        if self.every != "auto":
+            require(self.every >= 0, "every", self.every, 'an integer >= 0, or "auto"')
         require(self.keep >= 1, "keep", self.keep, "an integer >= 1")
 
 
@@ -196,6 +199,10 @@ class RunConfig:
     """Completions of each rollout written to completions.jsonl."""
     sinks: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = ()
     """Further places for the telemetry; telemetry.jsonl is always written."""
+    relative_to: tuple[str, ...] = ()
+    """Folders that relative paths of policy, data and code count from, the first that holds one;
+    empty: the current folder. Reading a file fills in its own folder and the current one, so that
+    evaluation and resume work from anywhere."""
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     task: TaskConfig = field(default_factory=TaskConfig)
     rewards: RewardConfig = field(default_factory=RewardConfig)

@@ -8,7 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from hmpo.errors import RunFolderError, TelemetryError
-from hmpo.telemetry.ingest import Record, RunLog, read_records, read_run, read_timing
+from hmpo.run.folder import refuse_foreign
+from hmpo.telemetry.ingest import (
+    Record,
+    RunLog,
+    read_process_events,
+    read_records,
+    read_run,
+    read_timing,
+)
 from hmpo.telemetry.reading import loads, reason
 from hmpo.telemetry.secrets import mask_secrets
 
@@ -28,6 +36,8 @@ class RunData:
     environment: Mapping[str, Any] = field(default_factory=dict)
     samples: tuple[Record, ...] = ()
     """Records of completions.jsonl, in the order of the file."""
+    events: tuple[Record, ...] = ()
+    """Of the log, and what happened to one process alone, by step."""
     segments: tuple[Record, ...] = ()
     times: tuple[Record, ...] = ()
     notes: tuple[str, ...] = ()
@@ -73,6 +83,7 @@ def load_run(path: Path | str) -> RunData:
     path = Path(path)
     if not os.path.isdir(path):  # noqa: PTH112 - unlike pathlib, false for over-long paths
         raise RunFolderError(f"{path}: no such folder, expected a run folder")
+    refuse_foreign(path)
     logs = [path / name for name in ("telemetry.jsonl", "telemetry.jsonl.gz")]
     present = [log for log in logs if log.is_file()]
     if not present:
@@ -80,12 +91,14 @@ def load_run(path: Path | str) -> RunData:
     notes: list[str] = []
     config = _read_object(path / "config.json", notes, needed=True)
     environment = _read_object(path / "environment.json", notes, needed=False)
-    segments, times = _read_timing(path / "timing.jsonl", notes)
+    segments, times, own = _read_timing(path / "timing.jsonl", notes)
+    log = read_run(present[0])
     name = config.get("name")
     return RunData(
         path=path,
         label=name if isinstance(name, str) and name else path.resolve().name,
-        log=read_run(present[0]),
+        log=log,
+        events=tuple(sorted((*log.events, *own), key=lambda record: record["step"])),
         config=config,
         environment=environment,
         samples=_read_samples(path / "completions.jsonl", notes),
@@ -111,14 +124,15 @@ def _read_object(path: Path, notes: list[str], needed: bool) -> dict[str, Any]:
     return value
 
 
-def _read_timing(path: Path, notes: list[str]) -> tuple[tuple[Record, ...], tuple[Record, ...]]:
+def _read_timing(path: Path, notes: list[str]) -> tuple[tuple[Record, ...], ...]:
+    """Segments, times and events of timing.jsonl."""
     if not path.is_file():
-        return (), ()
+        return (), (), ()
     try:
-        return read_timing(path)
+        return (*read_timing(path), read_process_events(path))
     except TelemetryError as error:
         notes.append(str(error))
-        return (), ()
+        return (), (), ()
 
 
 def _read_samples(path: Path, notes: list[str]) -> tuple[Record, ...]:

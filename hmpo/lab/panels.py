@@ -61,7 +61,8 @@ PLOTS: tuple[Plot, ...] = (
     Plot(
         "success",
         "Success on held-out prompts",
-        "Bars are 95 % Wilson intervals. Below: mean reward of the training rollouts.",
+        "Bars are 95 % Wilson intervals. Below: mean reward of the training rollouts, and on "
+        "held-out prompts.",
         (
             Panel(
                 "success rate",
@@ -72,7 +73,10 @@ PLOTS: tuple[Plot, ...] = (
                 ),
                 full=True,
             ),
-            Panel("train reward", (Line("reward/mean", "reward"),)),
+            Panel(
+                "mean reward",
+                (Line("reward/mean", "train"), Line("eval/mean", "held out", "evals")),
+            ),
         ),
     ),
     Plot(

@@ -36,6 +36,10 @@ DARK = {
 """What each colour becomes on a dark page."""
 _SMOOTH_ABOVE = 30
 """Points above which a moving average is drawn over the raw line."""
+_BESIDE = 4
+"""Runs beside each other in a figure; more of them go below."""
+_MARKED = 12
+"""Points up to which each is marked: a line needs two neighbours to be seen."""
 _EVALS = 300
 """Evaluations drawn with their intervals, evenly spaced."""
 
@@ -91,6 +95,7 @@ def render(
     *,
     form: Literal["svg", "png"] = "svg",
     labels: Sequence[str] = (),
+    narrow: bool = False,
 ) -> bytes | None:
     """Draw a plot, one column for each run.
 
@@ -99,6 +104,7 @@ def render(
         runs: one or more.
         form: svg has a transparent ground and no title; png has both and 144 dots an inch.
         labels: names of the runs, shown if there are several.
+        narrow: for a phone: runs below each other.
 
     Returns:
         The file's bytes (the same for the same runs), or None if nothing was logged.
@@ -107,23 +113,16 @@ def render(
     if not panels:
         return None
     with matplotlib.rc_context(style(form)):
-        width = 6.2 if len(runs) == 1 else 3.6 * len(runs)
-        figure = Figure(figsize=(width, 3.7), layout="constrained")
-        grid = figure.subplots(
-            len(panels),
-            len(runs),
-            squeeze=False,
-            sharex=True,
-            sharey="row",
-            height_ratios=(1.2, 1.0)[: len(panels)],
-        )
-        for row, panel in enumerate(panels):
-            for axes, run in zip(grid[row], runs):
+        figure, grid = _grid(panels, len(runs), narrow)
+        for row, panel in zip(grid, panels):
+            for axes, run in zip(row, runs):
                 _draw(axes, panel, run)
-            grid[row][0].set_ylabel(panel.unit)
-            _legend(list(grid[row]))
-        for column, label in enumerate(labels if len(runs) > 1 else ()):
-            _name(grid[0][column], plain(label))
+            _limit(row, panel)
+            for axes in row[:: 1 if narrow else _BESIDE]:
+                axes.set_ylabel(panel.unit)
+            _legend(row, above=narrow or len(row) == 1, columns=_columns(panel, narrow))
+        for axes, label in zip(grid[0], labels if len(runs) > 1 else ()):
+            _name(axes, plain(label))
         for axes in grid[-1]:
             axes.set_xlabel("optimizer updates")
         if form == "png":
@@ -131,10 +130,51 @@ def render(
         return save(figure, form)
 
 
-def render_comparison(runs: Sequence[RunData], labels: Sequence[str]) -> bytes | None:
+def _columns(panel: Panel, narrow: bool) -> int:
+    """Names of lines beside each other in a legend."""
+    if not narrow:
+        return 3
+    return 1 if max(len(line.label) for line in panel.lines) > 14 else 2
+
+
+def _grid(shown: Sequence[Panel], runs: int, narrow: bool) -> tuple[Figure, list[list[Axes]]]:
+    """A figure with axes by panel and run, those of a panel with one vertical scale.
+
+    Runs stand beside each other, at most `_BESIDE`, the others below them.
+    """
+    panels, columns = len(shown), 1 if narrow else min(runs, _BESIDE)
+    bands = -(-runs // columns)
+    named = sum(-(-len(panel.lines) // _columns(panel, narrow)) for panel in shown)
+    size = (6.2 if runs == 1 else 3.6 * columns, 3.7 * bands)
+    if narrow:
+        size = (3.6, 0.4 + bands * (0.4 + 1.5 * panels) + 0.2 * named)
+    figure = Figure(figsize=size, layout="constrained")
+    heights = (1.2, 1.0)[:panels] * bands
+    made = figure.subplots(
+        panels * bands, columns, squeeze=False, sharex=True, height_ratios=heights
+    )
+    grid = [
+        [made[run // columns * panels + panel][run % columns] for run in range(runs)]
+        for panel in range(panels)
+    ]
+    for first, *others in grid:
+        for place, axes in enumerate(others, start=1):
+            axes.sharey(first)
+            axes.tick_params(labelleft=place % columns == 0)
+    for axes in set(made.flat) - {axes for row in grid for axes in row}:
+        axes.remove()
+    for axes in grid[-1]:
+        axes.tick_params(labelbottom=True)
+    return figure, grid
+
+
+def render_comparison(
+    runs: Sequence[RunData], labels: Sequence[str], narrow: bool = False
+) -> bytes | None:
     """Success of several runs in one pair of axes, as SVG; None if none was measured."""
     with matplotlib.rc_context(style("svg")):
-        figure = Figure(figsize=(10.8, 3.4), layout="constrained")
+        size = (3.6, 3.0 + 0.2 * len(runs)) if narrow else (10.8, 3.4)
+        figure = Figure(figsize=size, layout="constrained")
         axes = figure.subplots()
         for i, (run, label) in enumerate(zip(runs, labels)):
             metric = "eval/sampled" if run.series("eval/sampled", "evals")[0] else "eval/greedy"
@@ -147,7 +187,10 @@ def render_comparison(runs: Sequence[RunData], labels: Sequence[str]) -> bytes |
         axes.set_ylabel("success rate")
         axes.set_xlabel("optimizer updates")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+        if narrow:
+            axes.legend(loc="lower left", bbox_to_anchor=(-0.01, 1.0))
+        else:
+            axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
         return save(figure, "svg")
 
 
@@ -201,14 +244,18 @@ def _draw(axes: Axes, panel: Panel, run: RunData) -> None:
     threshold = run.setting(*panel.threshold) if panel.threshold else None
     if isinstance(threshold, int | float) and abs(threshold) <= LARGEST:
         axes.axhline(threshold, color=SOFT, linestyle="--", linewidth=1.1, label="threshold")
+
+
+def _limit(row: Sequence[Axes], panel: Panel) -> None:
+    """The scale that the axes of a panel share, once all runs are drawn on it."""
     if panel.full:
-        axes.set_ylim(0, 1.03)
+        row[0].set_ylim(0, 1.03)
     elif panel.share:
-        axes.set_ylim(bottom=0)
+        row[0].set_ylim(bottom=0)
 
 
-def _legend(row: Sequence[Axes]) -> None:
-    """Names of the lines, once: above a single pair of axes, right of several."""
+def _legend(row: Sequence[Axes], above: bool, columns: int) -> None:
+    """Names of the lines, once: above the first pair of axes, or right of several."""
     named: dict[str, Any] = {}
     for axes in row:
         for handle, label in zip(*axes.get_legend_handles_labels()):
@@ -216,9 +263,10 @@ def _legend(row: Sequence[Axes]) -> None:
     if len(named) < 2:
         return
     where: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)}
-    if len(row) == 1:
-        where = {"loc": "lower left", "bbox_to_anchor": (-0.01, 0.98), "ncols": 3}
-    row[-1].legend(list(named.values()), list(named), columnspacing=1.2, **where)
+    if above:
+        where = {"loc": "lower left", "bbox_to_anchor": (-0.01, 0.98), "ncols": columns}
+    beside = row[0 if above else min(len(row), _BESIDE) - 1]
+    beside.legend(list(named.values()), list(named), columnspacing=1.2, **where)
 
 
 def _draw_stack(axes: Axes, panel: Panel, run: RunData) -> None:
@@ -236,7 +284,12 @@ def _draw_stack(axes: Axes, panel: Panel, run: RunData) -> None:
         for line, colour, part in zip(panel.lines, LAYERS, parts)
         if part
     ]
+    if not layers:
+        return
     places = [steps[end - 1] for end in ends]
+    if len(places) == 1:  # one rollout: as wide as its updates, else nothing would be seen
+        places = [steps[0], max(steps[-1], steps[0] + 1)]
+        layers = [(label, colour, values * 2) for label, colour, values in layers]
     axes.stackplot(
         places,
         [values for _, _, values in layers],
@@ -260,7 +313,9 @@ def _draw_line(
         axes.plot(*thin(steps, values), color=colour, linewidth=0.8, alpha=0.35)
         axes.plot(*smoothed(steps, values, window), dashes, color=colour, label=line.label)
     else:
-        axes.plot(*thin(steps, values), dashes, color=colour, label=line.label)
+        mark = "o" if len(values) <= _MARKED else ""
+        points = thin(steps, values)
+        axes.plot(*points, mark + dashes, color=colour, markersize=3, label=line.label)
 
 
 def _draw_intervals(
@@ -307,7 +362,8 @@ def smoothing(count: int, run: RunData) -> int:
     if count <= _SMOOTH_ABOVE:
         return 1
     rollout = _rollout(count, run)
-    return min(count, rollout * max(1, round(count / 30 / rollout)))
+    window = rollout * max(1, round(count / 30 / rollout))
+    return window if window <= count // 2 else 1  # else next to nothing of it would be full
 
 
 def _rollout(count: int, run: RunData) -> int:

@@ -24,6 +24,7 @@ from hmpo.errors import ConfigError
 from hmpo.lab.folder import RunData, load_run
 from hmpo.lab.panels import PLOTS
 from hmpo.lab.plots import darken, render, render_comparison, write_plots
+from hmpo.lab.settings import differing_settings
 from hmpo.lab.summary import compare, summarize
 from hmpo.telemetry.secrets import mask_credentials
 from hmpo.telemetry.visible import visible
@@ -91,6 +92,7 @@ def render_page(runs: Sequence[RunData], labels: Sequence[str]) -> str:
             title=labels[0] if len(runs) == 1 else "Comparison of runs",
             runs=views,
             comparison=compare(views),
+            apart=differing_settings(runs),
             figures=_figures(runs, labels),
             command="hmpo report " + " ".join(run.path.name or "." for run in runs),
             version=__version__,
@@ -135,18 +137,23 @@ def _figures(runs: Sequence[RunData], labels: Sequence[str]) -> list[dict[str, A
     figures = []
     if len(runs) > 1:
         caption = "All runs in one plot; bars are 95 % Wilson intervals."
-        image = render_comparison(runs, labels)
-        figures.append(_figure("Success of all runs", caption, image, wide=True))
+        images = [render_comparison(runs, labels, narrow) for narrow in (False, True)]
+        figures.append(_figure("Success of all runs", caption, images, wide=True))
     for plot in PLOTS:
-        image = render(plot, runs, labels=labels)
-        figures.append(_figure(plot.title, plot.caption, image, wide=len(runs) > 1))
+        images = [render(plot, runs, labels=labels, narrow=narrow) for narrow in (False, True)]
+        figures.append(_figure(plot.title, plot.caption, images, wide=len(runs) > 1))
     return [figure for figure in figures if figure is not None]
 
 
-def _figure(title: str, caption: str, image: bytes | None, *, wide: bool) -> dict[str, Any] | None:
-    if image is None:
-        return None
-    uris = {"light": _data_uri(image), "dark": _data_uri(darken(image))}
+def _figure(
+    title: str, caption: str, images: Sequence[bytes | None], *, wide: bool
+) -> dict[str, Any] | None:
+    """A figure for wide and for narrow screens, each on a light and on a dark ground."""
+    uris = {}
+    for image, size in zip(images, ("", "narrow_")):
+        if image is None:
+            return None
+        uris |= {f"{size}light": _data_uri(image), f"{size}dark": _data_uri(darken(image))}
     return {"title": title, "caption": caption, "wide": wide, **uris}
 
 

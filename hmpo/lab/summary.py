@@ -1,15 +1,14 @@
 """What the report says about a run, in numbers and short texts, for the page to show."""
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hmpo.config import RunConfig, to_dict
 from hmpo.lab.folder import RunData, load_run
 from hmpo.lab.panels import STEP_PARTS
 from hmpo.lab.plots import interval
+from hmpo.lab.settings import by_section, flatten, number
 
 SAMPLES = 6
 """Completions shown of the first and of the last rollout."""
@@ -32,19 +31,22 @@ def summarize(run: RunData, label: str) -> dict[str, Any]:
     """What the template shows of one run."""
     before, after = _ends(run)
     rates = [row for row in (_rate(before, after, *names) for names in _RATES) if row]
-    differing, settings = _settings(run.config)
+    lead = _lead(rates, after)
+    rates += [row for row in (_mean_reward(before, after),) if row]
+    differing, settings = by_section(run.config)
     return {
         "label": label,
         "status": _status(run),
         "facts": _facts(run),
-        "lead": _lead(rates, after),
+        "lead": lead,
+        "threshold": number(threshold(run)),
         "rates": rates,
         "after_name": _after_name(run, after),
         "progress": _progress(run),
         "health": _health(run),
         "breakdown": breakdown(run),
-        "events": [_event(record) for record in run.log.events[:EVENTS]],
-        "events_left": max(0, len(run.log.events) - EVENTS),
+        "events": [_event(record) for record in run.events[:EVENTS]],
+        "events_left": max(0, len(run.events) - EVENTS),
         "samples": _samples(run),
         "differing": differing,
         "settings": settings,
@@ -60,8 +62,9 @@ def _status(run: RunData) -> dict[str, Any]:
         text = f"no end record after {last} updates: the run crashed or is still going"
         return {"text": text, "good": False, "word": "unfinished"}
     good = end["status"] in ("completed", "early_stop")
+    told = [f"{end['step']} updates", *(end[n] for n in ("reason", "warning") if end.get(n))]
     return {
-        "text": f"{end['step']} updates",
+        "text": ": ".join(told[:2]) + "".join(f"; {text}" for text in told[2:]),
         "good": good,
         "word": end["status"],
     }
@@ -123,7 +126,7 @@ def _rate(
     k = ((after or {}).get("eval/k") or (before or {}).get("eval/k")) if name == "pass@k" else None
     change = None
     if first is not None and last is not None:
-        change = f"{100 * (last['value'] - first['value']):+.1f}"
+        change = f"{100 * (last['value'] - first['value']):+.1f} points"
     return {
         "name": f"pass@{k}" if isinstance(k, int) else name,
         "before": first,
@@ -133,6 +136,35 @@ def _rate(
             dict.fromkeys(str(cell["n"]) for cell in (first, last) if cell and cell["n"])
         ),
     }
+
+
+def _mean_reward(
+    before: dict[str, Any] | None, after: dict[str, Any] | None
+) -> dict[str, Any] | None:
+    """The row of the mean reward, which counts rewards below the threshold too."""
+    cells: list[dict[str, Any] | None] = []
+    values: list[float] = []
+    for record in (before, after):
+        value = (record or {}).get("eval/mean")
+        cells.append(None)
+        if isinstance(value, int | float) and math.isfinite(value):
+            values.append(value)
+            cells[-1] = {"value": value, "text": _reward(value), "ends": None}
+            cells[-1] |= {"range": "", "at": ""}
+    if not values:
+        return None
+    change = f"{values[1] - values[0]:+.3f}" if len(values) == 2 else None
+    return {"name": "mean reward", "before": cells[0], "after": cells[1], "change": change, "n": ""}
+
+
+def _reward(value: float) -> str:
+    return f"{value:.3f}" if abs(value) < 1000 else f"{value:.3g}"
+
+
+def threshold(run: RunData) -> float:
+    """Total reward from which a response counts as a success."""
+    value = run.setting("eval", "success", default=1.0)
+    return value if isinstance(value, int | float) else 1.0
 
 
 def _cell(record: dict[str, Any] | None, metric: str) -> dict[str, Any] | None:
@@ -256,7 +288,8 @@ def _samples(run: RunData) -> list[dict[str, Any]]:
     rollouts = sorted({record["rollout"] for record in run.samples})
     groups = []
     for rollout in dict.fromkeys(rollouts[:1] + rollouts[-1:]):
-        rows = [_sample(record) for record in run.samples if record["rollout"] == rollout]
+        least = threshold(run)
+        rows = [_sample(record, least) for record in run.samples if record["rollout"] == rollout]
         rows.sort(key=lambda row: -row["order"])
         step = next(r.get("step") for r in run.samples if r["rollout"] == rollout)
         word = "First" if rollout == rollouts[0] else "Last"
@@ -265,7 +298,7 @@ def _samples(run: RunData) -> list[dict[str, Any]]:
     return groups
 
 
-def _sample(record: Mapping[str, Any]) -> dict[str, Any]:
+def _sample(record: Mapping[str, Any], least: float) -> dict[str, Any]:
     reward = record.get("reward")
     if isinstance(reward, str):  # a non-finite reward, as the log spells it
         reward = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}.get(reward)
@@ -274,7 +307,7 @@ def _sample(record: Mapping[str, Any]) -> dict[str, Any]:
         "prompt": _cut(record.get("prompt", "")),
         "completion": _cut(record.get("completion", "")),
         "reward": number(reward) if known else "none",
-        "good": known and reward > 0,
+        "good": known and reward >= least,
         "order": reward if known and not math.isnan(reward) else -math.inf,
         "finished": record.get("finished") is not False,
     }
@@ -284,24 +317,6 @@ def _cut(value: Any) -> str:
     text = value if isinstance(value, str) else str(value)
     left = len(text) - TEXT
     return text if left <= 0 else f"{text[:TEXT]} ... ({left} more characters)"
-
-
-def _settings(
-    config: Mapping[str, Any],
-) -> tuple[list[tuple[str, str, str]], list[tuple[str, list[tuple[str, str]]]]]:
-    """Settings that differ from the defaults (name, value, default), and all of them by section."""
-    defaults = dict(flatten(to_dict(RunConfig())))
-    rows = flatten(config)
-    differing = [
-        (name, value, defaults.get(name, ""))
-        for name, value in rows
-        if defaults.get(name) != value and name not in ("name", "out")
-    ]
-    sections: dict[str, list[tuple[str, str]]] = {}
-    for name, value in rows:
-        section, _, rest = name.partition(".")
-        sections.setdefault(section if rest else "run", []).append((rest or name, value))
-    return differing, list(sections.items())
 
 
 def _origin(run: RunData) -> list[tuple[str, str]]:
@@ -331,35 +346,9 @@ def _origin(run: RunData) -> list[tuple[str, str]]:
     return rows
 
 
-def flatten(value: Any, prefix: str = "") -> list[tuple[str, str]]:
-    """Nested mappings as dotted names and texts, in their order."""
-    if isinstance(value, Mapping) and (value or not prefix):
-        return [
-            row
-            for key, item in value.items()
-            for row in flatten(item, f"{prefix}.{key}" if prefix else str(key))
-        ]
-    if isinstance(value, bool) or value is None:
-        return [(prefix, {True: "true", False: "false", None: "none"}[value])]
-    if isinstance(value, float):
-        return [(prefix, number(value))]
-    if isinstance(value, list | tuple):
-        return [(prefix, ", ".join(str(item) for item in value) or "(empty)")]
-    return [(prefix, str(value) if value not in ("", {}) else "(empty)")]
-
-
 def _shown(value: Any) -> str:
     """A setting as text, whatever type a damaged file gives it."""
     return number(value) if isinstance(value, int | float) else str(value)
-
-
-def number(value: float | int) -> str:
-    """A number in at most four significant digits; whole numbers in full."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if float(value).is_integer() and abs(value) < 1e9:
-        return str(int(value))
-    return re.sub(r"e([+-])0*(\d)", r"e\1\2", f"{value:.4g}")
 
 
 def compare(views: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

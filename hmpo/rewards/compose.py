@@ -70,6 +70,7 @@ class Rewards:
         timeout: seconds for one function and one rollout; the functions then run in a child
             process that is killed and replaced when it takes longer (see `worker`). None runs
             them here, without a limit.
+        success: total reward from which a response counts as a success in `success/k`.
 
     Use as a context manager, or call `close`, to end the child process early; it ends with this
     object in any case.
@@ -82,7 +83,9 @@ class Rewards:
         *,
         on_error: Literal["raise", "skip"] = "raise",
         timeout: float | None = None,
+        success: float = 1.0,
     ) -> None:
+        self.success = success
         self.functions = _by_name(functions)
         self.weights = _check_weights(weights, len(self.functions))
         if on_error not in ("raise", "skip"):

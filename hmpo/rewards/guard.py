@@ -42,7 +42,8 @@ class Guarded:
         prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
         for stream in (sys.stdout, sys.stderr):
             if stream is not None:
-                stream.flush()  # else the child would print the rest a second time
+                with suppress(OSError, ValueError):  # nobody reads it any more
+                    stream.flush()  # else the child would print the rest a second time
         self.owner = os.getpid()
         with warnings.catch_warnings():
             # Python >= 3.12 warns of forks beside threads; the worker's docstring says why it holds

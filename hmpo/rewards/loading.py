@@ -61,8 +61,8 @@ def check_object(spec: str, what: str, error: type[HmpoError]) -> tuple[str, str
 
     Nothing is imported; another form, or a file that is not there, raises `error`.
     """
-    source, colon, name = spec.rpartition(":")
-    if not colon or not source or not name:
+    source, name = split_spec(spec)
+    if not source or not name:
         raise error(f"{what}: got {spec!r}, expected 'module:name' or 'path/to/file.py:name'")
     if not source.endswith(".py"):
         return source, name
@@ -77,6 +77,12 @@ def check_object(spec: str, what: str, error: type[HmpoError]) -> tuple[str, str
         names = [str(other) for other in folder.glob("*.py")] if folder.is_dir() else []
         raise error(f"{what} {spec!r}: no file {source}; {nearest(source, names)}")
     return str(path), name
+
+
+def split_spec(spec: str) -> tuple[str, str]:
+    """Module or file, and name, in `module:name`; empty where there is none."""
+    source, _, name = spec.rpartition(":")
+    return source, name
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

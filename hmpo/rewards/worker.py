@@ -210,7 +210,8 @@ def _serve(connection: socket.socket, functions: Mapping[str, RewardFn], guard: 
         reply = _answer(function, request["arguments"], request["count"], loop)
         for stream in (sys.stdout, sys.stderr):
             if stream is not None:
-                stream.flush()
+                with suppress(OSError, ValueError):  # nobody reads it any more
+                    stream.flush()
         connection.sendall(_encode(reply))
 
 

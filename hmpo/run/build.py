@@ -47,6 +47,7 @@ def make_rewards(config: RunConfig, task: Task) -> Rewards:
         config.rewards.weights,
         on_error=config.trainer.on_reward_error,
         timeout=config.trainer.reward_timeout,
+        success=config.eval.success,
     )
     rewards.refuse_missing(task.train(0).columns)
     return rewards

@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -133,7 +133,13 @@ class Evaluator:
     """A response succeeds when its total reward reaches this."""
 
     def evaluate(
-        self, prompts: int, *, greedy: bool = True, pass_at: int = 0, step: int = 0
+        self,
+        prompts: int,
+        *,
+        greedy: bool = True,
+        pass_at: int = 0,
+        step: int = 0,
+        progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> Evaluation:
         """Success on held-out prompts.
 
@@ -142,12 +148,22 @@ class Evaluator:
             greedy: measure the most probable response as well.
             pass_at: k of pass@k; 0 leaves it out.
             step: updates done, for messages and events.
+            progress: told how many of all responses are sampled and scored.
         """
         examples = self._examples(prompts)
         events: list[Event] = []
-        drawn = self._run(examples, max(1, pass_at), self.config.temperature, step, events)
+        samples = max(1, pass_at)
+        total, done = len(examples) * (samples + int(greedy)), 0
+
+        def scored_more(count: int) -> None:
+            nonlocal done
+            done += count
+            progress(done, total)
+
+        scored_more(0)
+        drawn = self._run(examples, samples, self.config.temperature, step, events, scored_more)
         first = [row[0] for row in drawn]
-        best = self._run(examples, 1, 0.0, step, events) if greedy else []
+        best = self._run(examples, 1, 0.0, step, events, scored_more) if greedy else []
         scored = [reward for reward in first if not math.isnan(reward)]
         return Evaluation(
             sampled=self._rate([[reward] for reward in first]),
@@ -187,11 +203,12 @@ class Evaluator:
         temperature: float,
         step: int,
         events: list[Event],
+        scored_more: Callable[[int], None],
     ) -> list[list[float]]:
         """Total rewards, `samples` for each example; in the precision of the rollouts.
 
         Nothing is truncated and no copy in another dtype is sampled from: what is measured is the
-        policy itself. Reward faults are added to `events`.
+        policy itself. Reward faults are added to `events`; `scored_more` is told of each batch.
         """
         config = with_tokens(self.config, self.policy, self.tokenizer, self.task.stop)
         options = dataclasses.replace(
@@ -220,6 +237,7 @@ class Evaluator:
             )
             totals += scored.rewards.view(-1, samples).tolist()
             events += reward_events(scored.result, step)
+            scored_more(len(part) * samples)
         return totals
 
 

@@ -6,7 +6,9 @@ functions of the configuration alone; whatever depends on the clock or the proce
 """
 
 import contextlib
+import dataclasses
 import json
+import logging
 import os
 import shutil
 import time
@@ -24,16 +26,33 @@ from hmpo.checkpoint import (
     save_checkpoint,
     write_atomic,
 )
+from hmpo.checkpoint.manifest import OtherRunError, read_manifest
 from hmpo.config import RunConfig, to_dict
 from hmpo.config.identity import changed_settings, config_hash
-from hmpo.config.reading import load_run_config, run_config
+from hmpo.config.reading import load_run_config
 from hmpo.config.unread_run import refuse_unread_run
-from hmpo.errors import ConfigError, RunFolderError
+from hmpo.errors import ConfigError, RunFolderError, StorageError, TelemetryError, require
 from hmpo.run.afresh import delete, leftovers, without_update
+from hmpo.run.consent import resume_command
+from hmpo.run.ending import failure_text
 from hmpo.run.environment import describe_environment
-from hmpo.telemetry.records import run_record, segment_record, time_record
+from hmpo.run.folder import Place, refuse_foreign
+from hmpo.run.logs import load_fitting
+from hmpo.run.masked import as_stored, refuse_masked, with_masks
+from hmpo.telemetry.careful import open_own
+from hmpo.telemetry.records import (
+    decode,
+    event_record,
+    run_record,
+    segment_record,
+    time_record,
+    validate,
+)
 from hmpo.telemetry.secrets import mask_secrets
 from hmpo.telemetry.sinks import JsonlSink, make_sinks
+from hmpo.telemetry.trackers import Trackers
+
+logger = logging.getLogger(__name__)
 
 
 def run_folder(config: RunConfig) -> Path:
@@ -56,10 +75,12 @@ def check_folder(
     A run that has made no update may be started afresh, and any run where `overwrite` says so.
 
     Raises:
-        RunFolderError: it holds a run and this is no resume, or the other way round.
+        RunFolderError: it holds a run and this is no resume, or the other way round; or a link, a
+            pipe or a device in place of a file of ours.
         ConfigError: the run in it was started with other settings that decide its numbers, or there
             is none and nothing would read one of the settings.
     """
+    refuse_foreign(folder)
     try:
         started = (folder / "config.json").is_file()
         remains = [n for n in ("checkpoints", "telemetry.jsonl") if (folder / n).exists()]
@@ -75,7 +96,7 @@ def check_folder(
         if overwrite or without_update(folder):
             return
         raise RunFolderError(
-            f"{folder}: holds a run already; resume it with `hmpo train --resume {folder}`, "
+            f"{folder}: holds a run already; resume it with `{resume_command(config, folder)}`, "
             "choose another name, or delete it and start over with --overwrite"
         )
     if remains and not started and not overwrite:
@@ -86,7 +107,10 @@ def check_folder(
     if resume and not started and not exist_ok:
         raise RunFolderError(f"{folder}: holds no run (no config.json); start it without --resume")
     if started:
-        changed = changed_settings(load_run_config(folder / "config.json"), as_stored(config))
+        refuse_masked(config, folder)
+        before = load_run_config(folder / "config.json")
+        now = with_masks(as_stored(config), before)
+        changed = changed_settings(before, measured_every(now, before.eval.every))
         if changed:
             raise ConfigError(
                 f"{folder}: cannot be resumed with other settings, which would change its "
@@ -95,19 +119,31 @@ def check_folder(
             )
 
 
-def as_stored(config: RunConfig) -> RunConfig:
-    """The configuration as config.json keeps it: secrets masked."""
-    plain = to_dict(config)
-    return run_config(mask_secrets(plain) | {"name": config.name, "out": config.out})
+def measured_every(config: RunConfig, every: int) -> RunConfig:
+    """The configuration with another `eval.every`, where measuring decides nothing.
+
+    It decides what controllers see, so with them the configuration stays as it is.
+    """
+    if config.agm.mode != "off":
+        return config
+    return dataclasses.replace(config, eval=dataclasses.replace(config.eval, every=every))
 
 
 def sweep(folder: Path) -> None:
-    """Delete what killed processes left half-written in a folder that is ours alone."""
-    for path in folder.glob(".policy-*"):
-        shutil.rmtree(path)
-    for name in ("config.json", "environment.json"):
-        for path in folder.glob(f".{name}.tmp-*"):
-            path.unlink()
+    """Delete what killed processes left half-written in a folder that is ours alone.
+
+    What cannot be deleted does no harm: it is told, and left.
+    """
+    names = ("config.json", "environment.json", "report.html")
+    for pattern in (".policy-*", *(f".{name}.tmp-*" for name in names)):
+        for path in folder.glob(pattern):
+            try:
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
+            except OSError as error:
+                logger.warning("%s: could not be deleted (%s)", path, error.strerror)
 
 
 class RunFiles:
@@ -115,26 +151,35 @@ class RunFiles:
 
     Args:
         config: the run.
-        folder: its folder, which need not exist yet.
+        place: its folder, which need not exist yet.
     """
 
-    def __init__(self, config: RunConfig, folder: Path) -> None:
-        self.config, self.folder = config, folder
+    def __init__(self, config: RunConfig, place: Place) -> None:
+        self.config, self.place, self.folder = config, place, place.path
         self.stored = as_stored(config)
+        self.every = config.eval.every
+        """`eval.every` that the run began with, which is the one in the hash."""
         self.hash = config_hash(self.stored)
+        """Of the settings, in each checkpoint."""
         self.former: list[Path] = []
         """What a run left here that is started anew."""
         self.run_id = ""
         """Stands in every record; set by `header`, or by a resumed run's first name."""
+        self.timing: JsonlSink | None = None
+        self.steps = 0
+        """Updates done, for what is told of trackers."""
 
     def take(
         self, stack: contextlib.ExitStack, *, resume: bool, exist_ok: bool, overwrite: bool
     ) -> Checkpoint | None:
-        """Make the folder, lock it, and load its newest valid checkpoint if it is resumed.
+        """Make the folder, lock it, and load its newest valid checkpoint that fits the logs.
+
+        There is none to load where the run is not resumed.
 
         Raises:
             RunFolderError: it cannot be made, is locked, or holds another run.
             CheckpointError: the checkpoint is of other settings.
+            TelemetryError: the logs are damaged where every checkpoint vouches for them.
         """
         folder = self.folder
         try:
@@ -144,22 +189,72 @@ class RunFiles:
                 f"{folder}: cannot be made ({error.strerror}); choose another `out`"
             ) from None
         stack.enter_context(RunLock(folder))
+        self.place.settle()
         # once more, as nobody else writes now
         check_folder(self.config, folder, resume=resume, exist_ok=exist_ok, overwrite=overwrite)
         if not resume:
             self.former = leftovers(folder)
             return None
-        return load_checkpoint(folder / "checkpoints", config_hash=self.hash)
+        saved = load_checkpoint(folder / "checkpoints")
+        if (folder / "config.json").is_file():
+            before = load_run_config(folder / "config.json")
+            self.stored = with_masks(self.stored, before)
+            self._find_hash(saved, before.eval.every)
+        done = 0 if saved is None else saved.step
+        expected = f"at least the {done} that are done in {folder}"
+        require(self.config.updates >= done, "updates", self.config.updates, expected)
+        return None if saved is None else load_fitting(folder, self.hash, saved)
+
+    def _find_hash(self, saved: Checkpoint | None, every: int) -> None:
+        """The hash of the settings as the run began with them, which the checkpoint must carry.
+
+        Raises:
+            OtherRunError: it carries that of other settings.
+        """
+        began = every if saved is None else saved.state["run"].get("every", every)
+        found = None if saved is None else read_manifest(saved.path, saved.step)["config_hash"]
+        # a checkpoint of before says nothing of `every`: config.json's, or the one given
+        for candidate in (began, self.config.eval.every):
+            self.every = candidate
+            self.hash = config_hash(measured_every(self.stored, candidate))
+            if found in (None, self.hash):
+                return
+        assert saved is not None
+        raise OtherRunError(
+            f"{saved.path}: saved under the configuration {found!r}, expected {self.hash!r}; "
+            "resume with the configuration of the run, or start a new run"
+        )
 
     def check_room(self, state: Mapping[str, Any]) -> None:
         """Refuse a disk without room for the checkpoints of such a state (`StorageError`)."""
         needed = estimate_bytes(state) * (self.config.checkpoint.keep + 2)
         check_free_space(self.folder, needed)
 
-    def header(self, base: Mapping[str, Any]) -> dict[str, Any]:
-        """The first record of telemetry.jsonl; `base` adds to the values controllers scale."""
+    def header(self, base: Mapping[str, Any], saved: Checkpoint | None) -> dict[str, Any]:
+        """The first record of telemetry.jsonl: on resume the one that is there.
+
+        Args:
+            base: adds to the values that controllers scale.
+            saved: what the run goes on from.
+        """
+        first = None if saved is None else self._first_record()
+        record = self._new_header(base) if first is None else first
+        self.run_id = record["run_id"]
+        return record
+
+    def _first_record(self) -> dict[str, Any] | None:
+        """The `run` record of the log that is there; None where it does not begin with one."""
+        try:
+            with open(open_own(self.folder / "telemetry.jsonl", os.O_RDONLY), "rb") as file:  # noqa: PTH123
+                record = decode(file.readline(1 << 20))
+            validate(record, strict=False)
+        except (OSError, TelemetryError):
+            return None
+        return record if record["type"] == "run" else None
+
+    def _new_header(self, base: Mapping[str, Any]) -> dict[str, Any]:
         config = self.config
-        record = run_record(
+        return run_record(
             name=config.name,
             config=to_dict(config),
             algo=config.algorithm,
@@ -174,15 +269,15 @@ class RunFiles:
                 **base,
             },
         )
-        self.run_id = record["run_id"]
-        return record
 
     def open(
         self, stack: contextlib.ExitStack, header: Mapping[str, Any], saved: Checkpoint | None
     ) -> None:
         """Write the settings and open the logs, cut to where the checkpoint left them."""
         folder, step = self.folder, None if saved is None else saved.step
-        self.trackers = make_sinks(self.config.sinks, folder, to_dict(self.config), step)
+        plain = to_dict(self.config)
+        sinks = make_sinks(self.config.sinks, folder, plain, step, run_id=self.run_id)
+        self.trackers = Trackers(sinks.sinks, self._lost)
         stack.callback(self.trackers.close)
         delete(self.former)
         sweep(folder)
@@ -202,9 +297,10 @@ class RunFiles:
 
     def _open_timing(self, stack: contextlib.ExitStack, resumed: int | None) -> None:
         path = self.folder / "timing.jsonl"
-        starts = path.read_bytes().count(b'"type":"segment"') if path.exists() else 0
         self.timing = JsonlSink(path, resume_at="end")
         stack.callback(self.timing.close)
+        stack.callback(self.trackers.close)  # before the log in which it would be told if they fail
+        starts = path.read_bytes().count(b'"type":"segment"')
         self.timing.write(
             segment_record(
                 self.run_id,
@@ -226,18 +322,52 @@ class RunFiles:
 
     def write_time(self, step: int, seconds: Mapping[str, Any]) -> None:
         """A record of the clock for timing.jsonl, by telemetry name."""
+        assert self.timing is not None, "opened with the logs"
         self.timing.write(time_record(self.run_id, step, seconds))
 
-    def offsets(self) -> dict[str, int]:
-        """Bytes of the two logs so far; a resume cuts them to this."""
-        return {"telemetry": self.telemetry.offset(), "completions": self.completions.offset()}
+    def note(self, step: int, name: str, data: Mapping[str, Any]) -> None:
+        """An event of this process alone, for timing.jsonl: another run would not have it.
+
+        Where the file is not open, or takes nothing more, the event is told by others at least.
+        """
+        if self.timing is not None:
+            with contextlib.suppress(StorageError, ValueError):
+                self.timing.write(event_record(self.run_id, step, name, data))
+
+    def _lost(self, tracker: str, error: Exception) -> None:
+        """Tell that a tracker has failed; the run goes on without it."""
+        data = {"tracker": tracker, "why": failure_text(error)}
+        logger.warning("tracker_detached: %s; the run goes on without it", data)
+        self.note(self.steps, "tracker_detached", data)
+
+    def logs(self) -> dict[str, tuple[int, str]]:
+        """Bytes and SHA-256 of the two logs so far; a resume cuts them to this."""
+        return {"telemetry": self.telemetry.end(), "completions": self.completions.end()}
+
+    def check(self) -> None:
+        """Insist that the folder and its logs are still where, and what, they were.
+
+        Raises:
+            RunFolderError: one line that says what has become of them.
+        """
+        self.place.check()
+        for log in (self.telemetry, self.completions, self.timing):
+            if log is not None and (problem := log.moved()):
+                raise RunFolderError(
+                    f"{log.path}: was moved, deleted or written to by somebody else while the run "
+                    f"went on ({problem}); the run stopped, put the file back and resume"
+                )
 
     def save(self, step: int, state: Mapping[str, Any]) -> None:
         """A checkpoint; the oldest beyond `checkpoint.keep` go.
 
         Raises:
             NonFiniteError: the state holds NaN or infinities.
+            RunFolderError: the folder or a log is no longer what it was.
             StorageError: it could not be written; the former ones stay.
         """
+        self.check()
+        self.telemetry.flush()
+        self.completions.flush()
         keep, folder = self.config.checkpoint.keep, self.folder / "checkpoints"
         save_checkpoint(folder, step, state, keep=keep, config_hash=self.hash)

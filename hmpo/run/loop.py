@@ -13,15 +13,21 @@ from pathlib import Path
 from typing import Any
 
 from hmpo.config import RunConfig
-from hmpo.errors import NonFiniteError, RewardError
+from hmpo.config.places import located
 from hmpo.models import LoadedPolicy, load_policy, save_policy
 from hmpo.optim.state import clip_lists
-from hmpo.randomness import random_state_kept, restore_random_state, seed_everything
+from hmpo.randomness import random_state_kept, seed_everything
 from hmpo.run.build import make_rewards, make_trainer, trainer_config, use_machine
+from hmpo.run.consent import resume_command
+from hmpo.run.ending import failure_text
 from hmpo.run.evaluation import Evaluation, Evaluator, gather_columns
+from hmpo.run.evidence import Evidence
 from hmpo.run.files import RunFiles, check_folder, run_folder
-from hmpo.run.observer import Observer, RunResult
-from hmpo.run.signals import StopRequest
+from hmpo.run.folder import Place
+from hmpo.run.inputs import changed_inputs, describe_inputs, refuse_changed
+from hmpo.run.observer import Audience, Observer, RunResult
+from hmpo.run.saving import Saver
+from hmpo.run.signals import Stopped, StopRequest
 from hmpo.run.start import keep_start, load_start
 from hmpo.run.steering import Steering
 from hmpo.stopwatch import Stopwatch, section, time_fields
@@ -40,6 +46,8 @@ def train(
     observer: Observer | None = None,
     exist_ok: bool = False,
     overwrite: bool = False,
+    folder: Path | None = None,
+    allow_changed: bool = False,
 ) -> RunResult:
     """Train from a configuration; everything is written below `config.out/config.name`.
 
@@ -52,14 +60,25 @@ def train(
         exist_ok: with `resume`, start afresh where the folder holds no run yet.
         overwrite: start afresh where the folder holds a run, which is deleted; a run that has
             made no update yet is started afresh without it.
+        folder: the run's folder; None takes `config.out/config.name`.
+        allow_changed: with `resume`, go on where task files, reward code or the policy are not what
+            they were, which is told in the log; else that is refused.
 
     Raises:
         HmpoError: one line with the remedy; nothing of an earlier run is lost.
+        Exception: whatever a model, a task or an observer raised; the run is saved as it was before
+            that, and its `end` record has the reason.
+        KeyboardInterrupt: a signal came before the run had begun, or a second one.
     """
-    folder = run_folder(config)
-    check_folder(config, folder, resume=resume, exist_ok=exist_ok, overwrite=overwrite)
-    run = _Run(config, folder, observer or Observer(), resume=resume)
+    place = Place(run_folder(config) if folder is None else folder)
+    check_folder(config, place.path, resume=resume, exist_ok=exist_ok, overwrite=overwrite)
+    observer = observer or Observer()
+    stop = StopRequest(observer.on_stop)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(stop.listening())
+        with stop.at_once():
+            run = _Run(config, place, observer, stop, resume=resume)
+            run.allow_changed = allow_changed
         run.open(stack, resume=resume, exist_ok=exist_ok, overwrite=overwrite)
         return run.go()
 
@@ -68,9 +87,18 @@ class _Run:
     """One process's share of a run."""
 
     def __init__(
-        self, config: RunConfig, folder: Path, observer: Observer, *, resume: bool
+        self,
+        config: RunConfig,
+        place: Place,
+        observer: Observer,
+        stop: StopRequest,
+        *,
+        resume: bool,
     ) -> None:
-        self.config, self.folder, self.observer = config, folder, observer
+        self.files = RunFiles(config, place)
+        config = located(config)  # settings are stored as they are written, used as they are found
+        self.config, self.place, self.stop = config, place, stop
+        self.audience = Audience(observer, self._lost)
         device = use_machine(config)
         seed_everything(config.seed)
         trainer_config(
@@ -78,8 +106,9 @@ class _Run:
         )  # what an algorithm does not read is refused before a model is loaded
         self.task: Task = make_task(config.task, config.seed)
         self.rewards = make_rewards(config, self.task)
+        self.audience.tell("on_loading", config, f"the policy {config.policy.path}")
         self.loaded: LoadedPolicy = load_policy(config.policy, device=device)
-        load_start(self.loaded.model, config, folder if resume else None)
+        load_start(self.loaded.model, config, place.path if resume else None)
         length = config.trainer.max_length
         check_prompts(self.task, self.loaded.tokenizer, self.loaded.model, length)
         self.trainer = make_trainer(config, self.loaded, self.task, self.rewards)
@@ -94,12 +123,11 @@ class _Run:
             success=config.eval.success,
         )
         self.steering = Steering(config, self.trainer, self.task)
-        self.before: dict[str, Any] | None = None
-        """The record of the evaluation before the first update."""
-        self.random: dict[str, Any] | None = None
-        """Global random state that a resumed run goes on from."""
-        self.files = RunFiles(config, folder)
-        self.stop = StopRequest()
+        self.evidence = Evidence()
+        every = config.checkpoint.every
+        seed_everything(config.seed)  # whatever setting up has drawn, a run goes on from here
+        self.saver = Saver(self.files, self.trainer, self.steering, self.evidence, every)
+        self.allow_changed = False
         self.watch = Stopwatch()
 
     # ---------------------------------------------------------------------- opening and saving
@@ -115,74 +143,81 @@ class _Run:
         stack.callback(self.rewards.close)
         saved = files.take(stack, resume=resume, exist_ok=exist_ok, overwrite=overwrite)
         files.check_room(self.trainer.state_dict())
-        header = files.header(self.steering.base)
+        header = files.header(self.steering.base, saved)
         self.steering.start(header)
         if saved is not None:
-            self._restore(saved.state)
+            self.saver.restore(saved.state, self.config.updates)
+        changed = [] if saved is None else self._changed_inputs(saved.state["run"])
         files.open(stack, header, saved)
         if saved is None:
-            keep_start(self.loaded.model, self.config, self.folder)
+            keep_start(self.loaded.model, self.config, files.folder)
+            self.saver.inputs = describe_inputs(self.config, files.folder)
+        if changed:
+            data = {"changed": changed}
+            step = self.trainer.step
+            files.telemetry.write(event_record(files.run_id, step, "inputs_changed", data))
+            self._tell("inputs_changed", data)
         for name, why in saved.skipped if saved is not None else ():
             self._tell("checkpoint_skipped", {"checkpoint": name, "why": why})
-        stack.enter_context(self.stop.listening())
 
-    def _restore(self, state: dict[str, Any]) -> None:
-        self.trainer.load_state_dict(state)
-        own = state["run"]
-        self.before, self.random = own["before"], own["rng"]
-        self.files.run_id = own["run_id"]  # also where the folder's name or `updates` changed
-        self.steering.load_state_dict(own["steering"])
+    def _fail(self, error: BaseException) -> None:
+        """Save what is sound and write why the run ended; the error itself goes on."""
+        with contextlib.suppress(Exception):
+            self._report_events()
+        if self.saver.save_sound(error):
+            place, step = self.place.shown(), self.trainer.step
+            error.add_note(
+                f"hmpo: saved after {step} updates; go on with: {resume_command(self.config, place)}"
+            )
+        with contextlib.suppress(Exception):
+            self._write_end("failed", reason=failure_text(error))
 
-    def _save(self) -> None:
-        began = time.perf_counter()
-        with random_state_kept() as random:  # saving more often changes nothing
-            state = self.trainer.state_dict()
-            state["run"] = {
-                "run_id": self.files.run_id,
-                "before": self.before,
-                "offsets": self.files.offsets(),
-                "rng": random,
-                "steering": self.steering.state_dict(),
-            }
-            try:
-                self.files.save(self.trainer.step, state)
-            except NonFiniteError as error:
-                fault = {"site": "checkpoint", "where": str(error).partition(":")[0]}
-                event = Event(name="nonfinite", step=self.trainer.step, data=fault)
-                self.trainer.events.append(event)
-                raise
-            spent = {"time/save_s": time.perf_counter() - began}
-            self.files.write_time(self.trainer.step, spent)
+    def _changed_inputs(self, own: dict[str, Any]) -> list[str]:
+        """What is not as it was when the checkpoint was made; refused unless it is allowed."""
+        folder = self.files.folder
+        self.saver.inputs = describe_inputs(self.config, folder)
+        changed = changed_inputs(own.get("inputs", self.saver.inputs), self.saver.inputs)
+        if not self.allow_changed:
+            refuse_changed(folder, changed)
+        return changed
 
     # ------------------------------------------------------------------------------- running
 
     def go(self) -> RunResult:
         """The run, from wherever it is to its end or to a signal."""
-        self.observer.on_start(self.config, self.folder, self.trainer.step)
         try:
-            return self._loop()
-        except (NonFiniteError, RewardError):
-            self._report_events()
-            self._write_end("failed")
+            self.saver.note()
+            shown = self.place.shown()
+            self.audience.tell("on_start", self.config, shown, self.trainer.step)
+            with contextlib.suppress(Stopped):
+                self._loop()
+            return self._end()
+        except KeyboardInterrupt:  # a second signal: at once
+            raise
+        except BaseException as error:
+            self._fail(error)
             raise
 
-    def _loop(self) -> RunResult:
-        config, trainer = self.config, self.trainer
-        if self.random is None:  # whatever setting up has drawn, a run goes on from here
-            seed_everything(config.seed)
-        else:
-            restore_random_state(self.random)
-        if self.before is None:
+    def _loop(self) -> None:
+        if self.saver.before is None:
             self._evaluate("before", final=True)
+            self.saver.note()
+        if self.saver.passed != self.trainer.step:
+            self._after_update()
         while not self._is_over() and not self.stop:
             if not self._step():
                 break
-            done, last = trainer.step, self._is_over()
-            if config.eval.every and done % config.eval.every == 0 and not last:
-                self._evaluate("during", final=False)
-            if config.checkpoint.every and done % config.checkpoint.every == 0 and not last:
-                self._save()
-        return self._end()
+            self._after_update()
+
+    def _after_update(self) -> None:
+        """What is due after an update: an evaluation, a checkpoint."""
+        every, done, last = self.config.eval.every, self.trainer.step, self._is_over()
+        if every and done % every == 0 and not last:
+            self._evaluate("during", final=False)
+        self.saver.passed = done
+        self.saver.note()
+        if not last:
+            self.saver.save_if_due()
 
     def _step(self) -> bool:
         """One update, after a rollout where one is due; False if a signal came in between."""
@@ -192,19 +227,22 @@ class _Run:
             if not trainer.pending_updates:
                 self._begin_rollout()
                 timing["time/rollout_s"] = time.perf_counter() - began
-                self._report_events()
                 if self.stop:
                     return False
             update_began = time.perf_counter()
-            record = trainer.next_update()
+            with self.saver.drawing():
+                record = trainer.next_update()
             timing["time/train_s"] = time.perf_counter() - update_began
             self._report_update(record)
         timing |= time_fields(self.watch.take())
         timing["time/step_s"] = time.perf_counter() - began
         timing["tokens_per_s"] = record["n_tokens"] / timing["time/step_s"]
         self.files.write_time(trainer.step - 1, timing)
-        self.observer.on_update(record, timing)
-        self._report_events()
+        self.files.check()
+        told = self._log_events()
+        self.saver.note()
+        self.audience.tell("on_update", record, timing)
+        self._tell_events(told)
         return True
 
     def _is_over(self) -> bool:
@@ -212,12 +250,17 @@ class _Run:
         return self.trainer.step >= self.config.updates or self.steering.stopped is not None
 
     def _begin_rollout(self) -> None:
-        with section("sampling"):
-            examples = self.steering.examples()
-            columns = gather_columns(examples)
-        self.trainer.begin_rollout([example.prompt for example in examples], columns)
+        with self.saver.drawing():
+            with section("sampling"):
+                examples = self.steering.examples()
+                columns = gather_columns(examples)
+            self.trainer.begin_rollout([example.prompt for example in examples], columns)
+        self.evidence.note(self.trainer)
         self._report_rollout()
-        self.observer.on_rollout(self.trainer.step, self.trainer.samples)
+        told = self._log_events()
+        self.saver.note()
+        self.audience.tell("on_rollout", self.trainer.step, self.trainer.samples)
+        self._tell_events(told)
 
     @section("telemetry")
     def _report_rollout(self) -> None:
@@ -243,56 +286,88 @@ class _Run:
         if decision is not None:
             self.files.telemetry.write(decision)
 
-    def _report_events(self) -> None:
-        for event in self.trainer.drain_events():
+    def _log_events(self) -> list[Event]:
+        """Write what has happened since the last call; gives it."""
+        events = self.trainer.drain_events()
+        for event in events:
             record = event_record(self.files.run_id, event.step, event.name, event.data)
             self.files.telemetry.write(record)
-            self.observer.on_event(event)
+        return events
+
+    def _tell_events(self, events: list[Event]) -> None:
+        for event in events:
+            self.audience.tell("on_event", event)
+
+    def _report_events(self) -> None:
+        self._tell_events(self._log_events())
 
     def _tell(self, name: str, data: dict[str, Any]) -> None:
         """An event of this process alone (it would not occur in an undisturbed run)."""
         logger.warning("%s: %s", name, data)
-        self.observer.on_event(Event(name=name, step=self.trainer.step, data=data))
+        self.files.note(self.trainer.step, name, data)
+        self.audience.tell("on_event", Event(name=name, step=self.trainer.step, data=data))
+
+    def _lost(self, observer: str, error: Exception) -> None:
+        """An observer failed that the run goes on without."""
+        data = {"observer": observer, "why": failure_text(error)}
+        logger.warning("observer_detached: %s; the run goes on without it", data)
+        self.files.note(self.files.steps, "observer_detached", data)
 
     @random_state_kept()  # measuring more often changes nothing
     def _evaluate(self, name: str, *, final: bool) -> Evaluation:
-        config = self.config.eval
+        config, step = self.config.eval, self.trainer.step
         began = time.perf_counter()
-        evaluation = self.evaluator.evaluate(
-            config.final_prompts if final else config.prompts,
-            pass_at=config.pass_at if final else 0,
-            step=self.trainer.step,
-        )
+
+        def progress(done: int, total: int) -> None:
+            self.stop.check()
+            self.audience.tell("on_measuring", step, name, done, total)
+
+        with self.stop.at_once():
+            evaluation = self.evaluator.evaluate(
+                config.final_prompts if final else config.prompts,
+                pass_at=config.pass_at if final else 0,
+                step=step,
+                progress=progress,
+            )
         self.trainer.events += evaluation.events
         metrics = {"eval/name": name, **evaluation.record()}
-        self._publish(eval_record(self.files.run_id, self.trainer.step, metrics))
+        self._publish(eval_record(self.files.run_id, step, metrics))
         self._report_events()
-        spent = {"time/eval_s": time.perf_counter() - began}
-        self.files.write_time(self.trainer.step, spent)
+        self.files.write_time(step, {"time/eval_s": time.perf_counter() - began})
         if name == "before":
-            self.before = metrics
-        self.observer.on_evaluation(self.trainer.step, name, evaluation)
+            self.saver.before = metrics
+        self.audience.tell("on_evaluation", step, name, evaluation)
         return evaluation
 
     def _end(self) -> RunResult:
         """Save, measure and write the policy, unless a signal leaves that to a resume."""
-        self._save()
-        after = None
-        if self.stop:
-            status = "interrupted"
-        else:
-            after = self._evaluate("after", final=True)
-            save_policy(self.loaded.model, self.loaded.tokenizer, self.folder / "policy")
-            status = "completed" if self.steering.stopped is None else "early_stop"
-        self._write_end(status)
+        self.saver.save()
+        after, status = None, "interrupted"
+        if not self.stop:
+            with contextlib.suppress(Stopped):
+                after = self._evaluate("after", final=True)
+        if after is not None:
+            self.files.check()
+            save_policy(self.loaded.model, self.loaded.tokenizer, self.files.folder / "policy")
+            done = self.trainer.step >= self.config.updates
+            status = "completed" if done else "early_stop"
+        warning = self._write_end(status)
+        if warning:
+            logger.warning("%s", warning)
         return RunResult(
-            folder=self.folder,
+            folder=self.place.shown(),
             status=status,
             step=self.trainer.step,
-            before=Evaluation.from_record(self.before or {}),
+            before=None if self.saver.before is None else Evaluation.from_record(self.saver.before),
             after=after,
             signal=self.stop.signal if status == "interrupted" else None,
+            warning=warning,
         )
 
-    def _write_end(self, status: str) -> None:
-        self.files.telemetry.write(end_record(self.files.run_id, self.trainer.step, status))
+    def _write_end(self, status: str, reason: str = "") -> str:
+        """The last record; gives what the run lacked to learn from."""
+        step, skipped = self.trainer.step, self.trainer.totals["optim/skipped_total"]
+        warning = self.evidence.warning(step, skipped)
+        end = end_record(self.files.run_id, step, status, reason=reason, warning=warning)
+        self.files.telemetry.write(end)
+        return warning

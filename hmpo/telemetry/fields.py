@@ -1,8 +1,7 @@
 """The one table of everything hmpo logs: name, type, unit, range, definition, producer.
 
-Validator, JSON Schema, TRL aliases and docs/metrics.md are made from `FIELDS`; a metric that has
-no row here cannot be logged. A row names the module (or room) that writes it, which a test
-checks. After a change run `python scripts/make_metrics_page.py`.
+Validator, JSON Schema, TRL aliases and docs/metrics.md are made from `FIELDS`; a metric without a
+row cannot be logged. A row names who writes it. After a change: `scripts/make_metrics_page.py`.
 
 "token mean" is the sum over all valid response tokens divided by their number; "response mean"
 is the mean over responses of one value each. d is the token log ratio, logprob - old_logprob;
@@ -31,7 +30,7 @@ _FRAME = (
         count(
             "segment", "Process starts before this one.", records=("run", "segment"), required=True
         ),
-        text("config_hash", "SHA-256 of the resolved configuration without `out`.", "run"),
+        text("config_hash", "SHA-256 of the resolved configuration without its folders.", "run"),
         text("algo", "Trainer: power_mean or gspo.", "run"),
         text(
             "objective",
@@ -54,9 +53,10 @@ _FRAME = (
         text("name", "Kind of event, such as checkpoint_saved.", "event"),
         mapping("data", "Details of the event.", "event"),
         text("status", "completed, early_stop, interrupted or failed.", "end"),
+        text("warning", "What the run lacked to learn from.", "end", required=False),
         text("source", "Controller that decided.", "decision"),
         text("mode", "apply or advise.", "decision"),
-        text("reason", "Why, in one line.", "decision"),
+        text("reason", "Why it was decided, or the run failed.", "decision", "end", required=False),
         mapping("inputs", "Signal values the decision was taken from.", "decision"),
         flag("applied", "Whether the decision changed the run.", ("decision",), required=True),
     ),

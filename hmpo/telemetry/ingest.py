@@ -109,6 +109,16 @@ def read_timing(path: Path | str) -> tuple[tuple[Record, ...], tuple[Record, ...
     return segments, tuple(times[step] for step in sorted(times))
 
 
+def read_process_events(path: Path | str) -> tuple[Record, ...]:
+    """The `event` records of timing.jsonl: what happened to one process and not to the run.
+
+    Raises:
+        TelemetryError: not readable, or more than 1 % malformed lines.
+    """
+    records, _ = _read(Path(path))
+    return tuple(record for _, record in records if record["type"] == "event")
+
+
 def read_records(
     path: Path | str, non_finite: bool = True
 ) -> tuple[list[tuple[int, Record]], list[Problem], int]:

@@ -27,14 +27,15 @@ SCHEMA = "hmpo.telemetry/1"
 RECORD_TYPES = ("run", "step", "eval", "decision", "event", "end", "segment", "time")
 
 _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+_ADDRESS = re.compile(r"\b0x[0-9a-fA-F]{6,16}\b")
 _COUNTS = ("success/", "eval/sampled_", "eval/greedy_", "eval/pass_at_k_")
 """Names that end in `k` for successes and `n` for trials."""
 _EVENT_NAME = re.compile(r"[a-z][a-z0-9_./-]{0,63}")
 
 
 def config_hash(config: Mapping[str, Any]) -> str:
-    """SHA-256 (hex) of a resolved configuration, secrets masked and the folder `out` left out."""
-    kept = {key: value for key, value in config.items() if key != "out"}
+    """SHA-256 (hex) of a resolved configuration, secrets masked, without what names folders."""
+    kept = {key: value for key, value in config.items() if key not in ("out", "relative_to")}
     return hashlib.sha256(encode(mask_secrets(kept)).encode()).hexdigest()
 
 
@@ -112,8 +113,19 @@ def event_record(run_id: str, step: int, name: str, data: Mapping[str, Any]) -> 
 
     Keep clock times, paths of this machine and process ids out of `data`: see the module's head.
     """
-    plain = mask_secrets(_plain(data))
+    plain = without_addresses(mask_secrets(_plain(data)))
     return _checked({"type": "event", "run_id": run_id, "step": step, "name": name, "data": plain})
+
+
+def without_addresses(value: Any) -> Any:
+    """The value with memory addresses in its texts, which differ from run to run, as 0x..."""
+    if isinstance(value, str):
+        return _ADDRESS.sub("0x...", value)
+    if isinstance(value, Mapping):
+        return {key: without_addresses(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_addresses(item) for item in value]
+    return value
 
 
 def decision_record(
@@ -133,9 +145,21 @@ def decision_record(
     return _checked({**record, **_plain(values)})
 
 
-def end_record(run_id: str, step: int, status: str) -> dict[str, Any]:
-    """Last record of a run; status is completed, early_stop, interrupted or failed."""
-    return _checked({"type": "end", "run_id": run_id, "step": step, "status": status})
+def end_record(
+    run_id: str, step: int, status: str, *, reason: str = "", warning: str = ""
+) -> dict[str, Any]:
+    """Last record of a run.
+
+    Args:
+        run_id: from the `run` record.
+        step: updates done.
+        status: completed, early_stop, interrupted or failed.
+        reason: why it failed; secrets in it are masked.
+        warning: what it lacked to learn from.
+    """
+    record = {"type": "end", "run_id": run_id, "step": step, "status": status}
+    told = mask_secrets({"reason": reason, "warning": warning})
+    return _checked(record | {name: without_addresses(text) for name, text in told.items() if text})
 
 
 def segment_record(

@@ -1,5 +1,6 @@
 """Where records go: the JSONL file that is the log of record, and optional trackers."""
 
+import hashlib
 import importlib
 import math
 import os
@@ -11,12 +12,14 @@ from typing import Any, Literal, Protocol
 
 from hmpo.errors import (
     ConfigError,
+    HmpoError,
     MissingDependencyError,
     RunFolderError,
     StorageError,
     TelemetryError,
     byte_size,
 )
+from hmpo.telemetry.careful import open_own
 from hmpo.telemetry.lookup import lookup
 from hmpo.telemetry.records import config_hash, encode, make_run_id
 from hmpo.telemetry.secrets import mask_secrets
@@ -41,7 +44,8 @@ class Sink(Protocol):
 class JsonlSink:
     """Appends records to a file, one line and one system call each; never keeps half a line.
 
-    A kill may cut the line at hand short; the next start drops it.
+    A kill may cut the line at hand short; the next start drops it. The file is opened for appending
+    alone, and only a regular file that has no other name is written to.
 
     Args:
         path: the file; its folder must exist.
@@ -62,14 +66,14 @@ class JsonlSink:
 
     def __init__(self, path: Path | str, resume_at: int | Literal["end"] | None = None) -> None:
         self.path = Path(path)
-        flags = os.O_RDWR | getattr(os, "O_BINARY", 0)
+        flags = os.O_RDWR | os.O_APPEND
         if resume_at in (None, 0, "end"):
             flags |= os.O_CREAT
         if resume_at is None:
             flags |= os.O_EXCL
         try:
             # The raw file has no buffer: a write is one system call, and what it took is known.
-            self._file = open(os.open(self.path, flags, 0o666), "r+b", buffering=0)  # noqa: SIM115, PTH123
+            self._file = open(open_own(self.path, flags), "r+b", buffering=0)  # noqa: SIM115, PTH123
         except FileExistsError:
             message = f"{self.path} exists already; choose another run name or resume that run"
             raise RunFolderError(message) from None
@@ -82,11 +86,12 @@ class JsonlSink:
             raise
 
     def _keep(self, resume_at: int | Literal["end"] | None) -> int:
+        self._digest, self._end = hashlib.sha256(), 0
         if resume_at is None:
             return 0
         size = self._file.seek(0, os.SEEK_END)
         if resume_at == "end":
-            resume_at = _whole_lines(self.path, size)
+            resume_at = self._whole_lines(size)
         self._end = size
         self.truncate_to(resume_at)
         return self._end
@@ -98,6 +103,7 @@ class JsonlSink:
             written = self._file.write(line) or 0
             if written == len(line):
                 self._end += written
+                self._digest.update(line)
                 return
             problem: OSError | None = None
         except OSError as error:
@@ -109,6 +115,22 @@ class JsonlSink:
         """Bytes of whole records, after forcing them onto the disk."""
         self.flush()
         return self._end
+
+    def end(self) -> tuple[int, str]:
+        """Bytes of whole records so far and their SHA-256 (hex)."""
+        return self._end, self._digest.hexdigest()
+
+    def moved(self) -> str | None:
+        """What has become of the file, if its path leads elsewhere or it has another length."""
+        try:
+            there, here = self.path.lstat(), os.fstat(self._file.fileno())
+        except OSError as error:
+            return error.strerror or "it cannot be reached"
+        if (there.st_dev, there.st_ino) != (here.st_dev, here.st_ino):
+            return "another file is in its place"
+        if here.st_size != self._end:
+            return f"it holds {here.st_size} bytes, {self._end} were written"
+        return None
 
     def truncate_to(self, offset: int) -> None:
         """Drop everything after byte `offset`, which must be the end of a record."""
@@ -124,7 +146,7 @@ class JsonlSink:
                     f"{self.path}: byte {offset} is not the end of a record; "
                     "it is not the log that the checkpoint was saved with"
                 )
-        self._end = offset
+        self._end, self._digest = offset, self._hashed(offset)
         try:
             self._file.truncate(offset)
             self._file.seek(offset)
@@ -157,6 +179,27 @@ class JsonlSink:
         self._file.truncate(self._end)
         self._file.seek(self._end)
 
+    def _hashed(self, end: int) -> Any:
+        """SHA-256 object over the first `end` bytes."""
+        digest, left = hashlib.sha256(), end
+        self._file.seek(0)
+        while left > 0 and (chunk := self._file.read(min(left, 1 << 20))):
+            digest.update(chunk)
+            left -= len(chunk)
+        return digest
+
+    def _whole_lines(self, size: int) -> int:
+        """Bytes up to and including the last newline."""
+        position = size
+        while position > 0:
+            start = max(0, position - 65536)
+            self._file.seek(start)
+            newline = self._file.read(position - start).rfind(b"\n")
+            if newline >= 0:
+                return start + newline + 1
+            position = start
+        return 0
+
     def _failed(self, error: OSError | None) -> StorageError:
         reason = error.strerror if error and error.strerror else "the disk took only part of it"
         return StorageError(f"cannot write {self.path}: {reason} ({_free(self.path)})")
@@ -167,20 +210,6 @@ def _free(path: Path) -> str:
         return f"{byte_size(shutil.disk_usage(path.parent).free)} free"
     except OSError:
         return "folder not reachable"
-
-
-def _whole_lines(path: Path, size: int) -> int:
-    """Bytes up to and including the last newline."""
-    with path.open("rb") as file:
-        position = size
-        while position > 0:
-            start = max(0, position - 65536)
-            file.seek(start)
-            newline = file.read(position - start).rfind(b"\n")
-            if newline >= 0:
-                return start + newline + 1
-            position = start
-    return 0
 
 
 class MultiSink:
@@ -306,6 +335,7 @@ def make_sinks(
     folder: Path,
     config: Mapping[str, Any],
     resume_step: int | None = None,
+    run_id: str | None = None,
 ) -> MultiSink:
     """The optional trackers of a run.
 
@@ -314,20 +344,32 @@ def make_sinks(
         folder: the run folder; TensorBoard's files go to its `tensorboard/`.
         config: the resolved configuration.
         resume_step: step of the checkpoint on resume, else None.
+        run_id: what its records carry; None makes it from the configuration.
 
     Raises:
         MissingDependencyError: the message gives the pip command.
+        TelemetryError: a tracker could not be started.
     """
-    run_id = make_run_id(str(config["name"]), config_hash(config))
+    if run_id is None:
+        run_id = make_run_id(str(config["name"]), config_hash(config))
     made: list[Sink] = []
     for name in names:
-        if name == "tensorboard":
-            made.append(TensorBoardSink(folder / "tensorboard", resume_step))
-        elif name in ("trackio", "wandb"):
-            resumed = resume_step is not None
-            made.append(WandbShapedSink(name, "hmpo", run_id, config, resumed))  # type: ignore[arg-type]
-        else:
+        if name not in ("tensorboard", "trackio", "wandb"):
             raise ConfigError(f"sinks: got {name!r}, expected tensorboard, trackio or wandb")
+        try:
+            if name == "tensorboard":
+                made.append(TensorBoardSink(folder / "tensorboard", resume_step))
+            else:
+                resumed = resume_step is not None
+                made.append(WandbShapedSink(name, "hmpo", run_id, config, resumed))  # type: ignore[arg-type]
+        except HmpoError:
+            raise
+        except Exception as error:
+            said = " ".join(str(error).split())[:200]
+            raise TelemetryError(
+                f"sinks: {name} could not be started ({type(error).__name__}: {said}); mend that, "
+                "or leave it out of `sinks`"
+            ) from error
     return MultiSink(made)
 
 

@@ -86,6 +86,9 @@ class Trainer(ABC, Generic[C]):
         """Base learning rates, which an outside scheduler or a hand may set in the optimizer."""
         self.lr_scale = 1.0
         """Factor of whoever controls the run on the learning rate; not in the state."""
+        self.whole = True
+        """Whether weights, optimizer state and counters are of one moment: not from the begin of a
+        step until it is counted."""
         self.step = self.rollouts = self.cursor = self.skipped_in_a_row = 0
         self.totals = {"nonfinite_total": 0, "optim/skipped_total": 0, "num_tokens": 0}
         self.batch: Batch | None = None
@@ -162,6 +165,7 @@ class Trainer(ABC, Generic[C]):
         self.step += 1
         if not self.pending_updates:
             self.batch = None
+        self.whole = True
         return record | self.totals
 
     @property
@@ -232,6 +236,7 @@ class Trainer(ABC, Generic[C]):
             limit = self.config.max_grad_norm
             if limit is not None and check.norm > 0.999 * limit:  # else the factor is exactly 1
                 nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+            self.whole = False
             self.optimizer.step()
             self._check_step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -298,16 +303,20 @@ class Trainer(ABC, Generic[C]):
         return {
             "model": trained_state(self.policy),
             **split_clip_state(self.optimizer),
-            "trainer": {
-                "step": self.step,
-                "rollouts": self.rollouts,
-                "cursor": self.cursor,
-                "skipped_in_a_row": self.skipped_in_a_row,
-                "totals": dict(self.totals),
-                **self.rates.state_dict(),
-                "rollout_metrics": dict(self.rollout_metrics),
-                "batch": None if self.batch is None else self.batch.state_dict(),
-            },
+            "trainer": self.position(),
+        }
+
+    def position(self) -> dict[str, Any]:
+        """The part of the state that is neither weights nor optimizer: counters, rollout in use."""
+        return {
+            "step": self.step,
+            "rollouts": self.rollouts,
+            "cursor": self.cursor,
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "totals": dict(self.totals),
+            **self.rates.state_dict(),
+            "rollout_metrics": dict(self.rollout_metrics),
+            "batch": None if self.batch is None else self.batch.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

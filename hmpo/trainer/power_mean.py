@@ -161,11 +161,9 @@ class PowerMeanTrainer(Trainer[PowerMeanConfig]):
         self.events += events
         return measured | learned
 
-    def state_dict(self) -> dict[str, Any]:
-        """Everything a bit-identical continuation needs, as plain values and tensors."""
-        state = super().state_dict()
-        state["trainer"] |= self.in_force.state_dict()
-        return state
+    def position(self) -> dict[str, Any]:
+        """The part of the state that is neither weights nor optimizer."""
+        return super().position() | self.in_force.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue exactly where `state_dict` was taken."""

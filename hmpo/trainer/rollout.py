@@ -267,7 +267,7 @@ class Collector:
             "reward/within_var": within,
             "reward/total_var": _variance(finite),
             "reward/dropped": (~rewards.isfinite()).sum(),
-            "success/k": (finite >= 1.0).sum(),
+            "success/k": (finite >= self.rewards.success).sum(),
             "success/n": len(finite),
             "n_groups": len(groups),
             "len/mean": lengths.mean(),

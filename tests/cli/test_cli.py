@@ -158,7 +158,7 @@ def test_a_run_whose_reward_failed_resumes_once_it_is_mended(policy, out):
     code, lines = forked_cli(out, ["train", path])
     assert code == 2 and "raised ValueError: not yet (mine.py:2)" in lines[-1]
     reward.write_text(good)
-    assert forked_cli(out, ["train", "--resume", str(out / "run")]) == (0, [])
+    assert forked_cli(out, ["train", "--resume", str(out / "run"), "--allow-code"]) == (0, [])
     assert_same(left_by(out / "run"), expected)
 
 
@@ -172,7 +172,7 @@ def test_an_existing_run_is_never_touched_by_a_refused_start(policy, out, capsys
     before = everything(folder)
     line = refusal(capsys, path)
     assert "holds a run already; resume it with `hmpo train --resume" in line
-    resume = ["--resume", str(folder)]
+    resume = ["--resume", str(folder), "--allow-code"]
     line = refusal(capsys, *resume, "--set", "optimizer.lr=0.5")
     assert "optimizer.lr was 0.01, got 0.5; leave them as they were, or start a new run" in line
     line = refusal(capsys, *resume, "--set", "objective.member=grpo")
@@ -205,7 +205,16 @@ def test_resume_takes_the_current_folder(policy, out, monkeypatch):
     with monkeypatch.context() as patch:
         patch.syspath_prepend(str(ROOT))
         patch.chdir(out / "run")
-        again = ["train", "--resume", ".", "--set", "updates=4", "--no-report", "--quiet"]
+        again = [
+            "train",
+            "--resume",
+            ".",
+            "--allow-code",
+            "--set",
+            "updates=4",
+            "--no-report",
+            "--quiet",
+        ]
         assert cli.main(again) == 0
     assert len(records(out / "run", "step")) == 4
 
@@ -289,7 +298,7 @@ def test_a_full_disk_is_one_line_and_the_run_resumes(policy, out):
         refused += 1
         assert_refused_cleanly(code, lines, out)
         started = (folder / "config.json").exists()
-        again = ["train", "--resume", str(folder)] if started else ["train", path]
+        again = ["train", "--resume", str(folder), "--allow-code"] if started else ["train", path]
         assert forked_cli(out, again)[0] == 0, limit
         assert_same(left_by(folder), expected)
         assert litter(folder) == []
@@ -323,7 +332,7 @@ def test_a_storage_call_that_fails_anywhere_is_one_line_and_the_run_resumes(poli
             continue
         assert_refused_cleanly(code, lines, out)
         started = (folder / "config.json").exists()
-        again = ["train", "--resume", str(folder)] if started else ["train", path]
+        again = ["train", "--resume", str(folder), "--allow-code"] if started else ["train", path]
         assert forked_cli(out, again)[0] == 0, k
         assert_same(left_by(folder), expected)
         assert litter(folder) == []
@@ -380,12 +389,12 @@ def test_a_signal_saves_says_how_to_go_on_and_the_resumed_run_is_the_same(long_r
     process.send_signal(number)
     output, errors = process.communicate(timeout=30)
     assert (process.returncode, errors) == (128 + number, "")
-    assert f"Go on with: hmpo train --resume {folder}" in output
+    assert f"Go on with: hmpo train --resume {folder} --allow-code" in output
     assert not process_alive(int(note.read_text()))
     (saved,) = (folder / "checkpoints").iterdir()
     assert 0 < int(saved.name[5:]) < 80, "it was stopped in the midst"
     assert not (folder / "run.lock").exists()
-    again = ["train", "--resume", str(folder), "--no-report", "--quiet"]
+    again = ["train", "--resume", str(folder), "--allow-code", "--no-report", "--quiet"]
     process = start(again, HMPO_TEST_NOTE=str(note))
     assert process.communicate(timeout=60)[1] == "" and process.returncode == 0
     assert_same(left_by(folder), expected)

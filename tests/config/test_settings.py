@@ -168,6 +168,7 @@ def test_the_examples_load_and_round_trip_through_json(path) -> None:
 def test_the_hash_covers_what_decides_the_numbers_and_nothing_else() -> None:
     base = RunConfig()
     same = {"name": "b", "out": "x", "sinks": ["tensorboard"], "samples": 0, "updates": 9}
+    same |= {"relative_to": ["a"]}
     for key, value in (same | {"checkpoint": {"every": 3, "keep": 1}}).items():
         changed = run_config({key: value})
         assert config_hash(changed) == config_hash(base), key
@@ -189,7 +190,7 @@ def test_the_hash_covers_what_decides_the_numbers_and_nothing_else() -> None:
         "eval": {"every": 3},
         "agm": {"mode": "advise"},
     }
-    kept = {"name", "out", "sinks", "samples", "updates", "checkpoint"}
+    kept = {"name", "out", "sinks", "samples", "updates", "checkpoint", "relative_to"}
     assert {*other, *kept} == {f.name for f in dataclasses.fields(RunConfig)}, "all are covered"
     hashes = {config_hash(run_config({key: value})) for key, value in other.items()}
     assert len(hashes | {config_hash(base)}) == len(other) + 1

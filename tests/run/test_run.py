@@ -273,6 +273,17 @@ def test_a_log_shorter_than_the_checkpoint_says_is_refused(policy, out):
         run.train(config, resume=True)
 
 
+def test_success_in_the_log_of_updates_begins_at_the_setting(policy, out):
+    counts = {}
+    for k, success in enumerate((1.0, 1e-6, 1e6)):
+        config = micro_config(policy, out, f"at-{k}", eval__success=success, updates=2)
+        run.train(config)
+        log = [row for row in records(out / config.name) if row["type"] == "step"]
+        counts[success] = log[0]["success/k"], log[0]["success/n"]
+    assert counts[1e-6][0] > counts[1e6][0] == 0
+    assert len({total for _, total in counts.values()}) == 1
+
+
 def test_a_run_whose_checkpoints_are_gone_is_its_written_policy(policy, out):
     config = micro_config(policy, out, "gone")
     run.train(config)

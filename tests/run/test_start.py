@@ -50,8 +50,10 @@ def same(one, other) -> bool:
 def test_a_run_from_another_begins_with_its_weights_under_other_settings(policy, out, capsys):
     trained(written(out, policy, checkpoint__keep=3))
     before = everything(out / "run")
-    trained("--from", str(out / "run"), "--set", "optimizer.lr=0.001", "updates=2")
-    trained("--from", f"{out}/run@7", "--set", "name=seventh", "objective.member=grpo", "updates=2")
+    own = ("--from", str(out / "run"), "--allow-code")
+    trained(*own, "--set", "optimizer.lr=0.001", "updates=2")
+    own = ("--from", f"{out}/run@7", "--allow-code")
+    trained(*own, "--set", "name=seventh", "objective.member=grpo", "updates=2")
     assert_same(everything(out / "run"), before)
     for name, step in (("run-2", 8), ("seventh", 7)):
         config = load_run_config(out / name / "config.json")
@@ -106,7 +108,8 @@ def test_what_cannot_be_started_from_is_one_line(policy, out, capsys):
     assert "goes on as the run began" in refusal(capsys, "--from", source, "--resume", source)
     other = micro_policy(out / "other")
     torch.manual_seed(0)
-    line = refusal(capsys, "--from", source, "--set", f"policy.path={other}", "policy.lora_rank=2")
+    lora = ("--allow-code", "--set", f"policy.path={other}", "policy.lora_rank=2")
+    line = refusal(capsys, "--from", source, *lora)
     assert "policy.start: policy: " in line and "was trained with" in line
     for path in (out / "run" / "checkpoints").iterdir():
         for file in path.iterdir():
@@ -128,9 +131,10 @@ def test_a_place_is_read_as_it_is_written(tmp_path: Path):
 
 def test_the_remedy_that_a_refused_resume_names_works(policy, out, capsys):
     trained(written(out, policy))
-    line = refusal(capsys, "--resume", str(out / "run"), "--set", "optimizer.lr=0.001")
+    slower = ("--allow-code", "--set", "optimizer.lr=0.001")
+    line = refusal(capsys, "--resume", str(out / "run"), *slower)
     assert f"`hmpo train --from {out}/run --set ...`" in line
-    trained("--from", str(out / "run"), "--set", "optimizer.lr=0.001")
+    trained("--from", str(out / "run"), *slower)
     assert load_run_config(out / "run-2" / "config.json").optimizer.lr == 0.001
 
 

@@ -1,4 +1,5 @@
 import json
+import time
 
 import pytest
 
@@ -98,3 +99,73 @@ def test_a_commit_hash_is_no_secret():
 
 def test_config_hash_does_not_depend_on_a_secret():
     assert config_hash({"a": 1, "api_key": "x"}) == config_hash({"a": 1, "api_key": "y"})
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "/data/sk-learn-experiments-2024/run",
+        "/data/sk-learn-experiments2024abcdefgh/x",
+        "models/hf_checkpoints/step",
+        "/data/key=3/prompts.jsonl",
+        "runs/a/token=b/x",
+        "C:\\data\\auth=9x\\p.jsonl",
+        "sk-image-segmentation-benchmarks",
+        "a.b.c eyJust.some.words",
+    ],
+)
+def test_folders_that_look_like_a_secret_are_left_alone(text):
+    assert mask_text(text) == text
+
+
+@pytest.mark.parametrize(
+    "key", ["key_path", "token_file", "auth_dir", "key_field", "secret_folder"]
+)
+def test_names_of_paths_and_fields_are_no_secrets(key):
+    assert mask_secrets({key: "a/b"}) == {key: "a/b"}
+
+
+KEYS = [
+    "sk-" + "aB3dE6gH9jK2mN5pQ8rS1tU4",
+    "sk-" + "0123456789abcdef" * 2,
+    "sk-ant-api03-" + "Ab1_" * 3 + "CdEfGh12IjKlMn34",
+    "hf_" + "abcdefghijklmnopqrstuvwxyz",
+    "hf_" + "AbCdEfGhIjKl",
+    CANARIES["jwt"],
+    "www.a.eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxIn0.c2lnbmF0dXJl",
+]
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_keys_are_masked_wherever_they_stand(key):
+    secret = key.rpartition("www.a.")[2]
+    for text in (key, f"use {key}, please", f"x={key}", f"https://a/{key}"):
+        assert secret not in mask_text(text) and "***" in mask_text(text)
+
+
+SHAPES = {
+    "word": "a" * 400_000,
+    "dots": "a." * 200_000,
+    "dashes": "-a" * 200_000,
+    "headers": "-eyJaaaaa" * 40_000,
+    "dotted headers": "eyJaaaaaa." * 40_000,
+    "spaces": "key" + " " * 400_000,
+    "equals": "key= " * 80_000,
+    "quotes": "key='" * 80_000,
+    "schemes": "a://" * 100_000,
+    "users": "a://b:" * 60_000,
+    "bearers": "bearer " * 60_000,
+    "bearer": "bearer" + " " * 400_000,
+    "keys": "sk-" * 130_000,
+    "hashes": "0123456789abcdef" * 25_000,
+    "wandb": "wandb " * 60_000,
+    "base64": "AbC9/+xyz" * 40_000,
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_masking_costs_time_in_proportion_to_the_text(shape):
+    """Quadratic time, as most of these shapes once took, would be hours."""
+    began = time.process_time()
+    mask_text(SHAPES[shape])
+    assert time.process_time() - began < 10

@@ -1,0 +1,63 @@
+"""Whether a run had anything to learn from; a run that had nothing ends well and says so."""
+
+from typing import Any
+
+COUNTS = ("rollouts", "informative", "responses", "dropped", "truncated")
+
+
+class Evidence:
+    """Counts over the rollouts of a run; `counts` is its state."""
+
+    def __init__(self) -> None:
+        self.counts: dict[str, int] = dict.fromkeys(COUNTS, 0)
+        """rollouts; informative ones, with an advantage other than 0; responses; those without a
+        reward (dropped); those cut off at `trainer.max_length` (truncated)."""
+
+    def note(self, trainer: Any) -> None:
+        """Count the rollout that a trainer has just begun."""
+        batch, found = trainer.batch, trainer.rollout_metrics
+        responses = len(batch.rewards)
+        informative = bool(((batch.advantages != 0) & batch.valid).any())
+        self.counts["rollouts"] += 1
+        self.counts["informative"] += informative
+        self.counts["responses"] += responses
+        self.counts["dropped"] += round(found["reward/dropped"])
+        self.counts["truncated"] += round(found["len/trunc_frac"] * responses)
+
+    def warning(self, updates: int, skipped: int) -> str:
+        """What the run lacked, and what to look at, in one line; empty where it had a signal.
+
+        Args:
+            updates: done.
+            skipped: of these.
+        """
+        found = self.counts
+        rollouts, responses = found["rollouts"], found["responses"]
+        if not rollouts:
+            return ""
+        lacking = []
+        if not found["informative"]:
+            lacking.append(self._nothing_to_learn())
+        if found["truncated"] == responses:
+            lacking.append(
+                f"every one of {responses} responses was cut off at trainer.max_length: raise it, "
+                "or look at the end tokens and task.stop"
+            )
+        if updates and skipped == updates:
+            lacking.append(f"all {updates} updates were skipped: look at the nonfinite events")
+        return "; ".join(lacking)
+
+    def _nothing_to_learn(self) -> str:
+        found = self.counts
+        rollouts, responses, dropped = found["rollouts"], found["responses"], found["dropped"]
+        begin = f"no signal in {rollouts} rollouts, so nothing was learned"
+        if dropped == responses:
+            return (
+                f"{begin}: none of {responses} responses has a reward, every reward call failed, "
+                "timed out or gave None; look at the reward events and at trainer.reward_timeout"
+            )
+        left = f", {dropped} of {responses} responses without a reward" if dropped else ""
+        return (
+            f"{begin}: within each group all rewards were equal{left}; look at completions.jsonl, "
+            "at the reward functions, and at how hard the task is"
+        )
