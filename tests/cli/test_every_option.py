@@ -128,11 +128,25 @@ def train_config_set_report_quiet(place: Place) -> None:
 
 def train_resume(place: Place) -> None:
     folder, _ = trained(place, "longer", "--quiet", "--no-report")
-    place.hmpo("train", "--resume", folder, "--set", "updates=5", "--quiet", "--no-report")
+    words = ("train", "--resume", folder, "--set", "updates=5", "--quiet", "--no-report")
+    assert "--allow-code" in place.fails(*words)
+    place.hmpo(*words, "--allow-code")
     assert [r["step"] for r in records(folder, "step")] == [0, 1, 2, 3, 4]
     for name in ("name", "out"):
         line = place.fails("train", "--resume", folder, "--set", f"{name}=x")
         assert f"--set {name}: the folder behind --resume decides it" in line
+
+
+def train_allow_changed(place: Place) -> None:
+    lines = "".join(f'{{"prompt": "{i:03d}>"}}\n' for i in range(40))
+    Path("prompts.jsonl").write_text(lines)
+    options = f"task={{name = 'jsonl', options = {{path = '{Path.cwd()}/prompts.jsonl'}}}}"
+    folder, _ = trained(place, "changed", options, "--quiet", "--no-report")
+    Path("prompts.jsonl").write_text(lines.replace("000>", "999>"))
+    words = ("train", "--resume", folder, "--allow-code", "--set", "updates=5", "--quiet")
+    assert "has changed" in place.fails(*words, "--no-report")
+    place.hmpo(*words, "--no-report", "--allow-changed")
+    assert len(records(folder, "step")) == 5
 
 
 def train_from_(place: Place) -> None:
@@ -154,17 +168,23 @@ def train_overwrite(place: Place) -> None:
 
 
 def eval_target_prompts_pass_at(place: Place) -> None:
-    text = " ".join(place.hmpo("eval", place.run, "--prompts", 5).split())
+    text = " ".join(place.hmpo("eval", place.run, "--allow-code", "--prompts", 5).split())
     assert "5 held-out prompts" in text and "pass@" not in text
-    assert "pass@2" in place.hmpo("eval", place.run, "--prompts", 5, "--pass-at", 2)
+    assert "pass@2" in place.hmpo("eval", place.run, "--allow-code", "--prompts", 5, "--pass-at", 2)
     assert "is a model, not a run" in place.fails("eval", place.policy)
+
+
+def eval_allow_code(place: Place) -> None:
+    assert "--allow-code" in place.fails("eval", place.run)
 
 
 def eval_task(place: Place) -> None:
     words = ("eval", place.policy, "--prompts", 3, "--set", "task.level=2", "--task")
     assert "on reverse" in place.hmpo(*words, "reverse")
     assert "on sort" in place.hmpo(*words, "sort")
-    line = place.fails("eval", place.run, "--task", "sort", "--set", "task.name=reverse")
+    line = place.fails(
+        "eval", place.run, "--allow-code", "--task", "sort", "--set", "task.name=reverse"
+    )
     assert "--task: got 'sort' beside --set task.name" in line
 
 
@@ -176,7 +196,7 @@ def eval_set(place: Place) -> None:
         raise ZeroDivisionError
 
     place.monkeypatch.setattr("hmpo.run.evaluation.sample_and_score", noted)
-    for target in ((place.policy, "--task", "reverse"), (place.run,)):
+    for target in ((place.policy, "--task", "reverse"), (place.run, "--allow-code")):
         for settings in ([], ["trainer.max_length=3", "trainer.temperature=0.5"]):
             with pytest.raises(ZeroDivisionError):
                 cli.main(["eval", *map(str, target), "--set", "task.level=2", *settings])
@@ -190,10 +210,10 @@ def eval_set(place: Place) -> None:
         ("policy.start=x", "leave it out"),
         ("updates=3", "leave it out"),
     ):
-        line = place.fails("eval", place.run, "--set", name)
+        line = place.fails("eval", place.run, "--allow-code", "--set", name)
         assert line.startswith(f"hmpo: --set {name.partition('=')[0]}: ") and instead in line
     place.monkeypatch.undo()
-    line = place.fails("eval", place.run, "--set", "device=cuda:77")
+    line = place.fails("eval", place.run, "--allow-code", "--set", "device=cuda:77")
     assert "device: got 'cuda:77'" in line
 
 
@@ -304,6 +324,8 @@ OPTIONS: dict[str, dict[str, Callable[[Place], None]]] = {
         "resume": train_resume,
         "from_": train_from_,
         "overwrite": train_overwrite,
+        "allow_code": train_resume,
+        "allow_changed": train_allow_changed,
     },
     "eval": {
         "target": eval_target_prompts_pass_at,
@@ -311,6 +333,7 @@ OPTIONS: dict[str, dict[str, Callable[[Place], None]]] = {
         "pass_at": eval_target_prompts_pass_at,
         "task": eval_task,
         "set": eval_set,
+        "allow_code": eval_allow_code,
     },
     "report": {"runs": report_runs_out, "out": report_runs_out},
     "fetch-model": {"name": fetch_model_name_folder, "folder": fetch_model_name_folder},

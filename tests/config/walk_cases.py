@@ -40,6 +40,7 @@ RUN: dict[str, Case] = {
     "device": ({}, "cuda:77"),
     "samples": ({}, 1),
     "sinks": ({}, ["tensorboard"]),
+    "relative_to": (FROM_FILE, ["elsewhere"]),
     "policy.path": ({}, "tiny-sort"),
     "policy.start": ({}, "0/run"),
     "policy.lora_rank": ({}, 2),

@@ -80,6 +80,7 @@ CASES: dict[str, dict[str, Any]] = {
         "mismatch": {"correction": "truncate", "high": 1.5, "off_policy_low": 0.5},
     },
     "weights of another run": {"reference": "start", "checkpoint__every": 3},
+    "checkpoints by the clock": {"checkpoint__every": "auto", "checkpoint__keep": 1},
     "stop strings": {"task__stop": ["12", "9"]},
     "mean over tokens": {
         "objective__member": "dapo",
