@@ -44,7 +44,7 @@ RUN: dict[str, Case] = {
     "tracker.project": ({"sinks": ["tensorboard"]}, "other"),
     "tracker.name": ({"sinks": ["tensorboard"]}, "other"),
     "policy.path": ({}, "tiny-sort"),
-    "policy.start": ({}, "source"),
+    "policy.start": ({}, "0/run"),
     "policy.lora_rank": ({}, 2),
     "policy.lora_alpha": (LORA, 4.0),
     "policy.lora_targets": (LORA, ["q_proj"]),
