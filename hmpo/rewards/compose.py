@@ -104,6 +104,8 @@ class Rewards:
             raise RewardError(f"timeout: got {timeout!r}, expected seconds > 0, or None")
         self.on_error = on_error
         self.timeout = timeout
+        self.calling = False
+        """Whether a function is being called at this moment."""
         self._parameters = {name: _Parameters(name, f) for name, f in self.functions.items()}
         self._worker = Worker(self.functions) if timeout is not None else None
         self._loop = EventLoop()
@@ -191,6 +193,7 @@ class Rewards:
         arguments, asked = parameters.choose(given), parameters.asked(given)
         state = RewardTrainerState(global_step=step, max_steps=self.max_steps)
         more: dict[str, Any] = {"asked": asked, "state": state}
+        self.calling = True
         try:
             if self._worker is None or self.timeout is None:
                 return call_reward(self.functions[name], arguments, count, self._loop, **more)
@@ -198,6 +201,8 @@ class Rewards:
             return self._worker.call(name, arguments, count, self.timeout, seed, **more)
         except UsageError as error:
             raise RewardError(f"reward {name!r} at step {step}: {error}") from None
+        finally:
+            self.calling = False
 
     def _sum_up(
         self, outcomes: dict[str, Outcome], events: list[RewardEvent], count: int, step: int
