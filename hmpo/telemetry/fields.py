@@ -243,12 +243,8 @@ _REWARD = (
         number("reward/std", "1", "Standard deviation over its responses.", 0.0, trl="reward_std"),
         number("reward/within_var", "1", "Mean over groups of the unbiased variance.", 0.0),
         number("reward/total_var", "1", "Variance over all responses of the rollout.", 0.0),
-        number(
-            "reward/<function>/mean",
-            "1",
-            "Mean of one reward function.",
-            trl="rewards/<function>/mean",
-        ),
+        number("reward/<function>/mean", "1", "Mean of one.", trl="rewards/<function>/mean"),
+        number("logged/<name>", "", "What a reward function told by log_metric, or its mean."),
     ),
     *produced_by(
         "adapters.trl.log",

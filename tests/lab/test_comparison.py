@@ -6,9 +6,9 @@ import pytest
 from matplotlib.figure import Figure
 
 from hmpo.lab import plots, report
+from hmpo.lab.comparison import UNKNOWN, differing_settings
 from hmpo.lab.folder import load_run
 from hmpo.lab.panels import PLOTS
-from hmpo.lab.settings import UNKNOWN, differing_settings
 from hmpo.lab.summary import summarize
 from tests.lab.payloads import PageReader
 from tests.lab.synthetic import make_run
