@@ -146,7 +146,7 @@ class _Run:
         header = files.header(self.steering.base, saved)
         self.steering.start(header)
         if saved is not None:
-            self.saver.restore(saved.state, self.config.updates)
+            self.saver.restore(saved.state)
         changed = [] if saved is None else self._changed_inputs(saved.state["run"])
         files.open(stack, header, saved)
         if saved is None:
