@@ -16,6 +16,7 @@ from hmpo.rewards.values import (
     RewardFn,
     UsageError,
     call_reward,
+    copied,
     shown,
 )
 from hmpo.rewards.worker import Worker
@@ -326,19 +327,10 @@ class _Parameters:
         """Fresh copies of the arguments that the function takes."""
         self.refuse_missing(given)
         return {
-            name: [_copied(item) for item in values]
+            name: [copied(item) for item in values]
             for name, values in given.items()
             if self.accepted is None or name in self.accepted
         }
-
-
-def _copied(item: Any) -> Any:
-    """The item with containers of its own, as deep as they go; what they hold is shared."""
-    if isinstance(item, list | tuple | set) and type(item) in (list, tuple, set):
-        return type(item)(map(_copied, item))
-    if type(item) is dict:
-        return {key: _copied(value) for key, value in item.items()}
-    return item
 
 
 def _by_name(functions: Any) -> dict[str, RewardFn]:
