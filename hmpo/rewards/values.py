@@ -132,15 +132,6 @@ def _close(runner: asyncio.Runner, owner: int) -> None:
         runner.close()
 
 
-def copied(item: Any) -> Any:
-    """The item with containers of its own, as deep as they go; what they hold is shared."""
-    if isinstance(item, list | tuple | set) and type(item) in (list, tuple, set):
-        return type(item)(map(copied, item))
-    if type(item) is dict:
-        return {key: copied(value) for key, value in item.items()}
-    return item
-
-
 def shown(value: object, limit: int) -> str:
     """`repr` of a value on one line, whatever its own `repr` does."""
     try:
