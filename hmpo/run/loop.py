@@ -175,6 +175,8 @@ class _Run:
         folder = self.files.folder
         self.saver.inputs = describe_inputs(self.config, folder)
         changed = changed_inputs(own.get("inputs", self.saver.inputs), self.saver.inputs)
+        if own["before"] is None:  # nothing was asked or scored yet; the weights alone are kept
+            changed = [line for line in changed if line.startswith("policy")]
         if not self.allow_changed:
             refuse_changed(folder, changed)
         return changed
