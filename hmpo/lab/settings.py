@@ -10,6 +10,8 @@ from hmpo.lab.folder import RunData
 
 UNKNOWN = "not known"
 """Of a run whose log does not tell a setting."""
+PLACES = ("name", "out", "relative_to")
+"""Settings that say where a run is, and nothing of what it did."""
 
 
 def differing_settings(runs: Sequence[RunData]) -> list[tuple[str, list[str]]]:
@@ -28,7 +30,7 @@ def differing_settings(runs: Sequence[RunData]) -> list[tuple[str, list[str]]]:
 
 def _known(run: RunData) -> dict[str, str]:
     if run.config:
-        return {k: v for k, v in flatten(run.config) if k not in ("name", "out")}
+        return {k: v for k, v in flatten(run.config) if k not in PLACES}
     head = run.log.run or {}
     base = head.get("base", {})
     told = {
@@ -51,7 +53,7 @@ def by_section(
     differing = [
         (name, value, defaults.get(name, ""))
         for name, value in rows
-        if defaults.get(name) != value and name not in ("name", "out")
+        if defaults.get(name) != value and name not in PLACES
     ]
     sections: dict[str, list[tuple[str, str]]] = {}
     for name, value in rows:
