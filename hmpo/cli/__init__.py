@@ -7,9 +7,9 @@ before anything heavy is.
 import os
 from collections.abc import Sequence
 
-# OpenMP threads must not spin, and no hub is asked.
+# OpenMP threads must not spin. No hub is asked for policies (`hmpo.models.hub`); what reward
+# functions load is theirs.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 

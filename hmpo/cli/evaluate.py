@@ -49,7 +49,7 @@ def evaluate_target(
     run: Path | None = target
     if config is None:
         config, run = measured_model(target, task, settings), None
-    refuse_unread(settings, run)
+    refuse_unread(settings, run, task)
     refuse_parts(config, fresh=False)
     chosen = "trainer.max_length" in overridden(settings)
     evaluation = measure(

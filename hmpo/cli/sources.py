@@ -44,8 +44,11 @@ def resumed_run(folder: Path, settings: Sequence[str], *, allow_code: bool) -> R
 
     Raises:
         RunFolderError: it holds no run.
-        ConfigError: a setting is wrong, or names code that is not allowed.
+        ConfigError: a setting is wrong or decided by the folder, or names code that is not
+            allowed.
     """
+    for name in sorted({"name", "out"} & overridden(settings)):
+        raise ConfigError(f"--set {name}: the folder behind --resume decides it; rename that")
     if folder.name in ("", ".."):
         folder = folder.resolve()
     refuse_foreign(folder)
@@ -81,6 +84,8 @@ def new_run(
         HmpoError: no such run or checkpoint, or a setting is wrong.
     """
     refuse_no_run(split_place(start)[0])
+    if "policy.start" in overridden(settings):
+        raise ConfigError(f"--set policy.start: --from {start} decides it; give one of the two")
     run, step = found_place(start)
     refuse_foreign(run)
     if file is not None:
@@ -139,20 +144,24 @@ def measured_model(target: Path, task: str | None, settings: Sequence[str]) -> R
     return run_config({"policy": {"path": str(target)}}, [*named, *settings])
 
 
-def refuse_unread(settings: Sequence[str], run: Path | None) -> None:
+def refuse_unread(settings: Sequence[str], run: Path | None, task: str | None) -> None:
     """Refuse what an evaluation does not read.
 
     Args:
         settings: overrides.
         run: the run that is measured; None for a model.
+        task: that of `--task`, if it is given.
 
     Raises:
         ConfigError: one line that names the setting.
     """
     for name in sorted(overridden(settings)):
-        if name == "policy.path" and run is None:
-            raise ConfigError("--set policy.path: the model is the argument; give it alone")
-        if name not in READ and name.partition(".")[0] not in READ_TABLES:
+        if name in ("policy", "policy.path") and run is None:
+            raise ConfigError(f"--set {name}: the model is the argument; give it alone")
+        if name in ("task", "task.name") and task is not None:
+            raise ConfigError(f"--task: got {task!r} beside --set {name}; give one of the two")
+        read = name in READ or name.partition(".")[0] in READ_TABLES
+        if not read or name == "policy.start":
             remedy = f"give {INSTEAD[name]}" if name in INSTEAD else "leave it out"
             raise ConfigError(f"--set {name[:80]}: hmpo eval does not read it; {remedy}")
 

@@ -16,6 +16,7 @@ from hmpo.config.run import (
     RewardConfig,
     RunConfig,
     TaskConfig,
+    TrackerConfig,
     check_run_name,
     to_dict,
 )
@@ -36,6 +37,7 @@ __all__ = [
     "RewardConfig",
     "RunConfig",
     "TaskConfig",
+    "TrackerConfig",
     "TrainerConfig",
     "check_run_name",
     "to_dict",

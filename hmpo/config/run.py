@@ -20,6 +20,7 @@ from hmpo.config.trainer import TrainerConfig
 from hmpo.errors import require, require_positive
 
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+TRACKED_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._-]{0,99}")
 WINDOWS_RESERVED = frozenset(
     ["con", "prn", "aux", "nul", *(f"{d}{n}" for d in ("com", "lpt") for n in range(1, 10))]
 )
@@ -173,6 +174,24 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TrackerConfig:
+    """How a run is called where `sinks` send it."""
+
+    project: str = "hmpo"
+    """Project of Weights & Biases and trackio; another than hmpo is a folder of TensorBoard too."""
+    name: str | None = None
+    """Name of the run there, and the folder of its TensorBoard files in `tensorboard/`; None takes
+    the run's id."""
+
+    def __post_init__(self) -> None:
+        for field_name in ("project", "name"):
+            value = getattr(self, field_name)
+            fits = value is None or TRACKED_NAME.fullmatch(value) is not None
+            expected = "1 to 100 letters, digits, spaces, '.', '_' or '-'"
+            require(fits, field_name, value, expected)
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """A whole run: policy, task, objective, updates, evaluation, files."""
 
@@ -212,6 +231,7 @@ class RunConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    tracker: TrackerConfig = field(default_factory=TrackerConfig)
     agm: ControlConfig = field(default_factory=ControlConfig)
 
     def __post_init__(self) -> None:

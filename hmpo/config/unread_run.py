@@ -45,3 +45,4 @@ def _rules(config: RunConfig) -> Iterator[tuple[str, *Rule]]:
     yield "trainer", ("total_updates",), has_schedule(config), schedule
     climbs = agm.mode == "apply" and "level" in agm.controls
     yield "agm", ("first_level",), climbs, 'agm.mode other than "apply", or no "level" in controls'
+    yield "tracker", ("project", "name"), bool(config.sinks), "sinks = []"

@@ -21,11 +21,11 @@ from markupsafe import Markup
 from hmpo import __version__
 from hmpo.checkpoint import write_atomic
 from hmpo.errors import ConfigError
+from hmpo.lab.comparison import compare, differing_settings
 from hmpo.lab.folder import RunData, load_run
 from hmpo.lab.panels import PLOTS
 from hmpo.lab.plots import darken, render, render_comparison, write_plots
-from hmpo.lab.settings import differing_settings
-from hmpo.lab.summary import compare, summarize
+from hmpo.lab.summary import summarize
 from hmpo.telemetry.secrets import mask_credentials
 from hmpo.telemetry.visible import visible
 

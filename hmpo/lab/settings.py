@@ -1,47 +1,14 @@
-"""Settings of runs as the report lists them: by section, and where runs differ."""
+"""Settings of runs as the report lists them: by section, as texts."""
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from hmpo.config import RunConfig, to_dict
-from hmpo.lab.folder import RunData
 
-UNKNOWN = "not known"
-"""Of a run whose log does not tell a setting."""
 PLACES = ("name", "out", "relative_to")
 """Settings that say where a run is, and nothing of what it did."""
-
-
-def differing_settings(runs: Sequence[RunData]) -> list[tuple[str, list[str]]]:
-    """Settings that are not the same in all runs: name, and the value of each run.
-
-    A run of a host such as TRL has no config.json; of it only what its log tells is known.
-    """
-    tables = [_known(run) for run in runs]
-    rows = []
-    for name in dict.fromkeys(name for table in tables for name in table):
-        values = [table.get(name, UNKNOWN) for table in tables]
-        if len({value for value in values if value != UNKNOWN}) > 1:
-            rows.append((name, values))
-    return rows
-
-
-def _known(run: RunData) -> dict[str, str]:
-    if run.config:
-        return {k: v for k, v in flatten(run.config) if k not in PLACES}
-    head = run.log.run or {}
-    base = head.get("base", {})
-    told = {
-        "seed": head.get("seed"),
-        "algorithm": head.get("algo"),
-        "objective.name": str(head.get("objective", "")).partition(" ")[0] or None,
-        "objective.p": base.get("p"),
-        "trainer.group_size": head.get("group_size"),
-        "optimizer.lr": base.get("lr"),
-    }
-    return dict(flatten({name: value for name, value in told.items() if value is not None}))
 
 
 def by_section(

@@ -10,10 +10,11 @@ from hmpo.lab.panels import STEP_PARTS
 from hmpo.lab.plots import interval
 from hmpo.lab.settings import by_section, flatten, number
 
-SAMPLES = 6
-"""Completions shown of the first and of the last rollout."""
 EVENTS = 200
 """Events listed; the rest is counted."""
+
+SAMPLES = 6
+"""Completions shown of the first and of the last rollout."""
 TEXT = 3000
 """Characters shown of one prompt or completion."""
 
@@ -161,12 +162,6 @@ def _reward(value: float) -> str:
     return f"{value:.3f}" if abs(value) < 1000 else f"{value:.3g}"
 
 
-def threshold(run: RunData) -> float:
-    """Total reward from which a response counts as a success."""
-    value = run.setting("eval", "success", default=1.0)
-    return value if isinstance(value, int | float) else 1.0
-
-
 def _cell(record: dict[str, Any] | None, metric: str) -> dict[str, Any] | None:
     value = (record or {}).get(metric)
     if record is None or not isinstance(value, int | float) or not math.isfinite(value):
@@ -310,13 +305,37 @@ def _sample(record: Mapping[str, Any], least: float) -> dict[str, Any]:
         "good": known and reward >= least,
         "order": reward if known and not math.isnan(reward) else -math.inf,
         "finished": record.get("finished") is not False,
+        "expected": _expected(record),
+        "by": _by_function(record),
     }
+
+
+def _expected(record: Mapping[str, Any]) -> str:
+    """The expected answer, where the task has one."""
+    columns = record.get("columns")
+    answer = columns.get("answer") if isinstance(columns, Mapping) else None
+    return "" if answer is None else _cut(answer)
+
+
+def _by_function(record: Mapping[str, Any]) -> str:
+    """Rewards by function, where there are several."""
+    table = record.get("rewards")
+    if not isinstance(table, Mapping) or len(table) < 2:
+        return ""
+    shown = {k: number(v) if isinstance(v, int | float) else str(v) for k, v in table.items()}
+    return ", ".join(f"{name} {value}" for name, value in shown.items())
 
 
 def _cut(value: Any) -> str:
     text = value if isinstance(value, str) else str(value)
     left = len(text) - TEXT
     return text if left <= 0 else f"{text[:TEXT]} ... ({left} more characters)"
+
+
+def threshold(run: RunData) -> float:
+    """Total reward from which a response counts as a success."""
+    value = run.setting("eval", "success", default=1.0)
+    return value if isinstance(value, int | float) else 1.0
 
 
 def _origin(run: RunData) -> list[tuple[str, str]]:
@@ -349,37 +368,3 @@ def _origin(run: RunData) -> list[tuple[str, str]]:
 def _shown(value: Any) -> str:
     """A setting as text, whatever type a damaged file gives it."""
     return number(value) if isinstance(value, int | float) else str(value)
-
-
-def compare(views: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of the table that sets several runs side by side: name, and one cell for each run.
-
-    A cell is a text, a rate (see `_cell`) or None.
-    """
-    rows = []
-    for part in ("facts", "rates", "progress", "health", "breakdown"):
-        for name in dict.fromkeys(_row_name(row) for view in views for row in view[part]):
-            entries = [
-                next((row for row in view[part] if _row_name(row) == name), None) for view in views
-            ]
-            if part == "rates":
-                for end in ("before", "after"):
-                    cells = [_dated(row, end, view) for row, view in zip(entries, views)]
-                    strong = end == "after"
-                    rows.append({"name": f"{name}, {end}", "cells": cells, "strong": strong})
-            else:
-                texts = [row and row[1] for row in entries]
-                rows.append({"name": name, "cells": texts, "strong": False})
-    return rows
-
-
-def _dated(row: Mapping[str, Any] | None, end: str, view: Mapping[str, Any]) -> Any:
-    """A rate that is not from the end of its run says when it was measured."""
-    cell = row[end] if row else None
-    if cell is None or end == "before" or view["after_name"] == "after":
-        return cell
-    return {**cell, "at": view["after_name"]}
-
-
-def _row_name(row: Any) -> str:
-    return row["name"] if isinstance(row, Mapping) else row[0]

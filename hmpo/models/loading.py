@@ -23,6 +23,7 @@ from transformers import (
 
 from hmpo.config import PolicyConfig
 from hmpo.errors import MissingDependencyError, ModelError
+from hmpo.models.hub import no_hub
 from hmpo.models.paths import is_adapter, resolve_policy_path
 from hmpo.models.probe import policy_facts
 from hmpo.models.quiet import quiet_transformers
@@ -53,6 +54,7 @@ class LoadedPolicy:
     """`PolicyConfig.path` as it was given."""
 
 
+@no_hub()
 def load_policy(config: PolicyConfig, *, device: str = "cpu") -> LoadedPolicy:
     """Load the policy that `config` names; nothing is downloaded, no remote code is run.
 

@@ -13,12 +13,14 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hmpo.errors import ModelError, StorageError
+from hmpo.models.hub import no_hub
 from hmpo.models.paths import is_adapter
 from hmpo.models.quiet import quiet_transformers
 
 logger = logging.getLogger(__name__)
 
 
+@no_hub()
 def save_policy(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> Path:
     """Write the policy as a Hugging Face folder with safetensors weights.
 

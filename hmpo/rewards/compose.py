@@ -3,10 +3,11 @@
 import inspect
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from hmpo.errors import RewardError
+from hmpo.rewards.host import SUPPLIED, RewardTrainerState
 from hmpo.rewards.values import (
     LIMIT,
     EventLoop,
@@ -57,6 +58,10 @@ class RewardResult:
     dropped: int
     """Number of nan in `total`."""
     events: tuple[RewardEvent, ...] = ()
+    metrics: dict[str, float] = field(default_factory=dict)
+    """What functions told by `log_metric`, by name."""
+    extras: dict[str, list[Any]] = field(default_factory=dict)
+    """What functions told by `log_extra`: by column, a value for each sample."""
 
 
 class Rewards:
@@ -71,6 +76,9 @@ class Rewards:
             process that is killed and replaced when it takes longer (see `worker`). None runs
             them here, without a limit.
         success: total reward from which a response counts as a success in `success/k`.
+        max_steps: updates of the whole training, for functions that ask for `trainer_state`.
+
+    Functions may take TRL's `trainer_state`, `log_extra` and `log_metric` by name (`host`).
 
     Use as a context manager, or call `close`, to end the child process early; it ends with this
     object in any case.
@@ -84,8 +92,10 @@ class Rewards:
         on_error: Literal["raise", "skip"] = "raise",
         timeout: float | None = None,
         success: float = 1.0,
+        max_steps: int = 0,
     ) -> None:
         self.success = success
+        self.max_steps = max_steps
         self.functions = _by_name(functions)
         self.weights = _check_weights(weights, len(self.functions))
         if on_error not in ("raise", "skip"):
@@ -94,6 +104,8 @@ class Rewards:
             raise RewardError(f"timeout: got {timeout!r}, expected seconds > 0, or None")
         self.on_error = on_error
         self.timeout = timeout
+        self.calling = False
+        """Whether a function is being called at this moment."""
         self._parameters = {name: _Parameters(name, f) for name, f in self.functions.items()}
         self._worker = Worker(self.functions) if timeout is not None else None
         self._loop = EventLoop()
@@ -115,7 +127,7 @@ class Rewards:
             completions: N texts, or lists of token ids.
             completion_ids: N lists of token ids, without padding.
             columns: further values by name, N each, passed to the functions that take them.
-            step: number of the rollout, for messages and events.
+            step: updates done, for messages, events and `trainer_state`.
             seed: of the random numbers that a function with a time limit may draw; None takes
                 `step`. Without a limit a function draws from the caller's own.
 
@@ -155,7 +167,7 @@ class Rewards:
         Raises:
             RewardError: one line that names the function and the parameter.
         """
-        names = [*NAMED, *columns]
+        names = [*NAMED, *SUPPLIED, *columns]
         for parameters in self._parameters.values():
             parameters.refuse_missing(names)
 
@@ -177,14 +189,20 @@ class Rewards:
         """Outcome of one function on copies of the arguments it takes."""
         if count == 0:
             return Outcome(values=[], faults=[])
-        arguments = self._parameters[name].choose(given)
+        parameters = self._parameters[name]
+        arguments, asked = parameters.choose(given), parameters.asked(given)
+        state = RewardTrainerState(global_step=step, max_steps=self.max_steps)
+        more: dict[str, Any] = {"asked": asked, "state": state}
+        self.calling = True
         try:
             if self._worker is None or self.timeout is None:
-                return call_reward(self.functions[name], arguments, count, self._loop)
+                return call_reward(self.functions[name], arguments, count, self._loop, **more)
             seed = step if seed is None else seed
-            return self._worker.call(name, arguments, count, self.timeout, seed)
+            return self._worker.call(name, arguments, count, self.timeout, seed, **more)
         except UsageError as error:
             raise RewardError(f"reward {name!r} at step {step}: {error}") from None
+        finally:
+            self.calling = False
 
     def _sum_up(
         self, outcomes: dict[str, Outcome], events: list[RewardEvent], count: int, step: int
@@ -225,6 +243,8 @@ class Rewards:
             by_function=by_function,
             dropped=sum(map(math.isnan, total)),
             events=tuple(events),
+            metrics={k: v for outcome in outcomes.values() for k, v in outcome.metrics.items()},
+            extras={k: v for outcome in outcomes.values() for k, v in outcome.extras.items()},
         )
 
 
@@ -253,7 +273,7 @@ def check_reward_fn(
     parameters = _Parameters(name, function)
     chosen = parameters.choose(given)
     taken = repr(chosen)
-    outcome = call_reward(function, chosen, len(prompts))
+    outcome = call_reward(function, chosen, len(prompts), asked=parameters.asked(given))
     if outcome.faults:
         line = _line(name, 0, outcome.faults, prompts)
         hint = "" if columns else "; if it needs columns, give check_reward_fn(columns=...)"
@@ -270,6 +290,7 @@ class _Parameters:
     def __init__(self, name: str, function: RewardFn) -> None:
         self.name = name
         self.required: list[str] = []
+        self.supplied: list[str] = []
         self.accepted: set[str] | None = None
         try:
             parameters = inspect.signature(function).parameters.values()
@@ -282,6 +303,7 @@ class _Parameters:
             )
         named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
         self.required = [p.name for p in named if p.default is p.empty]
+        self.supplied = [p.name for p in named if p.name in SUPPLIED]
         if not any(p.kind is p.VAR_KEYWORD for p in parameters):
             self.accepted = {p.name for p in named}
 
@@ -289,11 +311,16 @@ class _Parameters:
         """An error for a parameter without a value among `given`."""
         given = list(given)
         for parameter in self.required:
-            if parameter not in given:
+            if parameter not in given and parameter not in SUPPLIED:
                 raise RewardError(
                     f"reward {self.name!r}: its parameter {parameter!r} is none of "
                     f"{', '.join(given)}; write f({', '.join(NAMED)}, **columns)"
                 )
+
+    def asked(self, given: Iterable[str]) -> list[str]:
+        """What of `SUPPLIED` the function takes by name; a column of that name comes first."""
+        taken = set(given)
+        return [name for name in self.supplied if name not in taken]
 
     def choose(self, given: Mapping[str, Sequence[Any]]) -> dict[str, list]:
         """Fresh copies of the arguments that the function takes."""

@@ -11,12 +11,13 @@ import numbers
 import os
 import traceback
 import weakref
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from hmpo.errors import RewardError
+from hmpo.rewards.host import Notes, RewardTrainerState
 
 RewardFn = Callable[..., Any]
 """`(prompts, completions, completion_ids, **columns) -> list[float | None]`, sync or async."""
@@ -56,6 +57,10 @@ class Outcome:
     faults: list[Fault]
     cause: BaseException | None = None
     """The exception behind a fault, where it happened in this process."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """What the function told by `log_metric`."""
+    extras: dict[str, list[Any]] = field(default_factory=dict)
+    """What it told by `log_extra`: by column, N values."""
 
 
 @runtime_checkable
@@ -140,6 +145,9 @@ def call_reward(
     arguments: Mapping[str, Any],
     count: int,
     loop: EventLoop | None = None,
+    *,
+    asked: Collection[str] = (),
+    state: RewardTrainerState | None = None,
 ) -> Outcome:
     """Call the function by keyword (awaiting what it returns, if need be) and read its return.
 
@@ -148,15 +156,20 @@ def call_reward(
         arguments: its keyword arguments.
         count: number of samples.
         loop: for async functions; None makes one for this call.
+        asked: names of `host.SUPPLIED` that the function takes.
+        state: how far the training is.
 
     Raises:
         UsageError: an async function was called while an event loop runs in this thread.
     """
+    notes = Notes(count)
+    supplied = notes.supply(asked, state or RewardTrainerState(global_step=0))
     try:
-        raw = function(**arguments)
+        raw = function(**arguments, **supplied)
         if inspect.isawaitable(raw):
             raw = _await(raw, loop)
-        return read_values(raw, count)
+        outcome = read_values(raw, count)
+        return replace(outcome, metrics=notes.metrics, extras=notes.extras)
     except (UsageError, KeyboardInterrupt):
         raise
     except BaseException as error:  # SystemExit, GeneratorExit, CancelledError: faults like others

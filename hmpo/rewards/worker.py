@@ -20,11 +20,12 @@ import struct
 import sys
 import time
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from typing import Any
 
 from hmpo.rewards.guard import Guarded
+from hmpo.rewards.host import RewardTrainerState
 from hmpo.rewards.values import (
     EventLoop,
     Fault,
@@ -58,7 +59,15 @@ class Worker:
         return self._child.pid if self._child else None
 
     def call(
-        self, name: str, arguments: Mapping[str, Any], count: int, seconds: float, seed: int = 0
+        self,
+        name: str,
+        arguments: Mapping[str, Any],
+        count: int,
+        seconds: float,
+        seed: int = 0,
+        *,
+        asked: Collection[str] = (),
+        state: RewardTrainerState | None = None,
     ) -> Outcome:
         """Outcome of function `name`; a time-out or a crash is a fault like any other.
 
@@ -68,11 +77,14 @@ class Worker:
             count: number of samples.
             seconds: limit on the wall time, from the moment the child runs.
             seed: of the random numbers that the function may draw.
+            asked: names of `host.SUPPLIED` that the function takes.
+            state: how far the training is.
 
         Raises:
             UsageError: an argument is not JSON-able.
         """
         request = {"name": name, "count": count, "seed": seed, "arguments": dict(arguments)}
+        request |= {"asked": list(asked), "state": None if state is None else vars(state)}
         message = _encode(request)
         if self._child is None or not self._child.is_idle():
             self.close()
@@ -94,7 +106,8 @@ class Worker:
             raise
         if "usage" in reply:
             raise UsageError(reply["usage"])
-        return Outcome(values=reply["values"], faults=[Fault(**item) for item in reply["faults"]])
+        faults = [Fault(**item) for item in reply.pop("faults")]
+        return Outcome(faults=faults, **reply)
 
     def close(self) -> int:
         """Kill the child and all that it started; returns its wait status (0: none)."""
@@ -207,12 +220,12 @@ def _serve(connection: socket.socket, functions: Mapping[str, RewardFn], guard: 
             os._exit(0)
         _seed(request["seed"])
         function = functions[request["name"]]
-        reply = _answer(function, request["arguments"], request["count"], loop)
+        reply = _answer(function, request, loop)
         for stream in (sys.stdout, sys.stderr):
             if stream is not None:
                 with suppress(OSError, ValueError):  # nobody reads it any more
                     stream.flush()
-        connection.sendall(_encode(reply))
+        connection.sendall(_encode(reply, default=repr))
 
 
 def _seed(seed: int) -> None:
@@ -224,21 +237,32 @@ def _seed(seed: int) -> None:
         torch.manual_seed(seed)
 
 
-def _answer(
-    function: RewardFn, arguments: dict[str, Any], count: int, loop: EventLoop
-) -> dict[str, Any]:
+def _answer(function: RewardFn, request: dict[str, Any], loop: EventLoop) -> dict[str, Any]:
     """The outcome of one call, as JSON-ready values."""
+    state = None if request["state"] is None else RewardTrainerState(**request["state"])
     try:
-        outcome = call_reward(function, arguments, count, loop)
+        outcome = call_reward(
+            function,
+            request["arguments"],
+            request["count"],
+            loop,
+            asked=request["asked"],
+            state=state,
+        )
     except UsageError as error:
         return {"usage": str(error)}
-    return {"values": outcome.values, "faults": [vars(fault) for fault in outcome.faults]}
+    return {
+        "values": outcome.values,
+        "faults": [vars(fault) for fault in outcome.faults],
+        "metrics": outcome.metrics,
+        "extras": outcome.extras,
+    }
 
 
-def _encode(message: dict[str, Any]) -> bytes:
-    """A message as JSON behind its length."""
+def _encode(message: dict[str, Any], default: Callable[[Any], str] | None = None) -> bytes:
+    """A message as JSON behind its length; `default` stands for what JSON has no form for."""
     try:
-        data = json.dumps(message).encode()
+        data = json.dumps(message, default=default).encode()
     except (TypeError, ValueError) as error:
         for name, values in message["arguments"].items():
             try:

@@ -48,6 +48,7 @@ def make_rewards(config: RunConfig, task: Task) -> Rewards:
         on_error=config.trainer.on_reward_error,
         timeout=config.trainer.reward_timeout,
         success=config.eval.success,
+        max_steps=config.updates,
     )
     rewards.refuse_missing(task.train(0).columns)
     return rewards

@@ -40,6 +40,7 @@ from hmpo.run.folder import Place, refuse_foreign
 from hmpo.run.logs import load_fitting
 from hmpo.run.masked import as_stored, refuse_masked, with_masks
 from hmpo.telemetry.careful import open_own
+from hmpo.telemetry.plain import json_ready
 from hmpo.telemetry.records import (
     decode,
     event_record,
@@ -88,6 +89,8 @@ def check_folder(
         raise RunFolderError(
             f"{folder}: cannot be looked into ({error.strerror}); choose another `out`"
         ) from None
+    if not (started and resume):
+        refuse_unread_run(config)
     if resume and overwrite:
         raise RunFolderError(f"{folder}: a run is resumed or overwritten, not both; choose one")
     if started and not resume:
@@ -115,8 +118,6 @@ def check_folder(
                 f"numbers: {'; '.join(changed)}; leave them as they were, or start a new run "
                 f"from its weights with `hmpo train --from {folder} --set ...`"
             )
-    else:
-        refuse_unread_run(config)
 
 
 def measured_every(config: RunConfig, every: int) -> RunConfig:
@@ -318,12 +319,14 @@ class RunFiles:
 
     def write_completion(self, record: Mapping[str, Any]) -> None:
         """One response for completions.jsonl, secrets masked."""
-        self.completions.write(mask_secrets(record))
+        self.completions.write(mask_secrets(json_ready(record)))
 
     def write_time(self, step: int, seconds: Mapping[str, Any]) -> None:
-        """A record of the clock for timing.jsonl, by telemetry name."""
+        """A record of the clock for timing.jsonl and for the trackers, by telemetry name."""
         assert self.timing is not None, "opened with the logs"
-        self.timing.write(time_record(self.run_id, step, seconds))
+        record = time_record(self.run_id, step, seconds)
+        self.timing.write(record)
+        self.trackers.write(record)
 
     def note(self, step: int, name: str, data: Mapping[str, Any]) -> None:
         """An event of this process alone, for timing.jsonl: another run would not have it.

@@ -155,7 +155,7 @@ class _Run:
         if changed:
             data = {"changed": changed}
             step = self.trainer.step
-            files.telemetry.write(event_record(files.run_id, step, "inputs_changed", data))
+            files.publish(event_record(files.run_id, step, "inputs_changed", data))
             self._tell("inputs_changed", data)
         for name, why in saved.skipped if saved is not None else ():
             self._tell("checkpoint_skipped", {"checkpoint": name, "why": why})
@@ -291,7 +291,7 @@ class _Run:
         events = self.trainer.drain_events()
         for event in events:
             record = event_record(self.files.run_id, event.step, event.name, event.data)
-            self.files.telemetry.write(record)
+            self.files.publish(record)
         return events
 
     def _tell_events(self, events: list[Event]) -> None:
@@ -322,7 +322,7 @@ class _Run:
             self.stop.check()
             self.audience.tell("on_measuring", step, name, done, total)
 
-        with self.stop.at_once():
+        with self.stop.at_once(unless=lambda: self.rewards.calling):
             evaluation = self.evaluator.evaluate(
                 config.final_prompts if final else config.prompts,
                 pass_at=config.pass_at if final else 0,

@@ -243,12 +243,8 @@ _REWARD = (
         number("reward/std", "1", "Standard deviation over its responses.", 0.0, trl="reward_std"),
         number("reward/within_var", "1", "Mean over groups of the unbiased variance.", 0.0),
         number("reward/total_var", "1", "Variance over all responses of the rollout.", 0.0),
-        number(
-            "reward/<function>/mean",
-            "1",
-            "Mean of one reward function.",
-            trl="rewards/<function>/mean",
-        ),
+        number("reward/<function>/mean", "1", "Mean of one.", trl="rewards/<function>/mean"),
+        number("logged/<name>", "", "What a reward function told by log_metric, or its mean."),
     ),
     *produced_by(
         "adapters.trl.log",
@@ -309,7 +305,7 @@ def _judged(name: str, how: str) -> tuple[Field, ...]:
 
 _EVAL = (
     *produced_by(
-        "run.loop",
+        "run",
         text("eval/name", "Which evaluation: before, during, after.", "eval", required=False),
     ),
     *produced_by(
@@ -335,7 +331,7 @@ def _part(name: str, definition: str) -> Field:
 
 _TIMING = (
     *produced_by(
-        "run.loop",
+        "run",
         number(
             "time/rollout_s",
             "s",
@@ -359,7 +355,7 @@ _TIMING = (
         _part("telemetry", "Metrics, records, files, controllers."),
     ),
     *produced_by(
-        "run.loop",
+        "run",
         number("time/eval_s", "s", "Evaluation.", 0.0, records=_TIME),
         number("time/save_s", "s", "Checkpoint.", 0.0, records=_TIME),
         number(

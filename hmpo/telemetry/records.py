@@ -35,7 +35,9 @@ _EVENT_NAME = re.compile(r"[a-z][a-z0-9_./-]{0,63}")
 
 def config_hash(config: Mapping[str, Any]) -> str:
     """SHA-256 (hex) of a resolved configuration, secrets masked, without what names folders."""
-    kept = {key: value for key, value in config.items() if key not in ("out", "relative_to")}
+    kept = {
+        key: value for key, value in config.items() if key not in ("out", "relative_to", "tracker")
+    }
     return hashlib.sha256(encode(mask_secrets(kept)).encode()).hexdigest()
 
 

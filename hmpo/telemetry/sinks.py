@@ -5,6 +5,7 @@ import importlib
 import math
 import os
 import shutil
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -291,9 +292,10 @@ class WandbShapedSink:
     Args:
         backend: the package; trackio keeps everything on this machine.
         project: name of the project.
-        run_id: name of the run.
+        run_id: what tells the run from others.
         config: the resolved configuration; secrets in it are masked.
-        resume: continue the run of this name.
+        resume: continue the run of this id.
+        name: of the run; None takes `run_id`.
     """
 
     def __init__(
@@ -303,20 +305,25 @@ class WandbShapedSink:
         run_id: str,
         config: Mapping[str, Any],
         resume: bool = False,
+        name: str | None = None,
     ) -> None:
+        self._events: Counter[str] = Counter()
         self._module = _optional(backend, backend, f"hmpo[{backend}]")
         more = {"id": run_id} if backend == "wandb" else {}
         self._run = self._module.init(
             project=project,
-            name=run_id,
+            name=name or run_id,
             config=mask_secrets(config),
             resume="allow" if resume else "never",
             **more,
         )
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Take one record; only its numbers are logged."""
+        """Take one record: its numbers, and of events how many of that name there were."""
         values = scalars(record)
+        if record.get("type") == "event":
+            self._events[record["name"]] += 1
+            values = {f"event/{record['name']}": float(self._events[record["name"]])}
         if values and self._run is not None:
             self._module.log(values, step=record["step"])
 
@@ -342,7 +349,7 @@ def make_sinks(
     Args:
         names: any of tensorboard, trackio, wandb.
         folder: the run folder; TensorBoard's files go to its `tensorboard/`.
-        config: the resolved configuration.
+        config: the resolved configuration; its `tracker` has the project and the run's name.
         resume_step: step of the checkpoint on resume, else None.
         run_id: what its records carry; None makes it from the configuration.
 
@@ -353,15 +360,19 @@ def make_sinks(
     if run_id is None:
         run_id = make_run_id(str(config["name"]), config_hash(config))
     made: list[Sink] = []
+    tracker = config.get("tracker", {})
+    project, called = tracker.get("project", "hmpo"), tracker.get("name")
     for name in names:
         if name not in ("tensorboard", "trackio", "wandb"):
             raise ConfigError(f"sinks: got {name!r}, expected tensorboard, trackio or wandb")
         try:
             if name == "tensorboard":
-                made.append(TensorBoardSink(folder / "tensorboard", resume_step))
+                parts = [part for part in (project, called) if part not in ("hmpo", None)]
+                place = folder.joinpath("tensorboard", *map(str, parts))
+                made.append(TensorBoardSink(place, resume_step))
             else:
                 resumed = resume_step is not None
-                made.append(WandbShapedSink(name, "hmpo", run_id, config, resumed))  # type: ignore[arg-type]
+                made.append(WandbShapedSink(name, project, run_id, config, resumed, called))  # type: ignore[arg-type]
         except HmpoError:
             raise
         except Exception as error:

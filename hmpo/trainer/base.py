@@ -66,7 +66,10 @@ class Trainer(ABC, Generic[C]):
         self.device = next(policy_model.parameters()).device
         if not isinstance(reward_fn, Rewards):
             reward_fn = Rewards(
-                reward_fn, on_error=config.on_reward_error, timeout=config.reward_timeout
+                reward_fn,
+                on_error=config.on_reward_error,
+                timeout=config.reward_timeout,
+                max_steps=config.total_updates or 0,
             )
         self.collector = Collector(
             policy=policy_model,

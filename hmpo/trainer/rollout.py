@@ -42,6 +42,8 @@ class ScoredResponses:
     """As given, repeated for each response."""
     completions: list[Any]
     """Text up to the first stop string, or token ids where there is no tokenizer."""
+    columns: dict[str, list[Any]]
+    """By name, a value for each response."""
     result: RewardResult
     """Rewards by function, and faults."""
 
@@ -101,6 +103,7 @@ def sample_and_score(
         rewards=torch.tensor(result.total, device=device),
         prompts=repeated,
         completions=completions,
+        columns=by_response,
         result=result,
     )
 
@@ -229,7 +232,7 @@ class Collector:
             rewards=rewards,
             valid=valid,
             ref_logprobs=None if self.ref is None else self._logprobs(self.ref, rollout),
-            metrics=self._describe(rollout, rewards, scored.result.by_function),
+            metrics=self._describe(rollout, rewards, scored.result),
             samples=_samples(scored),
             events=reward_events(scored.result, step),
         )
@@ -251,9 +254,7 @@ class Collector:
             ]
         return torch.cat(parts)
 
-    def _describe(
-        self, rollout: Rollout, total: Tensor, by_function: Mapping[str, list[float]]
-    ) -> Metrics:
+    def _describe(self, rollout: Rollout, total: Tensor, result: RewardResult) -> Metrics:
         """Metrics of a whole rollout: the same for each of its updates."""
         rewards = total.double()
         finite = rewards[rewards.isfinite()]
@@ -275,7 +276,8 @@ class Collector:
             "len/trunc_frac": (~rollout.finished).double().mean(),
             "rollout/fast": float(rollout.fast),
         }
-        for name, values in by_function.items():
+        metrics |= {f"logged/{name}": value for name, value in result.metrics.items()}
+        for name, values in result.by_function.items():
             column = torch.tensor(values, dtype=torch.float64)
             metrics[f"reward/{name}/mean"] = _mean(column[column.isfinite()])
         return {name: float(value) for name, value in metrics.items()}
@@ -308,13 +310,25 @@ def _repeated(
 
 
 def _samples(scored: ScoredResponses) -> list[dict[str, Any]]:
-    """Prompt, completion, reward and `finished` of each response."""
+    """Of each response its prompt and columns, and what came of it, by name.
+
+    `columns` and `extra` are there where the task has columns, or a reward function told some.
+    """
     finished = scored.rollout.finished.tolist()
-    columns = zip(scored.prompts, scored.completions, scored.result.total, finished)
-    return [
-        {"prompt": prompt, "completion": completion, "reward": reward, "finished": bool(ended)}
-        for prompt, completion, reward, ended in columns
-    ]
+    samples = []
+    for i, (prompt, completion) in enumerate(zip(scored.prompts, scored.completions)):
+        sample = {
+            "prompt": prompt,
+            "completion": completion,
+            "reward": scored.result.total[i],
+            "finished": bool(finished[i]),
+            "rewards": {name: column[i] for name, column in scored.result.by_function.items()},
+        }
+        for key, table in (("columns", scored.columns), ("extra", scored.result.extras)):
+            if table:
+                sample[key] = {name: column[i] for name, column in table.items()}
+        samples.append(sample)
+    return samples
 
 
 def reward_events(result: RewardResult, step: int) -> list[Event]:

@@ -10,7 +10,7 @@ import pytest
 
 import hmpo.cli
 
-VARIABLES = ("OMP_WAIT_POLICY", "HF_HUB_OFFLINE", "TOKENIZERS_PARALLELISM")
+VARIABLES = ("OMP_WAIT_POLICY", "TOKENIZERS_PARALLELISM")
 
 
 def run(code: list[str], folder: Path) -> subprocess.CompletedProcess[str]:

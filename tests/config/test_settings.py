@@ -190,7 +190,7 @@ def test_the_hash_covers_what_decides_the_numbers_and_nothing_else() -> None:
         "eval": {"every": 3},
         "agm": {"mode": "advise"},
     }
-    kept = {"name", "out", "sinks", "samples", "updates", "checkpoint", "relative_to"}
+    kept = {"name", "out", "sinks", "samples", "updates", "checkpoint", "relative_to"} | {"tracker"}
     assert {*other, *kept} == {f.name for f in dataclasses.fields(RunConfig)}, "all are covered"
     hashes = {config_hash(run_config({key: value})) for key, value in other.items()}
     assert len(hashes | {config_hash(base)}) == len(other) + 1

@@ -36,7 +36,6 @@ def walk(root: Path, only: list[str]) -> dict[str, dict[str, list[str]]]:
     refused, the name is "base refused: ".
     """
     policy = micro_policy(root / "policy")
-    run.train(micro_config(policy, root, name="source", **SMALL | {"updates": 2}))
     (root / "elsewhere").mkdir()
     files = (("prompts.jsonl", 0), ("others.jsonl", 500), ("elsewhere/prompts.jsonl", 700))
     for name, first in files:

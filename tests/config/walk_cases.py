@@ -41,8 +41,10 @@ RUN: dict[str, Case] = {
     "samples": ({}, 1),
     "sinks": ({}, ["tensorboard"]),
     "relative_to": (FROM_FILE, ["elsewhere"]),
+    "tracker.project": ({"sinks": ["tensorboard"]}, "other"),
+    "tracker.name": ({"sinks": ["tensorboard"]}, "other"),
     "policy.path": ({}, "tiny-sort"),
-    "policy.start": ({}, "source"),
+    "policy.start": ({}, "0/run"),
     "policy.lora_rank": ({}, 2),
     "policy.lora_alpha": (LORA, 4.0),
     "policy.lora_targets": (LORA, ["q_proj"]),
@@ -179,6 +181,8 @@ THE_SAME = {
 }
 """What changes nothing on such a path, and why that is right."""
 UNREAD: dict[str, Case] = {
+    "tracker.project": ({}, "other"),
+    "tracker.name": ({}, "other"),
     "policy.lora_alpha": ({}, 4.0),
     "policy.lora_targets": ({}, ["q_proj"]),
     "task.level": (FROM_FILE, 2),

@@ -238,7 +238,8 @@ def test_wandb_shaped_sink_logs_numbers_by_step_and_masks_the_config(monkeypatch
     more = {"id": "run-1"} if backend == "wandb" else {}
     config = {"lr": 0.1, "api_key": "***"}
     init = {"project": "p", "name": "run-1", "config": config, "resume": "allow", **more}
-    assert calls == [("init", init), ("log", 1, {"loss": 1 / 7}), ("finish",)]
+    logs = [("log", 1, {"loss": 1 / 7}), ("log", 1, {"event/x": 1.0})]
+    assert calls == [("init", init), *logs, ("finish",)]
 
 
 @pytest.mark.parametrize(
@@ -266,6 +267,9 @@ def test_make_sinks_makes_what_the_config_names(tmp_path):
     made.close()
     assert list((tmp_path / "tensorboard").glob("events.*"))
     assert sinks.make_sinks([], tmp_path, {"name": "demo"}).sinks == ()
+    told = {"name": "demo", "tracker": {"project": "mine", "name": "first"}}
+    sinks.make_sinks(["tensorboard"], tmp_path, told).close()
+    assert list((tmp_path / "tensorboard" / "mine" / "first").glob("events.*"))
     with pytest.raises(ConfigError, match="got 'mlflow', expected tensorboard, trackio or wandb"):
         sinks.make_sinks(["mlflow"], tmp_path, {"name": "demo"})
 
