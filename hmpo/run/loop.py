@@ -174,6 +174,8 @@ class _Run:
         """What is not as it was when the checkpoint was made; refused unless it is allowed."""
         folder = self.files.folder
         self.saver.inputs = describe_inputs(self.config, folder)
+        if self.saver.before is None:  # nothing came of them yet: a reward that failed is mended
+            return []
         changed = changed_inputs(own.get("inputs", self.saver.inputs), self.saver.inputs)
         if not self.allow_changed:
             refuse_changed(folder, changed)
