@@ -97,7 +97,7 @@ def train(
     if resume is None and allow_changed:
         raise ConfigError("train: --allow-changed is for --resume RUN; leave it out")
     settings = _settings(config, _all(set), resume, from_, overwrite, allow_code)
-    refuse_parts(settings)
+    refuse_parts(settings, fresh=resume is None)
 
     from hmpo.cli.screen import Screen, outcome_table
     from hmpo.run.loop import train as run_train

@@ -49,8 +49,8 @@ def evaluate_target(
     run: Path | None = target
     if config is None:
         config, run = measured_model(target, task, settings), None
-    refuse_unread(settings, run)
-    refuse_parts(config)
+    refuse_unread(settings, run, task)
+    refuse_parts(config, fresh=False)
     chosen = "trainer.max_length" in overridden(settings)
     evaluation = measure(
         config, run, prompts=prompts, pass_at=pass_at, own_length=run is not None or chosen

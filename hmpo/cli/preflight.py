@@ -5,16 +5,20 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from hmpo.config import RunConfig
+from hmpo.config import RunConfig, TaskConfig
 from hmpo.config.places import located
+from hmpo.config.unread import refuse_unread_mismatch, refuse_unread_objective
+from hmpo.config.unread_run import refuse_unread_run
 from hmpo.errors import ConfigError
 from hmpo.models.paths import resolve_policy_path
 from hmpo.rewards.loading import check_spec
-from hmpo.tasks import check_name
+from hmpo.tasks import BUILT_IN, check_name, make_task
 
 COMMANDS = ("agm", "demo", "train", "eval", "report", "fetch-model", "doctor")
 FETCHED = ("smollm2",)
 """Policies whose own loading says how to get them."""
+LARGE = 2**26
+"""Bytes of a file of prompts that is read once only."""
 AGM_COMMANDS = ("replay", "summarize", "plot", "sweep", "diff")
 
 
@@ -48,14 +52,25 @@ def refuse_several_processes() -> None:
         )
 
 
-def refuse_parts(config: RunConfig) -> None:
+def refuse_parts(config: RunConfig, *, fresh: bool) -> None:
     """Refuse a policy, task or reward that is not there; nothing of the user's own code is run.
+
+    Args:
+        config: the run.
+        fresh: a new run, whose settings must all be read.
 
     Raises:
         HmpoError: one line that names it.
     """
+    if fresh:
+        refuse_unread_run(config)
+        if config.algorithm != "gspo":
+            refuse_unread_objective(config.objective)
+            refuse_unread_mismatch(config.mismatch)
     config = located(config)
     check_name(config.task)
+    if config.task.name in BUILT_IN and not _is_large(config.task):
+        make_task(config.task, config.seed)
     for spec in config.rewards.functions:
         check_spec(spec)
     if config.policy.path not in FETCHED:
@@ -66,9 +81,21 @@ def expanded(path: Path) -> Path:
     """The path with `~` as a home folder.
 
     Raises:
-        ConfigError: there is no such user.
+        ConfigError: there is no such user, or the path cannot be looked for.
     """
     try:
-        return path.expanduser()
-    except RuntimeError as error:
-        raise ConfigError(f"{path}: {str(error).rstrip('.')}") from None
+        whole = path.expanduser()
+        whole.exists()
+    except (OSError, RuntimeError) as error:  # a name too long, a folder that is closed
+        reason = getattr(error, "strerror", None) or str(error).rstrip(".")
+        shown = str(path) if len(str(path)) <= 100 else f"{str(path)[:100]}..."
+        raise ConfigError(f"{shown}: {reason}; give another path") from None
+    return whole
+
+
+def _is_large(task: TaskConfig) -> bool:
+    """Whether a file of prompts is so large that reading it twice would be felt."""
+    try:
+        return Path(str(task.options.get("path", ""))).expanduser().stat().st_size > LARGE
+    except (OSError, RuntimeError, ValueError):
+        return False

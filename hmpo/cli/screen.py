@@ -205,7 +205,8 @@ class Screen(Observer):
                 f"\nhmpo: {name}: finishing the update in hand and saving; once more to leave at "
                 "once, without\n"
             )
-            os.write(self.console.file.fileno(), text.encode())
+            with contextlib.suppress(OSError, ValueError):
+                os.write(self.console.file.fileno(), text.encode())
 
     # ------------------------------------------------------------------------------ the picture
 

@@ -7,12 +7,12 @@ from pathlib import Path
 
 from hmpo.config import RunConfig
 from hmpo.config.overrides import overridden
-from hmpo.config.reading import load_run_config, run_config
+from hmpo.config.reading import load_run_config, read_tables, run_config
 from hmpo.errors import ConfigError, RunFolderError
 from hmpo.run.consent import code_of, refuse_code
 from hmpo.run.folder import refuse_foreign, renamed
 from hmpo.run.masked import refuse_masked
-from hmpo.run.place import found_place
+from hmpo.run.place import found_place, split_place
 
 BUNDLED = ("tiny-sort", "smollm2")
 """Policies that are found by their names."""
@@ -44,8 +44,11 @@ def resumed_run(folder: Path, settings: Sequence[str], *, allow_code: bool) -> R
 
     Raises:
         RunFolderError: it holds no run.
-        ConfigError: a setting is wrong, or names code that is not allowed.
+        ConfigError: a setting is wrong or decided by the folder, or names code that is not
+            allowed.
     """
+    for name in sorted({"name", "out"} & overridden(settings)):
+        raise ConfigError(f"--set {name}: the folder behind --resume decides it; rename that")
     if folder.name in ("", ".."):
         folder = folder.resolve()
     refuse_foreign(folder)
@@ -80,12 +83,14 @@ def new_run(
     Raises:
         HmpoError: no such run or checkpoint, or a setting is wrong.
     """
+    refuse_no_run(split_place(start)[0])
+    if "policy.start" in overridden(settings):
+        raise ConfigError(f"--set policy.start: --from {start} decides it; give one of the two")
     run, step = found_place(start)
     refuse_foreign(run)
     if file is not None:
         config = load_run_config(file, settings)
     else:
-        refuse_no_run(run)
         config = _own_settings(run, settings, allow_code=allow_code)
         given = overridden(settings)
         out = config.out if "out" in given else str(run.parent)
@@ -139,20 +144,24 @@ def measured_model(target: Path, task: str | None, settings: Sequence[str]) -> R
     return run_config({"policy": {"path": str(target)}}, [*named, *settings])
 
 
-def refuse_unread(settings: Sequence[str], run: Path | None) -> None:
+def refuse_unread(settings: Sequence[str], run: Path | None, task: str | None) -> None:
     """Refuse what an evaluation does not read.
 
     Args:
         settings: overrides.
         run: the run that is measured; None for a model.
+        task: that of `--task`, if it is given.
 
     Raises:
         ConfigError: one line that names the setting.
     """
     for name in sorted(overridden(settings)):
-        if name == "policy.path" and run is None:
-            raise ConfigError("--set policy.path: the model is the argument; give it alone")
-        if name not in READ and name.partition(".")[0] not in READ_TABLES:
+        if name in ("policy", "policy.path") and run is None:
+            raise ConfigError(f"--set {name}: the model is the argument; give it alone")
+        if name in ("task", "task.name") and task is not None:
+            raise ConfigError(f"--task: got {task!r} beside --set {name}; give one of the two")
+        read = name in READ or name.partition(".")[0] in READ_TABLES
+        if not read or name == "policy.start":
             remedy = f"give {INSTEAD[name]}" if name in INSTEAD else "leave it out"
             raise ConfigError(f"--set {name[:80]}: hmpo eval does not read it; {remedy}")
 
@@ -162,8 +171,8 @@ def is_model(folder: Path) -> bool:
     if (folder / "adapter_config.json").is_file():
         return True
     try:
-        data = json.loads((folder / "config.json").read_bytes())
-    except (OSError, ValueError, RecursionError):
+        data = read_tables(folder / "config.json")
+    except ConfigError:
         return False
     return isinstance(data, dict) and "model_type" in data
 
@@ -186,7 +195,9 @@ def refuse_no_run(folder: Path) -> None:
             f"--set policy.path={folder}"
         )
     if not (folder / "config.json").is_file():
-        what = "holds no run (no config.json)" if folder.is_dir() else "holds no run (no folder)"
+        what = (
+            "holds no run (no config.json)" if folder.is_dir() else "holds no run (no such folder)"
+        )
         if _of_another_trainer(folder):
             what = "is a run of another trainer, such as TRL, which resumes it by itself"
         raise RunFolderError(f"{folder}: {what}; start it from a file")

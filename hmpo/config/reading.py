@@ -8,6 +8,7 @@ import copy
 import dataclasses
 import json
 import math
+import stat
 import tomllib
 import types
 import typing
@@ -23,6 +24,8 @@ from hmpo.config.overrides import apply_overrides, refuse_deep
 from hmpo.errors import ConfigError, require
 
 T = TypeVar("T")
+LARGEST_FILE = 16_000_000
+"""Bytes of a configuration: more is another file, given by mistake or to fill the memory."""
 
 
 def load_run_config(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
@@ -54,7 +57,13 @@ def read_tables(path: Path) -> Any:
         ConfigError: one line with the file.
     """
     try:
-        raw = path.expanduser().read_bytes()
+        place = path.expanduser()
+        state = place.stat()
+        ordinary = stat.S_ISREG(state.st_mode) or stat.S_ISDIR(state.st_mode)
+        if not ordinary or state.st_size > LARGEST_FILE:
+            what = "larger than 16 MB" if ordinary else "no regular file"
+            raise ConfigError(f"{path}: {what}; give a TOML file")
+        raw = place.read_bytes()
     except (OSError, RuntimeError) as error:  # RuntimeError: ~ of nobody
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(f"{path}: cannot be read ({reason}); give a TOML file") from None

@@ -236,6 +236,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check_run_name(self.name)
+        require(bool(self.out.strip()), "out", self.out, "a folder ('.' is the current one)")
         require(self.updates >= 1, "updates", self.updates, "an integer >= 1")
         require(
             self.prompts_per_rollout >= 1, "prompts_per_rollout", self.prompts_per_rollout, ">= 1"

@@ -235,7 +235,9 @@ def split_head(policy: nn.Module) -> SplitModel | None:
         inputs = _model_inputs(ids, torch.ones_like(ids, dtype=torch.bool))
         with torch.no_grad(), evaluating(policy), not_recorded():
             whole = policy(**inputs).logits
-            parts = head(base(**inputs).last_hidden_state)
+            hidden = base(**inputs).last_hidden_state
+            fits = hidden.shape[-1] == head.in_features  # else something widens it, as in RemBERT
+            parts = head(hidden) if fits else torch.empty(0)
         capped = parts if softcap is None else softcap * torch.tanh(parts / softcap)
         _is_projection[policy] = torch.equal(whole, capped)
     return SplitModel(base, head, softcap) if _is_projection[policy] else None

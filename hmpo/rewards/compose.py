@@ -1,6 +1,5 @@
 """Several weighted reward functions over one rollout, and what happens to faulty returns."""
 
-import inspect
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -8,6 +7,7 @@ from typing import Any, Literal
 
 from hmpo.errors import RewardError
 from hmpo.rewards.host import SUPPLIED, RewardTrainerState
+from hmpo.rewards.parameters import NAMED, Parameters
 from hmpo.rewards.values import (
     LIMIT,
     EventLoop,
@@ -19,8 +19,6 @@ from hmpo.rewards.values import (
     shown,
 )
 from hmpo.rewards.worker import Worker
-
-NAMED = ("prompts", "completions", "completion_ids")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +102,9 @@ class Rewards:
             raise RewardError(f"timeout: got {timeout!r}, expected seconds > 0, or None")
         self.on_error = on_error
         self.timeout = timeout
-        self._parameters = {name: _Parameters(name, f) for name, f in self.functions.items()}
+        self.calling = False
+        """Whether a function is being called at this moment."""
+        self._parameters = {name: Parameters(name, f) for name, f in self.functions.items()}
         self._worker = Worker(self.functions) if timeout is not None else None
         self._loop = EventLoop()
 
@@ -191,6 +191,7 @@ class Rewards:
         arguments, asked = parameters.choose(given), parameters.asked(given)
         state = RewardTrainerState(global_step=step, max_steps=self.max_steps)
         more: dict[str, Any] = {"asked": asked, "state": state}
+        self.calling = True
         try:
             if self._worker is None or self.timeout is None:
                 return call_reward(self.functions[name], arguments, count, self._loop, **more)
@@ -198,6 +199,8 @@ class Rewards:
             return self._worker.call(name, arguments, count, self.timeout, seed, **more)
         except UsageError as error:
             raise RewardError(f"reward {name!r} at step {step}: {error}") from None
+        finally:
+            self.calling = False
 
     def _sum_up(
         self, outcomes: dict[str, Outcome], events: list[RewardEvent], count: int, step: int
@@ -265,7 +268,7 @@ def check_reward_fn(
     given = {"prompts": list(prompts), "completions": list(completions), "completion_ids": ids}
     given |= {name: list(values) for name, values in (columns or {}).items()}
     name, function = next(iter(_by_name(fn).items()))
-    parameters = _Parameters(name, function)
+    parameters = Parameters(name, function)
     chosen = parameters.choose(given)
     taken = repr(chosen)
     outcome = call_reward(function, chosen, len(prompts), asked=parameters.asked(given))
@@ -277,63 +280,6 @@ def check_reward_fn(
         raise RewardError(
             f"reward {name!r} changes its arguments, expected it to leave them alone; copy first"
         )
-
-
-class _Parameters:
-    """The keyword parameters of a reward function."""
-
-    def __init__(self, name: str, function: RewardFn) -> None:
-        self.name = name
-        self.required: list[str] = []
-        self.supplied: list[str] = []
-        self.accepted: set[str] | None = None
-        try:
-            parameters = inspect.signature(function).parameters.values()
-        except ValueError:  # some callables written in C have none
-            return
-        if any(p.kind is p.POSITIONAL_ONLY and p.default is p.empty for p in parameters):
-            raise RewardError(
-                f"reward {name!r}: has positional-only parameters, expected to be called by "
-                f"keyword as f({', '.join(NAMED)}, **columns)"
-            )
-        named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-        self.required = [p.name for p in named if p.default is p.empty]
-        self.supplied = [p.name for p in named if p.name in SUPPLIED]
-        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
-            self.accepted = {p.name for p in named}
-
-    def refuse_missing(self, given: Iterable[str]) -> None:
-        """An error for a parameter without a value among `given`."""
-        given = list(given)
-        for parameter in self.required:
-            if parameter not in given and parameter not in SUPPLIED:
-                raise RewardError(
-                    f"reward {self.name!r}: its parameter {parameter!r} is none of "
-                    f"{', '.join(given)}; write f({', '.join(NAMED)}, **columns)"
-                )
-
-    def asked(self, given: Iterable[str]) -> list[str]:
-        """What of `SUPPLIED` the function takes by name; a column of that name comes first."""
-        taken = set(given)
-        return [name for name in self.supplied if name not in taken]
-
-    def choose(self, given: Mapping[str, Sequence[Any]]) -> dict[str, list]:
-        """Fresh copies of the arguments that the function takes."""
-        self.refuse_missing(given)
-        return {
-            name: [_copied(item) for item in values]
-            for name, values in given.items()
-            if self.accepted is None or name in self.accepted
-        }
-
-
-def _copied(item: Any) -> Any:
-    """The item with containers of its own, as deep as they go; what they hold is shared."""
-    if isinstance(item, list | tuple | set) and type(item) in (list, tuple, set):
-        return type(item)(map(_copied, item))
-    if type(item) is dict:
-        return {key: _copied(value) for key, value in item.items()}
-    return item
 
 
 def _by_name(functions: Any) -> dict[str, RewardFn]:

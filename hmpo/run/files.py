@@ -89,6 +89,8 @@ def check_folder(
         raise RunFolderError(
             f"{folder}: cannot be looked into ({error.strerror}); choose another `out`"
         ) from None
+    if not (started and resume):
+        refuse_unread_run(config)
     if resume and overwrite:
         raise RunFolderError(f"{folder}: a run is resumed or overwritten, not both; choose one")
     if started and not resume:
@@ -116,8 +118,6 @@ def check_folder(
                 f"numbers: {'; '.join(changed)}; leave them as they were, or start a new run "
                 f"from its weights with `hmpo train --from {folder} --set ...`"
             )
-    else:
-        refuse_unread_run(config)
 
 
 def measured_every(config: RunConfig, every: int) -> RunConfig:

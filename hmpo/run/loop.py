@@ -320,7 +320,7 @@ class _Run:
             self.stop.check()
             self.audience.tell("on_measuring", step, name, done, total)
 
-        with self.stop.at_once():
+        with self.stop.at_once(unless=lambda: self.rewards.calling):
             evaluation = self.evaluator.evaluate(
                 config.final_prompts if final else config.prompts,
                 pass_at=config.pass_at if final else 0,

@@ -18,7 +18,7 @@ def split_place(text: str) -> tuple[Path, int | None]:
     match = _PLACE.fullmatch(text)
     try:
         whole = Path(text).expanduser()
-        if match is None or whole.is_dir():
+        if whole.is_dir() or match is None:
             return whole, None
         return Path(match["run"]).expanduser(), int(match["step"])
     except (OSError, RuntimeError) as error:

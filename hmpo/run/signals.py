@@ -23,17 +23,22 @@ class StopRequest:
         """Number of the signal that asked; None so far."""
         self._told = told
         self._breakable = False
+        self._unless: Callable[[], bool] = bool
 
     def __bool__(self) -> bool:
         return self.signal is not None
 
     @contextlib.contextmanager
-    def at_once(self) -> Iterator[None]:
+    def at_once(self, unless: Callable[[], bool] = bool) -> Iterator[None]:
         """Let a signal that comes inside, or has come before, raise `Stopped` here.
 
         For what changes nothing and can be done again: loading, evaluations.
+
+        Args:
+            unless: whether somebody else's code runs at the moment, which a first signal lets
+                finish; `check` comes after it.
         """
-        self._breakable = True
+        self._breakable, self._unless = True, unless
         try:
             self.check()
             yield
@@ -63,7 +68,7 @@ class StopRequest:
             if self._told is not None:
                 with contextlib.suppress(Exception):
                     self._told(number)
-            if self._breakable:
+            if self._breakable and not self._unless():
                 raise Stopped(number)
 
         previous = {number: signal.signal(number, ask) for number in _numbers()}

@@ -148,7 +148,10 @@ class JsonlTask:
 def _read(path: str, prompt_field: str, answer_field: str) -> list[_Row]:
     """The examples of a file; errors name its line."""
     try:
-        data = Path(path).expanduser().read_bytes()
+        place = Path(path).expanduser()
+        if place.exists() and not (place.is_file() or place.is_dir()):
+            raise TaskError(f"task.options: {path} is no regular file; give a file of JSON lines")
+        data = place.read_bytes()
     except (OSError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise TaskError(f"task.options: cannot read {path}: {reason}") from None

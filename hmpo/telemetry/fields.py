@@ -305,7 +305,7 @@ def _judged(name: str, how: str) -> tuple[Field, ...]:
 
 _EVAL = (
     *produced_by(
-        "run.loop",
+        "run",
         text("eval/name", "Which evaluation: before, during, after.", "eval", required=False),
     ),
     *produced_by(
@@ -331,7 +331,7 @@ def _part(name: str, definition: str) -> Field:
 
 _TIMING = (
     *produced_by(
-        "run.loop",
+        "run",
         number(
             "time/rollout_s",
             "s",
@@ -355,7 +355,7 @@ _TIMING = (
         _part("telemetry", "Metrics, records, files, controllers."),
     ),
     *produced_by(
-        "run.loop",
+        "run",
         number("time/eval_s", "s", "Evaluation.", 0.0, records=_TIME),
         number("time/save_s", "s", "Checkpoint.", 0.0, records=_TIME),
         number(

@@ -10,16 +10,19 @@ import torch
 pytest.importorskip("trl")
 
 import hmpo.agm.control
-from hmpo.adapters.trl.agm import STATE_FILE, AGMCallback
+from hmpo.adapters.trl.agm import STATE_FILE, UNREAD, AGMCallback
 from hmpo.adapters.trl.trainer import PowerMeanGRPOTrainer
 from hmpo.agm.control import Control
 from hmpo.config import ControlConfig
+from hmpo.config.agm import StopConfig, UncertaintyConfig
 from hmpo.config.reading import from_dict
 from hmpo.errors import CheckpointError, ConfigError
 from hmpo.lab.replay import first_difference, load_source, replay
 from tests.adapters.gradients import make_trainer
 from tests.adapters.test_trl import records, weights
-from tests.agm.test_control import EAGER, Script
+from tests.agm.streams import EAGER
+from tests.agm.test_control import Script
+from tests.agm.walk import settings_of
 
 SETTINGS = EAGER | {"adapter": EAGER["adapter"] | {"gap_target": 1e-9}}
 APPLY = from_dict(ControlConfig, SETTINGS | {"mode": "apply", "controls": ["lr", "p", "stop"]})
@@ -101,3 +104,27 @@ def test_what_cannot_be_set_inside_trl_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="lr_scheduler_type: got 'reduce_lr_on_plateau'"):
         AGMCallback(trainer, ControlConfig(mode="apply"))
     AGMCallback(trainer, ControlConfig(mode="advise", controls=("clip", "level")))
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({"first_level": 2}, "first_level"),
+        ({"gating": False}, "gating"),
+        ({"uncertainty": UncertaintyConfig(window=9)}, "uncertainty.window"),
+        ({"stop": StopConfig(target=0.9)}, "stop.target"),
+        ({"stop": StopConfig(min_steps=9)}, "stop.min_steps"),
+    ],
+)
+def test_what_nothing_reads_inside_trl_is_refused(tmp_path: Path, changes: dict, name: str) -> None:
+    trainer = make_trainer(str(tmp_path))
+    with pytest.raises(ConfigError, match=f"^agm.{name}: got .* inside TRL: TRL"):
+        AGMCallback(trainer, ControlConfig(mode="advise", **changes))
+    read = StopConfig(gap_abort=0.5, patience=9, max_steps=3)
+    AGMCallback(trainer, ControlConfig(mode="advise", stop=read))
+
+
+def test_every_name_of_what_is_unread_is_one_of_a_setting() -> None:
+    settings = {*settings_of(ControlConfig())}
+    for name in UNREAD:
+        assert any(path == name or path.startswith(f"{name}.") for path in settings), name

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from hmpo import cli
+from hmpo.models import resolve_policy_path
 from tests.cli.test_cli import PROBE
 from tests.cli.test_cli import refusal as train_refusal
 
@@ -51,6 +53,10 @@ FAULTS = {
     "policy": '[policy]\npath = "no/such/folder"',
     "reward": '[rewards]\nfunctions = ["no_such.py:f"]',
     "stop": '[task]\nstop = [""]',
+    "level": "[task]\nlevel = 99",
+    "prompts": '[task]\nname = "jsonl"\noptions = { path = "no/such.jsonl" }',
+    "unread": "[optimizer]\nmuon_lr = 0.1",
+    "unread objective": "[objective]\nclip_sigma = 0.5",
 }
 
 
@@ -105,6 +111,89 @@ def test_a_home_folder_is_expanded_and_that_of_nobody_is_one_line(
     assert f"{tmp_path}/x" in refusal(capsys, "agm", "replay", "~/x")
     for arguments in (["report", "~nobody-9/x"], ["train", "--resume", "~nobody-9/x"]):
         assert "~nobody-9/x: " in refusal(capsys, *arguments)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["train", "--resume"],
+        ["train", "--from"],
+        ["eval"],
+        ["report"],
+        ["agm", "replay"],
+        ["demo", "--updates", "1", "--out"],
+        ["train"],
+    ],
+)
+def test_a_path_too_long_for_the_system_is_one_line(command, capsys) -> None:
+    assert "File name too long" in refusal(capsys, *command, "a" * 300)
+
+
+def test_an_empty_folder_for_runs_is_refused(tmp_path, capsys) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text('out = ""\n')
+    assert "out: got '', expected a folder" in train_refusal(capsys, str(path))
+
+
+# --- what is measured --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def trl_run(tmp_path) -> Path:
+    """What TRL leaves: a log and state, and models in folders."""
+    folder = tmp_path / "trl"
+    shutil.copytree(resolve_policy_path("tiny-sort"), folder / "checkpoint-4")
+    (folder / "telemetry.jsonl").write_text("{}\n")
+    (folder / "checkpoint-4" / "trainer_state.json").write_text("{}")
+    return folder
+
+
+def test_a_target_that_cannot_be_measured_says_what_it_is(tmp_path, trl_run, capsys) -> None:
+    (tmp_path / "empty").mkdir()
+    cases = {
+        "nosuch": "no such run or model folder",
+        "empty": "holds neither a run (no config.json) nor a model",
+        "trl": f"of another trainer, such as TRL; measure its model {trl_run}/checkpoint-4",
+        "trl/checkpoint-4": "is a model, not a run; say what to measure with --task NAME",
+        "trl/telemetry.jsonl": "is a file; give a run's folder",
+    }
+    for name, words in cases.items():
+        line = refusal(capsys, "eval", str(tmp_path / name))
+        assert line.startswith(f"hmpo: {tmp_path / name}: ") and words in line
+
+
+def test_a_folder_that_cannot_be_resumed_says_what_it_is(tmp_path, trl_run, capsys) -> None:
+    for option in ("--resume", "--from"):
+        model = trl_run / "checkpoint-4"
+        assert "is a model's folder, not a run's; train it" in refusal(
+            capsys, "train", option, str(model)
+        )
+        line = refusal(capsys, "train", option, str(trl_run))
+        assert "of another trainer, such as TRL" in line or "holds no run" in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--prompts", "0"], "--prompts: got 0, expected an integer >= 1"),
+        (["--pass-at", "-1"], "--pass-at: got -1, expected an integer >= 0"),
+        (["--set", "optimizer.lr=1"], "--set optimizer.lr: hmpo eval does not read it"),
+        (["--set", "eval.final_prompts=9"], "does not read it; give --prompts"),
+        (["--set", "trainer={max_length=3}"], "--set trainer: hmpo eval does not read it"),
+        (["--set", "policy.path=x"], "the model is the argument"),
+        (["--set", "device=cuda:77"], "device: got 'cuda:77', but there are"),
+    ],
+)
+def test_an_option_of_eval_is_obeyed_or_refused(arguments, words, capsys) -> None:
+    assert words in refusal(capsys, "eval", "tiny-sort", "--task", "sort", *arguments)
+
+
+def test_a_given_length_of_responses_wins_over_the_tasks_hint(capsys) -> None:
+    for length, sorts in ((2, False), (12, True)):
+        given = ["--set", f"trainer.max_length={length}", "--prompts", "16"]
+        capsys.readouterr()
+        assert cli.main(["eval", "tiny-sort", "--task", "sort", *given]) == 0
+        assert ("greedy                  │ 0.000" in capsys.readouterr().out) == (not sorts)
 
 
 def test_the_mistake_that_the_readme_shows_gives_the_line_that_it_shows(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import os
 from pathlib import Path
 
 import pytest
@@ -176,3 +177,14 @@ def test_bytes_are_told_as_they_are_read() -> None:
     sizes = (0, 9_999, 10_000, 1_500_000, 14_900_000_000, 2 * 10**12)
     told = ["0 bytes", "9999 bytes", "10.0 kB", "1.5 MB", "14.9 GB", "2.0 TB"]
     assert [byte_size(size) for size in sizes] == told
+
+
+def test_what_is_no_regular_file_or_far_too_large_is_never_read(tmp_path: Path) -> None:
+    """A pipe would wait for ever, and a device never end."""
+    os.mkfifo(tmp_path / "pipe.toml")
+    (tmp_path / "link.toml").symlink_to("/dev/zero")
+    with (tmp_path / "large.toml").open("wb") as file:
+        file.truncate(10**12)
+    for name, words in (("pipe", "regular"), ("link", "regular"), ("large", "larger than 16 MB")):
+        with pytest.raises(ConfigError, match=words):
+            load_run_config(tmp_path / f"{name}.toml")

@@ -36,7 +36,9 @@ def walk(root: Path, only: list[str]) -> dict[str, dict[str, list[str]]]:
     refused, the name is "base refused: ".
     """
     policy = micro_policy(root / "policy")
-    for name, first in (("prompts.jsonl", 0), ("others.jsonl", 500)):
+    (root / "elsewhere").mkdir()
+    files = (("prompts.jsonl", 0), ("others.jsonl", 500), ("elsewhere/prompts.jsonl", 700))
+    for name, first in files:
         lines = [{"prompt": f"{first + i}>", "answer": str(i)} for i in range(60)]
         (root / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
     os.chdir(root)

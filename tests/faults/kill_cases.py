@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hmpo.config import RunConfig
+from hmpo.run.loop import train
 from tests.agm.streams import EAGER
 from tests.faults.micro import micro_config
 
@@ -78,6 +79,8 @@ CASES: dict[str, dict[str, Any]] = {
         "trainer__temperature": 1.3,
         "mismatch": {"correction": "truncate", "high": 1.5, "off_policy_low": 0.5},
     },
+    "weights of another run": {"reference": "start", "checkpoint__every": 3},
+    "checkpoints by the clock": {"checkpoint__every": "auto", "checkpoint__keep": 1},
     "stop strings": {"task__stop": ["12", "9"]},
     "mean over tokens": {
         "objective__member": "dapo",
@@ -98,4 +101,7 @@ def case_config(name: str, policy: Path, root: Path) -> RunConfig:
         path = place / "prompts.jsonl"
         path.write_text("".join(json.dumps(line) + "\n" for line in lines))
         changes["task"] = {"name": "jsonl", "options": {"path": str(path)}}
+    if name == "weights of another run":
+        other = micro_config(policy, place, "other", optimizer__lr=0.05, updates=2)
+        changes["policy__start"] = str(train(other).folder)
     return micro_config(policy, place, **changes)

@@ -137,6 +137,10 @@ def test_sweep_parameters_take_effect(plain, tmp_path, capsys):
         ("1e-05", "3.0"), ("1e-05", "4.0"), ("1.0", "3.0"), ("1.0", "4.0")
     ]  # fmt: skip
     assert [int(row["learning_rate"]) > 0 for row in rows] == [True, True, False, False]
+    both = out.read_text()
+    again = ("--grid", grid[0], "--grid", grid[1], "--out", out)
+    assert hmpo_agm("sweep", plain, *again) == 0
+    assert out.read_text() == both, "every --grid holds"
     assert hmpo_agm("sweep", plain, "--grid", "adapter.gap_targt=1") == 2
     assert "did you mean gap_target" in capsys.readouterr().err
     for bad in ("adapter.gap_target", "adapter.gap_target=", "=3"):

@@ -24,7 +24,7 @@ CLOSE = 1e-3
 """Relative: readings are float32."""
 OVER = 1.03
 """Of tau after the last clip: what it read came from the weights before."""
-BIASED = ("DogeAttention",)
+BIASED = ("DogeAttention", "InklingAttention")
 """Classes that add to their logits what no mask is: a reading is of the logit before that."""
 
 
@@ -95,10 +95,13 @@ def seen_scores(model: nn.Module) -> Iterator[dict[int, Tensor]]:
         length = len(IDS[0])
         # a softmax with a sink is given one more column, and less the row's maximum
         fits = scores.ndim == 4 and scores.shape[0] == len(IDS) and scores.shape[2] == length
-        if running and fits and scores.shape[3] == length:
-            visible = scores.detach()[..., :length].float().tril()
+        # passes without gradients are none that train: HRM makes some of its own
+        if running and fits and scores.shape[3] == length and torch.is_grad_enabled():
             above = torch.ones(length, length, dtype=torch.bool).triu(1)
-            maxima = visible.masked_fill(above, -torch.inf).amax((0, 2, 3))
+            rows = scores.detach().float().masked_fill(above, -torch.inf).amax(3)
+            maxima = rows.amax((0, 2))
+            if not bool(rows.any()):  # each row less its own maximum
+                return real(scores, *args, **kwargs)
             key = id(running[-1])
             old = found.get(key)
             found[key] = maxima if old is None else torch.maximum(old, maxima)

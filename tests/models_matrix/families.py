@@ -217,6 +217,8 @@ def build(
             part.tie_word_embeddings = tied
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config)
+    if name == "xmod":  # its adapters are by language
+        model.set_default_language("en_XX")
     model.set_experts_implementation("eager")  # grouped products have no float64
     with torch.no_grad():
         for module in model.modules():

@@ -27,7 +27,18 @@ from tests.models_matrix.clipping import forward, qk_clip_cell
 from tests.models_matrix.families import build
 from tests.models_matrix.run import RESULT, statuses
 
-SAMPLE = ("llama", "gpt2", "gpt_neo", "gemma2", "opt", "falcon", "mixtral", "lfm2", "bart")
+SAMPLE = (
+    "llama",
+    "gpt2",
+    "gpt_neo",
+    "gemma2",
+    "opt",
+    "falcon",
+    "mixtral",
+    "lfm2",
+    "bart",
+    "rembert",
+)
 """Packed and not, tied and not, with dropout of their own, experts, convolutions."""
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from hmpo.cli.screen import Screen
 from hmpo.config import CheckpointConfig
 from hmpo.errors import ConfigError, RewardError
 from hmpo.lab.report import write_report
@@ -268,3 +269,89 @@ def test_a_hang_up_saves_and_one_that_is_ignored_stays_ignored(policy, out):
         assert run.train(micro_config(policy, out, "nohup"), observer=observer).signal is None
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+# --- answers to a signal, and progress -----------------------------------------------------
+
+
+def test_a_signal_in_the_first_evaluation_is_answered_at_once_and_measured_anew(policy, out):
+    """It arrives before the first response is sampled, and a batch more would take long."""
+    heard: list = []
+
+    class Impatient(run.Observer):
+        def on_measuring(self, step, name, done, total):
+            heard.append((name, done, total))
+            os.kill(os.getpid(), signal.SIGINT)
+
+        def on_stop(self, number):
+            heard.append(number)
+
+    config = micro_config(policy, out, eval__final_prompts=64, eval__batch_size=1)
+    run.train(config)
+    expected = left_by(out / "run")
+    shutil.rmtree(out / "run")
+    result = run.train(config, observer=Impatient())
+    (told, number) = heard
+    assert told[:2] == ("before", 0) and number == signal.SIGINT
+    assert (result.status, result.before, saved_steps(out / "run")) == ("interrupted", None, [0])
+    run.train(config, resume=True)
+    assert_same(left_by(out / "run"), expected)
+
+
+def test_a_signal_while_the_policy_is_loaded_ends_the_start_and_leaves_no_run(policy, out):
+    class Impatient(run.Observer):
+        def on_loading(self, config, what):
+            assert str(policy) in what
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        run.train(micro_config(policy, out), observer=Impatient())
+    assert caught.value.args == (signal.SIGTERM,)
+    assert list(out.iterdir()) == []
+
+
+def test_the_screen_tells_of_loading_and_of_how_far_an_evaluation_is(policy, out, capsys):
+    with Screen() as screen:
+        run.train(micro_config(policy, out), observer=screen)
+    lines = capsys.readouterr().out.splitlines()
+    assert f"hmpo: loading the policy {policy} ..." in lines
+    assert "hmpo: measuring 6 held-out responses after 0 updates ..." in lines
+
+
+# --- nothing to learn from -----------------------------------------------------------------
+
+LACKING = {
+    "equal": ({"rewards__functions": ["tests.run.test_ending:equal"]}, "all rewards were equal"),
+    "failing": (
+        {"rewards__functions": ["tests.faults.rewards:raises"], "trainer__on_reward_error": "skip"},
+        "none of 48 responses has a reward",
+    ),
+    "truncated": (
+        {"trainer__max_length": 1, "trainer__top_k": 1, "trainer__mask_truncated": True},
+        "every one of 48 responses was cut off at trainer.max_length",
+    ),
+}
+
+
+def equal(prompts, **columns):
+    return [0.5] * len(prompts)
+
+
+@pytest.mark.filterwarnings("ignore:top_k=1")
+@pytest.mark.parametrize("name", LACKING)
+def test_a_run_without_a_signal_says_so_everywhere_and_ends_well(policy, out, caplog, name):
+    changes, expected = LACKING[name]
+    config = micro_config(policy, out, **changes)
+    result = run.train(config)
+    assert result.status == "completed" and expected in result.warning
+    assert expected in caplog.text
+    (end,) = records(out / "run", "end")
+    assert end["warning"] == result.warning
+    assert expected in write_report([out / "run"]).read_text()
+    shutil.rmtree(out / "run/checkpoints/step-00000008")
+    assert run.train(config, resume=True).warning == result.warning, "counted over all processes"
+
+
+def test_a_run_with_a_signal_has_no_warning(policy, out):
+    assert run.train(micro_config(policy, out)).warning == ""
+    assert "warning" not in records(out / "run", "end")[0]

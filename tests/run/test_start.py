@@ -103,7 +103,7 @@ def test_a_started_run_resumes_to_the_same_bytes_when_the_other_is_gone(policy, 
 def test_what_cannot_be_started_from_is_one_line(policy, out, capsys):
     trained(written(out, policy))
     source = str(out / "run")
-    assert "no such folder, expected RUN" in refusal(capsys, "--from", str(out / "nosuch"))
+    assert "holds no run (no such folder)" in refusal(capsys, "--from", str(out / "nosuch"))
     assert "has no checkpoint of step 3, only of 7, 8" in refusal(capsys, "--from", f"{source}@3")
     assert "goes on as the run began" in refusal(capsys, "--from", source, "--resume", source)
     other = micro_policy(out / "other")

@@ -1,6 +1,7 @@
 """JSONL files as they are found: byte-order marks, home folders, other formats, missing answers."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -98,3 +99,9 @@ def test_a_prompt_that_cannot_be_read_is_named_by_its_line_before_the_run(
         check_prompts(task, loaded.tokenizer, loaded.model, max_length=8)
     text = str(caught.value)
     assert f"{split}.jsonl, line 6: " in text and words in text and text.isprintable()
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(TaskError, match="no regular file; give a file of JSON lines"):
+        make_task(TaskConfig(name="jsonl", options={"path": str(tmp_path / "pipe")}))

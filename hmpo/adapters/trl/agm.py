@@ -4,6 +4,7 @@ The learning rate of TRL's schedule is multiplied by the factor in force, for sc
 not build on the rate of the step before, which all of transformers' but reduce_lr_on_plateau are.
 """
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,17 @@ STATE_FILE = "hmpo_agm.json"
 """In a checkpoint folder: the state of the controllers."""
 CONTROLS = ("lr", "p", "stop")
 """What can be set inside TRL."""
+UNREAD = {
+    "uncertainty": "TRL logs no variance of the rewards within a group",
+    "gating": "TRL logs no variance of the rewards within a group",
+    "first_level": "TRL's prompts have no levels",
+    "stop.target": "TRL's evaluations do not reach the controllers",
+    "stop.min_delta_sd": "TRL's evaluations do not reach the controllers",
+    "stop.min_steps": "TRL's evaluations do not reach the controllers",
+    "stop.halflife": "TRL's evaluations do not reach the controllers",
+    "stop.mode": "TRL's evaluations do not reach the controllers",
+}
+"""Tables and settings of the controllers that nothing reads inside TRL, and why."""
 
 
 class AGMCallback(TrainerCallback):
@@ -33,7 +45,7 @@ class AGMCallback(TrainerCallback):
             and stop.
 
     Raises:
-        ConfigError: controls that cannot be set inside TRL.
+        ConfigError: controls that cannot be set inside TRL, or settings that nothing reads there.
 
     Example:
         trainer = PowerMeanGRPOTrainer(model, reward_fn, args=args, train_dataset=dataset)
@@ -45,6 +57,7 @@ class AGMCallback(TrainerCallback):
         foreign = [name for name in config.controls if name not in CONTROLS]
         able = config.mode != "apply" or not foreign
         require(able, "agm.controls", foreign, f"some of {', '.join(CONTROLS)} inside TRL")
+        _refuse_unread(config, ControlConfig(), "")
         config.check("power_mean", trainer.args.resolved_objective)
         schedule = getattr(trainer.args.lr_scheduler_type, "value", trainer.args.lr_scheduler_type)
         steers = config.mode == "apply" and "lr" in config.controls
@@ -94,3 +107,15 @@ class AGMCallback(TrainerCallback):
             return
         text = json.dumps(self.control.state_dict(), sort_keys=True)
         (folder / STATE_FILE).write_text(text, encoding="utf-8")
+
+
+def _refuse_unread(config: Any, plain: Any, path: str, why: str | None = None) -> None:
+    """Refuse settings of `UNREAD` that differ from the defaults."""
+    for field in dataclasses.fields(config):
+        name = f"{path}{field.name}"
+        value, default = getattr(config, field.name), getattr(plain, field.name)
+        reason = UNREAD.get(name, why)
+        if dataclasses.is_dataclass(value):
+            _refuse_unread(value, default, f"{name}.", reason)
+        elif reason is not None:
+            require(value == default, f"agm.{name}", value, f"{default!r} inside TRL: {reason}")

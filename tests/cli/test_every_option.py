@@ -1,0 +1,425 @@
+"""Every option of every command does something: what it changes is looked at, one by one.
+
+`OPTIONS` is complete: an option without a check fails the first test.
+"""
+
+import dataclasses
+import inspect
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import hmpo.cli.demo
+import hmpo.models
+from hmpo import cli
+from hmpo.cli.preflight import refuse_several_processes
+from hmpo.errors import ConfigError
+from hmpo.models.paths import cache_folder
+from hmpo.run import loop as run
+from tests.agm.streams import EAGER
+from tests.faults.micro import micro_config, micro_policy, records, toml
+from tests.faults.storage import fast_folder
+from tests.lab.synthetic import make_run
+from tests.test_surface import commands
+
+ROOT = Path(__file__).parents[2]
+
+
+@dataclasses.dataclass
+class Place:
+    """Two finished runs, one with controllers, and a file that starts another."""
+
+    root: Path
+    policy: Path
+    run: Path
+    steered: Path
+    file: Path
+    capsys: Any = None
+    monkeypatch: Any = None
+
+    def hmpo(self, *words: object) -> str:
+        """What a command prints; its exit code is 0."""
+        self.capsys.readouterr()
+        assert cli.main([str(word) for word in words]) == 0
+        return self.capsys.readouterr().out
+
+    def fails(self, *words: object) -> str:
+        """The line that a command ends with, exit code 2."""
+        self.capsys.readouterr()
+        assert cli.main([str(word) for word in words]) == 2
+        (line,) = self.capsys.readouterr().err.splitlines()
+        return line
+
+
+SMALL = {"updates": 4, "eval__final_prompts": 1}
+STEERED = SMALL | {
+    "updates": 12,
+    "eval__every": 4,
+    "optimizer__lr": 0.03,
+    "agm": EAGER | {"mode": "apply", "controls": ["lr", "stop"]},
+}
+
+
+@pytest.fixture(scope="module")
+def made():
+    with fast_folder() as root:
+        policy = micro_policy(root / "policy")
+        first = run.train(micro_config(policy, root, "first", **SMALL)).folder
+        steered = run.train(micro_config(policy, root, "steered", **STEERED)).folder
+        file = root / "run.toml"
+        file.write_text(toml(micro_config(policy, root, **SMALL)))
+        yield Place(root, policy, first, steered, file)
+
+
+@pytest.fixture
+def place(made, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    return dataclasses.replace(made, capsys=capsys, monkeypatch=monkeypatch)
+
+
+# --- demo, train -----------------------------------------------------------------------------
+
+
+def demo(place: Place, *words: object) -> tuple[Any, Any]:
+    """Configuration and screen with which `hmpo demo` would train."""
+    seen: list[Any] = []
+
+    def train(config, *, observer):
+        seen.extend((config, observer))
+        raise ConfigError("enough")
+
+    place.monkeypatch.setattr(hmpo.cli.demo, "train", train)
+    place.fails("demo", *words)
+    return seen[0], seen[1]
+
+
+def demo_seed(place: Place) -> None:
+    assert [demo(place, *words)[0].seed for words in ((), ("--seed", 3))] == [0, 3]
+
+
+def demo_updates(place: Place) -> None:
+    assert [demo(place, *words)[0].updates for words in ((), ("--updates", 3))] == [130, 3]
+
+
+def demo_out(place: Place) -> None:
+    assert [demo(place, *words)[0].out for words in ((), ("--out", "x"))] == ["runs", "x"]
+
+
+def demo_quiet(place: Place) -> None:
+    assert [demo(place, *words)[1].quiet for words in ((), ("--quiet",))] == [False, True]
+
+
+def trained(place: Place, name: str, *words: object) -> tuple[Path, str]:
+    """A run of the file under a name of its own."""
+    text = place.hmpo("train", place.file, "--set", f"name={name}", *words)
+    return place.root / name, text
+
+
+def train_config_set_report_quiet(place: Place) -> None:
+    folder, loud = trained(place, "loud", "updates=2")
+    assert (folder / "report.html").exists() and len(records(folder, "step")) == 2
+    other, soft = trained(place, "soft", "--quiet", "--no-report")
+    assert not (other / "report.html").exists() and len(records(other, "step")) == 4
+    assert "held-out after" in loud and "held-out after" not in soft
+
+
+def train_resume(place: Place) -> None:
+    folder, _ = trained(place, "longer", "--quiet", "--no-report")
+    words = ("train", "--resume", folder, "--set", "updates=5", "--quiet", "--no-report")
+    assert "--allow-code" in place.fails(*words)
+    place.hmpo(*words, "--allow-code")
+    assert [r["step"] for r in records(folder, "step")] == [0, 1, 2, 3, 4]
+    for name in ("name", "out"):
+        line = place.fails("train", "--resume", folder, "--set", f"{name}=x")
+        assert f"--set {name}: the folder behind --resume decides it" in line
+
+
+def train_allow_changed(place: Place) -> None:
+    lines = "".join(f'{{"prompt": "{i:03d}>"}}\n' for i in range(40))
+    Path("prompts.jsonl").write_text(lines)
+    options = f"task={{name = 'jsonl', options = {{path = '{Path.cwd()}/prompts.jsonl'}}}}"
+    folder, _ = trained(place, "changed", options, "--quiet", "--no-report")
+    Path("prompts.jsonl").write_text(lines.replace("000>", "999>"))
+    words = ("train", "--resume", folder, "--allow-code", "--set", "updates=5", "--quiet")
+    assert "has changed" in place.fails(*words, "--no-report")
+    place.hmpo(*words, "--no-report", "--allow-changed")
+    assert len(records(folder, "step")) == 5
+
+
+def train_from_(place: Place) -> None:
+    plain, _ = trained(place, "plain", "--quiet", "--no-report")
+    again, _ = trained(place, "again", "--from", place.run, "--quiet", "--no-report")
+    assert records(plain, "step")[0]["entropy"] != records(again, "step")[0]["entropy"]
+    line = place.fails("train", place.file, "--from", place.run, "--set", "policy.start=x")
+    assert "--set policy.start: --from" in line
+
+
+def train_overwrite(place: Place) -> None:
+    words = ("train", place.file, "--set", "name=twice", "updates=2", "--quiet", "--no-report")
+    place.hmpo(*words)
+    assert "holds a run already" in place.fails(*words)
+    place.hmpo(*words, "--overwrite")
+
+
+# --- eval, report, fetch-model, doctor ---------------------------------------------------------
+
+
+def eval_target_prompts_pass_at(place: Place) -> None:
+    text = " ".join(place.hmpo("eval", place.run, "--allow-code", "--prompts", 5).split())
+    assert "5 held-out prompts" in text and "pass@" not in text
+    assert "pass@2" in place.hmpo("eval", place.run, "--allow-code", "--prompts", 5, "--pass-at", 2)
+    assert "is a model, not a run" in place.fails("eval", place.policy)
+
+
+def eval_allow_code(place: Place) -> None:
+    assert "--allow-code" in place.fails("eval", place.run)
+
+
+def eval_task(place: Place) -> None:
+    words = ("eval", place.policy, "--prompts", 3, "--set", "task.level=2", "--task")
+    assert "on reverse" in place.hmpo(*words, "reverse")
+    assert "on sort" in place.hmpo(*words, "sort")
+    line = place.fails(
+        "eval", place.run, "--allow-code", "--task", "sort", "--set", "task.name=reverse"
+    )
+    assert "--task: got 'sort' beside --set task.name" in line
+
+
+def eval_set(place: Place) -> None:
+    seen = []
+
+    def noted(*_: object, config: Any, **__: object) -> None:
+        seen.append(config)
+        raise ZeroDivisionError
+
+    place.monkeypatch.setattr("hmpo.run.evaluation.sample_and_score", noted)
+    for target in ((place.policy, "--task", "reverse"), (place.run, "--allow-code")):
+        for settings in ([], ["trainer.max_length=3", "trainer.temperature=0.5"]):
+            with pytest.raises(ZeroDivisionError):
+                cli.main(["eval", *map(str, target), "--set", "task.level=2", *settings])
+    lengths = [(config.max_length, config.temperature) for config in seen]
+    assert lengths == [(3, 1.0), (3, 0.5), (4, 1.0), (3, 0.5)]
+    for name, instead in (
+        ("eval.final_prompts=3", "give --prompts"),
+        ("eval.pass_at=3", "give --pass-at"),
+        ("trainer.top_k=3", "leave it out"),
+        ("objective.p=0.5", "leave it out"),
+        ("policy.start=x", "leave it out"),
+        ("updates=3", "leave it out"),
+    ):
+        line = place.fails("eval", place.run, "--allow-code", "--set", name)
+        assert line.startswith(f"hmpo: --set {name.partition('=')[0]}: ") and instead in line
+    place.monkeypatch.undo()
+    line = place.fails("eval", place.run, "--allow-code", "--set", "device=cuda:77")
+    assert "device: got 'cuda:77'" in line
+
+
+def report_runs_out(place: Place) -> None:
+    text = place.hmpo("report", place.run, place.steered, "--out", "both.html")
+    assert "report: both.html" in text
+    page = Path("both.html").read_text()
+    assert "first" in page and "steered" in page and not (place.run / "report.html").exists()
+
+
+def fetch_model_name_folder(place: Place) -> None:
+    place.monkeypatch.setattr(hmpo.models, "fetch_smollm2", lambda folder=None: f"into {folder}")
+    assert "into None" in place.hmpo("fetch-model")
+    assert "into x" in place.hmpo("fetch-model", "smollm2", "--folder", "x")
+    assert "expected smollm2" in place.fails("fetch-model", "llama")
+
+
+def doctor_model_split(place: Place) -> None:
+    bare, seen = place.hmpo("doctor"), place.hmpo("doctor", place.policy)
+    split = place.hmpo("doctor", place.policy, "--split")
+    assert "attention of" not in bare and "attention of" in seen
+    assert "trained by" not in seen and "trained by" in split
+
+
+# --- agm -----------------------------------------------------------------------------------------
+
+
+def agm(place: Place, *words: object) -> str:
+    return place.hmpo("agm", *words)
+
+
+def agm_replay_run_config_compare(place: Place) -> None:
+    assert "equal to the" in agm(place, "replay", place.steered, "--compare")
+    Path("agm.toml").write_text("[agm]\nadapter.gap_target = 1.0\n")
+    words = ("agm", "replay", str(place.steered), "--config", "agm.toml", "--compare")
+    assert cli.main(words) == 1
+    assert agm(place, "replay", place.steered) != agm(place, "replay", place.run)
+
+
+def agm_replay_out_until_state(place: Place) -> None:
+    words = ("replay", place.steered, "--out")
+    agm(place, *words, "whole.jsonl")
+    agm(place, *words, "half.jsonl", "--until", 5, "--state-out", "state.json")
+    agm(place, *words, "rest.jsonl", "--state-in", "state.json")
+    whole, half, rest = (Path(f"{n}.jsonl").read_text() for n in ("whole", "half", "rest"))
+    kept = [[line for line in log.splitlines() if '"decision"' in line] for log in (half, rest)]
+    assert all(kept) and "\n".join([*kept[0], *kept[1]]) in whole
+
+
+def agm_replay_strict(place: Place) -> None:
+    folder = make_run(Path("long"), updates=120)
+    lines = (folder / "telemetry.jsonl").read_text().splitlines()
+    Path("log.jsonl").write_text("\n".join([*lines[:3], "{", *lines[3:]]) + "\n")
+    assert "malformed: line 4" in agm(place, "replay", "log.jsonl")
+    assert "log.jsonl" in place.fails("agm", "replay", "log.jsonl", "--strict")
+
+
+def agm_any_adapter(place: Place) -> None:
+    out = Path("sweep.csv")
+    for name, rest in (
+        ("replay", ()),
+        ("summarize", ()),
+        ("plot", ("--out", "x.png")),
+        ("sweep", ("--grid", "dwell=1,2", "--out", out)),
+    ):
+        line = place.fails("agm", name, place.run, *rest, "--adapter", "trl")
+        assert line != place.fails("agm", name, place.run, *rest, "--adapter", "unheard-of")
+
+
+def agm_summarize_run(place: Place) -> None:
+    assert agm(place, "summarize", place.steered) != agm(place, "summarize", place.run)
+
+
+def agm_plot_run_out(place: Place) -> None:
+    agm(place, "plot", place.steered, "--out", "a.png")
+    agm(place, "plot", place.run, "--out", "b.png")
+    assert Path("a.png").read_bytes() != Path("b.png").read_bytes()
+
+
+def agm_sweep(place: Place) -> None:
+    words = ("sweep", place.steered, "--grid")
+    one = agm(place, *words, "adapter.gap_target=1e-9", "--out", "one.csv")
+    two = agm(place, *words, "adapter.gap_target=1e-9,1e3")
+    assert len(two.splitlines()) == len(one.splitlines()) + 1 == 3
+    assert Path("one.csv").read_text() in one
+    Path("agm.toml").write_text("[agm]\nadapter.dwell = 50\n")
+    assert agm(place, *words, "adapter.gap_target=1e-9", "--config", "agm.toml") != one
+    assert agm(place, "sweep", place.run, "--grid", "adapter.gap_target=1e-9") != one
+
+
+def agm_diff(place: Place) -> None:
+    assert "no difference" in agm(place, "diff", place.steered, place.steered)
+    shown = []
+    for words in ((), ("--lines", "1")):
+        place.capsys.readouterr()
+        assert cli.main(["agm", "diff", str(place.steered), str(place.run), *words]) == 1
+        shown.append(place.capsys.readouterr().out.splitlines())
+    assert len(shown[1]) < len(shown[0])
+
+
+OPTIONS: dict[str, dict[str, Callable[[Place], None]]] = {
+    "demo": {"seed": demo_seed, "updates": demo_updates, "out": demo_out, "quiet": demo_quiet},
+    "train": {
+        "config": train_config_set_report_quiet,
+        "set": train_config_set_report_quiet,
+        "report": train_config_set_report_quiet,
+        "quiet": train_config_set_report_quiet,
+        "resume": train_resume,
+        "from_": train_from_,
+        "overwrite": train_overwrite,
+        "allow_code": train_resume,
+        "allow_changed": train_allow_changed,
+    },
+    "eval": {
+        "target": eval_target_prompts_pass_at,
+        "prompts": eval_target_prompts_pass_at,
+        "pass_at": eval_target_prompts_pass_at,
+        "task": eval_task,
+        "set": eval_set,
+        "allow_code": eval_allow_code,
+    },
+    "report": {"runs": report_runs_out, "out": report_runs_out},
+    "fetch-model": {"name": fetch_model_name_folder, "folder": fetch_model_name_folder},
+    "doctor": {"model": doctor_model_split, "split": doctor_model_split},
+    "agm replay": {
+        "run": agm_replay_run_config_compare,
+        "config": agm_replay_run_config_compare,
+        "compare": agm_replay_run_config_compare,
+        "out": agm_replay_out_until_state,
+        "until": agm_replay_out_until_state,
+        "state_in": agm_replay_out_until_state,
+        "state_out": agm_replay_out_until_state,
+        "strict": agm_replay_strict,
+        "adapter": agm_any_adapter,
+    },
+    "agm summarize": {"run": agm_summarize_run, "adapter": agm_any_adapter},
+    "agm plot": {"run": agm_plot_run_out, "out": agm_plot_run_out, "adapter": agm_any_adapter},
+    "agm sweep": {
+        "run": agm_sweep,
+        "grid": agm_sweep,
+        "out": agm_sweep,
+        "config": agm_sweep,
+        "adapter": agm_any_adapter,
+    },
+    "agm diff": {"first": agm_diff, "second": agm_diff, "lines": agm_diff},
+}
+"""By command and option, the check that it does something."""
+CHECKS = {check.__name__: check for options in OPTIONS.values() for check in options.values()}
+
+
+def test_every_option_of_every_command_is_looked_at() -> None:
+    offered = {
+        name: set(inspect.signature(function).parameters) for name, function in commands().items()
+    }
+    assert {name: set(options) for name, options in OPTIONS.items()} == offered
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_each_option_changes_what_a_command_does(place: Place, name: str) -> None:
+    CHECKS[name](place)
+
+
+# --- the environment -----------------------------------------------------------------------------
+
+
+def cache(monkeypatch, tmp_path) -> list[Any]:
+    before = cache_folder()
+    monkeypatch.setenv("HMPO_CACHE", str(tmp_path))
+    return [before, cache_folder()]
+
+
+def world_size(monkeypatch, tmp_path) -> list[Any]:
+    refuse_several_processes()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match=r"^WORLD_SIZE = 2: ") as caught:
+        refuse_several_processes()
+    return [None, str(caught.value)]
+
+
+ENVIRONMENT = {
+    "HMPO_CACHE": cache,
+    "WORLD_SIZE": world_size,
+    "HMPO_MATMUL": "tests/logprobs/test_matmul.py",
+    "OMP_WAIT_POLICY": "tests/cli/test_cli.py",
+    "HF_HUB_OFFLINE": "tests/cli/test_cli.py",
+    "TOKENIZERS_PARALLELISM": "tests/cli/test_cli.py",
+}
+"""Variables of the environment that the package reads or sets, and who looks at each."""
+READ = re.compile(r'environ(?:\.get|\.setdefault|\.pop)?[(\[]\s*"(\w+)"')
+
+
+def test_every_variable_that_the_package_names_is_looked_at() -> None:
+    found = set()
+    for path in (ROOT / "hmpo").rglob("*.py"):
+        found |= set(READ.findall(path.read_text(encoding="utf-8")))
+    assert found == ENVIRONMENT.keys()
+    for name, test in ENVIRONMENT.items():
+        if isinstance(test, str):
+            assert name in (ROOT / test).read_text(encoding="utf-8"), name
+    pages = [*(ROOT / "docs").glob("*.md"), ROOT / "README.md"]
+    named = {n for page in pages for n in re.findall(r"\bHMPO_[A-Z]+\b", page.read_text())}
+    assert named <= found, "what the pages name is read"
+
+
+@pytest.mark.parametrize("name", [name for name, test in ENVIRONMENT.items() if callable(test)])
+def test_each_variable_changes_something(name: str, monkeypatch, tmp_path) -> None:
+    monkeypatch.delenv(name, raising=False)
+    before, after = ENVIRONMENT[name](monkeypatch, tmp_path)
+    assert before != after
