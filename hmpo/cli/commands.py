@@ -268,7 +268,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(hmpo.__version__)
         return 0
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    with warnings_in_one_line():
+    with _warnings_in_one_line():
         return _run(arguments)
 
 
@@ -295,7 +295,7 @@ def _run(arguments: list[str]) -> int:
 
 
 @contextlib.contextmanager
-def warnings_in_one_line() -> Iterator[None]:
+def _warnings_in_one_line() -> Iterator[None]:
     """Show what the library warns of without the place in its code."""
     plain = warnings.formatwarning
 

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 import hmpo.cli
-from hmpo.cli.commands import warnings_in_one_line
+from hmpo.cli.commands import _warnings_in_one_line
 from hmpo.cli.samples import own_part, printable
 from hmpo.cli.screen import Screen
 from hmpo.config import RunConfig
@@ -84,7 +84,7 @@ def test_a_skipped_update_is_told_once():
 
 def test_a_warning_of_ours_is_one_line_without_a_place_in_the_code():
     told = ("one update per\nrollout", UserWarning, "/x/loop.py", 7)
-    with warnings_in_one_line():
+    with _warnings_in_one_line():
         assert warnings.formatwarning(*told) == "hmpo: warning: one update per rollout\n"
         assert "Deprecation" in warnings.formatwarning("old", DeprecationWarning, "x.py", 1)
     assert "/x/loop.py:7: UserWarning" in warnings.formatwarning(*told)
