@@ -20,7 +20,7 @@ HEAD = """# Models
 
 What this library does with each causal language model that the installed transformers can build.
 A tiny model of the family, in {dtype} where the family runs in it, is asked; nothing is taken
-from its name. `make test-models` asks all of them again (about half an hour on an idle core), and
+from its name. `make test-models` asks all of them again ({minutes:.0f} minutes on a busy machine), and
 `python scripts/make_models_page.py` makes this page from
 `benchmarks/results/models.json` (commit {commit}, torch {torch}, transformers {transformers}).
 
@@ -64,6 +64,7 @@ def page() -> str:
     head = HEAD.format(
         dtype="float64",
         counts="\n".join([lines[0].strip(), "", *(f"* {line}" for line in lines[1:])]),
+        minutes=sum(row["seconds"] for row in found["families"].values()) / 60,
         commit=" and ".join(sorted({row["commit"] for row in found["families"].values()})),
         **{key: found[key] for key in ("torch", "transformers", "limit")},
         **{key: found[key] for key in ("limit_float32", "steps")},
