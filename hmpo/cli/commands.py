@@ -8,9 +8,10 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -267,6 +268,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(hmpo.__version__)
         return 0
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    with _warnings_in_one_line():
+        return _run(arguments)
+
+
+def _run(arguments: list[str]) -> int:
+    """The exit code of a command."""
     try:
         refuse_unknown_command(arguments)
         code = app.cli(args=arguments, prog="hmpo", description=hmpo.__doc__) or 0
@@ -285,6 +292,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _silence()
         place = f"{error.filename}: " if error.filename else ""
         return _refuse(f"{place}{error.strerror or error}")
+
+
+@contextlib.contextmanager
+def _warnings_in_one_line() -> Iterator[None]:
+    """Show what the library warns of without the place in its code."""
+    plain = warnings.formatwarning
+
+    def line(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> str:
+        if category is not UserWarning:
+            return plain(message, category, *place, **more)
+        return f"hmpo: warning: {' '.join(str(message).split())}\n"
+
+    warnings.formatwarning = line
+    try:
+        yield
+    finally:
+        warnings.formatwarning = plain
 
 
 def _refuse(text: str) -> int:
