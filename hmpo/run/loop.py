@@ -146,7 +146,7 @@ class _Run:
         header = files.header(self.steering.base, saved)
         self.steering.start(header)
         if saved is not None:
-            self.saver.restore(saved.state, self.config.updates)
+            self.saver.restore(saved.state)
         changed = [] if saved is None else self._changed_inputs(saved.state["run"])
         files.open(stack, header, saved)
         if saved is None:
@@ -257,6 +257,7 @@ class _Run:
             self.trainer.begin_rollout([example.prompt for example in examples], columns)
         self.evidence.note(self.trainer)
         self._report_rollout()
+        self.files.lock.beat()
         told = self._log_events()
         self.saver.note()
         self.audience.tell("on_rollout", self.trainer.step, self.trainer.samples)
@@ -303,7 +304,7 @@ class _Run:
 
     def _tell(self, name: str, data: dict[str, Any]) -> None:
         """An event of this process alone (it would not occur in an undisturbed run)."""
-        logger.warning("%s: %s", name, data)
+        logger.warning("%s: %s", name, data, extra={"event": name})
         self.files.note(self.trainer.step, name, data)
         self.audience.tell("on_event", Event(name=name, step=self.trainer.step, data=data))
 
@@ -320,6 +321,7 @@ class _Run:
 
         def progress(done: int, total: int) -> None:
             self.stop.check()
+            self.files.lock.beat()
             self.audience.tell("on_measuring", step, name, done, total)
 
         with self.stop.at_once(unless=lambda: self.rewards.calling):
