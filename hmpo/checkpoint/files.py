@@ -9,6 +9,7 @@ import contextlib
 import errno
 import hashlib
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -17,6 +18,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
+from hmpo.checkpoint.lock import process_alive
 from hmpo.errors import CheckpointError, HmpoError, StorageError, byte_size
 
 CHUNK_BYTES = 4 * 2**20
@@ -183,9 +185,20 @@ def write_atomic(path: Path, data: bytes | str, *, make_folder: bool = False) ->
     with storage_errors(path, len(content)):
         if make_folder:
             path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_stale(path)
         try:
             write_file(temporary, [content])
             temporary.replace(path)
             fsync_folder(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def _remove_stale(path: Path) -> None:
+    """Delete what killed processes left of this file half-written."""
+    name = re.compile(re.escape(f".{path.name}.tmp-") + r"(\d+)-[0-9a-f]+")
+    with contextlib.suppress(OSError):  # it does no harm there
+        for other in path.parent.iterdir():
+            match = name.fullmatch(other.name)
+            if match and not process_alive(int(match[1])):
+                other.unlink(missing_ok=True)

@@ -286,7 +286,8 @@ def load_checkpoint(
             raise
         except CheckpointError as error:
             skipped.append((path.name, str(error)))
-            logger.warning("%s: checkpoint skipped: %s", path, error)
+            told = {"event": "checkpoint_skipped"}  # for whoever shows events by other means
+            logger.warning("%s: checkpoint skipped: %s", path, error, extra=told)
             continue
         return Checkpoint(step=number, state=state, path=path, skipped=tuple(skipped))
     if not skipped:

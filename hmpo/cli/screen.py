@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import logging
 import os
 import time
 from collections import deque
@@ -57,6 +58,11 @@ REFRESH_S = 0.25
 """Seconds between two pictures of the live view."""
 
 
+def _no_event(record: logging.LogRecord) -> bool:
+    """Whether a message is about something that is no event of the run."""
+    return not hasattr(record, "event")
+
+
 class _Console(Console):
     """A console that lets its owner know of a reader who has gone, and does not end the process."""
 
@@ -92,6 +98,7 @@ class Screen(Observer):
         self.success = 1.0
         self.measured: list[tuple[int, Evaluation]] = []
         self.tokens_per_s = float("nan")
+        self.filtered: list[logging.Handler] = []
         self.title = ""
         self.measuring = ""
         self.drawn = 0.0
@@ -100,9 +107,15 @@ class Screen(Observer):
         self.first_step = 0
 
     def __enter__(self) -> "Screen":
+        if not self.quiet:  # what is shown as an event is not logged beside it
+            self.filtered = list(logging.getLogger().handlers)
+            for handler in self.filtered:
+                handler.addFilter(_no_event)
         return self
 
     def __exit__(self, *error: object) -> None:
+        for handler in self.filtered:
+            handler.removeFilter(_no_event)
         live, self.live = self.live, None
         if live is not None:
             with contextlib.suppress(Exception):  # the terminal may be gone

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -114,6 +115,8 @@ def measured_run(
         raise RunFolderError(f"{target}: no such run or model folder; give one that is there")
     if not target.is_dir():
         raise RunFolderError(f"{target}: is a file; give a run's folder, or a model's with --task")
+    if any(os.path.lexists(target / name) for name in ("telemetry.jsonl", "checkpoints")):
+        refuse_foreign(target)  # a model's folder may be one of links, as in a hub's cache
     if is_model(target):
         return None
     if not (target / "config.json").is_file():

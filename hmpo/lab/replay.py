@@ -20,6 +20,7 @@ from hmpo.config import to_dict
 from hmpo.config.control import ControlConfig
 from hmpo.config.reading import from_dict
 from hmpo.errors import CheckpointError, ConfigError, TelemetryError
+from hmpo.run.folder import refuse_foreign
 from hmpo.telemetry.foreign import read_log
 from hmpo.telemetry.ingest import Record, RunLog
 from hmpo.telemetry.reading import loads, reason
@@ -61,6 +62,7 @@ def load_source(
     if not os.path.exists(run):  # noqa: PTH110 - unlike pathlib, false for over-long paths
         raise TelemetryError(f"{run}: no such file or folder, expected a run folder or a log")
     if run.is_dir():
+        refuse_foreign(run)
         logs = [run / name for name in LOGS if (run / name).is_file()]
         if not logs:
             raise TelemetryError(f"{run}: no telemetry in it, expected a run folder or a log")
@@ -209,7 +211,9 @@ def first_difference(source: Source, decisions: Sequence[Record]) -> str | None:
         raise TelemetryError(f"{source.path}: holds no decisions to compare with")
     for replayed, recorded in zip(decisions, logged):
         if encode(replayed) != encode(recorded):
-            return f"step {replayed['step']}: {'; '.join(differing(replayed, recorded))}"
+            ids = f"run_id {replayed.get('run_id')!r}, was {recorded.get('run_id')!r}"
+            parts = differing(replayed, recorded) or [ids]
+            return f"step {replayed['step']}: {'; '.join(parts)}"
     if len(logged) < len(decisions):
         return f"{len(decisions)} decisions, the log holds {len(logged)}"
     return None

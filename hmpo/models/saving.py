@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hmpo.checkpoint.files import fsync_folder
 from hmpo.errors import ModelError, StorageError
 from hmpo.models.hub import no_hub
 from hmpo.models.paths import is_adapter
@@ -96,6 +97,7 @@ def replace_folder(folder: Path, write: Callable[[Path], None]) -> Path:
                 if old.exists():
                     old.replace(folder)
                 raise
+            fsync_folder(folder.parent)
     except (OSError, SafetensorError) as error:
         raise StorageError(f"{folder}: cannot be written ({first_line(error)})") from error
     return folder
@@ -116,6 +118,9 @@ def _flush(folder: Path) -> None:
             path.chmod(mode)  # weights come as 0600, from a temporary file
             with path.open("rb+") as file:
                 os.fsync(file.fileno())
+        else:
+            fsync_folder(path)
+    fsync_folder(folder)
 
 
 def first_line(error: BaseException) -> str:

@@ -189,7 +189,7 @@ class RunFiles:
             raise RunFolderError(
                 f"{folder}: cannot be made ({error.strerror}); choose another `out`"
             ) from None
-        stack.enter_context(RunLock(folder))
+        self.lock = stack.enter_context(RunLock(folder))
         self.place.settle()
         # once more, as nobody else writes now
         check_folder(self.config, folder, resume=resume, exist_ok=exist_ok, overwrite=overwrite)
@@ -354,6 +354,8 @@ class RunFiles:
             RunFolderError: one line that says what has become of them.
         """
         self.place.check()
+        self.lock.check()
+        self.lock.beat()
         for log in (self.telemetry, self.completions, self.timing):
             if log is not None and (problem := log.moved()):
                 raise RunFolderError(

@@ -3,9 +3,11 @@
 A folder may come from a stranger, and may be moved, deleted or replaced while a run writes into it.
 """
 
+import contextlib
 import dataclasses
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
 
 from hmpo.config import RunConfig
@@ -34,19 +36,28 @@ def refuse_foreign(folder: Path) -> None:
     Raises:
         RunFolderError: one line that names it.
     """
-    for name in (*FILES, *FOLDERS):
-        path = folder / name
-        try:
-            mode = path.lstat().st_mode
-        except OSError:
-            continue  # it is not there, or whoever opens it says why it cannot be
-        if stat.S_ISREG(mode) if name in FILES else stat.S_ISDIR(mode):
-            continue
-        found = _kind(mode)
-        expected = "a regular file" if name in FILES else "a folder"
+    for name in FILES:
+        _refuse(folder / name, stat.S_ISREG, "a regular file")
+    for name in FOLDERS:
+        _refuse(folder / name, stat.S_ISDIR, "a folder")
+    inside: list[Path] = []
+    with contextlib.suppress(OSError):  # it is not there
+        inside = sorted((folder / "policy").iterdir())
+    for path in inside:
+        if path.is_symlink() or not path.is_dir():
+            _refuse(path, stat.S_ISREG, "a regular file")
+
+
+def _refuse(path: Path, fits: Callable[[int], bool], expected: str) -> None:
+    """Refuse a path that is there and is not what it must be."""
+    try:
+        mode = path.lstat().st_mode
+    except OSError:
+        return  # it is not there, or whoever opens it says why it cannot be
+    if not fits(mode):
         raise RunFolderError(
-            f"{path}: is {found}, expected {expected}; links, pipes and devices in a run folder "
-            "are not followed, put a copy in its place"
+            f"{path}: is {_kind(mode)}, expected {expected}; links, pipes and devices in a run "
+            "folder are not followed, put a copy in its place"
         )
 
 

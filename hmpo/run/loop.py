@@ -146,7 +146,7 @@ class _Run:
         header = files.header(self.steering.base, saved)
         self.steering.start(header)
         if saved is not None:
-            self.saver.restore(saved.state, self.config.updates)
+            self.saver.restore(saved.state)
         changed = [] if saved is None else self._changed_inputs(saved.state["run"])
         files.open(stack, header, saved)
         if saved is None:
@@ -174,6 +174,8 @@ class _Run:
         """What is not as it was when the checkpoint was made; refused unless it is allowed."""
         folder = self.files.folder
         self.saver.inputs = describe_inputs(self.config, folder)
+        if self.saver.before is None:  # nothing came of them yet: a reward that failed is mended
+            return []
         changed = changed_inputs(own.get("inputs", self.saver.inputs), self.saver.inputs)
         if not self.allow_changed:
             refuse_changed(folder, changed)
@@ -255,6 +257,7 @@ class _Run:
             self.trainer.begin_rollout([example.prompt for example in examples], columns)
         self.evidence.note(self.trainer)
         self._report_rollout()
+        self.files.lock.beat()
         told = self._log_events()
         self.saver.note()
         self.audience.tell("on_rollout", self.trainer.step, self.trainer.samples)
@@ -301,7 +304,7 @@ class _Run:
 
     def _tell(self, name: str, data: dict[str, Any]) -> None:
         """An event of this process alone (it would not occur in an undisturbed run)."""
-        logger.warning("%s: %s", name, data)
+        logger.warning("%s: %s", name, data, extra={"event": name})
         self.files.note(self.trainer.step, name, data)
         self.audience.tell("on_event", Event(name=name, step=self.trainer.step, data=data))
 
@@ -318,6 +321,7 @@ class _Run:
 
         def progress(done: int, total: int) -> None:
             self.stop.check()
+            self.files.lock.beat()
             self.audience.tell("on_measuring", step, name, done, total)
 
         with self.stop.at_once(unless=lambda: self.rewards.calling):

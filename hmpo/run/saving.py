@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from hmpo.errors import ConfigError, NonFiniteError, RunFolderError, StorageError
+from hmpo.errors import NonFiniteError, RunFolderError, StorageError
 from hmpo.optim import discard_qk_readings
 from hmpo.randomness import random_state, random_state_kept, restore_random_state
 from hmpo.run.build import Trainer
@@ -129,18 +129,9 @@ class Saver:
         self._saved: Mark | None = None
         """The last mark that was saved, or could not be."""
 
-    def restore(self, state: Mapping[str, Any], updates: int) -> None:
-        """Continue from a checkpoint's state.
-
-        Raises:
-            ConfigError: more than `updates` are done.
-        """
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue from a checkpoint's state."""
         own, done = state["run"], state["trainer"]["step"]
-        if done > updates:
-            raise ConfigError(
-                f"updates: got {updates}, but {done} are done in {self.files.place.shown()}; ask "
-                f"for at least {done}, or start a new run"
-            )
         self.trainer.load_state_dict(state)
         self.before, self.random = own["before"], own["rng"]
         self.passed = own.get("passed", done)  # older runs saved only where nothing was due

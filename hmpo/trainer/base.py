@@ -25,7 +25,14 @@ from hmpo.optim.state import clip_metrics, join_clip_state, split_clip_state
 from hmpo.randomness import keyed_generator
 from hmpo.rewards import Rewards
 from hmpo.stopwatch import section
-from hmpo.trainer.faults import Fault, UpdateCheck, check_update, fault_text, step_fault
+from hmpo.trainer.faults import (
+    Fault,
+    UpdateCheck,
+    check_update,
+    fault_text,
+    ratio_fault,
+    step_fault,
+)
 from hmpo.trainer.learning import (
     check_apart,
     check_gradients,
@@ -163,6 +170,8 @@ class Trainer(ABC, Generic[C]):
         check = self._step_optimizer(batch, gradient)
         measured = self.measure(batch, gradient, applied=check.fault is None)
         record = self._record(check, measured)
+        if check.fault is None and (odd := ratio_fault(measured)) is not None:
+            self.events.append(Event(name="ratio_out_of_range", step=self.step, data=odd))
         self.cursor += 1
         self._count(check.fault)
         self.step += 1
@@ -290,7 +299,8 @@ class Trainer(ABC, Generic[C]):
         self.totals["optim/skipped_total"] += 1
         where = fault_text(fault)
         self.events.append(Event(name="nonfinite", step=self.step, data=fault))
-        logger.warning("update %d skipped: not finite at %s", self.step, where)
+        told = {"event": "nonfinite"}  # for whoever shows events by other means
+        logger.warning("update %d skipped: not finite at %s", self.step, where, extra=told)
         stop = self.config.on_nonfinite == "stop"
         if stop or self.skipped_in_a_row >= self.config.max_nonfinite:
             raise NonFiniteError(

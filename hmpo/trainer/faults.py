@@ -6,7 +6,7 @@ optimizer_state and weights. The trainers skip the update or stop; nothing is re
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from hmpo.types import Batch
 
+RATIO_LIMIT = 20.0
+"""Magnitude (nat) beyond which a log ratio of a token is told as an event."""
 Fault = dict[str, Any]
 """`site`, and with it `where` (a tensor's name) or `sequence` and `token` (in the minibatch)."""
 
@@ -67,6 +69,19 @@ def check_update(
             or optimizer_fault(policy, optimizer)
         )
     return UpdateCheck(loss=values[0], norm=values[1], fault=fault)
+
+
+def ratio_fault(record: Mapping[str, Any]) -> Fault | None:
+    """Log ratios that no training gives: old log-probs that are not of these tokens, most likely.
+
+    Args:
+        record: of an update, by telemetry name.
+    """
+    names = ("ratio/d_min", "ratio/d_max", "kl/k1")
+    found = {n: record[n] for n in names if abs(record.get(n, 0.0)) > RATIO_LIMIT}
+    if not found:
+        return None
+    return {"expected": f"log ratios within {RATIO_LIMIT:g} nat; check the old log-probs", **found}
 
 
 def step_fault(policy: nn.Module, optimizer: torch.optim.Optimizer) -> Fault | None:
