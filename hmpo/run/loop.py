@@ -16,7 +16,7 @@ from hmpo.config import RunConfig
 from hmpo.config.places import located
 from hmpo.models import LoadedPolicy, load_policy, save_policy
 from hmpo.optim.state import clip_lists
-from hmpo.randomness import random_state_kept, seed_everything
+from hmpo.randomness import seed_everything
 from hmpo.run.build import make_rewards, make_trainer, trainer_config, use_machine
 from hmpo.run.consent import resume_command
 from hmpo.run.ending import failure_text
@@ -314,7 +314,6 @@ class _Run:
         logger.warning("observer_detached: %s; the run goes on without it", data)
         self.files.note(self.files.steps, "observer_detached", data)
 
-    @random_state_kept()  # measuring more often changes nothing
     def _evaluate(self, name: str, *, final: bool) -> Evaluation:
         config, step = self.config.eval, self.trainer.step
         began = time.perf_counter()
@@ -324,7 +323,8 @@ class _Run:
             self.files.lock.beat()
             self.audience.tell("on_measuring", step, name, done, total)
 
-        with self.stop.at_once(unless=lambda: self.rewards.calling):
+        at_once = self.stop.at_once(unless=lambda: self.rewards.calling)
+        with self.saver.measuring(), at_once:
             evaluation = self.evaluator.evaluate(
                 config.final_prompts if final else config.prompts,
                 pass_at=config.pass_at if final else 0,
