@@ -20,8 +20,8 @@ HEAD = """# Models
 
 What this library does with each causal language model that the installed transformers can build.
 A tiny model of the family, in {dtype} where the family runs in it, is asked; nothing is taken
-from its name. `make test-models` asks all of them again ({minutes:.0f} minutes on a busy machine), and
-`python scripts/make_models_page.py` makes this page from
+from its name. `make test-models` asks all of them again ({minutes:.0f} minutes on a busy
+machine), and `python scripts/make_models_page.py` makes this page from
 `benchmarks/results/models.json` (commit {commit}, torch {torch}, transformers {transformers}).
 
 * **log-probs**: of padded prompts and responses of several lengths, packed and padded, against
