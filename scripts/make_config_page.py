@@ -19,11 +19,12 @@ HEAD = f"""# Configuration
 
 A run is one TOML file. Every setting has a default, so a file holds only what differs; the tables
 below are the file's tables. Any setting can also be given on the command line as
-`--set table.key=value`, which wins over the file. A key that does not exist, a wrong type or a
-value out of range is refused in one line that names the field, and so is a setting that
-nothing would read, such as `p` with `algorithm = "gspo"`, `clip_sigma` without
-`clip_width = "z"`, or `optimizer.muon_lr` with AdamW. Settings of what is only switched off stay:
-`eval.prompts` without `eval.every`, `[agm]` with `mode = "off"`.
+`--set table.key=value`, which wins over the file; one `--set` takes several, and all of several
+hold, `objective.member` first. A key that does not exist, a wrong type or a value out of range is
+refused in one line that names the field, and so is a setting that nothing would read, such as `p`
+with `algorithm = "gspo"`, `clip_sigma` without `clip_width = "z"`, or `optimizer.muon_lr` with
+AdamW. Settings of what is only switched off stay: `eval.prompts` without `eval.every`, `[agm]` with
+`mode = "off"`.
 
 ```toml
 name = "sort-digits"

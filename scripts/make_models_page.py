@@ -20,8 +20,8 @@ HEAD = """# Models
 
 What this library does with each causal language model that the installed transformers can build.
 A tiny model of the family, in {dtype} where the family runs in it, is asked; nothing is taken
-from its name. `make test-models` asks all of them again (about half an hour), and
-`python scripts/make_models_page.py` makes this page from
+from its name. `make test-models` asks all of them again ({minutes:.0f} minutes on a busy
+machine), and `python scripts/make_models_page.py` makes this page from
 `benchmarks/results/models.json` (commit {commit}, torch {torch}, transformers {transformers}).
 
 * **log-probs**: of padded prompts and responses of several lengths, packed and padded, against
@@ -29,10 +29,12 @@ from its name. `make test-models` asks all of them again (about half an hour), a
 * **gradient**: loss and the gradient of every parameter of an update against the same oracle and
   autograd, over five paths (stored logits packed and padded, one pass packed and padded,
   recomputed micro-batches), each with the head tied and untied, frozen, under LoRA with dropout,
-  under both kinds of gradient checkpointing, and, for {compiled}, with compiled layers. The number
-  is of combinations that agree to {limit:g} (relative; float32 families {limit_float32:g}).
+  under both kinds of gradient checkpointing, and, for {compiled},
+  with compiled layers. The number is of combinations that agree to {limit:g} (relative; float32
+  families {limit_float32:g}).
 * **sampling**: log-probs recorded while sampling against each row alone. "slow" goes through the
-  model's own modules, with its cache where the cache was found right.
+  model's own modules, with its cache where the cache was found right; the fast decoder is for
+  plain Llama, Mistral, Qwen2 and Qwen3.
 * **packing**: whether rows share one sequence without padding. "slow" pads, and gives the same.
 * **QK-clip**: every reading is compared with what goes into the model's own softmax, where that
   can be seen; then half of the largest logit is made the threshold, and after {steps} clips each
@@ -62,6 +64,7 @@ def page() -> str:
     head = HEAD.format(
         dtype="float64",
         counts="\n".join([lines[0].strip(), "", *(f"* {line}" for line in lines[1:])]),
+        minutes=sum(row["seconds"] for row in found["families"].values()) / 60,
         commit=" and ".join(sorted({row["commit"] for row in found["families"].values()})),
         **{key: found[key] for key in ("torch", "transformers", "limit")},
         **{key: found[key] for key in ("limit_float32", "steps")},
@@ -86,12 +89,14 @@ def page() -> str:
 
 def cell(key: str, found: dict[str, Any]) -> str:
     """A status, how many combinations or layers it stands for, and why."""
-    text = found["status"]
+    text, why = found["status"], found.get("why", "")
+    if key == "sampling" and " is not one of " in why:
+        why = ""  # stands above the table
     if key == "gradient" and found.get("paths"):
         text += f" ({found['paths']})"
     if key == "qk_clip" and found.get("layers"):
         text += f" ({found['scaled']} of {found['layers']} layers)"
-    return f"{text}: {plain(found['why'])}" if found.get("why") else text
+    return f"{text}: {plain(why)}" if why else text
 
 
 def plain(text: str) -> str:

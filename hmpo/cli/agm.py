@@ -184,6 +184,8 @@ def _show_source(source: Any) -> None:
     if log.adapter != "hmpo":
         estimated = sum(record.get("approx") is True for record in log.steps)
         _say(f"{source.path}: {log.adapter}, {estimated} of {len(log.steps)} gaps approximate")
+    if not log.steps and not log.evals:
+        _say(f"{source.path}: no updates and no evaluations, nothing to decide on")
     for note in log.notes:
         _say(f"note: {note}")
     for problem in log.problems:

@@ -9,9 +9,9 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -268,11 +268,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(hmpo.__version__)
         return 0
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    with _warnings_in_one_line():
+        return _run(arguments)
+
+
+def _run(arguments: list[str]) -> int:
+    """The exit code of a command."""
     try:
         refuse_unknown_command(arguments)
-        with warnings.catch_warnings():
-            warnings.showwarning = _warn  # type: ignore[assignment]
-            code = app.cli(args=arguments, prog="hmpo", description=hmpo.__doc__) or 0
+        code = app.cli(args=arguments, prog="hmpo", description=hmpo.__doc__) or 0
         if sys.stdout is not None:
             sys.stdout.flush()  # while a failure can still be told
         return code
@@ -290,9 +294,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _refuse(f"{place}{error.strerror or error}")
 
 
-def _warn(message: Warning | str, category: type[Warning], *place: object, **more: object) -> None:
-    """Show a warning in one line, without the place in our code that it comes from."""
-    logging.getLogger("hmpo").warning("%s", " ".join(str(message).split()))
+@contextlib.contextmanager
+def _warnings_in_one_line() -> Iterator[None]:
+    """Show what the library warns of without the place in its code."""
+    plain = warnings.formatwarning
+
+    def line(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> str:
+        if category is not UserWarning:
+            return plain(message, category, *place, **more)
+        return f"hmpo: warning: {' '.join(str(message).split())}\n"
+
+    warnings.formatwarning = line
+    try:
+        yield
+    finally:
+        warnings.formatwarning = plain
 
 
 def _refuse(text: str) -> int:

@@ -4,7 +4,6 @@ import contextlib
 import errno
 import logging
 import os
-import re
 import time
 from collections import deque
 from pathlib import Path
@@ -18,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from hmpo.cli.samples import own_part, printable
 from hmpo.config import RunConfig
 from hmpo.run.evaluation import Evaluation, Rate
 from hmpo.run.observer import Observer, RunResult
@@ -25,7 +25,10 @@ from hmpo.types import Event
 
 ASCII_BARS = " .:-=+*#"
 BLOCK_BARS = "".join(chr(0x2581 + i) for i in range(8))
-UNSAFE = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+LINES = 3
+"""Lines of a terminal that a completion may take."""
+WARNED = ("nonfinite",)
+"""Events that a warning of the library's log tells in more words."""
 
 # label, telemetry name, format, and how to read it
 ROWS = (
@@ -39,12 +42,6 @@ ROWS = (
     ("largest attention logit", "qk/max_logit", "{:.1f}", "QK-clip acts above its threshold"),
     ("groups without signal", "adv/zero_frac", "{:.2f}", "all rewards equal"),
 )
-
-
-def printable(text: str, width: int = 60) -> str:
-    """Model-written text made safe for a terminal: control and bidi characters shown as codes."""
-    shown = UNSAFE.sub(lambda m: "\\n" if m[0] == "\n" else f"\\x{ord(m[0]):02x}", text)
-    return shown if len(shown) <= width else shown[: width - 3] + "..."
 
 
 def spark(values: deque[float], bars: str) -> str:
@@ -96,6 +93,9 @@ class Screen(Observer):
         self.record: dict[str, Any] = {}
         self.history: dict[str, deque[float]] = {}
         self.samples: list[dict[str, Any]] = []
+        self.prompts: deque[str] = deque(maxlen=256)
+        """Of the last rollouts, to find what tells them apart."""
+        self.success = 1.0
         self.measured: list[tuple[int, Evaluation]] = []
         self.tokens_per_s = float("nan")
         self.filtered: list[logging.Handler] = []
@@ -148,6 +148,7 @@ class Screen(Observer):
         )
         self.progress.update(self.bar, total=config.updates, completed=step)
         self.every = max(1, config.updates // 20)
+        self.success = config.eval.success
         if self.quiet:
             return
         if self.console.is_terminal:
@@ -163,6 +164,7 @@ class Screen(Observer):
             self.began, self.first_step = time.monotonic(), step
         ordered = sorted(samples, key=lambda s: -s["reward"] if s["reward"] == s["reward"] else 9)
         self.samples = [ordered[0], ordered[-1]] if len(ordered) > 1 else ordered
+        self.prompts.extend(str(sample["prompt"]) for sample in samples)
 
     def on_update(self, record: dict[str, Any], timing: dict[str, float]) -> None:
         """Refresh the numbers."""
@@ -200,7 +202,9 @@ class Screen(Observer):
             self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def on_event(self, event: Event) -> None:
-        """Say what was counted."""
+        """Say what was counted, unless the library's own warning has said it."""
+        if event.name in WARNED:
+            return
         facts = ", ".join(f"{key}: {value}" for key, value in event.data.items())
         text = printable(f"{event.name} at update {event.step}: {facts}", 200)
         if not self.quiet:
@@ -267,14 +271,15 @@ class Screen(Observer):
         return Group(*parts)
 
     def _sample_table(self) -> Table:
+        """Prompt and completion of each sample below each other, as wide as the terminal."""
         table = Table.grid(padding=(0, 1))
+        width = max(20, self.console.width - 15)
         for sample in self.samples:
-            good = sample["reward"] >= 1
-            table.add_row(
-                Text(f"reward {sample['reward']:.1f}", style="green" if good else "red"),
-                Text(printable(str(sample["prompt"])[-44:], 44), style="dim"),
-                Text(printable(str(sample["completion"]), 50)),
-            )
+            good = sample["reward"] >= self.success
+            told = Text(f"reward {sample['reward']:.4g}", style="green" if good else "red")
+            prompt = own_part(str(sample["prompt"]), self.prompts, width)
+            table.add_row(told, Text(prompt, style="dim"))
+            table.add_row("", Text(printable(str(sample["completion"]), LINES * width)))
         return table
 
 

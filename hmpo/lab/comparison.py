@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hmpo.lab.folder import RunData
-from hmpo.lab.settings import flatten
+from hmpo.lab.settings import PLACES, flatten
 
 UNKNOWN = "not known"
 """Of a run whose log does not tell a setting."""
@@ -26,7 +26,7 @@ def differing_settings(runs: Sequence[RunData]) -> list[tuple[str, list[str]]]:
 
 def _known(run: RunData) -> dict[str, str]:
     if run.config:
-        return {k: v for k, v in flatten(run.config) if k not in ("name", "out")}
+        return {k: v for k, v in flatten(run.config) if k not in PLACES}
     head = run.log.run or {}
     base = head.get("base", {})
     told = {

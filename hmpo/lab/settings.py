@@ -7,6 +7,9 @@ from typing import Any
 
 from hmpo.config import RunConfig, to_dict
 
+PLACES = ("name", "out", "relative_to")
+"""Settings that say where a run is, and nothing of what it did."""
+
 
 def by_section(
     config: Mapping[str, Any],
@@ -17,7 +20,7 @@ def by_section(
     differing = [
         (name, value, defaults.get(name, ""))
         for name, value in rows
-        if defaults.get(name) != value and name not in ("name", "out")
+        if defaults.get(name) != value and name not in PLACES
     ]
     sections: dict[str, list[tuple[str, str]]] = {}
     for name, value in rows:

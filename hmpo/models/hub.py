@@ -13,7 +13,7 @@ def no_hub() -> Iterator[None]:
 
     The setting is of the process, so it is put back: reward models may come from a hub.
     """
-    if "HF_HUB_OFFLINE" in os.environ:
+    if os.environ.get("HF_HUB_OFFLINE") is not None:
         yield
         return
     before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True

@@ -89,6 +89,10 @@ def _device(device: str) -> torch.device:
         place = torch.device(device)
     except RuntimeError:
         raise ModelError(f"device: got {device!r}, expected cpu, cuda or cuda:N") from None
+    if place.type not in ("cpu", "cuda"):
+        raise ModelError(
+            f"device: got {device!r}, expected cpu, cuda or cuda:N; hmpo is not tried on others"
+        )
     if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
         raise ModelError(f"device: got {device!r}, but there are {torch.cuda.device_count()} GPUs")
     return place

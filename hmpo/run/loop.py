@@ -16,7 +16,7 @@ from hmpo.config import RunConfig
 from hmpo.config.places import located
 from hmpo.models import LoadedPolicy, load_policy, save_policy
 from hmpo.optim.state import clip_lists
-from hmpo.randomness import random_state_kept, seed_everything
+from hmpo.randomness import seed_everything
 from hmpo.run.build import make_rewards, make_trainer, trainer_config, use_machine
 from hmpo.run.consent import resume_command
 from hmpo.run.ending import failure_text
@@ -174,6 +174,8 @@ class _Run:
         """What is not as it was when the checkpoint was made; refused unless it is allowed."""
         folder = self.files.folder
         self.saver.inputs = describe_inputs(self.config, folder)
+        if self.saver.before is None:  # nothing came of them yet: a reward that failed is mended
+            return []
         changed = changed_inputs(own.get("inputs", self.saver.inputs), self.saver.inputs)
         if own["before"] is None:  # nothing was asked or scored yet; the weights alone are kept
             changed = [line for line in changed if line.startswith("policy")]
@@ -314,7 +316,6 @@ class _Run:
         logger.warning("observer_detached: %s; the run goes on without it", data)
         self.files.note(self.files.steps, "observer_detached", data)
 
-    @random_state_kept()  # measuring more often changes nothing
     def _evaluate(self, name: str, *, final: bool) -> Evaluation:
         config, step = self.config.eval, self.trainer.step
         began = time.perf_counter()
@@ -324,7 +325,8 @@ class _Run:
             self.files.lock.beat()
             self.audience.tell("on_measuring", step, name, done, total)
 
-        with self.stop.at_once(unless=lambda: self.rewards.calling):
+        at_once = self.stop.at_once(unless=lambda: self.rewards.calling)
+        with self.saver.measuring(), at_once:
             evaluation = self.evaluator.evaluate(
                 config.final_prompts if final else config.prompts,
                 pass_at=config.pass_at if final else 0,

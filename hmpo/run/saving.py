@@ -163,6 +163,17 @@ class Saver:
         yield
         self.random = random_state()
 
+    @contextlib.contextmanager
+    def measuring(self) -> Iterator[None]:
+        """Random numbers that do not count are drawn inside: by the rewards of an evaluation.
+
+        They go on from where the last `drawing` block ended, also in a process that has drawn none
+        yet, and leave no trace.
+        """
+        with random_state_kept():
+            restore_random_state(self.random)
+            yield
+
     def save(self) -> None:
         """Save the run as it was at the last mark, unless that is done.
 

@@ -78,6 +78,8 @@ def read_log(path: Path | str, adapter: str | None = None, strict: bool = False)
     if adapter == "hmpo":
         return read_run(path, strict)
     rows, problems, lines = _rows(path)
+    if adapter is None and not rows and not problems:
+        raise TelemetryError(f"{path}: empty, expected the records of a run")
     if adapter is None:
         adapter = next((kind for _, row in rows[:20] if (kind := _kind(row))), None)
         if adapter is None:

@@ -55,7 +55,7 @@ def _is_random(text: str) -> bool:
     if text.startswith("sk-"):
         return any(map(_is_mixed, _RUN.findall(text)))
     if text.startswith("hf_"):
-        return len(text) >= 23 or not text.islower()
+        return len(text) >= 19 or not text.islower()
     return True
 
 

@@ -398,7 +398,7 @@ ENVIRONMENT = {
     "WORLD_SIZE": world_size,
     "HMPO_MATMUL": "tests/logprobs/test_matmul.py",
     "OMP_WAIT_POLICY": "tests/cli/test_cli.py",
-    "HF_HUB_OFFLINE": "tests/cli/test_cli.py",
+    "HF_HUB_OFFLINE": "tests/models/test_hub.py",
     "TOKENIZERS_PARALLELISM": "tests/cli/test_cli.py",
 }
 """Variables of the environment that the package reads or sets, and who looks at each."""

@@ -22,7 +22,7 @@ import torch
 from hmpo.errors import HmpoError
 from hmpo.logprobs import head, one_pass
 from hmpo.run import loop as run
-from tests.config.walk_cases import ALSO, CASES, UNREAD
+from tests.config.walk_cases import ALSO, CASES, LORA, UNREAD
 from tests.faults.micro import micro_config, micro_policy
 from tests.faults.storage import fast_folder
 
@@ -30,7 +30,7 @@ SMALL = {"updates": 4, "eval__final_prompts": 1, "eval__prompts": 1, "checkpoint
 
 
 def walk(root: Path, only: list[str]) -> dict[str, dict[str, list[str]]]:
-    """By path through a run, for each setting: what another value of it changes.
+    """By path through a run, for each setting: what another value of it changes; at last for none.
 
     A refused run changes "refused: " and the line; where it is the run without that value that is
     refused, the name is "base refused: ".
@@ -56,7 +56,8 @@ def walk(root: Path, only: list[str]) -> dict[str, dict[str, list[str]]]:
             changes = base | others | {path.replace(".", "__"): value}
             changed = observe(policy, root / "changed" / f"{way}-{path}", changes)
             found[way][path] = differences(seen[key], changed)
-    return found
+    again = [observe(policy, root / name, LORA) for name in ("once", "again")]
+    return found | {"nothing": {"": differences(*again)}}
 
 
 def differences(before: dict[str, Any], changed: dict[str, Any]) -> list[str]:

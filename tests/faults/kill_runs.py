@@ -19,7 +19,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -188,7 +188,7 @@ def _chain(case: Undisturbed, rng: random.Random) -> Tally:
         marks = Counters(3)
         pid = fork(lambda shared=marks: _train(case.config, shared))
         if attempt < PER_CHAIN:
-            _wait(rng, marks, case.lasts, last)
+            _wait(rng, marks, case.lasts, last, pid)
             os.kill(pid, signal.SIGKILL)  # a zombie at worst: it is not reaped yet
         _, status = os.waitpid(pid, 0)
         if marks[SET_UP]:
@@ -228,20 +228,27 @@ def _bury_orphans(tally: Tally) -> None:
     tally.failures.append(f"processes of a killed run are still there after {ORPHANS_S:g} s")
 
 
-def _wait(rng: random.Random, marks: Counters, lasts: float, last: Path) -> None:
+def _wait(rng: random.Random, marks: Counters, lasts: float, last: Path, pid: int) -> None:
     """Until any instant, one inside or near a save, or one between the last save and the end."""
     kind, count = rng.random(), rng.randint(1, 3)
-    deadline = time.monotonic() + max(1.0, 3 * lasts)  # also on a busy machine
+    longest = max(1.0, 3 * lasts)  # also on a busy machine
     if kind < 0.3:
-        time.sleep(rng.uniform(0, 2 * lasts))
+        _until(lambda: False, rng.uniform(0, 2 * lasts), pid)
     elif kind < 0.9:
-        while marks[BEGUN] < count and time.monotonic() < deadline:
-            time.sleep(0.0002)
+        _until(lambda: marks[BEGUN] >= count, longest, pid)
         time.sleep(rng.uniform(0, 0.003))
     else:
-        while not last.exists() and time.monotonic() < deadline:
-            time.sleep(0.0005)
+        _until(last.exists, longest, pid)
         time.sleep(rng.uniform(0, 0.05))
+
+
+def _until(happened: Callable[[], bool], seconds: float, pid: int) -> None:
+    """Wait until something has happened, but no longer than these seconds or than a child lives."""
+    deadline = time.monotonic() + seconds
+    while not happened() and time.monotonic() < deadline:
+        if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
+            return
+        time.sleep(0.0002)
 
 
 class _SetUp(run.Observer):

@@ -27,7 +27,7 @@ SAMPLE = [
 ]
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_runs_killed_at_random_instants_resume_to_the_same_bytes() -> None:
     """In a process without beartype, which would treble the time."""
     done = subprocess.run(

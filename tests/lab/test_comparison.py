@@ -1,5 +1,6 @@
 """Any run folders side by side: all of each is seen, and what was set differently is listed."""
 
+import dataclasses
 import json
 
 import pytest
@@ -150,3 +151,10 @@ def test_a_phone_gets_figures_of_its_own_and_rows_instead_of_columns(tmp_path, f
     width = float(narrow.split('width="')[1].split("pt")[0])
     assert width * 96 / 72 <= 375, "drawn at its own size: text of 9 points is 12 pixels"
     assert ".stacked tr, .stacked td, .stacked th { display: block; }" in page
+
+
+def test_where_runs_lie_is_no_setting_in_which_they_differ(folders):
+    runs = [load_run(path) for path in folders[:2]]
+    moved = dataclasses.replace(runs[1], config={**runs[1].config, "relative_to": ["/elsewhere"]})
+    names = [name for name, _ in differing_settings([runs[0], moved])]
+    assert not {"relative_to", "out", "name"} & {*names}

@@ -1,5 +1,6 @@
 """Every reader of logs answers a hostile or odd log with one line or with what the log says."""
 
+import errno
 import io
 import json
 import os
@@ -214,3 +215,31 @@ def test_output_that_takes_ascii_only_is_no_error(monkeypatch):
     _say("caf\xe9 \ud800")
     stream.flush()
     assert stream.buffer.getvalue() == b"caf\\xe9 <U+D800>\n"
+
+
+def test_a_log_of_nothing_is_told(decided, tmp_path, capsys):
+    run, _ = decided
+    empty, begun = tmp_path / "empty.jsonl", tmp_path / "begun.jsonl"
+    empty.write_bytes(b"")
+    begun.write_bytes((run / "telemetry.jsonl").read_bytes().split(b"\n", 1)[0] + b"\n")
+    assert hmpo.cli.main(["agm", "replay", str(empty)]) == 2
+    assert "empty, expected the records of a run" in capsys.readouterr().err
+    for command in COMMANDS:
+        assert hmpo.cli.main(["agm", command[0], str(begun), *command[1:]]) == 0
+        told = capsys.readouterr().out
+        assert command[0] == "plot" or "nothing to decide on" in told
+
+
+def test_a_disk_that_takes_nothing_is_one_line(decided, tmp_path, capsys, monkeypatch):
+    folder = with_values(decided, tmp_path / "run", {})
+
+    def refuse(path, parts):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    monkeypatch.setattr("hmpo.checkpoint.files.write_file", refuse)
+    words = (["report"], ["agm", "replay", "--out", "x.jsonl"], ["agm", "plot"])
+    for first, *more in words:
+        command = [first, *more[:1], str(folder), *more[1:]]
+        assert hmpo.cli.main(command) == 2
+        error = capsys.readouterr().err
+        assert "Read-only file system" in error and error.count("\n") == 1

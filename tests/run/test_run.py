@@ -284,6 +284,15 @@ def test_success_in_the_log_of_updates_begins_at_the_setting(policy, out):
     assert len({total for _, total in counts.values()}) == 1
 
 
+def test_rewards_that_draw_measure_the_same_after_a_resume_behind_the_last_checkpoint(policy, out):
+    drawn = {"rewards__functions": ["tests.faults.rewards:draws"], "checkpoint__every": 3}
+    config = micro_config(policy, out, **drawn)
+    run.train(config)
+    expected = left_by(out / "run")
+    run.train(config, resume=True)
+    assert_same(left_by(out / "run"), expected)
+
+
 def test_a_run_whose_checkpoints_are_gone_is_its_written_policy(policy, out):
     config = micro_config(policy, out, "gone")
     run.train(config)
