@@ -177,6 +177,8 @@ class _Run:
         if self.saver.before is None:  # nothing came of them yet: a reward that failed is mended
             return []
         changed = changed_inputs(own.get("inputs", self.saver.inputs), self.saver.inputs)
+        if own["before"] is None:  # nothing was asked or scored yet; the weights alone are kept
+            changed = [line for line in changed if line.startswith("policy")]
         if not self.allow_changed:
             refuse_changed(folder, changed)
         return changed
