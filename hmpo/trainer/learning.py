@@ -70,9 +70,15 @@ def check_apart(policy: nn.Module, ref: nn.Module | None) -> None:
 
 
 def _place(tensor: Tensor) -> int | None:
-    """Where a tensor's memory begins; None where it has none (empty, or on no device)."""
+    """Where a tensor's memory begins; None where it has none (empty, or on no device).
+
+    A parameter without memory of its own that can be asked for (a wrapper) stands for itself.
+    """
     storage = getattr(tensor, "_local_tensor", tensor).untyped_storage()
-    return storage.data_ptr() or None
+    try:
+        return storage.data_ptr() or None
+    except RuntimeError:
+        return id(tensor)
 
 
 @contextlib.contextmanager
