@@ -42,12 +42,14 @@ machine), and `python scripts/make_models_page.py` makes this page from
 
 A cell says `exact`; `slow` (exact, by another than the fastest path); `refused` (one line of ours,
 or a layer that is named and left alone); `none` (nothing there to act on); `fails` (an error that
-is not ours); or `wrong` (a number that differs without a word), which a test forbids.
+is not ours); or `wrong` (a number that differs without a word), which a test forbids. Small numbers
+lead to the reasons below the table; those in brackets count combinations, and layers that can be
+scaled.
 
 {counts}
 
-| family | model | log-probs | gradient | sampling | packing | QK-clip |
-|---|---|---|---|---|---|---|
+| family | log-probs | gradient | sampling | packing | QK-clip |
+|---|---|---|---|---|---|
 """
 
 
@@ -70,15 +72,14 @@ def page() -> str:
         **{key: found[key] for key in ("limit_float32", "steps")},
         compiled=", ".join(f"`{name}`" for name in found["compiled"]),
     )
+    reasons: list[str] = []
     rows = [
-        f"| `{name}` | {row['model']} | "
-        + " | ".join(cell(key, row[key]) for key in COLUMNS)
-        + " |"
+        f"| `{name}` | " + " | ".join(cell(key, row[key], reasons) for key in COLUMNS) + " |"
         for name, row in sorted(built.items())
     ]
-    tail = ""
+    tail = "\n## Reasons\n\n" + "".join(f"{k}. {why}\n" for k, why in enumerate(reasons, 1))
     if unbuilt:
-        tail = "\n## Not asked\n\nFamilies of which no tiny model could be made here.\n\n"
+        tail += "\n## Not asked\n\nFamilies of which no tiny model could be made here.\n\n"
         tail += "| family | why |\n|---|---|\n"
         tail += "\n".join(
             f"| `{name}` | {plain(row['unbuilt'])} |" for name, row in sorted(unbuilt.items())
@@ -87,16 +88,20 @@ def page() -> str:
     return head + "\n".join(rows) + "\n" + tail
 
 
-def cell(key: str, found: dict[str, Any]) -> str:
-    """A status, how many combinations or layers it stands for, and why."""
-    text, why = found["status"], found.get("why", "")
+def cell(key: str, found: dict[str, Any], reasons: list[str]) -> str:
+    """A status, how many combinations or layers it stands for, and the number of its reason."""
+    text, why = found["status"], plain(found.get("why", ""))
     if key == "sampling" and " is not one of " in why:
         why = ""  # stands above the table
     if key == "gradient" and found.get("paths"):
         text += f" ({found['paths']})"
     if key == "qk_clip" and found.get("layers"):
-        text += f" ({found['scaled']} of {found['layers']} layers)"
-    return f"{text}: {plain(why)}" if why else text
+        text += f" ({found['scaled']} of {found['layers']})"
+    if not why:
+        return text
+    if why not in reasons:
+        reasons.append(why)
+    return f"{text} <sup>{reasons.index(why) + 1}</sup>"
 
 
 def plain(text: str) -> str:
