@@ -129,7 +129,7 @@ def _difference(core: Any) -> str:
         padded = core.base_model(**plain, use_cache=False).last_hidden_state
     states = states.index_select(0, packed.predictors)
     padded = padded[:, 2:-1][mask[:, 3:]]
-    layers = core.config.num_hidden_layers
+    layers = core.config.get_text_config().num_hidden_layers
     if len(packed.readers) != layers:
         return f"{len(packed.readers)} of {layers} layers attend through the shared interface"
     error = float((states - padded).abs().max() / padded.abs().max())
