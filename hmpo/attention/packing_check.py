@@ -84,8 +84,10 @@ def can_pack(policy: nn.Module, core: nn.Module) -> bool:
 
 def window(core: nn.Module) -> float:
     """Tokens that every layer can look back on, from the configuration."""
-    config: Any = core.config
-    limits = (getattr(config, key, None) for key in ("sliding_window", "attention_chunk_size"))
+    whole: Any = core.config
+    parts = (whole, whole.get_text_config())  # one and the same but where there are images
+    keys = ("sliding_window", "attention_chunk_size")
+    limits = (getattr(config, key, None) for config in parts for key in keys)
     return min((float(limit) for limit in limits if limit), default=torch.inf)
 
 

@@ -7,9 +7,12 @@ import json
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
+from hmpo.attention.packing_check import window
 from hmpo.attention.tracker import LogitTracker
 from hmpo.logprobs.head import STORE
+from hmpo.logprobs.responses import token_logprobs
 from hmpo.logprobs.tied import TiedGradient
 from tests.models_matrix.cells import (
     LIMIT,
@@ -24,8 +27,9 @@ from tests.models_matrix.cells import (
     variant_of,
 )
 from tests.models_matrix.clipping import forward, qk_clip_cell
-from tests.models_matrix.families import build
+from tests.models_matrix.families import VOCABULARY, build, families, tiny_config
 from tests.models_matrix.run import RESULT, statuses
+from tests.oracles.update_path import row_logprobs
 
 SAMPLE = (
     "llama",
@@ -85,6 +89,22 @@ def test_layers_that_attend_to_other_states_are_read() -> None:
         readings = tracker.consume()
     cross = [reading for name, reading in readings.items() if "cross_attn" in name]
     assert len(cross) == 3 and all(bool(reading.value.isfinite().all()) for reading in cross)
+
+
+def test_the_window_of_a_text_part_keeps_longer_rows_from_being_packed() -> None:
+    torch.manual_seed(0)
+    settings = tiny_config(families()["gemma3"])
+    settings.text_config.sliding_window = 7
+    settings.text_config.layer_types = ["sliding_attention", "full_attention"]
+    model = AutoModelForCausalLM.from_config(settings).double().eval()
+    ids = torch.randint(3, VOCABULARY, (4, 16))
+    ids[1::2, :4] = ids[::2, :4]  # two responses a prompt
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    with torch.no_grad():
+        found = token_logprobs(model, ids, mask, 12)
+        alone = [row_logprobs(model, row[:4].tolist(), row[4:].tolist()) for row in ids]
+    assert window(model) == 7
+    torch.testing.assert_close(found.double(), torch.stack(alone), rtol=0, atol=1e-6)
 
 
 def test_no_family_is_wrong_in_silence() -> None:
