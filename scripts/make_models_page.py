@@ -63,6 +63,9 @@ def page() -> str:
         tally = Counter(row[key]["status"] for row in built.values())
         parts = ", ".join(f"{count} {status}" for status, count in tally.most_common())
         lines.append(f"{title}: {parts}.")
+    read = [row["qk_clip"] for row in built.values() if row["qk_clip"].get("layers")]
+    seen = sum(bool(found.get("compared")) for found in read)
+    lines[-1] += f" Readings could be compared in {seen} of {len(read)} families with attention."
     head = HEAD.format(
         dtype="float64",
         counts="\n".join([lines[0].strip(), "", *(f"* {line}" for line in lines[1:])]),

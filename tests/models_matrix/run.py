@@ -12,6 +12,7 @@ import logging
 import multiprocessing
 import platform
 import resource
+import signal
 import subprocess
 import sys
 import time
@@ -79,7 +80,9 @@ def asked(name: str, seconds: float) -> dict[str, Any]:
             got = receiver.recv()
     except EOFError:
         process.join()
-        got = {"unbuilt": f"its process ended with {process.exitcode}"}
+        late = process.exitcode == -signal.SIGXCPU
+        why = f"no answer in {seconds:g} s of CPU" if late else f"ended with {process.exitcode}"
+        got = {"unbuilt": f"its process: {why}"}
     process.kill()
     process.join()
     return got | {"seconds": round(time.monotonic() - began, 1)}
@@ -93,7 +96,7 @@ def answer(name: str, sender: Any, seconds: float) -> None:
     from tests.models_matrix.families import build
 
     limit = int(seconds)
-    resource.setrlimit(resource.RLIMIT_CPU, (limit, limit))
+    resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 5))  # SIGXCPU first, which says why
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     try:

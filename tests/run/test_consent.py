@@ -14,8 +14,7 @@ from hmpo.run import loop as run
 from hmpo.run.consent import code_of
 from hmpo.run.masked import as_stored, refuse_masked, with_masks
 from tests.cli.test_cli import refusal, written
-from tests.faults.micro import micro_config, micro_policy
-from tests.faults.storage import fast_folder
+from tests.faults.micro import micro_config
 from tests.run.test_run import assert_same, everything
 
 NOTING = """
@@ -28,18 +27,6 @@ def reward(prompts, completions, completion_ids, **columns):
 def task(config, seed):
     raise RuntimeError
 """
-
-
-@pytest.fixture(scope="module")
-def policy():
-    with fast_folder() as folder:
-        yield micro_policy(folder / "policy")
-
-
-@pytest.fixture
-def out():
-    with fast_folder() as folder:
-        yield folder
 
 
 def strangers(out: Path, policy: Path, changes: dict) -> Path:
@@ -163,7 +150,7 @@ def test_a_path_that_an_older_run_masked_is_given_again(out, policy):
 
 
 def test_a_stop_string_of_stars_is_no_mask():
-    refuse_masked(run_config({"task": {"stop": ["***"]}}), Path("runs/x"))
+    assert refuse_masked(run_config({"task": {"stop": ["***"]}}), Path("runs/x")) is None
 
 
 # --- evaluations -------------------------------------------------------------------------------

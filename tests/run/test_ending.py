@@ -20,23 +20,10 @@ from hmpo.run.steering import Steering
 from hmpo.telemetry import sinks
 from hmpo.telemetry.ingest import read_process_events
 from hmpo.trainer.power_mean import PowerMeanTrainer
-from tests.faults.micro import left_by, litter, micro_config, micro_policy, records, toml
-from tests.faults.storage import fast_folder
+from tests.faults.micro import left_by, litter, micro_config, records, toml
 from tests.run.test_run import assert_same, trained
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def policy():
-    with fast_folder() as folder:
-        yield micro_policy(folder / "policy")
-
-
-@pytest.fixture
-def out():
-    with fast_folder() as folder:
-        yield folder
 
 
 def saved_steps(folder: Path) -> list[int]:

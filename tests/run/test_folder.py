@@ -16,23 +16,11 @@ from hmpo.errors import ConfigError, HmpoError, RunFolderError, TelemetryError
 from hmpo.lab.report import write_report
 from hmpo.run import loop as run
 from hmpo.run.folder import FILES, FOLDERS
-from tests.faults.micro import left_by, litter, micro_config, micro_policy, records, toml
+from tests.faults.micro import left_by, litter, micro_config, records, toml
 from tests.faults.storage import fast_folder
 from tests.run.test_run import assert_same
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def policy():
-    with fast_folder() as folder:
-        yield micro_policy(folder / "policy")
-
-
-@pytest.fixture
-def out():
-    with fast_folder() as folder:
-        yield folder
 
 
 @pytest.fixture(scope="module")

@@ -15,15 +15,7 @@ from hmpo.run import loop as run
 from hmpo.run.inputs import changed_inputs, describe_inputs, file_hash
 from tests.cli.test_cli import refusal, written
 from tests.faults.micro import micro_config, micro_policy, records, saved_state
-from tests.faults.storage import fast_folder
 from tests.run.test_run import assert_same, everything
-
-
-@pytest.fixture
-def out():
-    with fast_folder() as folder:
-        yield folder
-
 
 REWARD = """
 import helper

@@ -44,12 +44,6 @@ def policy():
         yield path
 
 
-@pytest.fixture
-def out():
-    with fast_folder() as folder:
-        yield folder
-
-
 def everything(folder: Path) -> dict[str, bytes]:
     """All files of a run folder but the lock."""
     paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]

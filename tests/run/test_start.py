@@ -15,20 +15,7 @@ from hmpo.run.afresh import delete, leftovers
 from hmpo.run.place import found_place, split_place
 from tests.cli.test_cli import refusal, written
 from tests.faults.micro import micro_config, micro_policy, records, saved_state
-from tests.faults.storage import fast_folder
 from tests.run.test_run import assert_same, everything
-
-
-@pytest.fixture(scope="module")
-def policy():
-    with fast_folder() as folder:
-        yield micro_policy(folder / "policy")
-
-
-@pytest.fixture
-def out():
-    with fast_folder() as folder:
-        yield folder
 
 
 def trained(*arguments: str) -> None:
