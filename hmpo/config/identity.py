@@ -9,9 +9,12 @@ from hmpo.config import RunConfig, to_dict
 
 LATER = {
     "optimizer.muon_dtype": "auto",
+    "optimizer.momentum": 0.0,
     "policy.attention": "auto",
     "policy.start": "",
     "eval.success": 1.0,
+    "objective.token_clamp": None,
+    "objective.exponent.per": "update",
 }
 """Settings that came after runs had been made, each with the value that says nothing new: left out
 of the hash where they hold it, so that the hashes of those runs stay."""

@@ -94,14 +94,19 @@ class RewardConfig:
 class OptimizerConfig:
     """The optimizer around which QK-clip is wrapped."""
 
-    name: Literal["adamw", "muon"] = "adamw"
-    """AdamW for all weights, or Muon for hidden matrices and AdamW for the rest."""
+    name: Literal["adamw", "muon", "sgd"] = "adamw"
+    """AdamW for all weights, Muon for hidden matrices and AdamW for the rest, or plain stochastic
+    gradient descent for all weights, the control without second moments."""
     lr: float = 1e-4
     """Base learning rate."""
     betas: tuple[float, float] = (0.9, 0.95)
     """AdamW's decay rates."""
+    momentum: float = 0.0
+    """SGD's momentum: the step is lr times b, b = momentum * b + gradient. 0 keeps no state."""
     weight_decay: float = 0.0
-    """Decoupled weight decay of matrices; vectors are never decayed."""
+    """Weight decay of matrices; vectors are never decayed. Decoupled for AdamW and Muon; for SGD
+    it adds weight_decay * w to the gradient (after its norm was clipped), as in torch.optim.SGD,
+    which without momentum is the same."""
     muon_lr: float | None = None
     """Learning rate of Muon's matrices; None means `lr`."""
     muon_momentum: float = 0.95
@@ -126,7 +131,8 @@ class OptimizerConfig:
         require(self.weight_decay >= 0, "weight_decay", self.weight_decay, ">= 0")
         if self.muon_lr is not None:
             require_positive("muon_lr", self.muon_lr)
-        require(0 <= self.muon_momentum < 1, "muon_momentum", self.muon_momentum, "in [0, 1)")
+        for name in ("momentum", "muon_momentum"):
+            require(0 <= getattr(self, name) < 1, name, getattr(self, name), "in [0, 1)")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -200,6 +200,7 @@ _CLIP = produced_by(
         trl="clip_ratio/low_mean",
     ),
     share("clip/frac_band", "Outside the band, whatever the advantage's sign."),
+    share("clip/token_frac", "Of all tokens, beyond `token_clamp`; only where it is set."),
     number("clip/lo", "nat", "Lower bound of the log ratio in force."),
     number("clip/hi", "nat", "Upper bound of the log ratio in force."),
     number("clip/center", "nat", "Centre of the band."),

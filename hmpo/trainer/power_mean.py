@@ -67,7 +67,9 @@ class PowerMeanTrainer(Trainer[PowerMeanConfig]):
                 f"kl_coef: got {objective.kl_coef} without a ref_model, expected a frozen "
                 "reference model, or kl_coef = 0"
             )
-        self.in_force = ObjectiveInForce(objective, device, config.total_updates)
+        self.in_force = ObjectiveInForce(
+            objective, device, config.total_updates, config.updates_per_rollout
+        )
         """The objective as it stands, and what controllers may set of it."""
         if config.updates_per_rollout == 1:
             warnings.warn(

@@ -22,6 +22,18 @@ CASES: dict[str, dict[str, Any]] = {
         "optimizer__muon_dtype": "bfloat16",
         "optimizer__weight_decay": 0.1,
     },
+    "SGD without a state": {
+        "optimizer__name": "sgd",
+        "optimizer__lr": 0.5,
+        "checkpoint__every": 3,
+    },
+    "SGD with momentum": {
+        "optimizer__name": "sgd",
+        "optimizer__lr": 0.2,
+        "optimizer__momentum": 0.9,
+        "optimizer__weight_decay": 0.1,
+        "checkpoint__every": 3,
+    },
     "learnable p": {"objective__exponent__kind": "learnable", "objective__p": -0.5},
     "p by a schedule": {"objective__member": "holder", "trainer__epochs": 2},
     "p by the share of clipped tokens": {"objective__member": "pmpo", "trainer__epochs": 2},

@@ -146,11 +146,12 @@ class PowerMeanGRPOTrainer(GRPOTrainer):
         """The objective as it stands; a schedule has the length of the training that goes on."""
         objective, device = self.args.resolved_objective, self.accelerator.device
         updates = self.state.max_steps or None  # before the first training nobody knows
+        per = self.args.updates_per_rollout
         if self._in_force is None:
-            self._in_force = ObjectiveInForce(objective, device, updates or 2)
+            self._in_force = ObjectiveInForce(objective, device, updates or 2 * per, per)
             self._updates = updates
         elif updates != self._updates and objective.exponent.kind == "linear":
-            self._in_force.source = exponent_source(objective, device, updates)
+            self._in_force.source = exponent_source(objective, device, updates, per)
             self._updates = updates
         return self._in_force
 
