@@ -21,9 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from make_tiny_sort import STOP_PROMPTS, train_pairs, write  # sets what torch reads when it loads
-
 import torch
+from make_tiny_sort import STOP_PROMPTS, train_pairs, write  # sets what torch reads when it loads
 
 from hmpo.config import TaskConfig, TrainerConfig
 from hmpo.models.pretrain import fit_supervised
@@ -79,7 +78,9 @@ RECIPES: dict[str, Recipe] = {
     "carry": Recipe(
         task=TaskConfig(name="carry"), band=(0.20, 0.30), batch_size=32, lr=5e-3, first_check=800
     ),
-    "key": Recipe(task=TaskConfig(name="key", level=4), band=(0.14, 0.20), noise=0.85, first_check=30),
+    "key": Recipe(
+        task=TaskConfig(name="key", level=4), band=(0.14, 0.20), noise=0.85, first_check=30
+    ),
     "spell": SPELL,
     "spell-0.8m": dataclasses.replace(SPELL, hidden=128, layers=4, intermediate=344, lr=2e-3),
     "spell-3m": dataclasses.replace(
