@@ -59,7 +59,7 @@ class TaskConfig:
     """Where prompts come from and how an answer is checked."""
 
     name: str = "sort"
-    """sort, reverse, countdown, largest, key, jsonl, or `reasoning-gym:NAME`."""
+    """sort, reverse, countdown, largest, key, carry, jsonl, or `reasoning-gym:NAME`."""
     level: int | None = None
     """Difficulty level of a built-in task; None takes its default."""
     shots: int = 0
