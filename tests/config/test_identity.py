@@ -19,6 +19,7 @@ OTHER = {
     "policy.start": "runs/a@3",
     "optimizer.muon_dtype": "float32",
     "eval.success": 0.5,
+    "rollout.lag": 2,
     "trainer.eos_token": [7],
     "trainer.pad_token": 3,
     "task.stop": [],
