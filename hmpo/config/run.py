@@ -25,6 +25,9 @@ WINDOWS_RESERVED = frozenset(
     ["con", "prn", "aux", "nul", *(f"{d}{n}" for d in ("com", "lpt") for n in range(1, 10))]
 )
 
+MOST_LAG = 256
+"""Largest `rollout.lag`."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyConfig:
@@ -69,6 +72,20 @@ class TaskConfig:
     stop: tuple[str, ...] | None = None
     """Strings that end a response; unset takes the task's own (a newline, also for jsonl), an
     empty list none: only an end token ends a response then."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutConfig:
+    """How old the policy is that samples."""
+
+    lag: int = 0
+    """Rollouts between the weights that sample and those that learn: rollout n is drawn with the
+    weights that the policy had when rollout max(0, n - lag) began. 0 draws each with the present
+    ones. That many copies of the trained weights are kept in memory and in each checkpoint."""
+
+    def __post_init__(self) -> None:
+        whole = type(self.lag) is int and 0 <= self.lag <= MOST_LAG
+        require(whole, "lag", self.lag, f"an integer from 0 to {MOST_LAG}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,6 +249,7 @@ class RunConfig:
     task: TaskConfig = field(default_factory=TaskConfig)
     rewards: RewardConfig = field(default_factory=RewardConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     mismatch: MismatchConfig = field(default_factory=MismatchConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

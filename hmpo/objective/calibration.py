@@ -59,7 +59,8 @@ class ClipCalibration:
             p: exponent in force.
             objective: the member with the configured half-widths.
             rollout: 0-based rollout of the update.
-            staleness: updates of this rollout before it; the first, of equal ratios, tells none.
+            staleness: updates since the weights that sampled; none means equal ratios, which tell
+                nothing.
         """
         if self.share is None or self.scale is not None:
             return False

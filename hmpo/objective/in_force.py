@@ -90,7 +90,7 @@ class ObjectiveInForce:
             advantages: one per response.
             update: 0-based update.
             rollout: 0-based rollout that it learns from.
-            staleness: updates of this rollout before it.
+            staleness: updates since the weights that sampled.
 
         Returns:
             Metrics of what was learned, and an event where the clip's half-widths settle.

@@ -236,6 +236,7 @@ def ratio_metrics(
     skew = 0.5 * (log_a + log_h) - log_g
     m = exp_linear(log_m)
     whole = log_ratio.sum(1).clamp(-EXP_LIMIT, EXP_LIMIT).exp()
+    variance = d.var(correction=0)
     return {
         "ratio/logA": log_a.mean(),
         "ratio/logG": log_g.mean(),
@@ -246,7 +247,9 @@ def ratio_metrics(
         "ratio/log_gap_max": gap.max(),
         "ratio/log_skew_mean": skew.mean(),
         "ratio/d_mean": d.mean(),
-        "ratio/d_var": d.var(correction=0),
+        "ratio/d_var": variance,
+        "ratio/sigma": variance.sqrt(),
+        "ratio/sigma_sqrt_l": (variance * (len(d) / len(mask))).sqrt(),
         "ratio/d_min": d.min(),
         "ratio/d_max": d.max(),
         **_quantiles(d),

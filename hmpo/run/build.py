@@ -119,6 +119,7 @@ def make_trainer(config: RunConfig, loaded: LoadedPolicy, task: Task, rewards: R
         rewards,
         tokenizer=loaded.tokenizer,
         stop=task.stop,
+        lag=config.rollout.lag,
     )
 
 

@@ -22,6 +22,7 @@ OTHER = {
     "objective.token_clamp": 0.1,
     "objective.exponent.per": "rollout",
     "eval.success": 0.5,
+    "rollout.lag": 2,
     "trainer.eos_token": [7],
     "trainer.pad_token": 3,
     "task.stop": [],

@@ -55,6 +55,7 @@ RUN: dict[str, Case] = {
     "task.shots": ({}, 1),
     "task.options": (FROM_FILE, {"path": "others.jsonl"}),
     "task.stop": ({}, ["9"]),
+    "rollout.lag": ({}, 1),
     "rewards.functions": ({}, [DRAWS]),
     "rewards.weights": ({"rewards__functions": [LOW, DRAWS]}, [1.0, 0.5]),
     "optimizer.name": ({}, "muon"),
