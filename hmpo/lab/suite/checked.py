@@ -55,7 +55,7 @@ def a_text(value: Any, place: str, form: str = r"(?s).*", expected: str = "a tex
     return value
 
 
-def a_number(value: Any, place: str, low: float, high: float) -> float:
+def a_number(value: Any, place: str, low: float | int, high: float | int) -> float:
     """The value, which must be a number in [low, high)."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
     require(number and low <= value < high, place, value, f"a number in [{low:g}, {high:g})")

@@ -90,9 +90,10 @@ def _checked(data: Any) -> dict[str, Any]:
     endpoint = a_table(whole["endpoint"], "endpoint")
     refuse_unknown(endpoint, ("last",), "endpoint")
     whole["endpoint"] = {"last": a_count(endpoint.get("last", 3), "endpoint.last")}
-    a_number(whole["smallest"], "smallest", 0, 1)
+    a_number(whole["smallest"], "smallest", 1e-9, 1)
     a_number(whole["alpha"], "alpha", 1e-9, 1)
-    require(whole["crash"] in ("zero", "last"), "crash", whole["crash"], "zero or last")
+    crash = whole["crash"]
+    require(crash in ("zero", "left_out"), "crash", crash, "zero (of success) or left_out")
     for name in ("tasks", "methods"):
         for item in a_list(whole.get(name, []), name):
             a_text(item, name)

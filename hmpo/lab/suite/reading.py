@@ -59,7 +59,7 @@ class Suite:
     protocol: Protocol | None = None
     outcomes: Path | None = None
     """Committed outcomes; such runs are not made again."""
-    keep: tuple[str, ...] = ("policy",)
+    keep: tuple[str, ...] = ("policy", "completions")
 
     @functools.cached_property
     def hash(self) -> str:
@@ -122,7 +122,7 @@ def _suite(data: Any, folder: Path, source: str) -> Suite:
     items = a_list(table.get("cells", []), "cells", "tables, [[cells]] each")
     cells = [*product(plan, exclude), *further(plan, items)]
     check_cells(cells)
-    keep = a_list(table.get("keep", ["policy"]), "keep")
+    keep = a_list(table.get("keep", ["policy", "completions"]), "keep")
     for item in keep:
         require(item in KEEP, "keep", item, f"one of {', '.join(KEEP)}")
     protocol = table.get("protocol")
