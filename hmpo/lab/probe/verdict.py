@@ -9,11 +9,12 @@ minibatches. How far U updates take two exponents apart depends on whether the d
     all of them           U sqrt(2 delta)     which passes two seeds, sqrt(2 U eta), at
                                               U = eta / delta updates, the fewest that can do
 
-So p cannot matter while U < eta / delta, however the differences line up. It can where
-delta >= eta, however they do not. Between the two it is lost in the noise of each update, and only
-what lines up over many can bring it out; that is for runs to say. Both figures are of the pair of
-exponents that are furthest apart. In the first line delta is the mean over the updates of a
-rollout, in the second sqrt(delta) is: the first updates are often fresh.
+So p cannot matter while U < eta / delta, however the differences line up; beyond that it can, and
+whether it does is for runs to say. Where delta < eta as well, no single update shows it: another
+exponent changes each of them less than another seed does, and only what lines up comes out, over
+many updates and seeds. Both figures are of the pair of exponents that are furthest apart. In the
+first line delta is the mean over the updates of a rollout, in the second sqrt(delta) is: the first
+updates are often fresh.
 
 eta comes from the two halves of a minibatch: a gradient of half the rows has twice the variance,
 so halves at distance h belong to whole minibatches at eta = h / (2 - h).
@@ -25,7 +26,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Space = Literal["weights", "log-probs"]
-Word = Literal["cannot", "lost", "can", "unknown"]
+Word = Literal["cannot", "can", "unknown"]
 _WHERE = {"weights": "in the space of weights", "log-probs": "in the space of token log-probs"}
 
 
@@ -38,8 +39,11 @@ class Verdict:
     """
 
     word: Word
-    """cannot: not even where all differences line up. lost: smaller than the gradient noise of
-    each update. can: at least as large. unknown: no gradient, or no number of updates."""
+    """cannot: not even where all differences line up. can: where they do. unknown: no gradient,
+    or no number of updates."""
+    clear: bool
+    """Whether the exponents differ at least as much as gradient noise in the updates themselves,
+    so that nothing need line up."""
     sentence: str
     pair: tuple[float, float]
     """The exponents that are furthest apart at the stalest update."""
@@ -105,15 +109,17 @@ def judge(angles: Angles) -> Verdict:
     noise = 1.0 if half is None else minibatch_noise(half)
     seen = [d for d in angles.distances if d is not None]
     mean = sum(seen) / len(seen) if seen else None
-    fewest, word = None, "unknown"
+    fewest, clear = None, mean is not None and mean >= noise
+    word: Word = "unknown"
     if seen:
         aligned = (sum(map(math.sqrt, seen)) / len(seen)) ** 2
         fewest = noise / aligned if aligned > 0 else None
-        word = _word(angles.updates, mean or 0.0, noise, fewest)
+        word = _word(angles.updates, clear, fewest)
     stalest = angles.distances[-1] if angles.distances else None
     return Verdict(
-        word=word,  # type: ignore[bad-argument-type]
-        sentence=_sentence(word, angles, stalest, noise, half is not None, fewest),
+        word=word,
+        clear=clear and fewest is not None,
+        sentence=_sentence(word, clear, angles, stalest, noise, half is not None, fewest),
         pair=angles.pair,
         space=angles.space,
         distance=stalest,
@@ -127,18 +133,17 @@ def judge(angles: Angles) -> Verdict:
     )
 
 
-def _word(updates: int | None, mean: float, noise: float, fewest: float | None) -> Word:
+def _word(updates: int | None, clear: bool, fewest: float | None) -> Word:
     if fewest is None:
         return "cannot"
-    if mean >= noise:
-        return "can"
     if updates is None:
-        return "unknown"
-    return "cannot" if updates < fewest else "lost"
+        return "can" if clear else "unknown"
+    return "cannot" if updates < fewest else "can"
 
 
 def _sentence(
-    word: str,
+    word: Word,
+    clear: bool,
     angles: Angles,
     stalest: float | None,
     noise: float,
@@ -164,26 +169,26 @@ def _sentence(
     if not measured:
         figures += " at most (the policy is not at hand to measure it)"
     least = _count(fewest)
-    if word == "can":
-        return (
-            f"p can matter in this run: {figures}, so another exponent changes an update at least "
-            "as much as another seed does"
-        )
     if word == "cannot":
         return (
             f"p cannot matter in this run: {figures}; with this staleness no exponent will differ "
             f"from another by more than seeds do, not even if all {angles.updates} updates pulled "
             f"the same way (that would take {least})"
         )
-    if word == "lost":
+    if word == "can" and clear:
         return (
-            f"p is lost in the noise of this run: {figures}, so another exponent changes an update "
-            f"less than another seed does, and only differences that line up over {least} or more "
-            f"of its {angles.updates} updates could show"
+            f"p can matter in this run: {figures}, so another exponent changes its updates at "
+            "least as much as another seed does"
+        )
+    if word == "can":
+        return (
+            f"p can matter in this run, though not in one update alone: {figures}, so only "
+            f"differences that line up over at least {least} of its {angles.updates} updates show, "
+            "and seeds are needed to tell"
         )
     return (
         f"p cannot matter in fewer than {least} updates: {figures}; the number of updates of the "
-        "run is not known, and beyond it only differences that line up could show"
+        "run is not known, and beyond it differences that line up can show"
     )
 
 

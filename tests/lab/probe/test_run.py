@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hmpo.cli.demo import demo_config
-from hmpo.config import TaskConfig
+from hmpo.config import RolloutConfig
 from hmpo.errors import CheckpointError, ConfigError, RunFolderError
 from hmpo.lab.probe import probe_run
 from hmpo.run.loop import train
@@ -94,7 +94,6 @@ def short_demo(out: Path, name: str, *, updates: int, lr: float = 2e-4, **traine
     return dataclasses.replace(
         config,
         prompts_per_rollout=12,
-        task=TaskConfig(name="sort"),
         trainer=dataclasses.replace(config.trainer, **trainer),
         optimizer=dataclasses.replace(config.optimizer, lr=lr),
         eval=dataclasses.replace(config.eval, every=0, prompts=8, final_prompts=8),
@@ -112,11 +111,22 @@ def test_in_a_short_demo_p_cannot_matter(out) -> None:
     assert gspo.mean == 0 and gspo.clip > 0.05, "GSPO differs by its clip, not by p"
 
 
-def test_with_stale_rollouts_and_large_steps_p_can_matter(out) -> None:
-    train(short_demo(out, "stale", updates=4, lr=4e-3, minibatches=4))
+def test_with_a_lag_of_16_rollouts_and_large_steps_p_can_matter(out) -> None:
+    config = short_demo(out, "stale", updates=18, lr=4e-4, minibatches=1)
+    train(dataclasses.replace(config, rollout=RolloutConfig(lag=16)))
+    before = contents(out / "stale")
     probe = probe_run(out / "stale")
-    assert [u.staleness for u in probe.updates] == [0, 1, 2, 3]
+    assert contents(out / "stale") == before
+    assert probe.stalest.staleness == 16, "drawn by the weights of 16 rollouts ago"
     assert probe.verdict.word == "can", probe.verdict.sentence
+    assert probe.stalest.sigma > 0.1
+
+
+def test_before_the_stalest_update_only_exponents_go_to_the_space_of_weights(policy, out) -> None:
+    train(micro_config(policy, out, updates=3, trainer__minibatches=3))
+    probe = probe_run(out / "run", allow_code=True)
+    assert [u.staleness for u in probe.updates] == [0, 1, 2]
     for update in probe.updates[:-1]:
         matrix = update.weight_distances
-        assert matrix[0][6] is not None and matrix[-1][0] is None  # exponents alone before the last
+        assert matrix[0][6] is not None and matrix[-1][-1] is None
+    assert probe.stalest.weight_distances[-1][-1] == 0

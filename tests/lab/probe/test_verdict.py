@@ -32,13 +32,16 @@ def test_below_what_could_line_up_it_cannot_matter() -> None:
         assert figure in found.sentence, figure
 
 
-def test_beyond_it_the_difference_is_lost_in_the_noise_or_can_matter() -> None:
-    lost = judged(updates=42)
-    assert lost.word == "lost" and "lost in the noise" in lost.sentence
+def test_beyond_it_it_can_in_sum_or_in_every_update() -> None:
+    summed = judged(updates=42)
+    assert summed.word == "can" and not summed.clear
+    assert "though not in one update alone" in summed.sentence
+    assert "at least 42 of its 42 updates" in summed.sentence
     assert judged(updates=41).word == "cannot"
-    can = judged(distances=(0.4, 0.5))
-    assert can.word == "can" and can.sentence.startswith("p can matter in this run: ")
-    assert judged(distances=(0.0, 0.8)).word == "lost"  # half of the updates see nothing of it
+    clear = judged(distances=(0.4, 0.5))
+    assert clear.word == "can" and clear.clear
+    assert clear.sentence.startswith("p can matter in this run: ")
+    assert not judged(distances=(0.0, 0.8)).clear  # half of the updates see nothing of it
 
 
 def test_without_the_policy_the_noise_is_the_most_there_can_be() -> None:
