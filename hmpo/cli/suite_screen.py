@@ -80,6 +80,8 @@ class SuiteScreen(Watcher):
         self.jobs = 1
         self.live: Live | None = None
         self.drawn = 0.0
+        self.note = ""
+        """What is shown in place of the time left."""
         self.progress = Progress(
             TextColumn("[bold]{task.description}"),
             BarColumn(bar_width=None),
@@ -95,6 +97,7 @@ class SuiteScreen(Watcher):
     def __exit__(self, *error: object) -> None:
         live, self.live = self.live, None
         if live is not None:
+            self.note = " "
             with contextlib.suppress(Exception):  # the terminal may be gone
                 live.update(self._view(), refresh=True)
                 live.stop()
@@ -153,10 +156,10 @@ class SuiteScreen(Watcher):
             self.drawn = now
 
     def on_stop(self, number: int) -> None:
-        """Answer a signal, straight to the terminal."""
-        if not self.quiet:
-            name = Signals(number).name
-            text = f"\nhmpo: {name}: the runs save and stop; once more to leave at once\n"
+        """Answer a signal: in the table, or straight away."""
+        self.note = f"{Signals(number).name}: the runs save and stop; once more to leave at once"
+        if not self.quiet and self.live is None:
+            text = f"\nhmpo: {self.note}\n"
             with contextlib.suppress(OSError, ValueError):
                 os.write(self.console.file.fileno(), text.encode())
 
@@ -229,7 +232,7 @@ class SuiteScreen(Watcher):
         hidden = len(self.rows) - len(shown)
         if hidden:
             table.add_row(Text(f"... and {hidden} more cells", style="dim"))
-        self.progress.update(self.bar, left=self.time_left())
+        self.progress.update(self.bar, left=self.note or self.time_left())
         return Group(table, self.progress)
 
     def _shown(self) -> list[Row]:
@@ -259,7 +262,8 @@ def result_lines(result: SuiteResult, suite: str, command: str) -> list[str]:
     }
     told = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
     lines = [f"suite {suite}: {told or 'no runs'}; {result.folder}"]
-    lines += [f"failed: {cell} seed {seed}: {why}" for cell, seed, why in result.failed[:10]]
+    for cell, seed, why in result.failed[:10]:
+        lines.append(f"failed: {cell} seed {seed}: {printable(why, 300)}")
     if len(result.failed) > 10:
         lines.append(f"... and {len(result.failed) - 10} more; each run's outcome.json says why")
     if result.exploratory:
@@ -267,4 +271,4 @@ def result_lines(result: SuiteResult, suite: str, command: str) -> list[str]:
     lines += result.compared
     if result.signal is not None:
         lines.append(f"stopped by a signal; everything is saved. Go on with: {command}")
-    return [printable(line, 400) for line in lines]
+    return lines
