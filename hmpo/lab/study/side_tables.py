@@ -218,9 +218,9 @@ def cost_table(study: Study) -> Table:
         runs = study.runs[cell.name].values()
         row = {**identity(study, cell), "seeds": whole(len(runs))}
         row["updates"] = estimate(
-            average([run.outcome.updates for run in runs], study), "{:.0f}".format
+            average([float(run.outcome.updates) for run in runs], study), "{:.0f}".format
         )
-        tokens = [run.outcome.tokens for run in runs]
+        tokens = [float(run.outcome.tokens) for run in runs]
         row["tokens"] = estimate(average(tokens, study), "{:.0f}".format, 1e-3)
         for name in ("cpu_s", "wall_s", "tokens_per_s"):
             values = _costs(study, cell.name, name)

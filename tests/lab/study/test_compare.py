@@ -42,7 +42,9 @@ def test_two_run_folders_are_read_from_their_logs(tmp_path: Path) -> None:
 
 
 def test_two_runs_of_other_seeds_are_no_pair(tmp_path: Path) -> None:
-    found = compare(make_run(tmp_path / "a", seed=1, updates=20), make_run(tmp_path / "b", seed=2, updates=20))
+    found = compare(
+        make_run(tmp_path / "a", seed=1, updates=20), make_run(tmp_path / "b", seed=2, updates=20)
+    )
     assert found.estimate is None
     assert "too few runs for a difference" in found.text()
     assert ("seed", "1", "2") in (found.settings or ())

@@ -4,17 +4,19 @@ import csv
 import hashlib
 import json
 import re
-import shutil
 from base64 import b64decode
 from html.parser import HTMLParser
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 
 from hmpo.errors import ConfigError
+from hmpo.lab.study.controls import controls
 from hmpo.lab.study.interactive import chart_data, script_json
-from hmpo.lab.study.markdown import escape
+from hmpo.lab.study.markdown import escape, render_markdown
 from hmpo.lab.study.outcomes import collect, read_outcomes
+from hmpo.lab.study.page import render_page
 from hmpo.lab.study.report import Written, report_suite
 from tests.lab.payloads import PAYLOADS
 from tests.lab.study.suites import PROTOCOL, cell, make_suite, study_of, write_plan
@@ -31,23 +33,34 @@ def written(suite: Path, tmp_path_factory: pytest.TempPathFactory) -> Written:
 class Page(HTMLParser):
     """Elements of a page, and the texts of its scripts and cells."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, page: Path | str) -> None:
         super().__init__()
         self.tags: list[tuple[str, dict]] = []
         self.scripts: list[str] = []
+        self.inside = False
         self.text = ""
-        self.feed(path.read_text(encoding="utf-8"))
+        self.feed(page if isinstance(page, str) else page.read_text(encoding="utf-8"))
 
     def handle_starttag(self, tag, attrs):
         self.tags.append((tag, dict(attrs)))
         if tag == "script":
             self.scripts.append("")
+            self.inside = True
+
+    def handle_endtag(self, tag):
+        self.inside = self.inside and tag != "script"
 
     def handle_data(self, data):
-        if self.tags[-1][0] == "script":
+        if self.inside:
             self.scripts[-1] += data
         else:
             self.text += data
+
+
+def page_of(folder: Path) -> Page:
+    """The page of a suite without its figures, which cost most of the time."""
+    study = study_of(folder)
+    return Page(render_page(study, controls(study), [], {}, folder, folder / "report.html"))
 
 
 def test_there_is_a_file_for_each_table_and_two_for_each_figure(written: Written) -> None:
@@ -58,13 +71,13 @@ def test_there_is_a_file_for_each_table_and_two_for_each_figure(written: Written
 
 
 def test_the_summary_has_one_row_for_each_run(written: Written, suite: Path) -> None:
-    rows = list(csv.DictReader(written.summary.open(encoding="utf-8")))
+    rows = list(csv.DictReader(written.summary.read_text("utf-8").splitlines()))
     assert len(rows) == written.outcomes == len(collect(suite)) == 41
     assert len({(row["cell"], row["seed"]) for row in rows}) == 41
     assert {row["role"] for row in rows} >= {"main", "null", "placebo", "tuning"}
 
 
-def test_saved_outcomes_give_the_same_report_without_the_runs(
+def test_saved_outcomes_give_the_same_bytes_without_the_runs(
     written: Written, suite: Path, tmp_path: Path
 ) -> None:
     saved = written.page.parent / "all.jsonl.gz"
@@ -75,6 +88,8 @@ def test_saved_outcomes_give_the_same_report_without_the_runs(
         assert one.read_bytes() == other.read_bytes()
     assert written.summary.read_bytes() == again.summary.read_bytes()
     assert written.markdown.read_bytes() == again.markdown.read_bytes()
+    for one, other in zip(written.plots, again.plots):
+        assert one.read_bytes() == other.read_bytes()
 
 
 def test_only_the_scripts_of_the_policy_may_run(written: Written) -> None:
@@ -98,7 +113,7 @@ def test_every_head_of_a_table_is_a_button_and_links_lead_to_the_runs(written: W
     assert heads and all(page.tags[i + 1][0] == "button" for i in heads)
     links = [a["href"] for tag, a in page.tags if tag == "a"]
     assert len(links) == 41
-    assert all((written.page.parent / link).resolve().is_dir() for link in links)
+    assert all((written.page.parent / unquote(link)).resolve().is_dir() for link in links)
 
 
 def test_the_chart_holds_every_seed_of_the_endpoint(study) -> None:
@@ -119,14 +134,14 @@ def test_failed_controls_stand_above_everything_else(tmp_path: Path) -> None:
         text = (other / "outcome.json").read_text(encoding="utf-8")
         text = text.replace('"cell":"negative"', '"cell":"positive"')
         (place / "outcome.json").write_text(text, encoding="utf-8")
-    written = report_suite(folder)
-    text = Page(written.page).text
+    study = study_of(folder)
+    text = page_of(folder).text
     told = "1 of this suite's controls failed"
-    assert text.index(told) < text.index("hmpo suite") < text.index("Controls")
-    markdown = written.markdown.read_text(encoding="utf-8").splitlines()
-    assert markdown[0] == "# headline" or markdown[0] == "# A study"
+    assert text.index(told) < text.rindex("hmpo suite") < text.index("Controls")
+    markdown = render_markdown(study, controls(study), [], {}).splitlines()
+    assert markdown[0] == "# A study"
     assert markdown[2].startswith(f"**{told}") and "positive" in markdown[4]
-    assert [c.kind for c in written.controls if c.passed is False] == ["positive"]
+    assert [c.kind for c in controls(study) if c.passed is False] == ["positive"]
 
 
 def test_the_protocol_and_its_state_are_told(written: Written, tmp_path: Path) -> None:
@@ -134,7 +149,7 @@ def test_the_protocol_and_its_state_are_told(written: Written, tmp_path: Path) -
     assert "cd" * 32 in text and "confirmatory" in text
     assert "1 of 42 runs missing" in text
     changed = make_suite(tmp_path, first_protocol_hash="ef" * 32, exploratory={"again": [101]})
-    text = Page(report_suite(changed).page).text
+    text = page_of(changed).text
     assert "the protocol changed after its first run" in text and "1 runs exploratory" in text
 
 
@@ -142,32 +157,25 @@ def test_whatever_runs_and_suites_wrote_shows_as_text(tmp_path: Path) -> None:
     hypothesis = {"id": "P1", "claim": PAYLOADS[0], "prediction": PAYLOADS[1], "suite": ""}
     protocol = {**PROTOCOL, "title": PAYLOADS[0], "hypotheses": [hypothesis]}
     folder = make_suite(tmp_path, protocol=protocol)
-    rows = [
-        {"step": 1, "rollout": 0, "prompt": text, "completion": text, "reward": 1.0}
-        for text in PAYLOADS
-    ]
-    run = folder / "runs" / "gspo+dense+stale" / "1"
-    plain = {tag for tag, _ in Page(report_suite(folder).page).tags}
-    count = len(rows) // 3
-    for i in range(count):
-        chosen = rows[3 * i : 3 * i + 3]
-        text = "".join(json.dumps(row) + "\n" for row in chosen)
-        (run / "completions.jsonl").write_text(text, encoding="utf-8")
-        if i % 6 and i != count - 1:
-            continue  # each page costs a second
-        page = Page(report_suite(folder).page)
+    plain = {tag for tag, _ in page_of(folder).tags}
+    places = [path for path in sorted((folder / "runs").glob("*/*")) if path.name != "1"]
+    firsts = list({path.parent: path for path in reversed(places)}.values())
+    firsts += list((folder / "runs").glob("*/1"))
+    for start in range(0, len(PAYLOADS), 3 * len(firsts)):
+        for i, run in enumerate(firsts):
+            chosen = PAYLOADS[start + 3 * i : start + 3 * i + 3]
+            rows = [{"step": 1, "prompt": t, "completion": t, "reward": 1.0} for t in chosen]
+            text = "".join(json.dumps(row) + "\n" for row in rows)
+            (run / "completions.jsonl").write_text(text, encoding="utf-8")
+        page = page_of(folder)
         assert {tag for tag, _ in page.tags} <= {*plain, "pre", "div", "p"}
         assert len(page.scripts) == 3
         assert not [a for _, a in page.tags if any(n.startswith("on") for n in a)]
-    first = PAYLOADS[0]
-    (run / "completions.jsonl").write_text(json.dumps(rows[0]) + "\n", encoding="utf-8")
-    assert first.strip() in Page(report_suite(folder).page).text
+    assert "alert(" in page.text  # shown, as text
 
 
 def test_markdown_shows_markup_as_text(written: Written) -> None:
-    assert escape("a|b <script> [x](y) `z`\n# t") == (
-        r"a\|b \<script\> \[x\](y) \`z\` \# t"
-    )
+    assert escape("a|b <script> [x](y) `z`\n# t") == (r"a\|b \<script\> \[x\](y) \`z\` \# t")
     text = written.markdown.read_text(encoding="utf-8")
     for part in ("## Controls", "## What was found", "## T1: Main table", "plots/forest.svg"):
         assert part in text
@@ -184,13 +192,3 @@ def test_settings_that_differ_are_marked(written: Written) -> None:
 def test_a_suite_without_a_finished_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no run of this suite has ended"):
         report_suite(write_plan(tmp_path, [cell("a", [1])]))
-
-
-def test_a_report_is_the_same_each_time(suite: Path, tmp_path: Path) -> None:
-    copy = tmp_path / "copy"
-    shutil.copytree(suite, copy)
-    first = report_suite(copy)
-    before = {path: path.read_bytes() for path in (first.page, first.markdown, *first.plots)}
-    report_suite(copy)
-    assert {path: path.read_bytes() for path in before} == before
-    assert study_of(copy).plan.name == "headline"
