@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hmpo.cli.demo import demo_config
-from hmpo.config import RolloutConfig
+from hmpo.config.run import RolloutConfig
 from hmpo.errors import CheckpointError, ConfigError, RunFolderError
 from hmpo.lab.probe import probe_run
 from hmpo.run.loop import train
