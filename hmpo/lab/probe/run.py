@@ -95,6 +95,8 @@ class _Replay:
     def __init__(self, folder: Path, config: RunConfig) -> None:
         self.folder, self.config = folder, config
         self.notes: list[str] = []
+        self.shift = 0
+        """Updates that the run has done beyond where its schedule is put."""
         device = use_machine(config)
         seed_everything(config.seed)
         task = make_task(config.task, config.seed)
@@ -150,6 +152,11 @@ class _Replay:
                 "the run has no checkpoint any more: its trained policy goes on with a fresh "
                 "optimizer, whose first steps may be larger than the run's own were"
             )
+            if self.config.rollout.lag:
+                self.notes.append(
+                    f"rollout.lag = {self.config.rollout.lag}: the weights of earlier rollouts are "
+                    "gone with the checkpoints, so the present ones sample and nothing lags"
+                )
             return
         self.trainer.load_state_dict(saved.state)
         own: Any = saved.state["run"]
@@ -166,22 +173,25 @@ class _Replay:
                     "which are fresher, are not seen"
                 )
             return
+        examples = self.steering.examples()
+        prompts = [example.prompt for example in examples]
+        trainer.begin_rollout(prompts, gather_columns(examples))
         over = self.checkpoint is None or trainer.step >= updates
         if over and has_schedule(self.config):
+            done = trainer.step
             trainer.step = max(0, min(updates // 2, updates - trainer.config.updates_per_rollout))
+            self.shift = done - trainer.step
             self.notes.append(
                 "the run is over, where its schedule ends: the rollout is trained on as at its "
                 f"update {trainer.step}"
             )
-        examples = self.steering.examples()
-        prompts = [example.prompt for example in examples]
-        trainer.begin_rollout(prompts, gather_columns(examples))
 
     def _look(self, variants: Sequence[Variant], *, thorough: bool) -> UpdateProbe:
         """The next update of the rollout under all variants, before it is taken."""
         trainer = self.trainer
         batch = next_minibatch(trainer)
-        recorded = record(trainer, batch)
+        behind = trainer.staleness + (self.shift if trainer.lag.rollouts else 0)
+        recorded = record(trainer, batch, staleness=behind)
         policy = Policy(
             model=trainer.policy, rollout=batch.rollout, config=trainer.config, thorough=thorough
         )
@@ -225,8 +235,14 @@ def next_minibatch(trainer: Trainer) -> Batch:
     return trainer.batch.select(rows.to(trainer.device)).trimmed()
 
 
-def record(trainer: Trainer, batch: Batch) -> RecordedBatch:
-    """What the objective sees of a trainer's next update, on the CPU."""
+def record(trainer: Trainer, batch: Batch, *, staleness: int) -> RecordedBatch:
+    """What the objective sees of a trainer's next update, on the CPU.
+
+    Args:
+        trainer: before that update.
+        batch: what `next_minibatch` gave.
+        staleness: updates between the weights that sampled it and the present ones.
+    """
     rollout = batch.rollout
     mask = rollout.response_mask & batch.valid[:, None]
     logprobs = policy_logprobs(trainer.policy, rollout, trainer.config)
@@ -246,7 +262,7 @@ def record(trainer: Trainer, batch: Batch) -> RecordedBatch:
         weights=None if weights is None else weights.cpu(),
         facts={
             "update": trainer.step,
-            "staleness": getattr(trainer, "staleness", trainer.cursor),
+            "staleness": staleness,
             "updates_per_rollout": trainer.config.updates_per_rollout,
         },
     )

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
+from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -33,10 +34,13 @@ def _parts(probe: Probe) -> Iterator[RenderableType]:
     yield _members(probe)
 
 
-def _table(title: str, columns: Sequence[str], caption: str = "") -> Table:
-    table = Table(title=Text(title), caption=Text(caption) if caption else None)
+def _table(title: str, columns: Sequence[str], caption: str) -> Table:
+    table = Table(
+        title=Text(title), caption=Text(caption), box=box.SIMPLE_HEAD, title_justify="left",
+        pad_edge=False, caption_justify="left",
+    )  # fmt: skip
     for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 else "right")
+        table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
     return table
 
 
@@ -49,7 +53,7 @@ def _updates(probe: Probe) -> Table:
     table = _table(
         f"Updates of the rollout: cosine distance of p = {p:g} from p = {q:g}, no clip",
         columns,
-        "halves: distance between the two halves of the minibatch in the space of weights (noise)",
+        "halves: that between the two halves of the minibatch, in weights: gradient noise",
     )
     for update in probe.updates:
         weights = update.weight_distances
@@ -66,41 +70,38 @@ def _updates(probe: Probe) -> Table:
 
 def _exponents(probe: Probe) -> Table:
     """Each exponent beside p = 0: expected and measured, spread of its weights by sign."""
-    columns = ("p", "cos expected", "log-probs", "weights", "ESS +", "ESS -", "H +", "H -")
+    columns = ("p", "expected", "log-probs", "weights", "ESS +/-", "H +/-", "clip +/-")
     table = _table(
         "Exponents without clip, at the stalest update: cosine to p = 0",
-        (*columns, "clip +", "clip -"),
-        "ESS and H: effective sample size and entropy of the token weights, as shares, by the sign "
-        "of the advantage; clip: share of tokens that the common clip takes",
+        columns,
+        "expected: from sigma; ESS, H: effective sample size and entropy of the token weights, as "
+        "shares, for advantages > 0 / < 0; clip: share of tokens that the common clip takes",
     )
     spreads = probe.stalest.spreads
     free = [i for i, v in enumerate(probe.variants) if v.kind == "exponent"]
     shared = [i for i, v in enumerate(probe.variants) if v.kind == "clipped"]
     for row, i, k in zip(probe.predictions(), free, shared, strict=True):
-        positive, negative = spreads[i]["positive"], spreads[i]["negative"]
         table.add_row(
             f"{row['p']:g}",
             _cosine(row["expected"]),
             _cosine(row["cosine"]),
             _cosine(row["weight_cosine"]),
-            _share(positive.ess),
-            _share(negative.ess),
-            _share(positive.entropy),
-            _share(negative.entropy),
-            *_clips(spreads[k]),
+            _by_sign(spreads[i], "ess"),
+            _by_sign(spreads[i], "entropy"),
+            _by_sign(spreads[k], "clipped"),
         )
     return table
 
 
 def _members(probe: Probe) -> Table:
     """What sets each member apart: its mean, its clip, its weights of responses."""
-    columns = ("member", "p", "mean", "clip", "responses", "clip +", "clip -", "silent +")
+    columns = ("member", "p", "mean", "clip", "rows", "clipped +/-", "silent +/-")
     table = _table(
-        "Members: cosine distance (log-probs) that each cause makes",
-        (*columns, "silent -"),
-        "mean: from the geometric mean, neither clipped; clip: from itself without clip or gate; "
-        "responses: from equal weights of responses; clip +/-: share of tokens without gradient; "
-        "silent: share of responses that lost all of it",
+        "Members, at the stalest update: cosine distance (log-probs) by cause",
+        columns,
+        "mean: from the geometric mean, neither limited; clip: from itself without clip or gate; "
+        "rows: from equal weights of responses; clipped: share of tokens without a gradient, for "
+        "advantages > 0 / < 0; silent: share of responses without any",
     )
     for variant, spread in zip(probe.variants, probe.stalest.spreads, strict=True):
         parts = probe.stalest.parts.get(variant.name)
@@ -108,28 +109,29 @@ def _members(probe: Probe) -> Table:
             continue
         table.add_row(
             writable(variant.name),
-            "-" if variant.p is None else f"{variant.p:.3g}",
+            "-" if variant.p is None else f"{variant.p:.2g}",
             _short(parts.mean),
             _short(parts.clip),
             _short(parts.responses),
-            *_clips(spread),
-            _share(spread["positive"].silent),
-            _share(spread["negative"].silent),
+            _by_sign(spread, "clipped"),
+            _by_sign(spread, "silent"),
         )
     return table
 
 
-def _clips(spread: dict[str, Spread]) -> tuple[str, str]:
-    return _share(spread["positive"].clipped), _share(spread["negative"].clipped)
+def _by_sign(spread: dict[str, Spread], name: str) -> str:
+    """A share for advantages > 0 and one for those < 0."""
+    values = [getattr(spread[sign], name) for sign in ("positive", "negative")]
+    return "/".join("-" if value is None else f"{value:.2f}" for value in values)
 
 
 def _short(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1e}" if 0 < value < 0.01 else f"{value:.3f}"
+    if value is None:
+        return "-"
+    if value < 1e-12:  # rounding
+        return "0"
+    return f"{value:.0e}" if value < 0.01 else f"{value:.3f}"
 
 
 def _cosine(value: float | None) -> str:
     return "-" if value is None else f"{value:.5f}"
-
-
-def _share(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"

@@ -80,7 +80,11 @@ def own_variant(
 
 
 def without_limits(variant: Variant) -> Variant:
-    """The same mean and weights of responses, with no clip and no gate."""
+    """The same mean and weights of responses, with no clip and no gate.
+
+    What has no mean to differentiate (CISPO, REINFORCE) becomes p = 1, whose gradient that of
+    ratios as constant weights is.
+    """
     objective = dataclasses.replace(
         variant.objective,
         gate="clip",
@@ -88,6 +92,7 @@ def without_limits(variant: Variant) -> Variant:
         clip_width="absolute",
         clip_center="one",
         clip_share=None,
+        token_clamp=None,
         dual_clip=None,
         exponent=ExponentConfig(),
     )
@@ -120,7 +125,7 @@ def _member(name: str, objective: ObjectiveConfig, rewards: Tensor | None) -> li
 
 def _exponent(objective: ObjectiveConfig, p: float | None) -> float | None:
     """The one exponent of all responses, if there is one."""
-    if objective.mean != "power" or objective.gate == "detached":
+    if objective.mean != "power" or not objective.has_mean:
         return None
     if p is not None:
         return p

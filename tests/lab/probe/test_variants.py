@@ -24,6 +24,7 @@ def test_every_member_is_there_and_a_schedule_with_both_ends() -> None:
         assert found[name].p == found[name].exponent
     assert found["holder"].p == 2.0 and found["holder, end"].p == -2.0
     assert found["grpo"].p == 1.0 and found["hmpo"].p == -1.0
+    assert found["reinforce"].p is None and found["sign_aware"].p is None
     assert found["cispo"].p is None and found["pmpo"].p is None and found["ahm"].p is None
 
 
@@ -35,7 +36,7 @@ def test_a_reward_adaptive_exponent_sees_the_rewards_that_are_finite() -> None:
 
 
 def test_exponents_are_sorted_once_each_and_at_least_two() -> None:
-    names = [v.name for v in exponent_variants((1, -2.0, 1.0), None)]
+    names = [v.name for v in exponent_variants((1.0, -2.0, 1.0), None)]
     assert names == ["p = -2", "p = 1"]
     with pytest.raises(ConfigError, match="at least two"):
         exponent_variants((1.0, 1.0), None)
@@ -44,7 +45,7 @@ def test_exponents_are_sorted_once_each_and_at_least_two() -> None:
 def test_limits_and_weights_of_responses_are_taken_off_one_by_one() -> None:
     for variant in member_variants(None):
         free = without_limits(variant).objective
-        assert free.clip_level == "none" and free.gate == "clip"
+        assert free.clip_level == "none" and free.gate == "clip" and free.token_clamp is None
         assert free.reduction == variant.objective.reduction
         equal = alike(variant).objective
         assert equal.reduction == "sequence_mean"
