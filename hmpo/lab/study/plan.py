@@ -1,7 +1,7 @@
 """What a suite meant to run, as `suite.json` in its folder tells."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -55,8 +55,9 @@ class Plan:
     """{} where there is none."""
     protocol_hash: str = ""
     first_protocol_hash: str = ""
-    """Of the first confirmatory run; another one than `protocol_hash` makes later runs exploratory.
-    """
+    """Of the first confirmatory run; "" before it."""
+    exploratory: Mapping[str, frozenset[int]] = field(default_factory=dict)
+    """Seeds by cell of runs that were not decided on before the first confirmatory one."""
 
     def cell(self, name: str) -> Cell | None:
         """The cell of this name, or None."""
@@ -84,9 +85,14 @@ class Plan:
         return self.protocol.get("crash", "zero") == "zero"
 
     @property
-    def confirmatory(self) -> bool:
-        """Whether there is a protocol, unchanged since the first confirmatory run."""
+    def unchanged(self) -> bool:
+        """Whether there is a protocol, the same since the first confirmatory run."""
         return bool(self.protocol_hash) and self.first_protocol_hash in ("", self.protocol_hash)
+
+    def confirmatory(self, cell: str, seeds: Iterable[int]) -> bool:
+        """Whether all these runs were decided on, with a protocol, before the first of them."""
+        registered = bool(self.protocol_hash or self.first_protocol_hash)
+        return registered and self.exploratory.get(cell, frozenset()).isdisjoint(seeds)
 
 
 def read_plan(folder: Path) -> Plan:
@@ -127,6 +133,10 @@ def _plan(value: Any) -> Plan:
         protocol=dict(protocol),
         protocol_hash=_text(value.get("protocol_hash") or ""),
         first_protocol_hash=_text(value.get("first_protocol_hash") or ""),
+        exploratory={
+            _text(cell): frozenset(seeds)
+            for cell, seeds in (value.get("exploratory") or {}).items()
+        },
     )
     names = [cell.name for cell in plan.cells]
     if len(set(names)) < len(names):

@@ -65,6 +65,23 @@ class Cell:
         return dataclasses.replace(self.config, seed=seed, name=str(seed), out=out)
 
 
+@dataclass(frozen=True)
+class Where:
+    """Settings of the cells that have certain levels together.
+
+    Example: a learning rate for `{"member": ["gspo"], "regime": ["stale"]}`.
+    """
+
+    levels: Mapping[str, Sequence[str]]
+    """By factor, one or several."""
+    layer: Layer
+
+
+def meets(rule: Mapping[str, Sequence[str]], levels: Mapping[str, str]) -> bool:
+    """Whether a cell has one of the levels of each factor that a rule names."""
+    return all(levels.get(factor) in some for factor, some in rule.items())
+
+
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """What the cells of a suite are made of."""
@@ -74,6 +91,8 @@ class Plan:
     factors: Mapping[str, Mapping[str, Layer]]
     seeds: tuple[int, ...] | None
     relative_to: Sequence[str]
+    where: Sequence["Where"] = ()
+    """Settings of combinations of levels."""
 
     def cell(
         self, name: str, levels: Mapping[str, str], own: Layer | None = None, **more: Any
@@ -85,7 +104,9 @@ class Plan:
         """
         chosen = [self.factors[factor][level] for factor, level in levels.items()]
         refuse_clash(chosen)
-        layers = [self.base, *chosen, *([own] if own else [])]
+        met = [rule.layer for rule in self.where if meets(rule.levels, levels)]
+        refuse_clash(met)
+        layers = [self.base, *chosen, *met, *([own] if own else [])]
         settings = merged(layers)
         whole = {"threads": 1} | settings | {"relative_to": list(self.relative_to)}
         more.setdefault("seeds", self.seeds)
@@ -135,12 +156,12 @@ def product(plan: Plan, exclude: Sequence[Any]) -> list[Cell]:
     Raises:
         ConfigError: one line; an exclusion that leaves nothing out is a mistake too.
     """
-    rules = [_exclusion(plan, rule, f"exclude[{i}]") for i, rule in enumerate(exclude)]
+    rules = [levels_of(plan, rule, f"exclude[{i}]") for i, rule in enumerate(exclude)]
     used = [False] * len(rules)
     cells = []
     for names in itertools.product(*plan.factors.values()) if plan.factors else ():
         levels = dict(zip(plan.factors, names))
-        hits = [all(levels[f] in some for f, some in rule.items()) for rule in rules]
+        hits = [meets(rule, levels) for rule in rules]
         used = [was or hit for was, hit in zip(used, hits)]
         if not any(hits):
             cells.append(plan.cell("+".join(names), levels))
@@ -150,8 +171,42 @@ def product(plan: Plan, exclude: Sequence[Any]) -> list[Cell]:
     return cells
 
 
-def _exclusion(plan: Plan, rule: Any, place: str) -> dict[str, list[str]]:
-    """Levels by factor, one or several of each; a cell that has one of each is left out."""
+def read_where(plan: Plan, items: Sequence[Any]) -> list[Where]:
+    """Settings of combinations of levels, which hold over those of the levels themselves.
+
+    Raises:
+        ConfigError: one line; levels that no cell of the product can have together included.
+    """
+    rules = []
+    for number, item in enumerate(items):
+        place = f"where[{number}]"
+        table = a_table(item, place)
+        refuse_unknown(table, ("levels", "settings"), place)
+        levels = levels_of(plan, table.get("levels"), f"{place}.levels")
+        layer = a_layer(table.get("settings", {}), f"{place}.settings")
+        require(bool(layer[1]), f"{place}.settings", layer[1], "settings of a run")
+        rules.append(Where(levels, layer))
+    return rules
+
+
+def check_where(rules: Sequence[Where], cells: Sequence[Cell]) -> None:
+    """Refuse settings of levels that meet in no cell.
+
+    Raises:
+        ConfigError: one line.
+    """
+    for number, rule in enumerate(rules):
+        used = any(meets(rule.levels, cell.levels) for cell in cells)
+        shown = {factor: list(some) for factor, some in rule.levels.items()}
+        require(used, f"where[{number}].levels", shown, "levels that meet in some cell")
+
+
+def levels_of(plan: Plan, rule: Any, place: str) -> dict[str, list[str]]:
+    """Levels by factor, one or several of each.
+
+    Raises:
+        ConfigError: an unknown factor or level, or none.
+    """
     table = a_table(rule, place)
     require(bool(table), place, table, "levels by factor")
     found: dict[str, list[str]] = {}

@@ -3,6 +3,7 @@
 Every cell is resolved and validated here, before anything runs. No torch in here.
 """
 
+import dataclasses
 import functools
 import os
 import sys
@@ -19,9 +20,11 @@ from hmpo.lab.suite.cells import (
     Plan,
     cells_hash,
     check_cells,
+    check_where,
     further,
     product,
     read_factors,
+    read_where,
 )
 from hmpo.lab.suite.checked import a_list, a_table, a_text, nearest, refuse_unknown, seeds_of
 from hmpo.lab.suite.layers import a_layer
@@ -37,6 +40,7 @@ KEYS = (
     "run",
     "factors",
     "compare",
+    "where",
     "exclude",
     "cells",
 )
@@ -118,10 +122,13 @@ def _suite(data: Any, folder: Path, source: str) -> Suite:
         seeds=seeds_of(table["seeds"], "seeds") if "seeds" in table else None,
         relative_to=list(folders),
     )
+    rules = a_list(table.get("where", []), "where", "tables, [[where]] each")
+    plan = dataclasses.replace(plan, where=read_where(plan, rules))
     exclude = a_list(table.get("exclude", []), "exclude", "tables, [[exclude]] each")
     items = a_list(table.get("cells", []), "cells", "tables, [[cells]] each")
     cells = [*product(plan, exclude), *further(plan, items)]
     check_cells(cells)
+    check_where(plan.where, cells)
     keep = a_list(table.get("keep", ["policy", "completions"]), "keep")
     for item in keep:
         require(item in KEEP, "keep", item, f"one of {', '.join(KEEP)}")

@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hmpo.lab.study.outcomes import Outcome, write_outcome
+from hmpo.lab.study.analysis import Study
+from hmpo.lab.study.outcomes import Outcome, collect, write_outcome
+from hmpo.lab.study.plan import read_plan
 
 COMPARE = {"factor": "member", "to": ["grpo"], "within": ["task", "regime"]}
 PROTOCOL = {
@@ -134,3 +136,49 @@ def make_outcome(
 def place(folder: Path, outcome: Outcome) -> None:
     """Put an outcome where a suite keeps it."""
     write_outcome(folder / "runs" / outcome.cell / str(outcome.seed), outcome)
+
+
+def make_suite(folder: Path, seeds: Sequence[int] = (1, 2, 3, 4), **changes: Any) -> Path:
+    """Two members and a null arm on one task in two regimes, all controls, one run missing.
+
+    When stale, gspo ends .1 above grpo and reinforce .2 below; when fresh they are equal.
+    """
+    gains = {"grpo": 0.0, "gspo": 0.1, "reinforce": -0.2}
+    cells, outcomes = [], []
+    for member, gain in gains.items():
+        for regime in ("fresh", "stale"):
+            levels = {"member": member, "task": "dense", "regime": regime}
+            name = "+".join(levels.values())
+            lag = {"lag": 8 if regime == "stale" else 0}
+            p = {"grpo": 1.0, "gspo": 0.0, "reinforce": -1.0}[member]
+            settings = {"objective": {"member": member, "p": p}, "rollout": lag}
+            role = "null" if member == "reinforce" else "main"
+            cells.append(cell(name, seeds, role=role, levels=levels, settings=settings))
+            for seed in seeds:
+                own = random.Random(f"{name} {seed}").gauss(0, 0.004)
+                end = 0.6 + 0.02 * (seed % 3) + own + (gain if regime == "stale" else 0)
+                outcomes.append(make_outcome(name, seed, end, levels=levels, role=role))
+    base = "grpo+dense+stale"
+    ends = {o.seed: o.evals["sampled"][-1] for o in outcomes if o.cell == base}
+    others = {
+        "again": {seed + 100: end + 0.001 for seed, end in ends.items()},
+        "negative": ends,
+        "positive": {seed: end - 0.3 for seed, end in ends.items()},
+        "placebo": dict.fromkeys(ends, 0.2),
+    }
+    for role, by_seed in others.items():
+        against = "" if role == "placebo" else base
+        cells.append(cell(role, list(by_seed), role=role, against=against))
+        outcomes += [make_outcome(role, seed, end, role=role) for seed, end in by_seed.items()]
+    for rate in (1e-4, 1e-3):
+        name, lr = f"tune-{rate:g}", {"optimizer": {"lr": rate}}
+        cells.append(cell(name, [9], role="tuning", levels={"member": "grpo"}, settings=lr))
+        outcomes.append(make_outcome(name, 9, 0.5 + rate, role="tuning"))
+    write_plan(folder, cells, **changes)
+    for outcome in outcomes[1:]:
+        place(folder, outcome)
+    return folder
+
+
+def study_of(folder: Path) -> Study:
+    return Study.of(read_plan(folder), collect(folder))

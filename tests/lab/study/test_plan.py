@@ -16,13 +16,16 @@ def test_a_plan_tells_cells_blocks_and_protocol(tmp_path: Path) -> None:
     assert plan.cells[0].seeds == (1, 2) and plan.cells[0].levels == levels
     assert (plan.factor, plan.to, plan.within) == ("member", ("grpo",), ("task", "regime"))
     assert (plan.smallest, plan.alpha, plan.last) == (0.02, 0.05, 3)
-    assert plan.confirmatory and plan.crash_is_zero
+    assert plan.unchanged and plan.crash_is_zero and plan.confirmatory("grpo+dense", [1, 2])
 
 
 def test_a_protocol_that_changed_after_its_first_run_is_exploratory(tmp_path: Path) -> None:
-    folder = write_plan(tmp_path, [], first_protocol_hash="ef" * 32)
-    assert not read_plan(folder).confirmatory
-    assert not read_plan(write_plan(tmp_path, [], protocol=None, protocol_hash="")).confirmatory
+    changed = {"first_protocol_hash": "ef" * 32, "exploratory": {"a": [3]}}
+    plan = read_plan(write_plan(tmp_path, [cell("a", [1, 2, 3])], **changed))
+    assert not plan.unchanged
+    assert plan.confirmatory("a", [1, 2]) and not plan.confirmatory("a", [2, 3])
+    plan = read_plan(write_plan(tmp_path, [cell("a", [1])], protocol=None, protocol_hash=""))
+    assert not plan.confirmatory("a", [1])
 
 
 @pytest.mark.parametrize(

@@ -220,3 +220,40 @@ def test_reading_a_suite_costs_no_torch(tmp_path: Path) -> None:
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", script]).returncode == 0
+
+
+WHERE = """
+[[where]]
+levels = { member = ["grpo", "cispo"], regime = "stale" }
+settings = { optimizer = { lr = 3e-4 } }
+"""
+
+
+def test_settings_of_levels_that_meet_hold_over_those_of_all_runs_and_under_a_cell_s_own(
+    tmp_path: Path,
+) -> None:
+    text = TOML.replace("[run.trainer]", "[run.optimizer]\nlr = 1e-5\n[run.trainer]") + WHERE
+    cells = read_suite(written(tmp_path, text)).cells
+    rates = {cell.name: cell.config.optimizer.lr for cell in cells}
+    assert rates == {
+        "grpo+fresh": 1e-5,
+        "grpo+stale": 3e-4,
+        "cispo+stale": 3e-4,
+        "positive-lr10": 1e-3,
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        (WHERE.replace('"stale"', '"fresh"').replace('["grpo", "cispo"]', '"cispo"'), "where[0]"),
+        (WHERE.replace('"stale"', '"old"'), "where[0].levels.regime"),
+        (WHERE.replace("lr = 3e-4", "rate = 1"), "where[0].settings.optimizer.rate"),
+        (WHERE + WHERE, "where[1].settings.optimizer.lr"),
+    ],
+    ids=["levels that meet nowhere", "no such level", "no such setting", "set twice"],
+)
+def test_a_mistake_in_settings_of_levels_is_one_line(tmp_path: Path, text: str, place: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read_suite(written(tmp_path, TOML + text))
+    assert place in str(caught.value) and "\n" not in str(caught.value)
