@@ -5,6 +5,7 @@ import hashlib
 import json
 import re
 from base64 import b64decode
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote
@@ -68,6 +69,16 @@ def test_there_is_a_file_for_each_table_and_two_for_each_figure(written: Written
     assert names == ["T1.csv", "T1-all.csv", "T2.csv", "T3.csv", "T4.csv", "T6.csv", "T7.csv"]
     assert len(written.plots) == 22
     assert all(path.stat().st_size > 100 for path in (*written.tables, *written.plots))
+
+
+def test_a_terminal_is_told_controls_verdicts_and_where_the_page_is(written: Written) -> None:
+    lines = written.text().splitlines()
+    assert lines[0].startswith("again: difference") and str(written.page) in lines[-1]
+    assert any("gspo+dense+stale is better than grpo+dense+stale" in line for line in lines)
+    assert "CONTROL FAILED" not in written.text()
+    failed = replace(written.controls[2], passed=False)
+    told = replace(written, controls=(*written.controls[:2], failed)).text()
+    assert told.startswith("CONTROL FAILED: positive (positive)")
 
 
 def test_the_summary_has_one_row_for_each_run(written: Written, suite: Path) -> None:
