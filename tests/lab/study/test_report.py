@@ -161,7 +161,7 @@ def test_the_protocol_and_its_state_are_told(written: Written, tmp_path: Path) -
     assert "1 of 42 runs missing" in text
     changed = make_suite(tmp_path, first_protocol_hash="ef" * 32, exploratory={"again": [101]})
     text = page_of(changed).text
-    assert "the protocol changed after its first run" in text and "1 runs exploratory" in text
+    assert "the protocol changed after its first run" in text and "exploratory runs: 1" in text
 
 
 def test_whatever_runs_and_suites_wrote_shows_as_text(tmp_path: Path) -> None:
@@ -197,6 +197,7 @@ def test_markdown_shows_markup_as_text(written: Written) -> None:
 def test_settings_that_differ_are_marked(written: Written) -> None:
     page = written.page.read_text(encoding="utf-8")
     assert "<mark>gspo</mark>" in page and "<mark>reinforce</mark>" in page
+    assert "<mark>grpo</mark>" not in page  # the most common one
     assert "objective.member" in Page(written.page).text
 
 
