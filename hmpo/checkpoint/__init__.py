@@ -16,18 +16,22 @@ from typing import TYPE_CHECKING, Any
 
 _HOME = {
     "Checkpoint": "store",
+    "RecordedBatch": "batch_file",
     "RunLock": "lock",
     "check_free_space": "files",
     "estimate_bytes": "store",
     "list_checkpoints": "store",
     "load_checkpoint": "store",
+    "read_batch": "batch_file",
     "save_checkpoint": "store",
     "write_atomic": "files",
+    "write_batch": "batch_file",
 }
 
 __all__ = list(_HOME)
 
 if TYPE_CHECKING:
+    from hmpo.checkpoint.batch_file import RecordedBatch, read_batch, write_batch
     from hmpo.checkpoint.files import check_free_space, write_atomic
     from hmpo.checkpoint.lock import RunLock
     from hmpo.checkpoint.store import (

@@ -77,7 +77,6 @@ OTHER_NAMES = {
 
 NOT_MEMBERS = {
     "ppo": "grpo has its clip, with group advantages in place of a value model",
-    "reinforce": "tis has its gradient, with a cap on the weights",
     "rloo": "grpo with trainer.advantage_scale = 'none' is nearest",
     "dpo": "it learns from pairs, not from rewards",
     "gfpo": "grpo is nearest",

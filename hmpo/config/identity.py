@@ -9,9 +9,13 @@ from hmpo.config import RunConfig, to_dict
 
 LATER = {
     "optimizer.muon_dtype": "auto",
+    "optimizer.momentum": 0.0,
     "policy.attention": "auto",
     "policy.start": "",
     "eval.success": 1.0,
+    "objective.token_clamp": None,
+    "objective.exponent.per": "update",
+    "rollout.lag": 0,
 }
 """Settings that came after runs had been made, each with the value that says nothing new: left out
 of the hash where they hold it, so that the hashes of those runs stay."""
@@ -33,11 +37,11 @@ def config_hash(config: RunConfig) -> str:
 def changed_settings(old: RunConfig, new: RunConfig) -> list[str]:
     """What `config_hash` tells apart in two configurations: `optimizer.lr was 0.1, got 0.2`."""
     before, after = _flat(_decisive(old)), _flat(_decisive(new))
-    return [
-        f"{name} was {before.get(name)!r}, got {after.get(name)!r}"
+    pairs = {
+        name: (before.get(name, LATER.get(name)), after.get(name, LATER.get(name)))
         for name in dict.fromkeys((*before, *after))
-        if before.get(name) != after.get(name)
-    ]
+    }
+    return [f"{name} was {was!r}, got {got!r}" for name, (was, got) in pairs.items() if was != got]
 
 
 def _decisive(config: RunConfig) -> dict[str, Any]:
@@ -54,6 +58,7 @@ def _decisive(config: RunConfig) -> dict[str, Any]:
         table, name = _place(data, path)
         if table[name] == silent:
             table.pop(name)
+    data = {name: value for name, value in data.items() if value != {}}
     for path, before in RESOLVED.items():
         table, name = _place(data, path)
         table[name] = before if table[name] is None else table[name] or "none"

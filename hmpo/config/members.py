@@ -5,6 +5,7 @@ the equations and what each differs in. Where a source leaves a number open, its
 what stands here instead.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -69,18 +70,37 @@ def hmpo() -> ObjectiveConfig:
     return ObjectiveConfig(name="hmpo", p=-1.0)
 
 
+def sign_aware() -> ObjectiveConfig:
+    """HMPO's clip with p = -1 for A >= 0 and p = +1 for A < 0 (ours)."""
+    return replace(hmpo(), name="sign_aware", p_positive=-1.0, p_negative=1.0)
+
+
 def luspo() -> ObjectiveConfig:
     """LUSPO (arXiv 2602.05261): GSPO times the length, clip 2e-3 / 2.5e-3 in ratio space."""
     return replace(gspo(), name="luspo", clip_low=2e-3, clip_high=2.5e-3, reduction="length_sum")
 
 
 def holder(p: float = 2.0, end: float = -2.0) -> ObjectiveConfig:
-    """HoelderPO (arXiv 2605.12058): sequence clip, p from 2 to -2 over the run.
+    """HoelderPO (arXiv 2605.12058): sequence clip 0.2 / 0.2 in ratio space, p from 2 to -2.
 
-    The bounds are GSPO's, and so is their unit.
+    p is fixed within a rollout and moves over the run. Bounds and schedule are those of the
+    authors' code; what paper and code disagree in stands in docs/algorithms.md.
     """
-    source = ExponentConfig(kind="linear", end=end)
-    return replace(gspo(), name="holder", p=p, exponent=source)
+    source = ExponentConfig(kind="linear", end=end, per="rollout")
+    return replace(gspo(), name="holder", p=p, clip_low=0.2, clip_high=0.2, exponent=source)
+
+
+def holder_clamped(p: float = 2.0, end: float = -2.0) -> ObjectiveConfig:
+    """`holder` with each token's log ratio held within +-log 1.2 before the mean.
+
+    The authors' code calls it `sequence_w_clip`. No mean of such tokens leaves the outer band.
+    """
+    return replace(holder(p, end), name="holder_clamped", token_clamp=math.log1p(0.2))
+
+
+def holder_token(p: float = 2.0, end: float = -2.0) -> ObjectiveConfig:
+    """`holder` with PPO's clip of each token, 0.2 / 0.2 in ratio space, in place of the mean's."""
+    return replace(holder(p, end), name="holder_token", clip_level="token")
 
 
 def pmpo() -> ObjectiveConfig:
@@ -132,6 +152,14 @@ def tis() -> ObjectiveConfig:
     return replace(cispo(), name="tis", clip_high=1.0)
 
 
+def reinforce() -> ObjectiveConfig:
+    """REINFORCE (Williams 1992) with group advantages: A log pi, no ratio, no clip, no p.
+
+    The null arm of a comparison: on policy its gradient is GRPO's, off policy nothing corrects it.
+    """
+    return ObjectiveConfig(name="reinforce", p=1.0, gate="unweighted", clip_level="none")
+
+
 BY_NAME: dict[str, Callable[[], ObjectiveConfig]] = {
     "grpo": grpo,
     "dapo": dapo,
@@ -139,13 +167,17 @@ BY_NAME: dict[str, Callable[[], ObjectiveConfig]] = {
     "gspo": gspo,
     "gmpo": gmpo,
     "hmpo": hmpo,
+    "sign_aware": sign_aware,
     "luspo": luspo,
     "holder": holder,
+    "holder_clamped": holder_clamped,
+    "holder_token": holder_token,
     "pmpo": pmpo,
     "apmpo": apmpo,
     "ahm": ahm,
     "sapo": sapo,
     "cispo": cispo,
     "tis": tis,
+    "reinforce": reinforce,
 }
 """Members by the name a configuration file uses."""

@@ -30,6 +30,9 @@ class ExponentConfig:
     """linear: the exponent of the last update."""
     updates: int | None = None
     """linear: updates from first to last; None takes the run's."""
+    per: Literal["update", "rollout"] = "update"
+    """linear: move p with every update, or hold it within a rollout: the updates of the first
+    rollout have `p`, those of the last `end`."""
     criterion: Literal["ess", "variance", "surrogate"] = "ess"
     """learnable: hold the effective sample size at `target`; make the second moment of the
     policy gradient small; or raise the surrogate itself, which runs away to `bound`."""
@@ -142,9 +145,10 @@ class ObjectiveConfig:
     """Exponent for responses with advantage < 0; None means `p`."""
     exponent: ExponentConfig = field(default_factory=ExponentConfig)
     """Where the exponent comes from, if not from the three fields above."""
-    gate: Literal["clip", "soft", "detached"] = "clip"
-    """What limits the ratios: a hard clip; SAPO's smooth gate of each token ratio; or clipped
-    ratios as constant weights of the log-probs (CISPO, TIS), which has no mean and no p."""
+    gate: Literal["clip", "soft", "detached", "unweighted"] = "clip"
+    """What limits the ratios: a hard clip; SAPO's smooth gate of each token ratio; clipped ratios
+    as constant weights of the log-probs (CISPO, TIS), which has no mean and no p; or log-probs
+    without any ratio, each with weight 1 (REINFORCE), which has no clip either."""
     gate_positive: float = 1.0
     """gate = "soft": temperature tau for advantages >= 0."""
     gate_negative: float = 1.05
@@ -158,6 +162,10 @@ class ObjectiveConfig:
     there means no lower bound)."""
     clip_high: float = 0.4
     """Upper half-width: log ratios above clip_high (log), ratios above 1 + clip_high (ratio)."""
+    token_clamp: float | None = None
+    """Hold each token's log ratio within +-this (nat), whatever the advantage's sign, before the
+    mean is taken; beyond it a token has no gradient. With a sequence clip or none; neither
+    `clip_share` nor a controller scales it."""
     clip_width: Literal["absolute", "z"] = "absolute"
     """The half-widths as they stand, or (sequence clip in log space) in units of
     sigma / sqrt(L), with sigma the minibatch's standard deviation of the token log ratios."""
@@ -189,7 +197,7 @@ class ObjectiveConfig:
 
     def __post_init__(self) -> None:
         exponents = dict.fromkeys(("p", "p_positive", "p_negative"), EXPONENT)
-        within_reason(self, **exponents, clip_low=WIDEST, clip_high=WIDEST)
+        within_reason(self, **exponents, clip_low=WIDEST, clip_high=WIDEST, token_clamp=WIDEST)
         require(0 <= self.ahm_weight <= 1, "ahm_weight", self.ahm_weight, "a number in [0, 1]")
         for name in ("gate_positive", "gate_negative", "clip_low", "clip_high", "clip_sigma"):
             require_positive(name, getattr(self, name))
@@ -213,6 +221,13 @@ class ObjectiveConfig:
             require(level == "none", "clip_level", level, '"none" with gate = "soft"')
         if self.gate == "detached":
             require(level != "sequence", "clip_level", level, '"token" or "none" with detached')
+        if self.gate == "unweighted":
+            require(level == "none", "clip_level", level, '"none" with gate = "unweighted"')
+        if self.token_clamp is not None:
+            require_positive("token_clamp", self.token_clamp)
+            clamps = self.gate == "clip" and level != "token"
+            expected = 'None but with gate = "clip" and clip_level = "sequence" or "none"'
+            require(clamps, "token_clamp", self.token_clamp, expected)
         for name, plain in (("clip_center", "one"), ("clip_width", "absolute")):
             value = getattr(self, name)
             require(
@@ -249,7 +264,7 @@ class ObjectiveConfig:
         for name in ("p_positive", "p_negative"):
             value = getattr(self, name)
             require(value is None, name, value, f'None with exponent.kind = "{kind}"')
-        has_p = self.mean == "power" and self.gate != "detached"
+        has_p = self.mean == "power" and self.has_mean
         require(has_p, "exponent.kind", kind, '"fixed" for an objective without p')
         hard = self.gate == "clip" and self.clip_level == "token"
         require(
@@ -262,6 +277,11 @@ class ObjectiveConfig:
             require(
                 not flat, "p", p, 'p != 0 as the start of criterion = "ess", which is flat there'
             )
+
+    @property
+    def has_mean(self) -> bool:
+        """Whether a mean of ratios is differentiated, and not log-probs with constant weights."""
+        return self.gate in ("clip", "soft")
 
     @property
     def log_bounds(self) -> tuple[float, float]:

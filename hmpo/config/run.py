@@ -25,6 +25,9 @@ WINDOWS_RESERVED = frozenset(
     ["con", "prn", "aux", "nul", *(f"{d}{n}" for d in ("com", "lpt") for n in range(1, 10))]
 )
 
+MOST_LAG = 256
+"""Largest `rollout.lag`."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyConfig:
@@ -59,7 +62,7 @@ class TaskConfig:
     """Where prompts come from and how an answer is checked."""
 
     name: str = "sort"
-    """sort, reverse, countdown, largest, key, jsonl, or `reasoning-gym:NAME`."""
+    """sort, reverse, countdown, largest, key, carry, jsonl, or `reasoning-gym:NAME`."""
     level: int | None = None
     """Difficulty level of a built-in task; None takes its default."""
     shots: int = 0
@@ -69,6 +72,20 @@ class TaskConfig:
     stop: tuple[str, ...] | None = None
     """Strings that end a response; unset takes the task's own (a newline, also for jsonl), an
     empty list none: only an end token ends a response then."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutConfig:
+    """How old the policy is that samples."""
+
+    lag: int = 0
+    """Rollouts between the weights that sample and those that learn: rollout n is drawn with the
+    weights that the policy had when rollout max(0, n - lag) began. 0 draws each with the present
+    ones. That many copies of the trained weights are kept in memory and in each checkpoint."""
+
+    def __post_init__(self) -> None:
+        whole = type(self.lag) is int and 0 <= self.lag <= MOST_LAG
+        require(whole, "lag", self.lag, f"an integer from 0 to {MOST_LAG}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,14 +111,19 @@ class RewardConfig:
 class OptimizerConfig:
     """The optimizer around which QK-clip is wrapped."""
 
-    name: Literal["adamw", "muon"] = "adamw"
-    """AdamW for all weights, or Muon for hidden matrices and AdamW for the rest."""
+    name: Literal["adamw", "muon", "sgd"] = "adamw"
+    """AdamW for all weights, Muon for hidden matrices and AdamW for the rest, or plain stochastic
+    gradient descent for all weights, the control without second moments."""
     lr: float = 1e-4
     """Base learning rate."""
     betas: tuple[float, float] = (0.9, 0.95)
     """AdamW's decay rates."""
+    momentum: float = 0.0
+    """SGD's momentum: the step is lr times b, b = momentum * b + gradient. 0 keeps no state."""
     weight_decay: float = 0.0
-    """Decoupled weight decay of matrices; vectors are never decayed."""
+    """Weight decay of matrices; vectors are never decayed. Decoupled for AdamW and Muon; for SGD
+    it adds weight_decay * w to the gradient (after its norm was clipped), as in torch.optim.SGD,
+    which without momentum is the same."""
     muon_lr: float | None = None
     """Learning rate of Muon's matrices; None means `lr`."""
     muon_momentum: float = 0.95
@@ -126,7 +148,8 @@ class OptimizerConfig:
         require(self.weight_decay >= 0, "weight_decay", self.weight_decay, ">= 0")
         if self.muon_lr is not None:
             require_positive("muon_lr", self.muon_lr)
-        require(0 <= self.muon_momentum < 1, "muon_momentum", self.muon_momentum, "in [0, 1)")
+        for name in ("momentum", "muon_momentum"):
+            require(0 <= getattr(self, name) < 1, name, getattr(self, name), "in [0, 1)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,6 +249,7 @@ class RunConfig:
     task: TaskConfig = field(default_factory=TaskConfig)
     rewards: RewardConfig = field(default_factory=RewardConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     mismatch: MismatchConfig = field(default_factory=MismatchConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

@@ -32,7 +32,8 @@ def refuse_unread_objective(objective: ObjectiveConfig, table: str = "objective"
     """
     presets = [BY_NAME[objective.name]()] if objective.name in BY_NAME else _presets()
     _refuse(f"{table}.", objective, presets, _objective_rules(objective))
-    sources = [preset.exponent for preset in presets]
+    # a source that is named anew starts from no member: `holder` with a fixed p
+    sources = [*(preset.exponent for preset in presets), ExponentConfig()]
     rules = _exponent_rules(objective.exponent)
     _refuse(f"{table}.exponent.", objective.exponent, sources, rules)
 
@@ -75,11 +76,13 @@ def _presets() -> list[ObjectiveConfig]:
 
 def _objective_rules(config: ObjectiveConfig) -> Iterator[Rule]:
     source, mean, gate, level = config.exponent.kind, config.mean, config.gate, config.clip_level
-    detached = gate == "detached"
-    yield ("mean",), not detached, 'gate = "detached", which has no mean'
-    yield ("ahm_weight",), mean == "ahm" and not detached, f'mean = "{mean}"'
+    has_mean = config.has_mean
+    yield ("mean",), has_mean, f'gate = "{gate}", which has no mean'
+    yield ("ahm_weight",), mean == "ahm" and has_mean, f'mean = "{mean}"'
     exponents = ("p", "p_positive", "p_negative")
-    yield exponents, not detached, 'gate = "detached", which has no p'
+    yield exponents, has_mean, f'gate = "{gate}", which has no p'
+    signs = (config.p_positive, config.p_negative)
+    yield ("p",), None in signs, "p_positive and p_negative set"
     yield exponents, mean == "power", f'mean = "{mean}", which has no p'
     yield exponents, source not in ("matched", "reward"), f'exponent.kind = "{source}"'
     yield ("gate_positive", "gate_negative"), gate == "soft", f'gate = "{gate}"'
@@ -95,7 +98,7 @@ def _objective_rules(config: ObjectiveConfig) -> Iterator[Rule]:
 def _exponent_rules(config: ExponentConfig) -> Iterator[Rule]:
     kind = config.kind
     why = f'exponent.kind = "{kind}"'
-    yield ("end", "updates"), kind == "linear", why
+    yield ("end", "updates", "per"), kind == "linear", why
     yield ("criterion", "target", "bound", "lr"), kind == "learnable", why
     yield ("target",), config.criterion == "ess", f'exponent.criterion = "{config.criterion}"'
     yield ("saturation", "matching"), kind == "matched", why

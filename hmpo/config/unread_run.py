@@ -39,6 +39,9 @@ def _rules(config: RunConfig) -> Iterator[tuple[str, *Rule]]:
     adapted = policy.lora_rank > 0
     yield "policy", ("lora_alpha", "lora_targets"), adapted, "policy.lora_rank = 0"
     yield "optimizer", MUON, optimizer.name == "muon", f'optimizer.name = "{optimizer.name}"'
+    sgd, why = optimizer.name == "sgd", f'optimizer.name = "{optimizer.name}"'
+    yield "optimizer", ("betas",), not sgd, why
+    yield "optimizer", ("momentum",), sgd, why
     scale = trainer.advantage_scale
     yield "trainer", ("std_ddof",), scale == "std", f'trainer.advantage_scale = "{scale}"'
     schedule = 'trainer.lr_schedule = "constant" and no schedule of p'

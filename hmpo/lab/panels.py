@@ -127,6 +127,23 @@ PLOTS: tuple[Plot, ...] = (
         ),
     ),
     Plot(
+        "spread",
+        "Spread of the log ratios",
+        "sigma: standard deviation of the token log ratios; times sqrt(mean response length) it is "
+        "the width of a whole response's. Below: how old the policy is that sampled.",
+        (
+            Panel(
+                "nat",
+                (
+                    Line("ratio/sigma", "sigma"),
+                    Line("ratio/sigma_sqrt_l", "sigma sqrt(length)"),
+                ),
+                share=True,
+            ),
+            Panel("staleness\n(updates)", (Line("staleness", "updates"),), varies=True),
+        ),
+    ),
+    Plot(
         "exponent",
         "Effective sample size",
         "Share of a response's tokens that carry its weight in the mean; p too, if it changes.",

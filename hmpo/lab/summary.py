@@ -85,6 +85,8 @@ def _facts(run: RunData) -> list[tuple[str, str]]:
     task = run.setting("task", "name")
     group, prompts = run.setting("trainer", "group_size"), run.setting("prompts_per_rollout")
     rollout = f"{prompts} prompts x {group} responses" if group and prompts else None
+    if rollout and (lag := run.setting("rollout", "lag")):
+        rollout += f", by the policy of {lag} before"
     optimizer, lr = run.setting("optimizer", "name"), run.setting("optimizer", "lr")
     step = f"{optimizer}, lr {_shown(lr)}" if optimizer else None
     clip = f"QK-clip above {_shown(run.setting('trainer', 'max_qk_score'))}"
@@ -202,6 +204,9 @@ def _progress(run: RunData) -> list[tuple[str, str]]:
         ("KL to reference (nat/token)", "kl/ref", "steps"),
         ("entropy (nat/token)", "entropy", "steps"),
         ("response length (tokens)", "len/mean", "steps"),
+        ("staleness (updates)", "staleness", "steps"),
+        ("sigma of log ratios (nat)", "ratio/sigma", "steps"),
+        ("sigma sqrt(length) (nat)", "ratio/sigma_sqrt_l", "steps"),
     ):
         _, values = run.series(metric, source)
         finite = [value for value in values if math.isfinite(value)]

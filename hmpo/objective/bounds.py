@@ -1,5 +1,6 @@
 """What limits a ratio: the clip band and its two branches, SAPO's gate, the end of exp.
 
+    clamp     max(min(d, c), -c) of each token, whatever the sign        `token_clamp`
     band      [low, high] around 0, or around the drift c = mean_i (log M_p - log M_1)
     clip      min(x, high) for A >= 0, max(x, low) for A < 0              PPO, arXiv 1707.06347
     dual      and min(x, log c) for A < 0                                 arXiv 1912.09729
@@ -66,7 +67,7 @@ def measure_band(
     """Centre and scale of the clip band from a whole minibatch; the centre is exactly 0 for p = 1.
 
     Args:
-        log_ratio: token log ratios (nat), 0 on padding.
+        log_ratio: token log ratios (nat), 0 on padding, after `clamp_tokens`.
         mask: True on response tokens; rows without any do not count.
         p: exponent in force.
         config: the member of the family.
@@ -131,6 +132,8 @@ def limit_tokens(
 ) -> Float[Tensor, "N T"]:
     """What the mean is taken of (nat): the token log ratios gated, clipped, or as they are.
 
+    With an unweighted gate they are exactly 0, the logarithm of weight 1; NaN stays NaN.
+
     The bounds of a token clip do not depend on the minibatch (`ObjectiveConfig.needs_band`), so
     this needs neither a `Band` nor an exponent.
 
@@ -142,11 +145,24 @@ def limit_tokens(
     """
     if config.gate == "soft":
         return soft_gate(log_ratio, mask, advantages, config)
+    if config.gate == "unweighted":
+        return log_ratio * 0
     if config.clip_level != "token":
-        return log_ratio
+        return clamp_tokens(log_ratio, config)
     low, high = row_bounds(advantages, config)
     low, high = active_bounds(low, high, advantages, config)
     return limited(log_ratio, low, high)
+
+
+def clamp_tokens(log_ratio: Float[Tensor, "N T"], config: ObjectiveConfig) -> Float[Tensor, "N T"]:
+    """The token log ratios (nat) within +-`config.token_clamp`; as they are without one.
+
+    The gradient flows inside and exactly on the two ends, as through torch.clamp.
+    """
+    if config.token_clamp is None:
+        return log_ratio
+    width = log_ratio.new_full((len(log_ratio),), config.token_clamp)
+    return limited(log_ratio, -width, width)
 
 
 def limit_means(

@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from hmpo.config.objective import ObjectiveConfig
-from hmpo.objective.bounds import log_mean, measure_band, row_bounds
+from hmpo.objective.bounds import clamp_tokens, log_mean, measure_band, row_bounds
 from hmpo.objective.means import Exponent
 
 
@@ -59,7 +59,8 @@ class ClipCalibration:
             p: exponent in force.
             objective: the member with the configured half-widths.
             rollout: 0-based rollout of the update.
-            staleness: updates of this rollout before it; the first, of equal ratios, tells none.
+            staleness: updates since the weights that sampled; none means equal ratios, which tell
+                nothing.
         """
         if self.share is None or self.scale is not None:
             return False
@@ -103,7 +104,8 @@ def clip_scale(
         share: wanted share of clipped units, in (0, 1).
     """
     lengths = mask.sum(1).to(log_ratio.dtype)
-    band = measure_band(log_ratio, mask, p, objective) if objective.needs_band else None
+    clamped = clamp_tokens(log_ratio, objective)
+    band = measure_band(clamped, mask, p, objective) if objective.needs_band else None
     low, high = row_bounds(advantages, objective, band, lengths)
     centre = torch.zeros_like(low)
     if band is not None and objective.clip_center == "drift":
@@ -111,7 +113,7 @@ def clip_scale(
     width = torch.where(advantages > 0, high - centre, low - centre)
     rows = mask.any(1) & (advantages != 0)
     if objective.clip_level == "sequence":
-        value = log_mean(log_ratio, mask, p, objective)
+        value = log_mean(clamped, mask, p, objective)
         excursion = ((value - centre) / width)[rows]
     else:
         counted = mask & rows.unsqueeze(1)

@@ -3,7 +3,8 @@
 `matched_exponent` is a pure rule inside the objective (PMPO). The others are sources: small
 objects that a trainer asks for p before each update, and that keep what they have learned.
 
-    linear      p_u = p + (end - p) u / (U - 1)                             HoelderPO, 2605.12058
+    linear      p_u = p + (end - p) u / (U - 1), u of U updates or, held within each of them,
+                rollouts                                                    HoelderPO, 2605.12058
     reward      p = exp(-gamma mu_R), high = clip_high + gain tanh(mu_R / sigma_R)
                                                                             APMPO, 2605.04066
     learnable   p = bound tanh(rho), by Adam on one of
@@ -135,20 +136,40 @@ class ExponentSource:
 
 
 class LinearExponent(ExponentSource):
-    """From `objective.p` at the first update to `exponent.end` at the last; constant after it."""
+    """From `objective.p` at the first update to `exponent.end` at the last; constant after it.
 
-    def __init__(self, objective: ObjectiveConfig, updates: int | None) -> None:
+    With `exponent.per = "rollout"` all updates of a rollout have one exponent, and the last rollout
+    that begins within `updates` has `exponent.end`.
+
+    Args:
+        objective: the member.
+        updates: from first to last.
+        per_rollout: updates that a rollout serves.
+
+    Raises:
+        ConfigError: there is no first and last.
+    """
+
+    def __init__(
+        self, objective: ObjectiveConfig, updates: int | None, per_rollout: int = 1
+    ) -> None:
         super().__init__(objective)
         if updates is None or updates < 2:
             raise ConfigError(
                 f"exponent.updates: got {updates!r}, expected an integer >= 2 (or the trainer's "
                 'total_updates) with exponent.kind = "linear"'
             )
-        self.updates = updates
+        self.unit = per_rollout if objective.exponent.per == "rollout" else 1
+        self.steps = -(-updates // self.unit)
+        if self.steps < 2:
+            raise ConfigError(
+                f"exponent.updates: got {updates} with {per_rollout} updates per rollout, expected "
+                'two rollouts or more with exponent.per = "rollout" (or exponent.per = "update")'
+            )
 
     def value(self, update: int) -> float:
         """Exponent of the 0-based update."""
-        share = min(1.0, update / (self.updates - 1))
+        share = min(1.0, update // self.unit / (self.steps - 1))
         return (1 - share) * self.objective.p + share * self.objective.exponent.end
 
 
@@ -339,16 +360,26 @@ def variance_criterion(
 
 
 def exponent_source(
-    objective: ObjectiveConfig, device: torch.device, total_updates: int | None
+    objective: ObjectiveConfig,
+    device: torch.device,
+    total_updates: int | None,
+    per_rollout: int = 1,
 ) -> ExponentSource:
     """The source that `objective.exponent` names.
+
+    Args:
+        objective: the member.
+        device: where a learnable exponent lives.
+        total_updates: optimizer updates of the training, for a schedule.
+        per_rollout: updates that a rollout serves, for a schedule by rollouts.
 
     Raises:
         ConfigError: a schedule without a length.
     """
     match objective.exponent.kind:
         case "linear":
-            return LinearExponent(objective, objective.exponent.updates or total_updates)
+            updates = objective.exponent.updates or total_updates
+            return LinearExponent(objective, updates, per_rollout)
         case "learnable":
             return LearnableExponent(objective, device)
         case "reward":

@@ -37,15 +37,20 @@ class ObjectiveInForce:
         objective: the member as configured.
         device: where a learnable exponent lives.
         updates: optimizer updates of the training, for an exponent on a schedule.
+        per_rollout: updates that a rollout serves, for one that is held within a rollout.
 
     Raises:
         ConfigError: a schedule without a length.
     """
 
     def __init__(
-        self, objective: ObjectiveConfig, device: torch.device, updates: int | None
+        self,
+        objective: ObjectiveConfig,
+        device: torch.device,
+        updates: int | None,
+        per_rollout: int = 1,
     ) -> None:
-        self.source = exponent_source(objective, device, updates)
+        self.source = exponent_source(objective, device, updates, per_rollout)
         self.calibration = ClipCalibration(objective)
         self.clip_scale = 1.0
         """Factor of a controller on the clip's log half-widths; not in the state."""
@@ -85,7 +90,7 @@ class ObjectiveInForce:
             advantages: one per response.
             update: 0-based update.
             rollout: 0-based rollout that it learns from.
-            staleness: updates of this rollout before it.
+            staleness: updates since the weights that sampled.
 
         Returns:
             Metrics of what was learned, and an event where the clip's half-widths settle.

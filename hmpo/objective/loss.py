@@ -6,14 +6,16 @@
     loss = -J + kl_coef sum_i omega_i mean_t KL_it
 
 `power_mean_loss` is these lines; its symbols are functions of `hmpo.objective.terms`. Limits stand
-in two places, on tokens before the mean and on the mean, of which a setting uses one at most.
+in two places, on tokens before the mean and on the mean, of which a setting uses one at most
+(`token_clamp` aside, which holds tokens on both sides and may stand before a sequence clip).
 omega_i is 1/N (sequence_mean), L_i / sum L (token_mean), L_i / (N max_length) (constant) or L_i / N
 (length_sum). N and sum L may be given as global `Denominators`, and what a drift-centred or z-wide
-band takes from the batch as a `Band`, so that micro-batches add up to the whole. Two settings
+band takes from the batch as a `Band`, so that micro-batches add up to the whole. Three settings
 replace the clip (`hmpo.objective.bounds` has the formulas): SAPO's soft gate, M_p(gate(d_i)); and,
 outside the family, as there is no mean to differentiate,
 
     J    = sum_i omega_i A_i mean_t const(clip(r_it)) log pi(y_it)      detached: CISPO, TIS
+    J    = sum_i omega_i A_i mean_t log pi(y_it)                        unweighted: REINFORCE
 
 As A_i is constant in a response, min(x A, clip(x) A) = A min(x, hi) for A >= 0 and A max(x, lo)
 for A < 0, for tokens (PPO, arXiv 1707.06347, equation 7; GMPO, arXiv 2507.20673) as
@@ -147,7 +149,7 @@ def power_mean_loss(
     limited = limit_tokens(d, mask, a, config)
     p = exponent_in_force(d, mask, a, config, exponent, limited)
     if measures_band:
-        band = measure_band(d, mask, p, config)
+        band = measure_band(limited, mask, p, config)  # a sequence clip has limited nothing yet
     del d  # a (N, T) tensor less while the mean is taken
     m = mean_ratios(limited, log_pi, tokens, a, p, config, band)
     omega = row_weights(tokens, config, denominators, m.dtype)

@@ -15,6 +15,7 @@ from hmpo.config.objective import ObjectiveConfig
 from hmpo.objective.bounds import (
     EXP_LIMIT,
     active_bounds,
+    clamp_tokens,
     exp_linear,
     limit_tokens,
     log_mean,
@@ -73,7 +74,7 @@ def objective_metrics(
     limited = limit_tokens(d, mask, a, config)
     p = exponent_in_force(d, mask, a, config, exponent, limited)
     if config.needs_band and band is None:
-        band = measure_band(d, mask, p, config)
+        band = measure_band(limited, mask, p, config)
     counted = count_units(mask, a)
     metrics = count_metrics(tokens, d, config, band, counted)
     if not counted.rows:
@@ -89,6 +90,9 @@ def objective_metrics(
     log_m = log_mean(d_rows, mask_rows, p_rows, config)
     metrics |= row_metrics(p_rows, a_rows, counted)
     metrics |= ratio_metrics(d_rows, mask_rows, p_rows, log_m, d_tokens)
+    if config.token_clamp is not None:
+        metrics["clip/token_frac"] = (d_tokens.abs() > config.token_clamp).to(d.dtype).mean()
+        log_m = log_mean(clamp_tokens(d_rows, config), mask_rows, p_rows, config)
     metrics |= clip_metrics(mask_rows, a_rows, config, band, log_m, d_tokens)
     return metrics
 
@@ -232,6 +236,7 @@ def ratio_metrics(
     skew = 0.5 * (log_a + log_h) - log_g
     m = exp_linear(log_m)
     whole = log_ratio.sum(1).clamp(-EXP_LIMIT, EXP_LIMIT).exp()
+    variance = d.var(correction=0)
     return {
         "ratio/logA": log_a.mean(),
         "ratio/logG": log_g.mean(),
@@ -242,7 +247,9 @@ def ratio_metrics(
         "ratio/log_gap_max": gap.max(),
         "ratio/log_skew_mean": skew.mean(),
         "ratio/d_mean": d.mean(),
-        "ratio/d_var": d.var(correction=0),
+        "ratio/d_var": variance,
+        "ratio/sigma": variance.sqrt(),
+        "ratio/sigma_sqrt_l": (variance * (len(d) / len(mask))).sqrt(),
         "ratio/d_min": d.min(),
         "ratio/d_max": d.max(),
         **_quantiles(d),
@@ -273,7 +280,7 @@ def clip_metrics(
         advantages: advantage of each row.
         config: the member of the family.
         band: of the whole minibatch, where the clip needs one.
-        log_m: log of each row's mean (nat).
+        log_m: log of each row's mean, of which a sequence clip is (nat).
         d: the log ratios of the tokens alone (nat).
     """
     low, high = row_bounds(advantages, config, band, mask.sum(1).to(d.dtype))

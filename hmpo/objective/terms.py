@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hmpo.config.objective import ObjectiveConfig
 from hmpo.errors import ConfigError, ShapeError
-from hmpo.objective.bounds import exp_linear, limit_means, log_mean, measure_band
+from hmpo.objective.bounds import clamp_tokens, exp_linear, limit_means, log_mean, measure_band
 from hmpo.objective.exponent import exponent_in_force
 from hmpo.objective.kl import token_kl
 from hmpo.objective.masking import masked_difference, scaled_gradient, without_padding
@@ -85,18 +85,18 @@ def mean_ratios(
     """Each row's mean of the limited ratios, itself limited if the clip is on sequences.
 
     With a detached gate there is no such mean, and the row's value is that of
-    mean_t const(r_it) log pi(y_it).
+    mean_t const(r_it) log pi(y_it); with an unweighted one the constant is 1.
 
     Args:
         limited: what `limit_tokens` gave (nat), 0 on padding.
-        logprobs: what `weighted_logprobs` gave; used by the detached gate alone.
+        logprobs: what `weighted_logprobs` gave; used where there is no mean.
         tokens: the rows.
         advantages: what `row_advantages` gave.
         p: exponent in force.
         config: the member of the family.
         band: of the whole minibatch, where the clip needs one.
     """
-    if config.gate == "detached":
+    if not config.has_mean:
         product = exp_linear(limited.detach()) * without_padding(logprobs, tokens.mask)
         return product.sum(1) / tokens.lengths.clamp(min=1)
     log_m = log_mean(limited, tokens.mask, p, config)
@@ -174,4 +174,4 @@ def minibatch_band(
     tokens = Tokens(logprobs=logprobs, old_logprobs=old_logprobs, mask=mask, advantages=advantages)
     d = log_ratios(logprobs, tokens)
     p = exponent_in_force(d, mask, row_advantages(tokens, d.dtype), config, exponent)
-    return measure_band(d, mask, p, config)
+    return measure_band(clamp_tokens(d, config), mask, p, config)

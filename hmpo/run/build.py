@@ -119,13 +119,15 @@ def make_trainer(config: RunConfig, loaded: LoadedPolicy, task: Task, rewards: R
         rewards,
         tokenizer=loaded.tokenizer,
         stop=task.stop,
+        lag=config.rollout.lag,
     )
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """AdamW, or Muon for hidden matrices and AdamW for the rest, over trainable parameters.
+    """AdamW, SGD, or Muon for hidden matrices and AdamW for the rest, over trainable parameters.
 
-    Vectors (norms, biases) are never decayed. QK-clip is not part of it: the trainers wrap it.
+    Vectors (norms, biases) are never decayed. SGD is torch's: its decay is part of the gradient,
+    and without momentum it has no state. QK-clip is not part of it: the trainers wrap it.
 
     Raises:
         ModelError: the model has no trainable parameter.
@@ -162,5 +164,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
         {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
     ]
     filled = [group for group in groups if group["params"]]
+    if config.name == "sgd":
+        return torch.optim.SGD(filled, lr=config.lr, momentum=config.momentum)
     fused = runs_fused(trainable)
     return torch.optim.AdamW(filled, lr=config.lr, betas=config.betas, fused=fused or None)

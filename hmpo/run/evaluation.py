@@ -1,6 +1,8 @@
 """Success of a policy on held-out prompts, sampled, greedy and pass@k, with intervals."""
 
 import dataclasses
+import hashlib
+import json
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +18,7 @@ from hmpo.stats import wilson_interval
 from hmpo.tasks import Example, Task
 from hmpo.trainer.prompts import with_tokens
 from hmpo.trainer.rollout import reward_events, sample_and_score, sampling_options
-from hmpo.types import Event, Metrics
+from hmpo.types import Event
 
 logger = logging.getLogger(__name__)
 
@@ -67,13 +69,21 @@ class Evaluation:
     """Responses without a reward, of all that were sampled."""
     events: tuple[Event, ...] = ()
     """Why."""
+    passed: str = ""
+    """`sampled` prompt by prompt: hex digits of four bits each, the first prompt in the highest
+    bit of the first digit, 1 for a success; the last digit is filled up with 0. As many bits as
+    `sampled.trials`: a prompt that was not scored has none."""
+    heldout: str = ""
+    """SHA-256 (hex) of the prompts that these bits are of, as a JSON list."""
 
-    def record(self) -> Metrics:
-        """Metrics by telemetry name."""
-        metrics: Metrics = {
+    def record(self) -> dict[str, Any]:
+        """Metrics by telemetry name, and two texts that tell which prompts were passed."""
+        metrics: dict[str, Any] = {
             "eval/mean": self.mean_reward,
             "eval/n": self.sampled.trials,
             "eval/dropped": self.dropped,
+            "eval/passed": self.passed,
+            "eval/heldout": self.heldout,
         }
         rates = {"sampled": self.sampled, "greedy": self.greedy, "pass_at_k": self.pass_at}
         for name, rate in rates.items():
@@ -111,6 +121,8 @@ class Evaluation:
             k=int(record.get("eval/k", 0)),
             mean_reward=float(record["eval/mean"]),
             dropped=int(record.get("eval/dropped", 0)),
+            passed=record.get("eval/passed", ""),
+            heldout=record.get("eval/heldout", ""),
         )
 
 
@@ -164,7 +176,8 @@ class Evaluator:
         drawn = self._run(examples, samples, self.config.temperature, step, events, scored_more)
         first = [row[0] for row in drawn]
         best = self._run(examples, 1, 0.0, step, events, scored_more) if greedy else []
-        scored = [reward for reward in first if not math.isnan(reward)]
+        pairs = [(e.prompt, r) for e, r in zip(examples, first) if not math.isnan(r)]
+        scored = [reward for _, reward in pairs]
         return Evaluation(
             sampled=self._rate([[reward] for reward in first]),
             greedy=self._rate(best) if greedy else None,
@@ -173,6 +186,8 @@ class Evaluator:
             mean_reward=sum(scored) / len(scored) if scored else math.nan,
             dropped=sum(math.isnan(reward) for row in (*drawn, *best) for reward in row),
             events=tuple(events),
+            passed=hex_bits([reward >= self.success for reward in scored]),
+            heldout=hash_prompts([prompt for prompt, _ in pairs]),
         )
 
     def _rate(self, rewards: Sequence[Sequence[float]]) -> Rate:
@@ -239,6 +254,17 @@ class Evaluator:
             events += reward_events(scored.result, step)
             scored_more(len(part) * samples)
         return totals
+
+
+def hex_bits(passed: Sequence[bool]) -> str:
+    """Four of these to a hex digit, the first in its highest bit; the last is filled up with 0."""
+    fours = (passed[start : start + 4] for start in range(0, len(passed), 4))
+    return "".join(f"{sum(8 >> i for i, one in enumerate(four) if one):x}" for four in fours)
+
+
+def hash_prompts(prompts: Sequence[str]) -> str:
+    """SHA-256 (hex) of prompts in their order: of the JSON list of them, in ASCII."""
+    return hashlib.sha256(json.dumps(list(prompts)).encode("ascii")).hexdigest()
 
 
 def gather_columns(examples: Sequence[Example]) -> dict[str, list[Any]]:

@@ -227,9 +227,15 @@ class RunFiles:
         )
 
     def check_room(self, state: Mapping[str, Any]) -> None:
-        """Refuse a disk without room for the checkpoints of such a state (`StorageError`)."""
-        needed = estimate_bytes(state) * (self.config.checkpoint.keep + 2)
-        check_free_space(self.folder, needed)
+        """Refuse a disk without room for the checkpoints of such a state (`StorageError`).
+
+        Args:
+            state: at the begin of a run, when no old weights are kept yet.
+        """
+        config = self.config
+        rollouts = -(-config.updates // config.trainer.updates_per_rollout)
+        old = min(config.rollout.lag, rollouts) * estimate_bytes({"model": state["model"]})
+        check_free_space(self.folder, (estimate_bytes(state) + old) * (config.checkpoint.keep + 2))
 
     def header(self, base: Mapping[str, Any], saved: Checkpoint | None) -> dict[str, Any]:
         """The first record of telemetry.jsonl: on resume the one that is there.

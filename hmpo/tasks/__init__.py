@@ -9,6 +9,7 @@ from hmpo.rewards.loading import check_object, load_object, nearest
 from hmpo.rewards.values import one_line, shown
 from hmpo.tasks.alphabet import ALPHABET
 from hmpo.tasks.base import Example, Task
+from hmpo.tasks.carry import carry_task
 from hmpo.tasks.countdown import countdown_task
 from hmpo.tasks.digits import reverse_task, sort_task
 from hmpo.tasks.gym import PREFIX, gym_task
@@ -24,6 +25,7 @@ BUILT_IN: dict[str, Callable[[TaskConfig, int], Task]] = {
     "countdown": countdown_task,
     "largest": largest_task,
     "key": key_task,
+    "carry": carry_task,
     "jsonl": JsonlTask,
 }
 """Built-in tasks by name."""

@@ -3,4 +3,4 @@
 import string
 
 ALPHABET = string.digits + string.ascii_lowercase + " \n" + "><|=+-*/(),:?."
-"""52 symbols: prompts and answers of sort, reverse, countdown and key stay inside."""
+"""52 symbols: prompts and answers of sort, reverse, countdown, key and carry stay inside."""

@@ -59,7 +59,10 @@ class Task(Protocol):
     def reward(
         self, prompts: list, completions: list, completion_ids: list, **columns: Any
     ) -> list[float]:
-        """1.0 for each right completion, else 0.0; the signature of reward functions."""
+        """1.0 for each right completion, else 0.0; the signature of reward functions.
+
+        A task that gives less than 1.0, but not 0.0, for a part of an answer says so.
+        """
         ...
 
 
@@ -102,13 +105,13 @@ def before_stop(completion: object, stop: Sequence[str], name: str) -> str:
 
 
 def check_rows(
-    check: Callable[[str, dict[str, Any]], bool],
+    check: Callable[[str, dict[str, Any]], float],
     completions: Sequence[Any],
     columns: dict[str, list],
     stop: Sequence[str],
     name: str,
 ) -> list[float]:
-    """1.0 where `check(text before the stop, row of columns)` holds, else 0.0."""
+    """What `check(text before the stop, row of columns)` says of each completion, as a number."""
     if "answer" not in columns:
         raise RewardError(
             f"task {name}: its reward got the columns {sorted(columns)}, expected 'answer'; "
@@ -146,8 +149,9 @@ class GeneratedTask:
     max_new_tokens: int
     generate: Callable[[random.Random], Instance]
     """Draws one instance; all randomness comes from its argument."""
-    check: Callable[[str, dict[str, Any]], bool] = same_text
-    """Says whether the text before the stop is right, given the row of columns."""
+    check: Callable[[str, dict[str, Any]], float] = same_text
+    """Says whether the text before the stop is right, given the row of columns: 1 (or true) where
+    it is. A wrong answer gets 0, or a part of 1 where the task was asked for it."""
     seed: int = 0
     shots: int = 0
     """Solved examples in front of each prompt; always from the training split."""
@@ -190,7 +194,7 @@ class GeneratedTask:
     def reward(
         self, prompts: list, completions: list, completion_ids: list, **columns: Any
     ) -> list[float]:
-        """1.0 for each right completion, else 0.0; what follows the stop does not count."""
+        """1.0 for each right completion, else what `check` gives it, up to the stop."""
         return check_rows(self.check, completions, columns, self.stop, self.name)
 
     def _key(self, *parts: object) -> str:

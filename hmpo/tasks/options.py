@@ -7,6 +7,9 @@ from hmpo.config import TaskConfig
 from hmpo.errors import TaskError
 from hmpo.rewards.loading import nearest
 
+KINDS = {int: "an integer", str: "a string", float: "a number", bool: "true or false"}
+"""How messages call the types of options."""
+
 
 def read_options(config: TaskConfig, defaults: Mapping[str, Any]) -> dict[str, Any]:
     """`config.options` over `defaults`; unknown names and other types are refused.
@@ -20,7 +23,7 @@ def read_options(config: TaskConfig, defaults: Mapping[str, Any]) -> dict[str, A
                 f"task.options.{key}: unknown to {config.name}; {nearest(key, defaults)}"
             )
         if type(value) is not type(defaults[key]):
-            kind = {int: "an integer", str: "a string", float: "a number"}[type(defaults[key])]
+            kind = KINDS[type(defaults[key])]
             raise TaskError(f"task.options.{key}: got {value!r}, expected {kind}")
     return {**defaults, **config.options}
 

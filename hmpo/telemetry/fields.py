@@ -1,7 +1,8 @@
 """The one table of everything hmpo logs: name, type, unit, range, definition, producer.
 
 Validator, JSON Schema, TRL aliases and docs/metrics.md are made from `FIELDS`; a metric without a
-row cannot be logged. A row names who writes it. After a change: `scripts/make_metrics_page.py`.
+row cannot be logged. A row names who writes it. The rows that only whole runs have (evaluation,
+clock) stand in `run_fields.py`. After a change: `scripts/make_metrics_page.py`.
 
 "token mean" is the sum over all valid response tokens divided by their number; "response mean"
 is the mean over responses of one value each. d is the token log ratio, logprob - old_logprob;
@@ -9,6 +10,7 @@ M_p is the power mean of a response's token ratios.
 """
 
 from hmpo.telemetry.field import Field, count, flag, mapping, number, produced_by, share, text
+from hmpo.telemetry.run_fields import EVALUATION, TIMING
 
 GAP = "ratio/log_gap_mean"
 """The field that most controllers act on."""
@@ -77,8 +79,9 @@ _PROGRESS = (
         "trainer",
         count("rollout", "Rollout the update learns from, counted from 0."),
         count("epoch_in_rollout", "Pass over the rollout, from 0."),
-        count("minibatch", "Minibatch of the pass, from 0; (0, 0) is on-policy."),
+        count("minibatch", "Minibatch of the pass, from 0; (0, 0) is on-policy without a lag."),
         count("staleness", "Updates between the weights that sampled and these weights."),
+        count("staleness/rollouts", "Rollouts between the same two, with `rollout.lag`."),
     ),
     *produced_by(
         "objective",
@@ -138,6 +141,13 @@ _RATIO = (
         ),
         number("ratio/d_mean", "nat", "Token mean of d."),
         number("ratio/d_var", "nat^2", "Token variance of d.", 0.0),
+        number("ratio/sigma", "nat", "Its root: standard deviation of d over tokens.", 0.0),
+        number(
+            "ratio/sigma_sqrt_l",
+            "nat",
+            "sigma sqrt(mean response length): the width of a whole response's log ratio.",
+            0.0,
+        ),
         number("ratio/d_min", "nat", "Smallest d."),
         number("ratio/d_max", "nat", "Largest d."),
         number("ratio/d_p05", "nat", "5th percentile of d over tokens."),
@@ -200,6 +210,7 @@ _CLIP = produced_by(
         trl="clip_ratio/low_mean",
     ),
     share("clip/frac_band", "Outside the band, whatever the advantage's sign."),
+    share("clip/token_frac", "Of all tokens, beyond `token_clamp`; only where it is set."),
     number("clip/lo", "nat", "Lower bound of the log ratio in force."),
     number("clip/hi", "nat", "Upper bound of the log ratio in force."),
     number("clip/center", "nat", "Centre of the band."),
@@ -292,92 +303,6 @@ _QK = produced_by(
 )
 
 
-def _judged(name: str, how: str) -> tuple[Field, ...]:
-    eval_ = {"records": ("eval",)}
-    return (
-        share(f"eval/{name}", f"Success rate, {how}.", **eval_),
-        count(f"eval/{name}_k", "Successes.", **eval_),
-        count(f"eval/{name}_n", "Trials.", **eval_),
-        share(f"eval/{name}_low", "Lower end of the 95 % Wilson interval.", **eval_),
-        share(f"eval/{name}_high", "Upper end of the 95 % Wilson interval.", **eval_),
-    )
-
-
-_EVAL = (
-    *produced_by(
-        "run",
-        text("eval/name", "Which evaluation: before, during, after.", "eval", required=False),
-    ),
-    *produced_by(
-        "run.evaluation",
-        *_judged("sampled", "one sampled response per held-out prompt"),
-        *_judged("greedy", "greedy decoding of held-out prompts"),
-        *_judged("pass_at_k", "one of k samples per held-out prompt succeeds"),
-        count("eval/k", "k of eval/pass_at_k.", records=("eval",)),
-        number("eval/mean", "1", "Mean held-out reward.", records=("eval",)),
-        count("eval/n", "Distinct held-out prompts that were scored.", records=("eval",)),
-        count("eval/dropped", "Held-out responses without a reward.", records=("eval",)),
-    ),
-)
-
-_TIME = ("time",)
-
-
-def _part(name: str, definition: str) -> Field:
-    """Time of one part of a step; the parts never overlap."""
-    text = f"Part of time/step_s, on the host, less other parts inside it. {definition}"
-    return number(f"time/{name}_s", "s", text, 0.0, records=_TIME)
-
-
-_TIMING = (
-    *produced_by(
-        "run",
-        number(
-            "time/rollout_s",
-            "s",
-            "The whole rollout where one was due: sampling, rewards, log-probs before the update.",
-            0.0,
-            records=_TIME,
-        ),
-        number("time/train_s", "s", "Forward, backward and step.", 0.0, records=_TIME),
-    ),
-    *produced_by(
-        "stopwatch",
-        _part("sampling", "Prompts and sampling."),
-        _part("rewards", "Reward functions and advantages."),
-        _part(
-            "logprobs", "Forward passes: the update's own, recomputed old ones, the reference's."
-        ),
-        _part("objective", "Loss from log-probs; what learns from the update beside the policy."),
-        _part("backward", "Backward pass."),
-        _part("optimizer", "Gradient norm and clip, step, search for what is not finite."),
-        _part("qk_clip", "QK-clip and its readings."),
-        _part("telemetry", "Metrics, records, files, controllers."),
-    ),
-    *produced_by(
-        "run",
-        number("time/eval_s", "s", "Evaluation.", 0.0, records=_TIME),
-        number("time/save_s", "s", "Checkpoint.", 0.0, records=_TIME),
-        number(
-            "time/step_s",
-            "s",
-            "The whole update, with its rollout where one was due, and its records.",
-            0.0,
-            records=_TIME,
-            trl="step_time",
-        ),
-        number("tokens_per_s", "token/s", "Response tokens by time/step_s.", 0.0, records=_TIME),
-    ),
-    *produced_by(
-        "telemetry.records",
-        number(
-            "started_s", "s", "Unix time of the start.", 0.0, records=("segment",), required=True
-        ),
-        count("pid", "Process id.", records=("segment",)),
-        count("resumed_from_step", "Step of the checkpoint it started from.", records=("segment",)),
-    ),
-)
-
 GROUPS: dict[str, tuple[Field, ...]] = {
     "Frame of the records": _FRAME,
     "Progress": _PROGRESS,
@@ -387,8 +312,8 @@ GROUPS: dict[str, tuple[Field, ...]] = {
     "Train/inference mismatch": _MISMATCH,
     "Advantages, rewards, responses": _REWARD,
     "Attention logits (QK-clip)": _QK,
-    "Evaluation": _EVAL,
-    "Clock (timing.jsonl only)": _TIMING,
+    "Evaluation": EVALUATION,
+    "Clock (timing.jsonl only)": TIMING,
 }
 """The table, by topic."""
 

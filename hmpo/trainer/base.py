@@ -33,6 +33,7 @@ from hmpo.trainer.faults import (
     ratio_fault,
     step_fault,
 )
+from hmpo.trainer.lag import Lag
 from hmpo.trainer.learning import (
     check_apart,
     check_gradients,
@@ -63,6 +64,7 @@ class Trainer(ABC, Generic[C]):
         *,
         tokenizer: Any = None,
         stop: Sequence[str] = (),
+        lag: int = 0,
     ) -> None:
         policy_model = bare_policy(policy_model)
         ref_model = None if ref_model is None else bare_policy(ref_model)
@@ -96,9 +98,9 @@ class Trainer(ABC, Generic[C]):
         """Base learning rates, which an outside scheduler or a hand may set in the optimizer."""
         self.lr_scale = 1.0
         """Factor of whoever controls the run on the learning rate; not in the state."""
-        self.whole = True
-        """Whether weights, optimizer state and counters are of one moment: not from the begin of a
-        step until it is counted."""
+        self.lag = Lag(policy_model, lag)
+        """Which weights sample, and those of earlier rollouts."""
+        self._counted = True
         self.step = self.rollouts = self.cursor = self.skipped_in_a_row = 0
         self.totals = {"nonfinite_total": 0, "optim/skipped_total": 0, "num_tokens": 0}
         self.batch: Batch | None = None
@@ -133,7 +135,8 @@ class Trainer(ABC, Generic[C]):
     @section("rewards")  # less the sections inside: sampling and log-probs
     def begin_rollout(self, prompts: Prompts, columns: Mapping[str, Sequence[Any]]) -> None:
         """Sample responses, score them, and form advantages."""
-        found = self.collector.collect(prompts, columns, index=self.rollouts, step=self.step)
+        with self.lag.sampling(self.rollouts, self.step):
+            found = self.collector.collect(prompts, columns, index=self.rollouts, step=self.step)
         advantages, zero_frac = self.advantages(found.rewards, found.valid)
         weights, mismatch = self.corrections(found)
         self.batch = Batch(
@@ -146,6 +149,7 @@ class Trainer(ABC, Generic[C]):
         )
         self.cursor = 0
         self.rollouts += 1
+        self.lag.settle()
         self.rollout_metrics = found.metrics | mismatch | {"adv/zero_frac": zero_frac}
         self.samples = found.samples
         self.events += found.events
@@ -177,13 +181,26 @@ class Trainer(ABC, Generic[C]):
         self.step += 1
         if not self.pending_updates:
             self.batch = None
-        self.whole = True
+        self._counted = True
         return record | self.totals
 
     @property
     def pending_updates(self) -> int:
         """Updates that the rollout in use still serves."""
         return 0 if self.batch is None else self.config.updates_per_rollout - self.cursor
+
+    @property
+    def staleness(self) -> int:
+        """Updates between the weights that sampled the rollout in use and the present ones."""
+        return self.step - self.lag.sampled[1] if self.lag.rollouts else self.cursor
+
+    @property
+    def whole(self) -> bool:
+        """Whether weights, optimizer state and counters are of one moment.
+
+        They are not from the begin of a step until it is counted, nor while old weights sample.
+        """
+        return self._counted and not self.lag.swapped
 
     def drain_events(self) -> list[Event]:
         """Events since the last call, oldest first."""
@@ -248,7 +265,7 @@ class Trainer(ABC, Generic[C]):
             limit = self.config.max_grad_norm
             if limit is not None and check.norm > 0.999 * limit:  # else the factor is exactly 1
                 nn.utils.clip_grads_with_norm_(parameters, limit, norm)
-            self.whole = False
+            self._counted = False
             self.optimizer.step()
             self._check_step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -276,7 +293,8 @@ class Trainer(ABC, Generic[C]):
             "rollout": self.rollouts - 1,
             "epoch_in_rollout": epoch,
             "minibatch": part,
-            "staleness": self.cursor,
+            "staleness": self.staleness,
+            **self.lag.metrics(self.rollouts - 1),
             "loss": check.loss,
             "lr": self.optimizer.param_groups[0]["lr"],
             "grad_norm": check.norm,
@@ -330,13 +348,15 @@ class Trainer(ABC, Generic[C]):
             **self.rates.state_dict(),
             "rollout_metrics": dict(self.rollout_metrics),
             "batch": None if self.batch is None else self.batch.state_dict(),
+            **self.lag.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue exactly where `state_dict` was taken."""
+        saved = state["trainer"]
+        self.lag.load_state_dict(saved)  # refuses before anything has changed
         load_trained_state(self.policy, state["model"])
         join_clip_state(self.optimizer, state)
-        saved = state["trainer"]
         self.rates.load_state_dict(saved)
         self.step, self.rollouts = saved["step"], saved["rollouts"]
         self.cursor, self.skipped_in_a_row = saved["cursor"], saved["skipped_in_a_row"]

@@ -38,6 +38,7 @@ class GSPOTrainer(Trainer[GSPOConfig]):
         reward_fn: TRL's signature, or a `Rewards`.
         tokenizer: for prompts given as text.
         stop: strings that end a completion's text.
+        lag: rollouts between the weights that sample and those that learn.
     """
 
     def advantages(
@@ -111,12 +112,15 @@ class GSPOTrainer(Trainer[GSPOConfig]):
         def per_token(x: Tensor) -> Tensor:
             return torch.where(mask, x, 0).sum() / mask.sum()
 
+        variance = per_token((d - per_token(d)).square())
         metrics = {
             "n_seq": rows.sum(),
             "n_tokens": mask.sum(),
             "pg_loss": gradient.loss,
             "ratio/logG": per_row(log_s),
             "ratio/m_mean": per_row(s),
+            "ratio/sigma": variance.sqrt(),
+            "ratio/sigma_sqrt_l": (variance * mask.sum() / rows.sum()).sqrt(),
             "clip/frac": per_row((high | low).double()),
             "clip/frac_pos": high.sum() / (sign > 0).sum().clamp(min=1),
             "clip/frac_neg": low.sum() / (sign < 0).sum().clamp(min=1),

@@ -42,6 +42,7 @@ class PowerMeanTrainer(Trainer[PowerMeanConfig]):
             function sees token ids.
         stop: strings that end a response (where `config.eos_token` is None, so do tokens that
             hold one); a completion's text ends before the first of them.
+        lag: rollouts between the weights that sample and those that learn (`RolloutConfig`).
 
     Example:
         trainer = HMPOTrainer(policy, None, optimizer, HMPOConfig(), reward_fn)
@@ -59,6 +60,7 @@ class PowerMeanTrainer(Trainer[PowerMeanConfig]):
         *,
         tokenizer: Any = None,
         stop: Sequence[str] = (),
+        lag: int = 0,
     ) -> None:
         device = next(policy_model.parameters()).device
         objective = config.resolved_objective
@@ -67,12 +69,14 @@ class PowerMeanTrainer(Trainer[PowerMeanConfig]):
                 f"kl_coef: got {objective.kl_coef} without a ref_model, expected a frozen "
                 "reference model, or kl_coef = 0"
             )
-        self.in_force = ObjectiveInForce(objective, device, config.total_updates)
+        self.in_force = ObjectiveInForce(
+            objective, device, config.total_updates, config.updates_per_rollout
+        )
         """The objective as it stands, and what controllers may set of it."""
-        if config.updates_per_rollout == 1:
+        if config.updates_per_rollout == 1 and not lag:
             warnings.warn(
                 "one update per rollout (minibatches = epochs = 1): every importance ratio is 1, "
-                "so the exponent p and the clip have no effect; raise minibatches or epochs",
+                "so the exponent p and the clip have no effect; raise minibatches, epochs or lag",
                 stacklevel=2,
             )
         super().__init__(
@@ -83,6 +87,7 @@ class PowerMeanTrainer(Trainer[PowerMeanConfig]):
             reward_fn,
             tokenizer=tokenizer,
             stop=stop,
+            lag=lag,
         )
 
     @property
@@ -156,7 +161,7 @@ class PowerMeanTrainer(Trainer[PowerMeanConfig]):
                 batch.advantages,
                 update=self.step,
                 rollout=self.rollouts - 1,
-                staleness=self.cursor,
+                staleness=self.staleness,
             )
         self.events += events
         return measured | learned

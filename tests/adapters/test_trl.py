@@ -33,6 +33,7 @@ from hmpo.telemetry.records import decode, validate
 from hmpo.types import Denominators
 from tests.adapters.gradients import (
     MEMBERS,
+    MORE,
     ROWS,
     direct_gradient,
     gradient,
@@ -61,7 +62,7 @@ def difference(one: torch.Tensor, other: torch.Tensor) -> float:
 # ------------------------------------------------------------------------------------- gradients
 
 
-@pytest.mark.parametrize("member", MEMBERS.values(), ids=MEMBERS)
+@pytest.mark.parametrize("member", (MEMBERS | MORE).values(), ids=MEMBERS | MORE)
 def test_gradient_is_that_of_the_objective(member: dict[str, Any]) -> None:
     assert relative_error(member) < 1e-6
 
@@ -492,7 +493,17 @@ def test_an_update_in_which_no_response_counts_is_told_and_harmless(tmp_path: Pa
 def test_linear_schedule_runs_over_trls_steps(tmp_path: Path) -> None:
     train(tmp_path, objective="holder", max_steps=5)
     found = [record["ratio/p"] for record in records(tmp_path)[1:-1]]
+    assert found == [2.0, 2.0, 0.0, 0.0, -2.0], "two updates a generation"
+    by_update = {"kind": "linear", "per": "update"}
+    train(tmp_path / "update", objective="holder", exponent=by_update, max_steps=5)
+    found = [record["ratio/p"] for record in records(tmp_path / "update")[1:-1]]
     assert found == [2.0, 1.0, 0.0, -1.0, -2.0]
+
+
+def test_a_schedule_by_generations_needs_updates_that_learn_from_one_each(tmp_path: Path) -> None:
+    parts = {"steps_per_generation": 3, "gradient_accumulation_steps": 2, "num_iterations": 1}
+    with pytest.raises(ConfigError, match=r'exponent.per: got .rollout., expected "update", or'):
+        make_trainer(str(tmp_path), objective="holder", max_steps=9, **parts)
 
 
 def test_reward_exponent_takes_note_of_trls_rewards(tmp_path: Path) -> None:

@@ -112,8 +112,24 @@ def test_evaluation_before_training_and_a_longer_second_training(tmp_path: Path)
     trainer.args.max_steps = 5
     trainer.train()
     second = [record["ratio/p"] for record in records(tmp_path)[1:-1]]
-    assert first == [2.0, 0.0, -2.0]
-    assert second == [2.0, 1.0, 0.0, -1.0, -2.0]
+    assert first == [2.0, 2.0, -2.0], "two updates a generation"
+    assert second == [2.0, 2.0, 0.0, 0.0, -2.0]
+
+
+def test_p_stays_within_a_generation_also_where_a_training_goes_on_from_inside_one(
+    tmp_path: Path,
+) -> None:
+    train(tmp_path, objective="holder", max_steps=3, **SAVE | {"save_steps": 1.0})
+    saved = str(tmp_path / "checkpoint-1")
+    other = make_trainer(str(tmp_path / "b"), objective="holder", max_steps=6)
+    other.train(resume_from_checkpoint=saved)
+    lines = [line for line in records(tmp_path / "b") if "ratio/p" in line]
+    found = [(line["rollout"], line["ratio/p"]) for line in lines]
+    by_rollout: dict[int, set[float]] = {}
+    for rollout, p in found:
+        by_rollout.setdefault(rollout, set()).add(p)
+    assert len(found) == 5 and all(len(values) == 1 for values in by_rollout.values())
+    assert len(by_rollout) == 3, "generations that begin at steps 1, 3 and 5"
 
 
 def test_what_was_learned_stays_for_a_second_training(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ from tests.config.other_values import EXPONENT, OBJECTIVE
 ROOT = Path(__file__).resolve().parents[2]
 LENGTHS = (10, 7, 1, 4, 10, 6, 3, 10)
 PROMPTS = (3, 1, 2, 5, 2, 1, 4, 2)
-NEED_PROGRESS = {"holder", "apmpo"}
+NEED_PROGRESS = {"holder", "holder_clamped", "holder_token", "apmpo"}
 SUPPORTED = sorted(members.BY_NAME.keys() - NEED_PROGRESS)
 
 

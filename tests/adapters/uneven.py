@@ -33,8 +33,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
     **{
         name: {"objective": name, "clip_low": 0.05, "clip_high": 0.05} for name in ("gspo", "luspo")
     },
-    **{name: {"objective": name} for name in ("holder", "pmpo", "apmpo", "ahm")},
-    **{name: {"objective": name} for name in ("sapo", "cispo", "tis")},
+    **{
+        name: {"objective": name, "max_steps": 4}
+        for name in ("holder", "holder_clamped", "holder_token")
+    },
+    **{name: {"objective": name} for name in ("pmpo", "apmpo", "ahm", "sign_aware")},
+    **{name: {"objective": name} for name in ("sapo", "cispo", "tis", "reinforce")},
     "learnable": {"objective": "hmpo", "exponent": {"kind": "learnable", "lr": 0.1}},
     "calibrated": {"objective": CALIBRATED, "max_steps": 4},
     "windows": {"objective": "dapo", "steps_per_generation": 4, "gradient_accumulation_steps": 2},

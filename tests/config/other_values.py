@@ -6,14 +6,14 @@ OBJECTIVE = {
     "clip_space": "log", "clip_low": 0.1, "clip_high": 0.1, "clip_width": "z", "clip_sigma": 0.1,
     "clip_center": "drift", "clip_share": 0.1, "clip_rollouts": 3, "sign_convention": "paper",
     "dual_clip": 3.0, "reduction": "token_mean", "max_length": 9, "kl_coef": 0.5,
-    "kl_estimator": "k1",
+    "kl_estimator": "k1", "token_clamp": 0.05,
 }  # fmt: skip
 """Fields of `ObjectiveConfig` but `name` and `exponent`."""
 
 EXPONENT = {
     "kind": "matched", "end": 1.0, "updates": 3, "criterion": "variance", "target": 0.5,
     "bound": 2.0, "lr": 0.1, "saturation": 0.5, "matching": "closed_form", "gamma": 0.1,
-    "clip_gain": 0.1,
+    "clip_gain": 0.1, "per": "rollout",
 }  # fmt: skip
 """Fields of `ExponentConfig`, less the permission `allow_surrogate`."""
 

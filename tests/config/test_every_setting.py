@@ -87,6 +87,7 @@ def test_every_setting_changes_a_run_or_is_refused_by_name() -> None:
 OPTIONS = {
     "countdown": {"max_number": 9, "max_target": 30},
     "largest": {"low": 50, "high": 60},
+    "carry": {"digits": 3, "partial": True},
     "jsonl": {"path": "b.jsonl", "heldout_path": "b.jsonl", "prompt_field": "b",
               "answer_field": "c"},
 }  # fmt: skip
@@ -103,12 +104,15 @@ def here(tmp_path, monkeypatch) -> None:
 
 
 def drawn(config: TaskConfig, seed: int = 0) -> list:
-    """What a task asks and takes for right, and how it ends, or the line that refuses it."""
+    """What a task asks, takes for right and gives to a half, how it ends; or why it is refused."""
     try:
         task = make_task(config, seed)
     except TaskError as error:
         return [str(error)]
+    row = task.train(0).columns
+    half = str(row["answer"])[: len(str(row["answer"])) // 2] if "answer" in row else ""
     return [
+        task.reward(["p"], [half], [[]], **{"answer": [""], **{k: [row[k]] for k in row}}),
         *(task.train(i) for i in range(4)),
         *(task.heldout(i) for i in range(4)),
         task.stop,

@@ -18,12 +18,18 @@ OTHER = {
     "policy.attention": "eager",
     "policy.start": "runs/a@3",
     "optimizer.muon_dtype": "float32",
+    "optimizer.momentum": 0.5,
+    "objective.token_clamp": 0.1,
+    "objective.exponent.per": "rollout",
     "eval.success": 0.5,
+    "rollout.lag": 2,
     "trainer.eos_token": [7],
     "trainer.pad_token": 3,
     "task.stop": [],
 }
 """For each setting that came or changed later, a value that is somebody's choice."""
+NEEDED = {"objective.token_clamp": ["objective.clip_level=sequence"]}
+"""What else is set for it."""
 
 
 def test_the_default_configuration_has_the_hash_that_it_always_had() -> None:
@@ -32,8 +38,20 @@ def test_the_default_configuration_has_the_hash_that_it_always_had() -> None:
 
 @pytest.mark.parametrize("path", [*LATER, *RESOLVED])
 def test_a_choice_in_a_later_setting_changes_the_hash(path: str) -> None:
-    table, name = path.split(".")
-    assert config_hash(run_config({table: {name: OTHER[path]}})) != BEFORE
+    hashes = []
+    for value in ([], [f"{path}={json.dumps(OTHER[path])}"]):
+        hashes.append(config_hash(run_config({}, [*NEEDED.get(path, []), *value])))
+    assert hashes[0] != hashes[1] and (path in NEEDED or hashes[0] == BEFORE)
+
+
+def test_an_older_run_of_holder_keeps_its_bounds_and_its_schedule(tmp_path: Path) -> None:
+    data = to_dict(run_config({"objective": {"member": "holder"}}))["objective"]
+    del data["token_clamp"], data["exponent"]["per"]
+    path = old_config(tmp_path, objective=data | {"clip_low": 3e-4, "clip_high": 4e-4})
+    objective = load_run_config(path).objective
+    assert (objective.name, objective.exponent.per) == ("holder", "update")
+    assert (objective.clip_low, objective.clip_high) == (3e-4, 4e-4)
+    trainer_config(load_run_config(path))
 
 
 def test_no_stop_string_is_not_the_tasks_own() -> None:

@@ -103,10 +103,24 @@ def test_the_baseline_is_no_other_member(name: str) -> None:
     assert 'expected member = "gspo" with algorithm = "gspo"' in refusal(config)
 
 
+@pytest.mark.parametrize("name", ["holder", "holder_clamped", "holder_token"])
+def test_a_member_of_a_schedule_takes_a_fixed_exponent(name: str) -> None:
+    table = {"member": name, "p": 0.5, "exponent": {"kind": "fixed"}}
+    objective = trainer_config(run_config({"objective": table}), **DECIDED).resolved_objective
+    assert objective == dataclasses.replace(
+        members.BY_NAME[name](), p=0.5, exponent=ExponentConfig()
+    )
+
+
 WITHOUT_EFFECT = [
     ("sapo", {"clip_low": 0.1}, "objective.clip_low", 'clip_level = "none"'),
     ("sapo", {"clip_space": "ratio"}, "objective.clip_space", 'clip_level = "none"'),
     ("cispo", {"p": 0.5}, "objective.p", "which has no p"),
+    ("reinforce", {"p": 0.5}, "objective.p", "which has no p"),
+    ("reinforce", {"mean": "ahm"}, "objective.mean", "which has no mean"),
+    ("reinforce", {"clip_low": 0.1}, "objective.clip_low", 'clip_level = "none"'),
+    ("sign_aware", {"p": 0.5}, "objective.p", "p_positive and p_negative set"),
+    ("hmpo", {"exponent": {"per": "rollout"}}, "objective.exponent.per", '"fixed"'),
     ("cispo", {"mean": "ahm"}, "objective.mean", "which has no mean"),
     ("ahm", {"p": 0.5}, "objective.p", 'mean = "ahm"'),
     ("ahm", {"p_negative": 0.5}, "objective.p_negative", 'mean = "ahm"'),

@@ -16,6 +16,7 @@ LOW, DRAWS, FAILS, SLOW = (
     f"{REWARDS}:{name}" for name in ("low_digits", "draws", "often_fails", "slow")
 )
 MUON = {"optimizer__name": "muon"}
+SGD = {"optimizer__name": "sgd", "optimizer__lr": 0.5}
 LORA = {"policy__lora_rank": 2, "optimizer__lr": 0.05}
 FROM_FILE = {"task": {"name": "jsonl", "options": {"path": "prompts.jsonl"}}}
 GSPO = {"algorithm": "gspo", "objective__member": "gspo"}
@@ -54,11 +55,13 @@ RUN: dict[str, Case] = {
     "task.shots": ({}, 1),
     "task.options": (FROM_FILE, {"path": "others.jsonl"}),
     "task.stop": ({}, ["9"]),
+    "rollout.lag": ({}, 1),
     "rewards.functions": ({}, [DRAWS]),
     "rewards.weights": ({"rewards__functions": [LOW, DRAWS]}, [1.0, 0.5]),
     "optimizer.name": ({}, "muon"),
     "optimizer.lr": ({}, 0.02),
     "optimizer.betas": ({}, [0.5, 0.9]),
+    "optimizer.momentum": (SGD, 0.5),
     "optimizer.weight_decay": ({}, 0.5),
     "optimizer.muon_lr": (MUON, 0.5),
     "optimizer.muon_momentum": (MUON, 0.5),
@@ -84,6 +87,7 @@ NEEDED: dict[str, dict[str, Any]] = {
     "objective.gate_negative": {"objective__member": "sapo"},
     "objective.clip_width": {"objective__clip_level": "sequence"},
     "objective.clip_center": {"objective__clip_level": "sequence", **TIGHT},
+    "objective.token_clamp": {"objective__clip_level": "sequence"},
     "objective.clip_sigma": {
         "objective__clip_level": "sequence",
         "objective__clip_width": "z",
@@ -105,6 +109,7 @@ NEEDED: dict[str, dict[str, Any]] = {
     "objective.kl_estimator": {"reference": "start", "objective__kl_coef": 0.5},
     "objective.exponent.end": LINEAR,
     "objective.exponent.updates": LINEAR,
+    "objective.exponent.per": LINEAR,
     "objective.exponent.criterion": LEARNABLE,
     "objective.exponent.target": LEARNABLE,
     "objective.exponent.bound": LEARNABLE,
@@ -144,6 +149,7 @@ VALUES: dict[str, Any] = {
     "objective.clip_level": "sequence",
     "objective.clip_space": "ratio",
     "trainer.logprob_chunk": 1,
+    "objective.token_clamp": 0.001,
 }
 """Values for where those do not do."""
 
@@ -181,6 +187,8 @@ THE_SAME = {
 }
 """What changes nothing on such a path, and why that is right."""
 UNREAD: dict[str, Case] = {
+    "optimizer.betas": (SGD, [0.5, 0.9]),
+    "optimizer.momentum": ({}, 0.5),
     "tracker.project": ({}, "other"),
     "tracker.name": ({}, "other"),
     "policy.lora_alpha": ({}, 4.0),

@@ -50,8 +50,20 @@ def tis(case: Case, config: ObjectiveConfig) -> Value:
     return from_rows(*family.truncated(ratios, case.advantages.tolist(), logs, cap), case)
 
 
+def reinforce(case: Case, config: ObjectiveConfig) -> Value:
+    return from_rows(*basic.reinforce(rows_of(case.new, case), case.advantages.tolist()), case)
+
+
 def holder(p: float) -> Function:
     return oracle(basic.holder, p=p)
+
+
+def holder_clamped(p: float) -> Function:
+    return oracle(basic.holder_clamped, p=p, clamp=math.log(1.2))
+
+
+def holder_token(p: float) -> Function:
+    return oracle(basic.holder_token, p=p)
 
 
 def fixed(make: Callable[[], ObjectiveConfig], p: float) -> ObjectiveConfig:
@@ -61,6 +73,12 @@ def fixed(make: Callable[[], ObjectiveConfig], p: float) -> ObjectiveConfig:
 
 P_APMPO = math.exp(-0.8 * 0.5)
 UNTIED = ("ragged", "on_policy", "large")
+
+HOLDERS = [
+    ("holder", "code of arXiv 2605.12058", holder),
+    ("holder_clamped", "its `sequence_w_clip`", holder_clamped),
+    ("holder_token", "its `holder_token`", holder_token),
+]
 
 COMPARISONS = [
     Comparison("grpo", members.grpo(), "arXiv 2402.03300, eq. 3", GRPO),
@@ -93,9 +111,8 @@ COMPARISONS = [
     ),
     Comparison("hmpo", members.hmpo(), "callsys/GMPO", oracle(basic.hmpo_callsys), BOUNDED),
     *(
-        Comparison(
-            "holder", fixed(members.holder, p), f"arXiv 2605.12058, p = {p:g}", holder(p), UNTIED
-        )
+        Comparison(name, fixed(members.BY_NAME[name], p), f"{source}, p = {p:g}", loops(p), UNTIED)
+        for name, source, loops in HOLDERS
         for p in (2.0, -2.0)
     ),
     Comparison(
@@ -114,6 +131,8 @@ COMPARISONS = [
     Comparison("sapo", members.sapo(), "arXiv 2511.20347", sapo, BOUNDED),
     Comparison("cispo", members.cispo(), "arXiv 2506.13585, eqs. 4-5", cispo, BOUNDED),
     Comparison("tis", members.tis(), "arXiv 1606.02647", tis, BOUNDED),
+    Comparison("reinforce", members.reinforce(), "Williams 1992", reinforce, BOUNDED),
+    Comparison("sign_aware", members.sign_aware(), "its definition", oracle(basic.sign_aware)),
 ]
 
 DIFFERENCES = [

@@ -41,14 +41,19 @@ def test_log_ratios_reach_80_on_both_sides():
     assert negative.max() == 80
 
 
+REDUCTIONS = {"token_mean": "sequence_mean", "sequence_mean": "token_mean"}
+
+
 @pytest.mark.parametrize("comparison", peer_oracle.COMPARISONS, ids=lambda c: c.name)
 def test_another_setting_does_not_pass(comparison):
     """A comparison with a slightly other bound, temperature or weight is seen by it."""
     config = comparison.ours
     if config.gate == "soft":
         other = dataclasses.replace(config, gate_negative=config.gate_negative + 1e-5)
-    elif config.gate == "detached":
-        other = dataclasses.replace(config, reduction="sequence_mean")
+    elif config.token_clamp is not None:
+        other = dataclasses.replace(config, token_clamp=config.token_clamp * 1.05)
+    elif not config.has_mean:
+        other = dataclasses.replace(config, reduction=REDUCTIONS[config.reduction])
     else:
         other = dataclasses.replace(config, clip_high=config.clip_high * 1.05)
     moved = dataclasses.replace(comparison, ours=other, theirs=given(comparison, config))

@@ -81,6 +81,7 @@ WHAT_HAPPENS = {
     "p by a schedule": ("ratio/p", lambda seen: len(seen) > 1),
     "learnable p": ("ratio/p", lambda seen: len(seen) > 1),
     "Muon and QK-clip": ("qk/clipped_heads", lambda seen: max(seen) > 0),
+    "stale rollouts": ("staleness/rollouts", lambda seen: seen == {0, 1, 2}),
     "early stop by a controller": ("step", lambda seen: max(seen) == 4),
 }
 """For cases whose point could be missed by chance: a field of the steps, and what is in it."""

@@ -130,6 +130,7 @@ def evaluation(rng: random.Random, rate: float, name: str, n: int) -> dict[str, 
         result |= {f"eval/{key}_low": low, f"eval/{key}_high": high}
     if name != "during":
         result["eval/k"] = 4
+    result |= {"eval/passed": "b5" * (n // 8), "eval/heldout": "0123456789abcdef" * 4}
     return result
 
 
@@ -149,6 +150,7 @@ def update(rng: random.Random, step: int, done: float, gain: float, p: float) ->
         "optim/skipped_total": int(step >= 31),
         "ratio/logA": spread / 2, "ratio/logG": 0.0002 * part, "ratio/logH": -spread / 2,
         "ratio/log_gap_mean": gap, "ratio/log_gap_p95": 2.6 * gap, "ratio/p": p,
+        "ratio/sigma": spread, "ratio/sigma_sqrt_l": 11**0.5 * spread,
         "ratio/ess_tok": 1 - 0.02 * part, "ratio/clamped": 0, "kl/k3": spread / 3,
         "kl/ref": 0.09 * done**0.7 * (1 + 0.1 * rng.random()),
         "entropy": 0.62 * math.exp(-1.6 * done) + 0.02 * rng.random(),

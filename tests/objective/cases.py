@@ -31,7 +31,10 @@ ROWS = [[0.3, -0.2, 0.5, 0.1], [0.7], [-1.0, 2.0], [], [0.2, 0.2, 0.2]]
 LENGTHS = [10, 7, 1, 4, 10, 6, 3, 10]
 ADVANTAGES = [1.0, -0.7, 0.4, 0.0, -1.3, 2.0, -0.2, 0.6]
 OPEN = ObjectiveConfig(clip_level="none")
-CLIPPING = [make for make in members.BY_NAME.values() if make().gate == "clip"]
+CLAMPED = [make for make in members.BY_NAME.values() if make().token_clamp is not None]
+CLIPPING = [
+    make for make in members.BY_NAME.values() if make().gate == "clip" and make not in CLAMPED
+]
 
 
 def batch(low, high, *, dtype=torch.float64, overflow=True):

@@ -196,7 +196,7 @@ def test_ahm_member_is_neither_gspo_nor_gmpo():
 
 def test_holder_schedule_goes_from_two_to_minus_two():
     config = members.holder()
-    schedule = LinearExponent(config, 5)
+    schedule = LinearExponent(config, 5, 1)
     assert [schedule.value(u) for u in range(7)] == [2.0, 1.0, 0.0, -1.0, -2.0, -2.0, -2.0]
     with pytest.raises(ConfigError, match="updates: got None"):
         LinearExponent(config, None)

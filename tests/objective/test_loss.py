@@ -142,11 +142,16 @@ def test_all_p_equal_on_policy():
 
 
 def test_default_eps_by_clip_level():
-    """GSPO's band at sequence level, ten to a thousand times wider ones at token level."""
+    """GSPO's band at sequence level, ten to a thousand times wider ones at token level.
+
+    HoelderPO's code has a token's band at sequence level.
+    """
     for config in (make() for make in CLIPPING):
         low, high = config.log_bounds
         if config.name == "luspo":
             assert (low, high) == (math.log1p(-2e-3), math.log1p(2.5e-3))
+        elif config.name == "holder":
+            assert (low, high) == (math.log1p(-0.2), math.log1p(0.2))
         elif config.clip_level == "sequence":
             assert (low, high) == (math.log1p(-3e-4), math.log1p(4e-4))
         else:
@@ -265,7 +270,11 @@ def test_huge_ratios_stay_finite_and_are_counted(make, dtype):
             assert alone.item() == pytest.approx(value * share, rel=1e-5)
     metrics = objective_metrics(d, torch.zeros_like(d), mask, advantages, config)
     matched = config.exponent.kind == "matched"
-    p = matched_exponent(d, mask, advantages, config) if matched else config.p
+    p = (
+        matched_exponent(d, mask, advantages, config)
+        if matched
+        else config.exponent_for(positive=False)
+    )
     expected = (log_power_mean(d, mask, p) > EXP_LIMIT).sum()
     assert metrics["ratio/clamped"].item() == expected.item() >= 1
 

@@ -69,6 +69,8 @@ def test_metrics_by_hand():
         "ratio/log_skew_mean": 0.0,
         "ratio/d_mean": 0.1,
         "ratio/d_var": sum((t - 0.1) ** 2 for t in tokens) / 3,
+        "ratio/sigma": (sum((t - 0.1) ** 2 for t in tokens) / 3) ** 0.5,
+        "ratio/sigma_sqrt_l": (sum((t - 0.1) ** 2 for t in tokens) / 3 * 1.5) ** 0.5,
         "ratio/d_min": -math.log(2.0),
         "ratio/d_max": math.log(2.0),
         "ratio/d_p05": 0.03 - 0.9 * math.log(2.0),

@@ -117,6 +117,60 @@ def holder(d, a, p, low, high):
     return loss, grad
 
 
+def holder_clamped(d, a, p, clamp, low, high):
+    """The same code's `sequence_w_clip`: each log ratio within +-clamp first, then `holder`."""
+    held = [[min(max(v, -clamp), clamp) for v in row] for row in d]
+    loss, grad = holder(held, a, p, low, high)
+    kept = [
+        [slope if abs(v) <= clamp else 0.0 for v, slope in zip(row, slopes, strict=True)]
+        for row, slopes in zip(d, grad, strict=True)
+    ]
+    return loss, kept
+
+
+def holder_token(d, a, p, low, high):
+    """The same code's `holder_token`: PPO's pessimistic token clip, then the mean; no clip of it.
+
+    A ratio above the upper bound (A >= 0) or below the lower one (A < 0) counts as the bound.
+    """
+    loss, grad = 0.0, []
+    for row, adv in zip(d, a, strict=True):
+        ratios, kept = [], []
+        for v in row:
+            ratio = math.exp(v)
+            beyond = v > high if adv >= 0 else v < low
+            ratios.append(math.exp(high if adv >= 0 else low) if beyond else ratio)
+            kept.append(not beyond)
+        powers = [r**p for r in ratios]
+        total = math.fsum(powers)
+        m = (total / len(row)) ** (1 / p)
+        loss -= adv * m / len(d)
+        grad.append(
+            [-adv * m * w / total / len(d) if k else 0.0 for w, k in zip(powers, kept, strict=True)]
+        )
+    return loss, grad
+
+
+def reinforce(logs, a):
+    """Williams 1992 with one advantage per response: the token mean of A log pi, mean over N."""
+    loss, grad = 0.0, []
+    for row, adv in zip(logs, a, strict=True):
+        loss -= adv * math.fsum(row) / len(row) / len(logs)
+        grad.append([-adv / len(row) / len(logs) for _ in row])
+    return loss, grad
+
+
+def sign_aware(d, a, low, high):
+    """The harmonic mean of clipped ratios for A >= 0, their arithmetic mean for A < 0."""
+    loss, grad = 0.0, []
+    for row, adv in zip(d, a, strict=True):
+        part = hmpo_callsys if adv >= 0 else grpo
+        value, (slopes,) = part([row], [adv], low, high)
+        loss += value / len(d)
+        grad.append([s / len(d) for s in slopes])
+    return loss, grad
+
+
 def group_advantages(rewards, size, scale, ddof):
     """Rewards minus their group's mean, over its standard deviation."""
     out = []

@@ -30,7 +30,8 @@ def minibatch(model, rows, old, advantages, p: float):
         ratios = (
             row_logprobs(model, prompt, response) - torch.tensor(before, dtype=torch.float64)
         ).exp()
-        loss = -advantage / len(rows) * (ratios**p).mean() ** (1 / p)
+        mean = (ratios**p).mean() ** (1 / p) if p else ratios.log().mean().exp()
+        loss = -advantage / len(rows) * mean
         loss.backward()
         total += float(loss.detach())
     gradients = {

@@ -16,13 +16,20 @@ from hmpo.objective.terms import count_denominators, minibatch_band
 from hmpo.types import Denominators
 
 MEMBERS = [make() for make in members.BY_NAME.values()]
+PLAIN = [m for m in MEMBERS if m.gate == "clip" and m.exponent.kind != "matched"]
 clipping = st.builds(
     dataclasses.replace,
-    st.sampled_from([m for m in MEMBERS if m.gate == "clip" and m.exponent.kind != "matched"]),
+    st.sampled_from([m for m in PLAIN if m.token_clamp is None]),
     p=st.floats(-5, 5),
     clip_level=st.sampled_from(["token", "sequence", "none"]),
 )
-configs = st.one_of(clipping, st.sampled_from(MEMBERS))
+clamped = st.builds(
+    dataclasses.replace,
+    st.sampled_from([m for m in PLAIN if m.token_clamp is not None]),
+    p=st.floats(-5, 5),
+    clip_level=st.sampled_from(["sequence", "none"]),
+)
+configs = st.one_of(clipping, clamped, st.sampled_from(MEMBERS))
 rewards = st.lists(st.integers(-1000, 1000), min_size=12, max_size=12)
 
 

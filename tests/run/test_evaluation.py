@@ -1,6 +1,7 @@
 """Evaluation draws and scores as rollouts do, in their precision."""
 
 import dataclasses
+import hashlib
 import math
 import random
 
@@ -10,7 +11,7 @@ import torch
 from hmpo.config import PolicyConfig, PowerMeanConfig, TaskConfig
 from hmpo.models import load_policy, stop_token_ids
 from hmpo.rewards import Rewards
-from hmpo.run.evaluation import Evaluation, Evaluator, Rate
+from hmpo.run.evaluation import Evaluation, Evaluator, Rate, hash_prompts, hex_bits
 from hmpo.tasks import Example, make_task
 from hmpo.trainer.rollout import sampling_options
 
@@ -82,6 +83,7 @@ def test_what_was_not_scored_is_neither_right_nor_wrong() -> None:
     assert found.sampled == Rate(successes=2, trials=2) == found.greedy == found.pass_at
     assert (found.mean_reward, found.dropped) == (0.5, 4 + 2)
     assert {(event.name, event.step) for event in found.events} == {("reward_none", 7)}
+    assert (found.passed, found.heldout) == ("c", hash_prompts(["0>", "2>"])), "of those scored"
     record = found.record()
     assert (record["eval/dropped"], record["eval/n"]) == (6, 2)
     assert Evaluation.from_record(record) == dataclasses.replace(found, events=())
@@ -99,6 +101,26 @@ def test_nothing_scored_is_no_number() -> None:
     assert found.sampled == Rate(successes=0, trials=0)
     assert math.isnan(found.sampled.value) and math.isnan(found.mean_reward)
     assert found.sampled.interval == (0.0, 1.0)
+    assert (found.passed, found.heldout) == ("", hash_prompts([]))
+
+
+@pytest.mark.parametrize("count", [0, 1, 3, 4, 5, 8, 13])
+def test_bits_of_prompts_are_read_back_one_by_one(count: int) -> None:
+    draw = random.Random(count)
+    passed = [draw.random() < 0.5 for _ in range(count)]
+    text = hex_bits(passed)
+    read = [bool(int(digit, 16) & 8 >> i) for digit in text for i in range(4)]
+    assert len(text) == -(-count // 4) and read[:count] == passed and not any(read[count:])
+    assert hex_bits([True, False, False, False, False, True]) == "84", "the first is the highest"
+
+
+def test_prompts_have_one_hash_in_their_order() -> None:
+    digests = {
+        hash_prompts(p) for p in (["a", "b"], ["b", "a"], ["ab"], ["a", "b", ""], ["\ud800"])
+    }
+    assert len(digests) == 5
+    known = hashlib.sha256(b'["a", "b"]').hexdigest()
+    assert hash_prompts(["a", "b"]) == known
 
 
 def test_n_is_the_number_of_distinct_held_out_prompts(caplog) -> None:

@@ -87,8 +87,12 @@ def member_config(policy: Path, out: Path, member: str, optimizer: str) -> RunCo
     )
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-@pytest.mark.parametrize("member", MEMBERS)
+OPTIMIZERS = {"adamw": MEMBERS, "muon": MEMBERS, "sgd": ["hmpo", "reinforce", "algorithm gspo"]}
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "member"), [(name, m) for name, found in OPTIMIZERS.items() for m in found]
+)
 def test_resume_from_every_update_boundary_gives_the_same_bytes(policy, out, member, optimizer):
     config = member_config(policy, out, member, optimizer)
     folder = out / "run"

@@ -12,7 +12,7 @@ from hmpo.errors import RewardError, TaskError
 from hmpo.tasks import ALPHABET, BUILT_IN, Task, make_task
 from hmpo.tasks.base import is_heldout
 
-CHARACTER_LEVEL = ["sort", "reverse", "countdown", "key"]
+CHARACTER_LEVEL = ["sort", "reverse", "countdown", "key", "carry"]
 GENERATED = [name for name in BUILT_IN if name != "jsonl"]
 EVERY_LEVEL = [
     (name, level)
@@ -28,7 +28,8 @@ def canonical_pool(prompt: str) -> str:
     if "=" in prompt:
         numbers, target = prompt[:-1].split("=")
         return " ".join(sorted(numbers.split())) + "=" + target
-    return "".join(sorted(prompt)) if prompt.endswith(">") and "?" not in prompt else prompt
+    digits_alone = prompt.endswith(">") and prompt[:-1].isdigit()
+    return "".join(sorted(prompt)) if digits_alone else prompt
 
 
 def grade(task, completion, example):
@@ -164,6 +165,11 @@ def test_a_split_too_small_for_the_index_repeats_its_held_out_prompts_in_order()
         (TaskConfig(name="largest", options={"high": "3"}), "expected an integer"),
         (TaskConfig(name="largest", options={"high": True}), "expected an integer"),
         (TaskConfig(name="largest", options={"high": 12}), "at least low + 4"),
+        (TaskConfig(name="carry", level=21), "expected 1 to 20"),
+        (TaskConfig(name="carry", options={"partial": 1}), "expected true or false"),
+        (TaskConfig(name="carry", options={"digits": True}), "expected an integer"),
+        (TaskConfig(name="carry", options={"digits": 1}), "an integer from 2 to 20"),
+        (TaskConfig(name="carry", options={"digits": 21}), "an integer from 2 to 20"),
         (TaskConfig(name="largest", options={"low": -1}), "an integer >= 0"),
     ],
 )

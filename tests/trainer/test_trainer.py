@@ -62,7 +62,7 @@ def test_micro_batches_give_the_gradient_of_the_whole_minibatch(member: str, siz
     for micro in (None, size):
         model = in_float64(tiny_llama())
         config = settings(
-            objective=objective, micro_batch_size=micro, max_grad_norm=None, total_updates=2
+            objective=objective, micro_batch_size=micro, max_grad_norm=None, total_updates=4
         )
         trainer = trainer_for(model, config)
         trainer.update_step(PROMPTS)

@@ -1,4 +1,4 @@
-"""The objective inside TRL: `PowerMeanGRPOTrainer` with `PowerMeanGRPOConfig`."""
+"""The objective inside TRL: `PowerMeanGRPOTrainer` with `PowerMeanGRPOConfig`; `record_batch`."""
 
 import importlib
 from typing import TYPE_CHECKING, Any
@@ -6,12 +6,14 @@ from typing import TYPE_CHECKING, Any
 _HOME = {
     "PowerMeanGRPOConfig": "config",
     "PowerMeanGRPOTrainer": "trainer",
+    "record_batch": "record",
 }
 
 __all__ = list(_HOME)
 
 if TYPE_CHECKING:
     from hmpo.adapters.trl.config import PowerMeanGRPOConfig
+    from hmpo.adapters.trl.record import record_batch
     from hmpo.adapters.trl.trainer import PowerMeanGRPOTrainer
 
 

@@ -181,6 +181,11 @@ class PowerMeanGRPOConfig(GRPOConfig):
         steps = self.steps_per_generation or self.gradient_accumulation_steps  # TRL fills it in
         return steps * self.num_iterations / self.gradient_accumulation_steps
 
+    @property
+    def updates_per_rollout(self) -> int:
+        """Updates that share a generation; 1 also where an update learns from several."""
+        return max(1, int(self.updates_per_generation))
+
     def _check(self, objective: ObjectiveConfig) -> None:
         """What TRL decides by other means, and settings without effect."""
         require(objective.kl_coef == 0, "kl_coef", objective.kl_coef, "0: TRL's `beta` weighs it")
@@ -189,7 +194,7 @@ class PowerMeanGRPOConfig(GRPOConfig):
             same = objective.max_length == self.max_completion_length
             require(same, "max_length", objective.max_length, expected)
         refuse_unread_objective(objective)
-        has_p = objective.mean == "power" and objective.gate != "detached"
+        has_p = objective.mean == "power" and objective.has_mean
         own = objective.exponent.kind in ("matched", "reward")
         for name in ("p", "p_positive", "p_negative"):
             value = getattr(self, name)
@@ -217,6 +222,11 @@ class PowerMeanGRPOConfig(GRPOConfig):
                 "1, and one process, with a clip that is centred or scaled by the minibatch: its "
                 "statistics are not known before the last part",
             )
+        if objective.exponent.kind == "linear" and objective.exponent.per == "rollout":
+            whole = self.updates_per_generation <= 1 or self.updates_per_generation % 1 == 0
+            expected = '"update", or a divisor of steps_per_generation * num_iterations as '
+            expected += "gradient_accumulation_steps: else an update learns from two generations"
+            require(whole, "exponent.per", "rollout", expected)
         if objective.reduction == "token_mean":
             served = (self.steps_per_generation or 1) * self.num_iterations
             require(

@@ -146,13 +146,24 @@ class PowerMeanGRPOTrainer(GRPOTrainer):
         """The objective as it stands; a schedule has the length of the training that goes on."""
         objective, device = self.args.resolved_objective, self.accelerator.device
         updates = self.state.max_steps or None  # before the first training nobody knows
+        per = self.args.updates_per_rollout
         if self._in_force is None:
-            self._in_force = ObjectiveInForce(objective, device, updates or 2)
+            self._in_force = ObjectiveInForce(objective, device, updates or 2 * per, per)
             self._updates = updates
         elif updates != self._updates and objective.exponent.kind == "linear":
-            self._in_force.source = exponent_source(objective, device, updates)
+            self._in_force.source = exponent_source(objective, device, updates, per)
             self._updates = updates
         return self._in_force
+
+    @property
+    def _update(self) -> int:
+        """The update whose exponent is in force: this one, or the first of the generation in use.
+
+        A training that goes on from within a generation samples anew, so that the number of an
+        update does not tell which generation it is of.
+        """
+        held = self.in_force.source.objective.exponent.per == "rollout"
+        return self.state.global_step - (self._staleness if held else 0)
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         """TRL's loss on a copy of `inputs`, which it uses again in later iterations."""
@@ -206,7 +217,7 @@ class PowerMeanGRPOTrainer(GRPOTrainer):
             entropy=entropy,
             ref_logprobs=inputs.get("ref_per_token_logps"),
         )
-        objective, exponent = self.in_force.at(self.state.global_step)
+        objective, exponent = self.in_force.at(self._update)
         weights = surrogate_advantages(
             rows.logprobs, rows.old_logprobs, rows.mask, rows.advantages, objective, exponent
         )
@@ -241,7 +252,7 @@ class PowerMeanGRPOTrainer(GRPOTrainer):
         """Measure the update, let a learnable exponent follow it, and log both."""
         rows = gather_rows(join_rows(self._window), self.accelerator)
         self._window = []
-        objective, exponent = self.in_force.at(self.state.global_step)
+        objective, exponent = self.in_force.at(self._update)
         measured = objective_metrics(
             rows.logprobs,
             rows.old_logprobs,
@@ -263,7 +274,7 @@ class PowerMeanGRPOTrainer(GRPOTrainer):
                 rows.old_logprobs,
                 rows.mask,
                 rows.advantages,
-                update=self.state.global_step,
+                update=self._update,
                 rollout=self._rollouts - 1,
                 staleness=self._staleness,
             )

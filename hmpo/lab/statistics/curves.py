@@ -27,7 +27,7 @@ class Sigmoid:
     slope: float
     """B, > 0."""
     residual: float
-    """Root of the squared residuals over points less the fitted numbers."""
+    """Root of the summed squared residuals over (points - fitted numbers): one point's noise."""
 
     def at(self, compute: Values) -> np.ndarray:
         """The curve at each compute, shape [K]."""
