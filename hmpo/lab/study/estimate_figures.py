@@ -218,6 +218,7 @@ def envelope(study: Study) -> Figure | None:
     left.set_xscale("log")
     left.set_xlabel("learning rate")
     left.set_ylabel("success")
+    right.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     right.set_xlabel("learning rates tried")
     right.set_ylabel("expected best success")
     legend(figure, [[left]])
