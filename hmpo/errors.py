@@ -51,6 +51,10 @@ class TelemetryError(HmpoError, ValueError):
     """A telemetry record or log does not follow its schema."""
 
 
+class StatisticsError(HmpoError, ValueError):
+    """Numbers of which no statistic can be made: not finite, too few, of unequal length."""
+
+
 class MissingDependencyError(HmpoError, ImportError):
     """An optional package is needed; the message gives the pip command."""
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import gpu_tables
+import lab_tables
 import performance_tables
 from results import load, source
 
@@ -445,6 +446,7 @@ MAKERS: dict[str, Callable[[], str]] = {
     "growth": performance_tables.growth,
     "start": performance_tables.start,
     "memory_flat": performance_tables.memory_flat,
+    "statistics_coverage": lab_tables.statistics_coverage,
     "gpu_right": gpu_tables.right,
     "gpu_rollouts": gpu_tables.rollouts,
     "gpu_work": gpu_tables.work,

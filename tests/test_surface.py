@@ -18,6 +18,7 @@ import hmpo.agm
 import hmpo.cli
 import hmpo.cli.agm
 import hmpo.cli.commands
+import hmpo.cli.experiment
 import hmpo.config.members
 import hmpo.optim
 import hmpo.rewards
@@ -97,7 +98,11 @@ def commands() -> dict[str, Callable]:
     """The functions that the command line is made of."""
     return {
         f"{prefix}{name.replace('_', '-')}": function
-        for prefix, module in (("", hmpo.cli.commands), ("agm ", hmpo.cli.agm))
+        for prefix, module in (
+            ("", hmpo.cli.commands),
+            ("agm ", hmpo.cli.agm),
+            ("experiment ", hmpo.cli.experiment),
+        )
         for name, function in sorted(vars(module).items())
         if inspect.isfunction(function)
         and function.__module__ == module.__name__

@@ -17,6 +17,7 @@ import tyro
 
 import hmpo
 from hmpo.cli import agm as cli_agm
+from hmpo.cli import experiment as cli_experiment
 from hmpo.cli.preflight import (
     expanded,
     refuse_parts,
@@ -30,6 +31,7 @@ from hmpo.telemetry.visible import writable
 
 app = tyro.extras.SubcommandApp()
 app.command(cli_agm.app, name="agm", help="Adaptive controllers over recorded runs.")
+app.command(cli_experiment.app, name="experiment", help="Many runs, compared.")
 
 Positional = tyro.conf.Positional
 Settings = Annotated[

@@ -14,12 +14,16 @@ from hmpo.models.paths import resolve_policy_path
 from hmpo.rewards.loading import check_spec
 from hmpo.tasks import BUILT_IN, check_name, make_task
 
-COMMANDS = ("agm", "demo", "train", "eval", "report", "fetch-model", "doctor")
+COMMANDS = ("agm", "demo", "train", "eval", "report", "experiment", "fetch-model", "doctor")
 FETCHED = ("smollm2",)
 """Policies whose own loading says how to get them."""
 LARGE = 2**26
 """Bytes of a file of prompts that is read once only."""
-AGM_COMMANDS = ("replay", "summarize", "plot", "sweep", "diff")
+INNER = {
+    "agm": ("replay", "summarize", "plot", "sweep", "diff"),
+    "experiment": ("run",),
+}
+"""Commands that have commands of their own."""
 
 
 def refuse_unknown_command(arguments: Sequence[str]) -> None:
@@ -29,8 +33,8 @@ def refuse_unknown_command(arguments: Sequence[str]) -> None:
         ConfigError: it does not exist.
     """
     known, words = COMMANDS, list(arguments)
-    if words[:1] == ["agm"]:
-        known, words = AGM_COMMANDS, words[1:]
+    if words and words[0] in INNER:
+        known, words = INNER[words[0]], words[1:]
     if not words or words[0].startswith("-") or words[0] in known:
         return
     close = difflib.get_close_matches(words[0], known, n=1)

@@ -32,7 +32,8 @@ def refuse_unread_objective(objective: ObjectiveConfig, table: str = "objective"
     """
     presets = [BY_NAME[objective.name]()] if objective.name in BY_NAME else _presets()
     _refuse(f"{table}.", objective, presets, _objective_rules(objective))
-    sources = [preset.exponent for preset in presets]
+    # a source that is named anew starts from no member: `holder` with a fixed p
+    sources = [*(preset.exponent for preset in presets), ExponentConfig()]
     rules = _exponent_rules(objective.exponent)
     _refuse(f"{table}.exponent.", objective.exponent, sources, rules)
 

@@ -86,7 +86,7 @@ def render_page(runs: Sequence[RunData], labels: Sequence[str]) -> str:
     """The page as text; equal for equal runs."""
     views = [summarize(run, label) for run, label in zip(runs, labels)]
     return (
-        _environment()
+        environment()
         .get_template("report.html")
         .render(
             title=labels[0] if len(runs) == 1 else "Comparison of runs",
@@ -101,7 +101,8 @@ def render_page(runs: Sequence[RunData], labels: Sequence[str]) -> str:
 
 
 @functools.cache
-def _environment() -> Environment:
+def environment() -> Environment:
+    """The template engine: everything that it prints is made visible and escaped."""
     return Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,

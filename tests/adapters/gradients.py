@@ -44,6 +44,15 @@ MEMBERS = {
     },
 }
 """What is checked; bounds where some tokens or responses clip and some do not."""
+HELD = {"exponent": "fixed", "p": 0.5}
+MORE = {
+    "sign_aware": {"objective": "sign_aware"},
+    "reinforce": {"objective": "reinforce"},
+    "holder": {"objective": "holder", "clip_low": 0.1, "clip_high": 0.1, **HELD},
+    "holder_clamped": {"objective": "holder_clamped", "clip_low": 0.05, "clip_high": 0.05, **HELD},
+    "holder_token": {"objective": "holder_token", **HELD},
+}
+"""Checked in the version at hand alone."""
 
 
 def tokenizer() -> PreTrainedTokenizerBase:

@@ -33,6 +33,7 @@ from hmpo.telemetry.records import decode, validate
 from hmpo.types import Denominators
 from tests.adapters.gradients import (
     MEMBERS,
+    MORE,
     ROWS,
     direct_gradient,
     gradient,
@@ -61,7 +62,7 @@ def difference(one: torch.Tensor, other: torch.Tensor) -> float:
 # ------------------------------------------------------------------------------------- gradients
 
 
-@pytest.mark.parametrize("member", MEMBERS.values(), ids=MEMBERS)
+@pytest.mark.parametrize("member", (MEMBERS | MORE).values(), ids=MEMBERS | MORE)
 def test_gradient_is_that_of_the_objective(member: dict[str, Any]) -> None:
     assert relative_error(member) < 1e-6
 

@@ -5,23 +5,27 @@
 
 import dataclasses
 import inspect
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import hmpo.cli.demo
 import hmpo.models
 from hmpo import cli
 from hmpo.cli.preflight import refuse_several_processes
 from hmpo.errors import ConfigError
+from hmpo.lab.suite.watch import SuiteResult
 from hmpo.models.paths import cache_folder
 from hmpo.run import loop as run
 from tests.agm.streams import EAGER
 from tests.faults.micro import micro_config, micro_policy, records, toml
 from tests.faults.storage import fast_folder
+from tests.lab.suite.small import data
 from tests.lab.synthetic import make_run
 from tests.test_surface import commands
 
@@ -314,6 +318,84 @@ def agm_diff(place: Place) -> None:
     assert len(shown[1]) < len(shown[0])
 
 
+# --- experiment ----------------------------------------------------------------------------------
+
+
+def experiment(place: Place, *words: object) -> tuple[str, dict[str, Any]]:
+    """What `hmpo experiment run` prints, and what it would have run; nothing is run."""
+    seen: dict[str, Any] = {}
+
+    def run_suite(suite: Any, **given: Any) -> SuiteResult:
+        seen.update(given, suite=suite)
+        return SuiteResult(folder=given["out"] / suite.name, finished=1)
+
+    def local(jobs: int, gpus: int) -> str:
+        return f"{jobs} on {gpus} cards"
+
+    place.monkeypatch.setattr("hmpo.lab.suite.run.run_suite", run_suite)
+    place.monkeypatch.setattr("hmpo.lab.suite.run.local", local)
+    if not Path("suite.json").exists():
+        Path("suite.json").write_text(json.dumps(data(run={"policy": {"path": str(place.policy)}})))
+    text = place.hmpo("experiment", "run", *words)
+    return text, seen
+
+
+def experiment_suite_only_seeds(place: Place) -> None:
+    def runs(*words: object) -> list[tuple[str, int]]:
+        return [(c.name, s) for c, s in experiment(place, "suite.json", *words)[1]["runs"]]
+
+    assert len(runs()) == 8
+    assert runs("--only", "hmpo+low", "--seeds", "101") == [("hmpo+low", 101)]
+    two = runs("--only", "member=grpo", "--only", "rate=low", "--seeds", "100-101")
+    assert two == [("grpo+low", 100), ("grpo+low", 101)]
+    assert "no such cell" in place.fails("experiment", "run", "suite.json", "--only", "hmpo+lo")
+    assert "nowhere.toml" in place.fails("experiment", "run", "nowhere.toml")
+
+
+def experiment_jobs_gpus(place: Place) -> None:
+    place.monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    found = [
+        experiment(place, "suite.json", *words)[1]
+        for words in (("--jobs", 3), ("--gpus", 2), ("--jobs", 3, "--gpus", 2))
+    ]
+    assert [seen["jobs"] for seen in found] == [3, 2, 3]
+    assert [seen["maker"][-10:] for seen in found] == ["on 0 cards", *["on 2 cards"] * 2]
+    words = ("experiment", "run", "suite.json")
+    assert "--jobs: got 0" in place.fails(*words, "--jobs", 0)
+    assert "--gpus: got 5, torch sees 4 here" in place.fails(*words, "--gpus", 5)
+
+
+def experiment_on(place: Place) -> None:
+    words = ("experiment", "run", "suite.json")
+    experiment(place, "suite.json")
+    assert "--on: got 'slurm', expected ray" in place.fails(*words, "--on", "slurm")
+    assert "leave --jobs and --gpus out" in place.fails(*words, "--on", "ray", "--jobs", 2)
+
+
+def experiment_again_out(place: Place) -> None:
+    _, plain = experiment(place, "suite.json")
+    text, other = experiment(place, "suite.json", "--again", "--out", "x")
+    assert [seen["again"] for seen in (plain, other)] == [False, True]
+    assert [str(seen["out"]) for seen in (plain, other)] == ["experiments", "x"]
+    assert "x/small" in text
+
+
+def experiment_quiet(place: Place) -> None:
+    quiet = [
+        experiment(place, "suite.json", *words)[1]["watcher"].quiet for words in ((), ("--quiet",))
+    ]
+    assert quiet == [False, True]
+
+
+def experiment_dry_run(place: Place) -> None:
+    settings = data()["run"] | {"policy": {"path": str(place.policy)}}
+    Path("suite.json").write_text(json.dumps(data(run=settings)))
+    text, seen = experiment(place, "suite.json", "--dry-run", "--only", "member=grpo")
+    assert "suite small: 2 cells, 4 of 4 runs to make" in text and not seen
+    assert "grpo+low: 2 of 2 runs, " in text and "in all about " in text
+    assert not Path("experiments").exists()
+
+
 OPTIONS: dict[str, dict[str, Callable[[Place], None]]] = {
     "demo": {"seed": demo_seed, "updates": demo_updates, "out": demo_out, "quiet": demo_quiet},
     "train": {
@@ -338,6 +420,18 @@ OPTIONS: dict[str, dict[str, Callable[[Place], None]]] = {
     "report": {"runs": report_runs_out, "out": report_runs_out},
     "fetch-model": {"name": fetch_model_name_folder, "folder": fetch_model_name_folder},
     "doctor": {"model": doctor_model_split, "split": doctor_model_split},
+    "experiment run": {
+        "suite": experiment_suite_only_seeds,
+        "only": experiment_suite_only_seeds,
+        "seeds": experiment_suite_only_seeds,
+        "jobs": experiment_jobs_gpus,
+        "gpus": experiment_jobs_gpus,
+        "on": experiment_on,
+        "dry_run": experiment_dry_run,
+        "again": experiment_again_out,
+        "out": experiment_again_out,
+        "quiet": experiment_quiet,
+    },
     "agm replay": {
         "run": agm_replay_run_config_compare,
         "config": agm_replay_run_config_compare,
@@ -398,6 +492,7 @@ ENVIRONMENT = {
     "WORLD_SIZE": world_size,
     "HMPO_MATMUL": "tests/logprobs/test_matmul.py",
     "OMP_WAIT_POLICY": "tests/cli/test_cli.py",
+    "RAY_USAGE_STATS_ENABLED": "tests/lab/suite/test_on_ray.py",
     "HF_HUB_OFFLINE": "tests/models/test_hub.py",
     "TOKENIZERS_PARALLELISM": "tests/cli/test_cli.py",
 }

@@ -103,6 +103,15 @@ def test_the_baseline_is_no_other_member(name: str) -> None:
     assert 'expected member = "gspo" with algorithm = "gspo"' in refusal(config)
 
 
+@pytest.mark.parametrize("name", ["holder", "holder_clamped", "holder_token"])
+def test_a_member_of_a_schedule_takes_a_fixed_exponent(name: str) -> None:
+    table = {"member": name, "p": 0.5, "exponent": {"kind": "fixed"}}
+    objective = trainer_config(run_config({"objective": table}), **DECIDED).resolved_objective
+    assert objective == dataclasses.replace(
+        members.BY_NAME[name](), p=0.5, exponent=ExponentConfig()
+    )
+
+
 WITHOUT_EFFECT = [
     ("sapo", {"clip_low": 0.1}, "objective.clip_low", 'clip_level = "none"'),
     ("sapo", {"clip_space": "ratio"}, "objective.clip_space", 'clip_level = "none"'),

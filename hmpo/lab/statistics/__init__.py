@@ -1,0 +1,1 @@
+"""From arrays of outcomes to estimates and words; needs `pip install 'hmpo[lab]'`."""

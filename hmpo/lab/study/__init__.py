@@ -1,0 +1,1 @@
+"""Finished runs to outcomes, tables, figures and pages."""

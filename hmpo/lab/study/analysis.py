@@ -1,0 +1,243 @@
+"""The runs of a suite set against each other: pairs by seed, blocks, tests, verdicts."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from hmpo.lab.statistics.intervals import Estimate, holm, paired_t, welch
+from hmpo.lab.statistics.resampling import two_level_bootstrap
+from hmpo.lab.statistics.verdicts import Verdict, verdict
+from hmpo.lab.study.outcomes import Outcome
+from hmpo.lab.study.plan import Cell, Plan
+from hmpo.lab.study.scores import Score, bits, score
+
+COMPARED = ("main", "null")
+"""Roles of cells that the blocks are made of."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """An outcome and what it is judged by."""
+
+    outcome: Outcome
+    score: Score
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contrast:
+    """One cell against another: differences of the endpoint by shared seed.
+
+    Example: `Contrast(cell="gspo+dense", against="grpo+dense", seeds=(1, 2), ...)`.
+    """
+
+    cell: str
+    against: str
+    block: tuple[tuple[str, str], ...]
+    """Levels that both share, by the factors of `compare.within`."""
+    seeds: tuple[int, ...]
+    """Shared ones; () where the runs are not paired."""
+    left_out: int
+    """Runs of either side without a partner."""
+    estimate: Estimate | None
+    """Mean difference; None where no pair counts."""
+    adjusted: float | None
+    """p after Holm's correction within the block."""
+    verdict: Verdict | None
+    confirmatory: bool
+    resampled: Estimate | None = None
+    """The same difference for new prompts too; None where prompts were not kept apart."""
+
+
+@dataclass(frozen=True)
+class Study:
+    """Everything a report says of a suite.
+
+    Example: `Study.of(plan, outcomes).contrasts`.
+    """
+
+    plan: Plan
+    runs: Mapping[str, Mapping[int, Run]]
+    """By cell and seed, in the order of the plan; cells without a finished run are not in it."""
+    contrasts: tuple[Contrast, ...]
+    """Of the blocks, in the order of the plan."""
+    others: tuple[Contrast, ...]
+    """Of cells that name the cell which they are compared with."""
+
+    @classmethod
+    def of(cls, plan: Plan, outcomes: Iterable[Outcome]) -> "Study":
+        """The analysis of these outcomes by this plan."""
+        runs: dict[str, dict[int, Run]] = {cell.name: {} for cell in plan.cells}
+        for outcome in outcomes:
+            if outcome.cell in runs:
+                runs[outcome.cell][outcome.seed] = Run(outcome, score(outcome, plan))
+        known = {name: found for name, found in runs.items() if found}
+        return cls(plan, known, tuple(_blocks(plan, known)), tuple(_others(plan, known)))
+
+    def cells(self, *roles: str) -> list[Cell]:
+        """Cells with at least one outcome, of these roles or of all."""
+        return [
+            cell
+            for cell in self.plan.cells
+            if cell.name in self.runs and (not roles or cell.role in roles)
+        ]
+
+    def successes(self, cell: str) -> list[float]:
+        """The endpoint of each run of a cell that has one."""
+        return list(endpoints(self.runs.get(cell, {})).values())
+
+    def confirmed(self, cell: Cell) -> bool:
+        """Whether all runs of this cell were decided on before the first that counted."""
+        return self.plan.confirmatory(cell.name, self.runs.get(cell.name, {}))
+
+    def contrast(self, cell: str, against: str) -> Contrast | None:
+        """The comparison of these two, or None."""
+        found = (c for c in (*self.contrasts, *self.others) if c.cell == cell)
+        return next((c for c in found if c.against == against), None)
+
+    def baselines(self, cell: Cell) -> list[str]:
+        """Names of the cells that this one is compared with."""
+        found = [c.against for c in (*self.contrasts, *self.others) if c.cell == cell.name]
+        return list(dict.fromkeys(found))
+
+    def target(self, cell: Cell) -> float | None:
+        """Success that runs of this cell's block are timed to, the same for all methods of it.
+
+        Half way from the start to where the first baseline ended, or, where there is no baseline,
+        to where the best cell of the block did.
+        """
+        block = block_of(self.plan, cell)
+        peers = [c for c in self.cells(*COMPARED) if block_of(self.plan, c) == block]
+        firsts = [c for c in peers if c.levels.get(self.plan.factor) in self.plan.to[:1]]
+        ends = [mean(self.successes(c.name)) for c in firsts or peers if self.successes(c.name)]
+        starts = [
+            run.score.start
+            for peer in peers
+            for run in self.runs[peer.name].values()
+            if run.score.start is not None
+        ]
+        if not ends or not starts:
+            return None
+        start = mean(starts)
+        return start + max(max(ends) - start, 2 * self.plan.smallest) / 2
+
+
+def endpoints(runs: Mapping[int, Run]) -> dict[int, float]:
+    """The endpoint by seed, of runs that have one."""
+    found = {seed: run.score.success for seed, run in runs.items()}
+    return {seed: value for seed, value in found.items() if value is not None}
+
+
+def mean(values: Sequence[float]) -> float:
+    """Arithmetic mean of at least one value."""
+    return sum(values) / len(values)
+
+
+def block_of(plan: Plan, cell: Cell) -> tuple[tuple[str, str], ...]:
+    """Levels of the factors within which cells are compared."""
+    return tuple((factor, cell.levels.get(factor, "")) for factor in plan.within)
+
+
+def _blocks(plan: Plan, runs: Mapping[str, Mapping[int, Run]]) -> list[Contrast]:
+    """Every cell against each baseline that shares all its other levels; Holm by block."""
+    cells = [c for c in plan.cells if c.name in runs and c.role in COMPARED]
+    by_levels = {tuple(sorted(cell.levels.items())): cell for cell in cells if cell.levels}
+    by_block: dict[tuple[tuple[str, str], ...], list[Contrast]] = {}
+    for cell in cells:
+        if plan.factor not in cell.levels:
+            continue
+        for level in plan.to:
+            wanted = tuple(sorted({**cell.levels, plan.factor: level}.items()))
+            base = by_levels.get(wanted)
+            if base is None or base.name == cell.name:
+                continue
+            block = block_of(plan, cell)
+            by_block.setdefault(block, []).append(_contrast(plan, runs, cell, base, block))
+    return [found for block in by_block.values() for found in _adjusted(plan, block, runs)]
+
+
+def _others(plan: Plan, runs: Mapping[str, Mapping[int, Run]]) -> list[Contrast]:
+    found = []
+    for cell in plan.cells:
+        base = plan.cell(cell.against)
+        if base is not None and cell.name in runs and base.name in runs:
+            found.append(_judged(plan, _contrast(plan, runs, cell, base, ()), runs, None))
+    return found
+
+
+def _contrast(
+    plan: Plan,
+    runs: Mapping[str, Mapping[int, Run]],
+    cell: Cell,
+    base: Cell,
+    block: tuple[tuple[str, str], ...],
+) -> Contrast:
+    one, other = endpoints(runs[cell.name]), endpoints(runs[base.name])
+    seeds = tuple(seed for seed in one if seed in other)
+    left = len(one) + len(other) - 2 * len(seeds)
+    estimate = None
+    if seeds:
+        estimate = paired_t([one[seed] - other[seed] for seed in seeds], 1 - plan.alpha)
+    elif len(one) > 1 and len(other) > 1:
+        estimate, left = welch([*one.values()], [*other.values()], 1 - plan.alpha), 0
+    used = (seeds or tuple(one), seeds or tuple(other))
+    return Contrast(
+        cell=cell.name,
+        against=base.name,
+        block=block,
+        seeds=seeds,
+        left_out=left,
+        estimate=estimate,
+        adjusted=None,
+        verdict=None,
+        confirmatory=all(plan.confirmatory(c.name, s) for c, s in zip((cell, base), used)),
+    )
+
+
+def _adjusted(
+    plan: Plan, block: Sequence[Contrast], runs: Mapping[str, Mapping[int, Run]]
+) -> list[Contrast]:
+    tested = [c.estimate.p_value for c in block if c.estimate and c.estimate.p_value is not None]
+    raised = iter([float(p) for p in holm(tested)] if tested else [])
+    found = []
+    for contrast in block:
+        has = contrast.estimate is not None and contrast.estimate.p_value is not None
+        found.append(_judged(plan, contrast, runs, next(raised) if has else None))
+    return found
+
+
+def _judged(
+    plan: Plan,
+    contrast: Contrast,
+    runs: Mapping[str, Mapping[int, Run]],
+    adjusted: float | None,
+) -> Contrast:
+    """With the word that the numbers allow; unpaired runs get an interval alone."""
+    if not contrast.seeds:
+        return contrast
+    one, other = endpoints(runs[contrast.cell]), endpoints(runs[contrast.against])
+    differences = [one[seed] - other[seed] for seed in contrast.seeds]
+    names = {"method": contrast.cell, "baseline": contrast.against}
+    word = verdict(differences, plan.smallest, adjusted, plan.alpha, **names)
+    both = _over_prompts(plan, contrast, runs)
+    return replace(contrast, adjusted=adjusted, verdict=word, resampled=both)
+
+
+def _over_prompts(
+    plan: Plan, contrast: Contrast, runs: Mapping[str, Mapping[int, Run]]
+) -> Estimate | None:
+    """Seeds and held-out prompts resampled, where all runs kept the bits of the same prompts."""
+    sides = [
+        [runs[cell][seed].outcome for seed in contrast.seeds]
+        for cell in (contrast.cell, contrast.against)
+    ]
+    tables = [[bits(outcome, plan.last) for outcome in side] for side in sides]
+    rows = [row for table in tables for row in table]
+    same = {outcome.heldout for side in sides for outcome in side}
+    if len(contrast.seeds) < 2 or None in rows or len(same) > 1:
+        return None
+    sizes = {len(row) for row in rows if row is not None}
+    if len(sizes) != 1 or min(sizes) < 2:
+        return None
+    level = 1 - plan.alpha
+    return two_level_bootstrap(np.array(tables[0]), np.array(tables[1]), 1000, 0, level)

@@ -1,0 +1,274 @@
+"""T1: what each cell came to and how it differs from the baselines; and the same over all tasks."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from hmpo.lab.statistics.intervals import Estimate, paired_t, rate
+from hmpo.lab.statistics.resampling import iqm, stratified_iqm
+from hmpo.lab.statistics.survival import kaplan_meier
+from hmpo.lab.study.analysis import COMPARED, Contrast, Run, Study, block_of
+from hmpo.lab.study.plan import Cell
+from hmpo.lab.study.scores import pass_rate, time_to
+from hmpo.lab.study.tabular import (
+    EMPTY,
+    Column,
+    Item,
+    Table,
+    estimate,
+    plain,
+    rows_of,
+    share,
+    signed,
+    whole,
+    word,
+)
+
+DRAWS = 1000
+"""Resamples of each bootstrap in a table."""
+TONES = {"better": "good", "worse": "bad"}
+SHOWN = (*COMPARED, "again", "negative", "positive", "placebo")
+"""Roles of the cells that stand in the main table."""
+
+
+def identity_columns(study: Study) -> tuple[Column, ...]:
+    """Columns that say which cell a row is of: the block's factors, then what is compared."""
+    used = {factor for cell in study.cells(*SHOWN) for factor in cell.levels}
+    names = [factor for factor in study.plan.within if factor in used]
+    names += [factor for factor in sorted(used) if factor not in (*names, study.plan.factor)]
+    names += [study.plan.factor] if study.plan.factor in used else []
+    columns = [Column(name, name, numeric=False, minor=True) for name in names]
+    role = Column("role", "role", numeric=False)
+    return (Column("cell", "cell", numeric=False), *columns, role)
+
+
+def rows_in_order(study: Study) -> list[Cell]:
+    """The cells of a table: those of one block together, controls at the end."""
+    cells = study.cells(*SHOWN)
+    order = {
+        block: i for i, block in enumerate(dict.fromkeys(block_of(study.plan, c) for c in cells))
+    }
+    return sorted(cells, key=lambda c: (c.role not in COMPARED, order[block_of(study.plan, c)]))
+
+
+def identity(study: Study, cell: Cell) -> dict[str, Item]:
+    """The items of those columns; a main cell's role goes without saying."""
+    items = {factor: word(level) for factor, level in cell.levels.items()}
+    role = "" if cell.role == "main" else cell.role
+    if not study.confirmed(cell):
+        role = f"{role}, exploratory".lstrip(", ")
+    return items | {"cell": word(cell.name), "role": word(role)}
+
+
+def main_table(study: Study) -> Table:
+    """T1, one row for each cell and baseline that it is compared with."""
+    level = f"{100 * (1 - study.plan.alpha):.0f} %"
+    columns = (
+        *identity_columns(study),
+        Column("seeds", "seeds"),
+        Column("iqm", "success, IQM", title=f"interquartile mean with its {level} interval"),
+        Column("against", "against", numeric=False),
+        Column("difference", "difference, points", title="mean of the paired differences"),
+        Column("new_prompts", "on new prompts", title="the same, seeds and prompts resampled"),
+        Column("p", "p, Holm", title="paired t, corrected within the block"),
+        Column("verdict", "verdict", numeric=False),
+        Column("detectable", "detectable", title="difference seen with chance .8, in points"),
+        Column("more", "more seeds", title="that would decide, at the spread seen"),
+        Column("auc", "area", title="mean height of the success over the run"),
+        Column("updates", "updates to target", title="median by Kaplan and Meier"),
+        Column("tokens", "tokens to target", title="median, in thousands"),
+        Column("reached", "reached"),
+        Column("failed", "failed"),
+        Column("pass_at_k", "pass@k"),
+        Column("entropy", "entropy, end"),
+    )
+    rows = []
+    for cell in rows_in_order(study):
+        own = _own(study, cell)
+        contrasts = [c for c in (*study.contrasts, *study.others) if c.cell == cell.name]
+        for contrast in contrasts or [None]:
+            rows.append(own | compared(contrast))
+    note = (
+        f"Success is the mean of the last {study.plan.last} evaluations; a crash "
+        f"{'counts as 0' if study.plan.crash_is_zero else 'is left out'}. Brackets are {level} "
+        "intervals: bootstrap over seeds for the IQM, paired t for differences. A target is half "
+        "way from the start to the end of the block's first baseline; a run that never reached it "
+        'counts as censored. "detectable" is the smallest difference that these seeds see with '
+        f"chance .8; differences below {100 * study.plan.smallest:g} points do not matter."
+    )
+    return Table("T1", "Main table", note, columns, rows_of(columns, rows))
+
+
+def compared(contrast: Contrast | None) -> dict[str, Item]:
+    """Difference, interval, word and what could have been seen."""
+    if contrast is None or contrast.estimate is None:
+        return {}
+    found: dict[str, Item] = {
+        "against": word(contrast.against),
+        "difference": estimate(contrast.estimate, signed, 100.0),
+    }
+    if contrast.verdict is None:
+        return found | {"verdict": word("not paired")}
+    v = contrast.verdict
+    needed = v.seeds_needed
+    return found | {
+        "new_prompts": estimate(contrast.resampled, signed, 100.0),
+        "p": _chance(contrast.adjusted),
+        "verdict": word(v.word, TONES.get(v.word, "")),
+        "detectable": EMPTY if v.detectable is None else _points(v.detectable),
+        "more": EMPTY if needed is None else whole(needed),
+    }
+
+
+def _chance(p: float | None) -> Item:
+    if p is None or p >= 0.001:
+        return plain(p, "{:.3f}")
+    return Item("< 0.001", p, {"": p})
+
+
+def _points(value: float) -> Item:
+    return Item(f"{100 * value:.1f}", value, {"": value})
+
+
+def _own(study: Study, cell: Cell) -> dict[str, Item]:
+    runs = study.runs[cell.name]
+    successes = study.successes(cell.name)
+    areas = [run.score.auc for run in runs.values() if run.score.auc is not None]
+    ends = numbers(runs, "entropy_end")
+    return {
+        **identity(study, cell),
+        "seeds": whole(len(runs)),
+        "iqm": estimate(_iqm([successes], study), share) if successes else EMPTY,
+        "auc": estimate(average(areas, study), share) if areas else EMPTY,
+        "entropy": estimate(average(ends, study)) if ends else EMPTY,
+        "failed": _of(sum(run.score.failed for run in runs.values()), len(runs)),
+        "pass_at_k": _passes(runs, study),
+        **_times(study, cell),
+    }
+
+
+def numbers(runs: Mapping[int, Run], name: str) -> list[float]:
+    """One metric of each run that logged it."""
+    found = (run.outcome.metrics.get(name) for run in runs.values())
+    return [float(value) for value in found if value is not None]
+
+
+def average(values: Sequence[float], study: Study) -> Estimate:
+    """The mean with Student's interval."""
+    return paired_t(values, 1 - study.plan.alpha)
+
+
+def _iqm(by_task: Sequence[Sequence[float]], study: Study) -> Estimate:
+    """With an interval where every block has two seeds at least."""
+    level = 1 - study.plan.alpha
+    if min(map(len, by_task)) < 2:
+        every = [value for values in by_task for value in values]
+        return Estimate(iqm(every), None, None, level, min(map(len, by_task)))
+    return stratified_iqm(by_task, draws=DRAWS, seed=0, level=level)
+
+
+def _of(count: int, total: int) -> Item:
+    found = rate(count, total)
+    raw: dict[str, Any] = {"": count, "_n": total, "_low": found.low, "_high": found.high}
+    return Item(f"{count}/{total}", found.value, raw, f"{found.low:.2f}, {found.high:.2f}")
+
+
+def _passes(runs: Mapping[int, Run], study: Study) -> Item:
+    """The mean over seeds of the share of prompts that one of k samples solves."""
+    found = [pass_rate(run.outcome.after) for run in runs.values()]
+    rates = [k / n for k, n, _ in filter(None, found)]
+    return estimate(average(rates, study), share) if rates else EMPTY
+
+
+def _times(study: Study, cell: Cell) -> dict[str, Item]:
+    target = study.target(cell)
+    if target is None:
+        return {}
+    times, tokens, reached = time_table(study, cell, target)
+    steps = _around(kaplan_meier(times, reached).median)
+    used = _around(kaplan_meier(tokens, reached).median)
+    censored = Item("not reached", None, {"": None})
+    return {
+        "updates": censored if steps is None else estimate(steps, "{:.0f}".format),
+        "tokens": censored if used is None else estimate(used, "{:.0f}".format, 1e-3),
+        "reached": _of(sum(reached), len(reached)),
+    }
+
+
+def _around(median: Estimate | None) -> Estimate | None:
+    """With the median inside: evaluations are few, so most runs reach a target at equal times."""
+    if median is None or median.low is None:
+        return median
+    high = None if median.high is None else max(median.high, median.value)
+    return replace(median, low=min(median.low, median.value), high=high)
+
+
+def time_table(
+    study: Study, cell: Cell, target: float
+) -> tuple[list[float], list[float], list[bool]]:
+    """Updates, tokens and whether the target was reached, by run.
+
+    A crash before the target is censored at the cell's last update, not at the crash.
+    """
+    times, tokens, reached = [], [], []
+    runs = study.runs[cell.name].values()
+    horizon = max(run.outcome.updates for run in runs), max(run.outcome.tokens for run in runs)
+    for run in runs:
+        step, hit = time_to(run.outcome, target)
+        token, _ = time_to(run.outcome, target, "tokens")
+        censored = run.score.failed and not hit
+        times.append(float(horizon[0]) if censored else step)
+        tokens.append(float(horizon[1]) if censored else token)
+        reached.append(hit)
+    return times, tokens, reached
+
+
+def overall_table(study: Study) -> Table | None:
+    """Each level of the compared factor over all blocks; None with fewer than two of those."""
+    factor = study.plan.factor
+    cells = [cell for cell in study.cells(*COMPARED) if factor in cell.levels]
+    blocks = list(dict.fromkeys(block_of(study.plan, cell) for cell in cells))
+    if len(blocks) < 2:
+        return None
+    columns = (
+        Column(factor, factor, numeric=False),
+        Column("blocks", "blocks"),
+        Column("iqm", "success, IQM"),
+        Column("worst", "worst block", title="lowest mean success of a block"),
+        Column("better", "better", title="blocks in which it is better than the first baseline"),
+        Column("worse", "worse"),
+        Column("same", "no difference"),
+        Column("undecided", "undecided"),
+    )
+    rows = []
+    for level in dict.fromkeys(cell.levels[factor] for cell in cells):
+        own = [cell for cell in cells if cell.levels[factor] == level]
+        by_task = [study.successes(cell.name) for cell in own]
+        if not all(by_task):
+            continue
+        words = [
+            c.verdict.word
+            for cell in own
+            for c in study.contrasts
+            if c.cell == cell.name and c.against == study.baselines(cell)[0] and c.verdict
+        ]
+        means = [average(values, study) for values in by_task]
+        row = {
+            factor: word(level),
+            "blocks": whole(len(own)),
+            "iqm": estimate(_iqm(by_task, study), share),
+            "worst": estimate(min(means, key=lambda e: e.value), share),
+        }
+        keys = {
+            "better": "better",
+            "worse": "worse",
+            "same": "no difference",
+            "undecided": "undecided",
+        }
+        row |= {key: whole(words.count(told)) if words else EMPTY for key, told in keys.items()}
+        rows.append(row)
+    note = (
+        "Interquartile mean over all runs of all blocks, bootstrapped within blocks: with fewer "
+        "than four blocks of five seeds each its interval is too narrow. The words count blocks."
+    )
+    return Table("T1-all", "Over all blocks", note, columns, rows_of(columns, rows))
