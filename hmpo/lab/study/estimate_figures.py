@@ -249,7 +249,6 @@ def times(study: Study) -> Figure | None:
         axes.set_ylim(0, 1.03)
         axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(4))
-        axes.set_xlabel("optimizer updates")
         name_axes(axes, block)
         if place % BESIDE == 0:
             axes.set_ylabel("share that reached the target")
