@@ -21,7 +21,7 @@ LARGE = 2**26
 """Bytes of a file of prompts that is read once only."""
 INNER = {
     "agm": ("replay", "summarize", "plot", "sweep", "diff"),
-    "experiment": ("run",),
+    "experiment": ("run", "report", "compare", "probe", "power"),
 }
 """Commands that have commands of their own."""
 

@@ -23,6 +23,7 @@ from hmpo.lab.suite.watch import SuiteResult
 from hmpo.models.paths import cache_folder
 from hmpo.run import loop as run
 from tests.agm.streams import EAGER
+from tests.cli import experiment_options
 from tests.faults.micro import micro_config, micro_policy, records, toml
 from tests.faults.storage import fast_folder
 from tests.lab.suite.small import data
@@ -432,6 +433,7 @@ OPTIONS: dict[str, dict[str, Callable[[Place], None]]] = {
         "out": experiment_again_out,
         "quiet": experiment_quiet,
     },
+    **experiment_options.OPTIONS,
     "agm replay": {
         "run": agm_replay_run_config_compare,
         "config": agm_replay_run_config_compare,
