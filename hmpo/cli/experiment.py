@@ -75,6 +75,106 @@ def run(
     return _run(whole, runs, at_once, gpus, on, expanded(out), again=again, quiet=quiet)
 
 
+@app.command
+def report(
+    suite: Positional[str],
+    /,
+    *,
+    out: Path = Path("experiments"),
+    into: Path | None = None,
+    save_outcomes: Path | None = None,
+) -> int:
+    """Write a suite's page, tables, figures and Markdown, finished or not; say what it found.
+
+    Args:
+        suite: as for `run`, or the suite's folder.
+        out: folder that holds the suite's folder.
+        into: folder for what is written; by default the suite's.
+        save_outcomes: also write all outcomes into this file (.jsonl or .jsonl.gz), which a suite
+            may name in `outcomes`.
+    """
+    from hmpo.cli import experiment_after
+
+    return experiment_after.report(suite, expanded(out), _expanded(into), _expanded(save_outcomes))
+
+
+@app.command
+def compare(one: Positional[Path], other: Positional[Path], /) -> int:
+    """Set two cells against each other, seed by seed: difference, interval, settings that differ.
+
+    Args:
+        one: folder of a cell, with a run's folder for each seed, or of one run.
+        other: the same.
+    """
+    from hmpo.lab.study.compare import compare
+
+    print(compare(expanded(one), expanded(other)).text())
+    return 0
+
+
+@app.command
+def probe(
+    target: Positional[Path],
+    /,
+    *,
+    exponents: tuple[float, ...] = (),
+    clip: float | None = None,
+    updates: int | None = None,
+    json: Path | None = None,
+    out: Path | None = None,
+    allow_code: bool = False,
+) -> int:
+    """Say whether p can matter in a run, from one rollout under every exponent and member.
+
+    Args:
+        target: a run's folder, or a recorded batch (.safetensors).
+        exponents: to compare; by default -2, -1, -0.5, 0, 0.5, 1, 2.
+        clip: half-width (nat) of the token clip that they share; by default 0.4.
+        updates: of the whole run that a recorded batch is of, where its facts do not tell.
+        json: file for everything.
+        out: folder for the heat maps, probe.svg and probe.png.
+        allow_code: run the code that a run's folder names.
+    """
+    from hmpo.lab.probe.command import run_probe
+    from hmpo.lab.probe.variants import CLIP, EXPONENTS
+
+    return run_probe(
+        expanded(target),
+        exponents=exponents or EXPONENTS,
+        clip=CLIP if clip is None else clip,
+        updates=updates,
+        json_file=_expanded(json),
+        out=_expanded(out),
+        allow_code=allow_code,
+    )
+
+
+@app.command
+def power(
+    suite: Positional[str],
+    /,
+    *,
+    difference: float | None = None,
+    seeds: int | None = None,
+    out: Path = Path("experiments"),
+) -> int:
+    """Say how many seeds each comparison needs, from the differences that a pilot has shown.
+
+    Args:
+        suite: as for `run`, or the suite's folder; two shared seeds at least must have ended.
+        difference: of success that matters, such as 0.02; by default the protocol's smallest.
+        seeds: say what this many seeds can see; by default those there are.
+        out: folder that holds the suite's folder.
+    """
+    from hmpo.cli import experiment_after
+
+    return experiment_after.power(suite, expanded(out), difference, seeds)
+
+
+def _expanded(path: Path | None) -> Path | None:
+    return None if path is None else expanded(path)
+
+
 def _check_cells(cells: Sequence[Cell]) -> None:
     """Refuse a policy, task or reward that is not there, and settings that nothing reads.
 

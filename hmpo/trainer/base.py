@@ -196,8 +196,9 @@ class Trainer(ABC, Generic[C]):
 
     @property
     def whole(self) -> bool:
-        """Whether weights, optimizer state and counters are of one moment: not from the begin of a
-        step until it is counted, nor while old weights sample.
+        """Whether weights, optimizer state and counters are of one moment.
+
+        They are not from the begin of a step until it is counted, nor while old weights sample.
         """
         return self._counted and not self.lag.swapped
 

@@ -183,6 +183,7 @@ def test_the_hash_covers_what_decides_the_numbers_and_nothing_else() -> None:
         "policy": {"path": "x"},
         "task": {"options": {"a": 1}},
         "rewards": {"functions": ["a:b"]},
+        "rollout": {"lag": 2},
         "objective": {"p": 0.5},
         "trainer": {"seed": 3},
         "mismatch": {"recompute": True},

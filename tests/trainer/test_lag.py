@@ -25,7 +25,7 @@ SHARED = {
     "minibatches": 2,
     "max_grad_norm": None,
     "qk_clip": False,
-    "decoder": "module",  # float64 all through; the fast decoder takes norms in float32, as models do
+    "decoder": "module",  # float64 all through; the fast decoder takes norms in float32
 }
 OPEN = {"epsilon_low": 0.999999, "epsilon_high": 1e9}
 

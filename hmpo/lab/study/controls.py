@@ -11,10 +11,10 @@ from hmpo.lab.study.plan import Cell
 from hmpo.lab.study.scores import evaluated
 
 KINDS = {
-    "again": "A/A: the same method again; the interval of the difference must contain 0",
-    "negative": "negative: what cannot matter here must change nothing but the rounding",
-    "positive": "positive: a difference that the suite must be able to see",
-    "placebo": "placebo: rewards that tell nothing must teach nothing",
+    "again": "the same method again: the interval of the difference must contain 0",
+    "negative": "what cannot matter here must change nothing but the rounding",
+    "positive": "a difference that the suite must be able to see",
+    "placebo": "rewards that tell nothing must teach nothing",
 }
 """Controls by role: what each demands."""
 

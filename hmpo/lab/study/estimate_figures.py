@@ -218,6 +218,7 @@ def envelope(study: Study) -> Figure | None:
     left.set_xscale("log")
     left.set_xlabel("learning rate")
     left.set_ylabel("success")
+    right.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     right.set_xlabel("learning rates tried")
     right.set_ylabel("expected best success")
     legend(figure, [[left]])
@@ -248,7 +249,6 @@ def times(study: Study) -> Figure | None:
         axes.set_ylim(0, 1.03)
         axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(4))
-        axes.set_xlabel("optimizer updates")
         name_axes(axes, block)
         if place % BESIDE == 0:
             axes.set_ylabel("share that reached the target")

@@ -68,7 +68,7 @@ def grid(columns: int, rows: int = 1, height: float = 2.7) -> tuple[Figure, list
 
 
 def wrapped(count: int, height: float = 2.5) -> tuple[Figure, list[Axes]]:
-    """A figure with that many axes of one vertical scale, at most `BESIDE` in a row."""
+    """A figure with that many axes of one scale, at most `BESIDE` in a row, named at its rim."""
     columns = min(count, BESIDE)
     figure, rows = grid(columns, -(-count // columns), height)
     every = [axes for row in rows for axes in row]
@@ -77,7 +77,12 @@ def wrapped(count: int, height: float = 2.5) -> tuple[Figure, list[Axes]]:
             axes.remove()
         elif place:
             axes.sharey(every[0])
-            axes.tick_params(labelleft=place % columns == 0)
+            axes.sharex(every[0])
+    for place, axes in enumerate(every[:count]):
+        lowest = place + columns >= count
+        axes.tick_params(labelleft=place % columns == 0, labelbottom=lowest)
+        if lowest:
+            axes.set_xlabel("optimizer updates")
     return figure, every[:count]
 
 
@@ -120,7 +125,6 @@ def curve_figure(name: str) -> Callable[[Study], Figure | None]:
             if place % BESIDE == 0:
                 axes.set_ylabel(quantity.unit)
             name_axes(axes, block)
-            axes.set_xlabel("optimizer updates")
         if quantity.share:
             every[0].set_ylim(0, None)
         legend(figure, [every])
@@ -143,6 +147,7 @@ def signal_figure(study: Study) -> Figure | None:
             _panel(axes, study, by_block.get(block, []), faint=False)
             if axes is not row[0]:
                 axes.sharey(row[0])
+            axes.tick_params(labelleft=axes is row[0], labelbottom=row is rows[-1])
         row[0].set_ylabel(quantity.unit, fontsize=8)
     for axes, block in zip(rows[0], used):
         name_axes(axes, block)

@@ -37,7 +37,7 @@ def identity_columns(study: Study) -> tuple[Column, ...]:
     names = [factor for factor in study.plan.within if factor in used]
     names += [factor for factor in sorted(used) if factor not in (*names, study.plan.factor)]
     names += [study.plan.factor] if study.plan.factor in used else []
-    columns = [Column(name, name, numeric=False) for name in names]
+    columns = [Column(name, name, numeric=False, minor=True) for name in names]
     role = Column("role", "role", numeric=False)
     return (Column("cell", "cell", numeric=False), *columns, role)
 

@@ -27,6 +27,8 @@ from hmpo.lab.study.tabular import EMPTY, Column, Item, Table, word
 
 MOST_CELLS = 40
 """Cells whose completions are shown."""
+NAMES = {"again": "A/A"}
+"""Controls whose role is not what they are called."""
 GROUPS = {
     "better": "Better than the baseline",
     "worse": "Worse than the baseline",
@@ -125,7 +127,7 @@ def _chips(study: Study) -> list[dict[str, str]]:
     else:
         chips.append({"text": "confirmatory", "tone": "good"})
     if late:
-        chips.append({"text": f"{late} runs exploratory", "tone": "plain"})
+        chips.append({"text": f"exploratory runs: {late}", "tone": "plain"})
     return chips
 
 
@@ -156,14 +158,16 @@ def control_table(controls: Sequence[Control]) -> Table:
     """The controls as a table."""
     columns = (
         Column("kind", "control", numeric=False),
-        Column("cell", "cell", numeric=False),
         Column("state", "state", numeric=False),
-        Column("detail", "detail", numeric=False),
+        Column("cell", "cell", numeric=False),
+        Column("detail", "found", numeric=False, wraps=True),
+        Column("demand", "demanded", numeric=False, wraps=True),
     )
     states = {True: word("passed", "good"), False: word("failed", "bad"), None: word("open")}
     rows = [
         {
-            "kind": word(KINDS[control.kind]),
+            "kind": word(NAMES.get(control.kind, control.kind)),
+            "demand": word(KINDS[control.kind]),
             "cell": word(control.cell),
             "state": states[control.passed],
             "detail": word(control.detail),
@@ -196,7 +200,10 @@ def differences(study: Study) -> Table | None:
     cells = study.cells()
     tables = {c.name: {k: v for k, v in flatten(c.settings) if k not in PLACES} for c in cells}
     names = dict.fromkeys(name for table in tables.values() for name in table)
-    common = {n: Counter(t.get(n, "") for t in tables.values()).most_common(1)[0][0] for n in names}
+    common = {
+        name: Counter(t[name] for t in tables.values() if name in t).most_common(1)[0][0]
+        for name in names
+    }
     names = [n for n in names if len({t.get(n, "") for t in tables.values()}) > 1]
     if not names:
         return None
@@ -266,6 +273,6 @@ def _hypotheses(study: Study) -> Table | None:
     if not rows:
         return None
     names = ("id", "claim", "prediction", "suite")
-    columns = tuple(Column(name, name, numeric=False) for name in names)
+    columns = tuple(Column(name, name, numeric=False, wraps=len(name) > 4) for name in names)
     items = tuple({name: word(str(row.get(name, ""))) for name in names} for row in rows)
     return Table("hypotheses", "Hypotheses", "", columns, items)

@@ -19,6 +19,7 @@ from hmpo.lab.study.plan import read_plan
 from hmpo.lab.study.side_tables import controller_table, cost_table, risk_table, stability_table
 from hmpo.lab.study.tabular import Table
 from hmpo.telemetry.csvlog import table_csv
+from hmpo.telemetry.visible import writable
 
 PICTURES = (
     Picture("success", "Success", "Held-out success by updates: seeds, mean, interval of the mean.",
@@ -70,6 +71,14 @@ class Written:
     sentences: tuple[str, ...]
     """The verdicts, ready to print."""
 
+    def text(self) -> str:
+        """What a terminal shows of it, failed controls first."""
+        failed = [control for control in self.controls if control.passed is False]
+        lines = [f"CONTROL FAILED: {c.kind} ({c.cell}): {c.detail}" for c in failed]
+        lines += [f"{c.kind}: {c.detail}" for c in self.controls if c.passed is not False]
+        lines += [*self.sentences, f"{self.outcomes} runs: {self.page}"]
+        return writable("\n".join(lines))
+
 
 def report_suite(
     folder: Path,
@@ -109,14 +118,7 @@ def report_suite(
     written = [out / "tables" / f"{table.name}.csv" for table in tables]
     for path, table in zip(written, tables):
         write_atomic(path, table.csv(), make_folder=True)
-    images, plots = {}, []
-    for picture in PICTURES:
-        drawn = draw(picture, study)
-        for form, data in drawn.items():
-            plots.append(out / "plots" / f"{picture.name}.{form}")
-            write_atomic(plots[-1], data, make_folder=True)
-        if drawn:
-            images[picture.name] = (picture.title, picture.caption, drawn["svg"])
+    images, plots = _draw_all(study, out / "plots")
     shown = {
         name: (*image, name in WIDE) for name, image in images.items() if name not in OF_THE_CHART
     }
@@ -134,6 +136,19 @@ def report_suite(
         controls=tuple(checked),
         sentences=tuple(c.verdict.sentence for c in study.contrasts if c.verdict is not None),
     )
+
+
+def _draw_all(study: Study, folder: Path) -> tuple[dict[str, tuple[str, str, bytes]], list[Path]]:
+    """Every figure that there is data for: title, caption and SVG by name, and the files."""
+    images, plots = {}, []
+    for picture in PICTURES:
+        drawn = draw(picture, study)
+        for form, data in drawn.items():
+            plots.append(folder / f"{picture.name}.{form}")
+            write_atomic(plots[-1], data, make_folder=True)
+        if drawn:
+            images[picture.name] = (picture.title, picture.caption, drawn["svg"])
+    return images, plots
 
 
 def make_tables(study: Study, equivalence: Path | None = None) -> list[Table]:

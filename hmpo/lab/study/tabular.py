@@ -36,6 +36,10 @@ class Column:
     numeric: bool = True
     title: str = ""
     """What it is, where the label is too short to tell."""
+    minor: bool = False
+    """Left out on a phone: another column tells it too."""
+    wraps: bool = False
+    """Holds sentences."""
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ import hashlib
 import json
 import re
 from base64 import b64decode
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote
@@ -68,6 +69,16 @@ def test_there_is_a_file_for_each_table_and_two_for_each_figure(written: Written
     assert names == ["T1.csv", "T1-all.csv", "T2.csv", "T3.csv", "T4.csv", "T6.csv", "T7.csv"]
     assert len(written.plots) == 22
     assert all(path.stat().st_size > 100 for path in (*written.tables, *written.plots))
+
+
+def test_a_terminal_is_told_controls_verdicts_and_where_the_page_is(written: Written) -> None:
+    lines = written.text().splitlines()
+    assert lines[0].startswith("again: difference") and str(written.page) in lines[-1]
+    assert any("gspo+dense+stale is better than grpo+dense+stale" in line for line in lines)
+    assert "CONTROL FAILED" not in written.text()
+    failed = replace(written.controls[2], passed=False)
+    told = replace(written, controls=(*written.controls[:2], failed)).text()
+    assert told.startswith("CONTROL FAILED: positive (positive)")
 
 
 def test_the_summary_has_one_row_for_each_run(written: Written, suite: Path) -> None:
@@ -150,7 +161,7 @@ def test_the_protocol_and_its_state_are_told(written: Written, tmp_path: Path) -
     assert "1 of 42 runs missing" in text
     changed = make_suite(tmp_path, first_protocol_hash="ef" * 32, exploratory={"again": [101]})
     text = page_of(changed).text
-    assert "the protocol changed after its first run" in text and "1 runs exploratory" in text
+    assert "the protocol changed after its first run" in text and "exploratory runs: 1" in text
 
 
 def test_whatever_runs_and_suites_wrote_shows_as_text(tmp_path: Path) -> None:
@@ -186,6 +197,7 @@ def test_markdown_shows_markup_as_text(written: Written) -> None:
 def test_settings_that_differ_are_marked(written: Written) -> None:
     page = written.page.read_text(encoding="utf-8")
     assert "<mark>gspo</mark>" in page and "<mark>reinforce</mark>" in page
+    assert "<mark>grpo</mark>" not in page  # the most common one
     assert "objective.member" in Page(written.page).text
 
 
