@@ -287,7 +287,7 @@ def test_committed_outcomes_are_not_made_again_unless_asked_for(tmp_path) -> Non
     result = run_suite(whole, runs=runs, out=tmp_path / "out", again=True, maker=in_process)
     assert (result.finished, result.committed) == (2, 0)
     assert result.compared == ["final success equal to the committed one: 1 of 1"]
-    wrong = dataclasses.replace(found[0], evals=found[0].evals | {"sampled": [0.0, 0.0, 0.0, 0.5]})
+    wrong = dataclasses.replace(found[0], evals=found[0].evals | {"sampled": [0.0, 0.5]})
     save_outcomes(tmp_path / "kept.jsonl.gz", [wrong])
     compared = run_suite(whole, runs=runs, out=tmp_path / "out", again=True).compared
     assert compared[0].endswith("0 of 1") and "0.5 is committed, now " in compared[1]
