@@ -209,6 +209,8 @@ def _run(
 
         maker = on_ray(on)
     with SuiteScreen(suite.name, quiet=quiet) as screen:
+        if suite.outcomes is not None and not suite.outcomes.exists() and not quiet:
+            screen.say(f"hmpo: {suite.outcomes}: no outcomes are committed there yet")
         result = run_suite(
             suite, runs=runs, out=out, jobs=jobs, maker=maker, again=again, watcher=screen
         )

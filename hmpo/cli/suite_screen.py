@@ -21,7 +21,7 @@ from hmpo.lab.suite.watch import SuiteResult, Watcher
 
 REFRESH_S = 0.5
 """Seconds between two pictures of the live table."""
-AROUND = 6
+AROUND = 7
 """Lines of the terminal that are not rows of the table."""
 
 
@@ -158,6 +158,7 @@ class SuiteScreen(Watcher):
     def on_stop(self, number: int) -> None:
         """Answer a signal: in the table, or straight away."""
         self.note = f"{Signals(number).name}: the runs save and stop; once more to leave at once"
+        self.drawn = 0.0
         if not self.quiet and self.live is None:
             text = f"\nhmpo: {self.note}\n"
             with contextlib.suppress(OSError, ValueError):
@@ -233,7 +234,7 @@ class SuiteScreen(Watcher):
         if hidden:
             table.add_row(Text(f"... and {hidden} more cells", style="dim"))
         self.progress.update(self.bar, left=self.note or self.time_left())
-        return Group(table, self.progress)
+        return Group(table, self.progress, Text(""))  # a terminal echoes ^C on the last line
 
     def _shown(self) -> list[Row]:
         """The rows that fit: what runs first, then what is left, then what is done."""

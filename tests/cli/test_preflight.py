@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from hmpo import cli
+from hmpo.cli.preflight import COMMANDS
 from hmpo.models import resolve_policy_path
 from tests.cli.test_cli import PROBE
 from tests.cli.test_cli import refusal as train_refusal
@@ -38,7 +39,7 @@ def refusal(capsys, *arguments: str) -> str:
 )
 def test_a_command_that_does_not_exist_is_one_line(arguments, hint, capsys) -> None:
     assert refusal(capsys, *arguments) == f"hmpo: {_last(arguments)}: no such command; " + (
-        hint if "?" in hint else "one of agm, demo, train, eval, report, fetch-model, doctor"
+        hint if "?" in hint else f"one of {', '.join(COMMANDS)}"
     )
 
 

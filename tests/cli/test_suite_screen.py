@@ -72,7 +72,7 @@ def test_the_table_has_a_row_for_each_cell_with_what_is_done_and_runs(runs) -> N
 
 
 def test_a_small_terminal_shows_what_runs_and_says_how_much_is_hidden(runs) -> None:
-    shown, file = screen(True, height=9)
+    shown, file = screen(True, height=10)
     with shown:
         shown.on_begin(runs, {}, 2)
         shown.on_run("hmpo+high", 100, {"event": "start", "step": 0})

@@ -195,9 +195,10 @@ class SuiteFolder:
         line = json.dumps(about) + "\n"
         fd = open_own(self.path / JOURNAL, os.O_RDWR | os.O_CREAT | os.O_APPEND)
         try:
-            size = os.fstat(fd).st_size
-            if size and os.pread(fd, 1, size - 1) != b"\n":  # a process was killed in the midst
-                line = "\n" + line
+            if os.fstat(fd).st_size:
+                os.lseek(fd, -1, os.SEEK_END)
+                if os.read(fd, 1) != b"\n":  # a process was killed in the midst of a line
+                    line = "\n" + line
             os.write(fd, line.encode())
         finally:
             os.close(fd)

@@ -29,6 +29,15 @@ MOST_DEATHS = 3
 """Deaths of a run's process in a row, without an update more than before, that are its outcome."""
 Maker = Callable[[SuiteFolder, list[Job], Watcher, Callable[[], int | None]], str]
 """Makes runs, until the last argument gives a signal; returns why it could not go on, or ""."""
+BOOT = """if True:
+    import sys
+    sys.path.insert(0, sys.argv[1])
+    import hmpo
+    del sys.path[0]
+    from hmpo.lab.suite.worker import main
+    sys.exit(main())
+"""
+"""What a worker runs: the hmpo of its parent, wherever that is, and nothing else from there."""
 LOG = "workers.log"
 TICK_S = 0.25
 
@@ -46,11 +55,8 @@ class Worker:
             environment.setdefault(name, value)
         if device is not None:
             environment["CUDA_VISIBLE_DEVICES"] = str(device)
-        home = str(Path(hmpo.__file__).parents[1])
-        given = environment.get("PYTHONPATH")
-        environment["PYTHONPATH"] = os.pathsep.join([given, home] if given else [home])
         self.process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "hmpo.lab.suite.worker"],
+            [sys.executable, "-P", "-c", BOOT, str(Path(hmpo.__file__).parents[1])],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,

@@ -78,6 +78,7 @@ def measure(config: RunConfig, folder: Path) -> Measured:
 
     Raises:
         HmpoError: the run cannot be made.
+        KeyboardInterrupt: a signal came.
     """
     from hmpo.run.loop import train
 
@@ -94,9 +95,11 @@ def measure(config: RunConfig, folder: Path) -> Measured:
     level = log.level
     log.setLevel(logging.ERROR)  # one update has no signal to learn from, which is no news
     try:
-        train(short, overwrite=True, observer=clock)
+        result = train(short, overwrite=True, observer=clock)
     finally:
         log.setLevel(level)
+    if result.signal is not None:
+        raise KeyboardInterrupt(result.signal)
     return Measured(
         load=clock.load,
         rollout=clock.rollout,

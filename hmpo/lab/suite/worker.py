@@ -1,4 +1,4 @@
-"""A process that makes one run after another: `python -P -m hmpo.lab.suite.worker`, by `pool`.
+"""A process that makes one run after another; `pool` starts it.
 
 Jobs come as JSON lines on standard input, messages go out as JSON lines on what was standard
 output; whatever a run itself prints goes to standard error. The heavy imports are paid once. The
@@ -68,7 +68,3 @@ def _listen(jobs: "queue.SimpleQueue[dict[str, Any] | None]") -> None:
         message = json.loads(line)
         jobs.put(None if message == CLOSE else message)
     os.kill(os.getpid(), getattr(signal, "SIGKILL", signal.SIGTERM))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -92,7 +92,8 @@ def campaign(root: Path, *, kills: int, seed: int, per_chain: int = PER_CHAIN) -
     """
     source, out = write(root / "plan"), root / "out"
     begun = start(source, out)
-    assert begun.wait() == 0, begun.stderr.read() if begun.stderr else ""
+    _, said = begun.communicate()
+    assert begun.returncode == 0, said
     undisturbed = left_by(out / "small")
     tally = Tally()
     while tally.kills < kills and not tally.failures:

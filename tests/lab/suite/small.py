@@ -60,6 +60,8 @@ def suite(folder: Path, **changes: Any) -> Suite:
     return read_suite(str(write(folder, **changes)))
 
 
+QUICK = data()["run"] | {"updates": 2, "eval": {"prompts": 2, "final_prompts": 3}}
+"""Settings of runs that take less still."""
 MAD = {
     "optimizer": {"lr": 1e37},
     "trainer": {"qk_clip": False, "on_nonfinite": "stop"},

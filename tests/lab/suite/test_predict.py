@@ -8,6 +8,7 @@ from hmpo.config.reading import run_config
 from hmpo.lab.suite import predict as room
 from hmpo.lab.suite.predict import MOST, Measured, measure, predict
 from hmpo.lab.suite.selection import chosen_runs
+from hmpo.run.observer import RunResult
 from tests.lab.suite.small import MAD, suite
 
 
@@ -65,3 +66,13 @@ def test_one_update_is_measured_and_nothing_of_it_is_kept(tmp_path: Path) -> Non
     measured = measure(runs[0][0].run_config(100, str(tmp_path / "x")), tmp_path / "x")
     assert min(measured.load, measured.rollout, measured.update, measured.evaluation) > 0
     assert measured.measured == 2
+
+
+def test_ctrl_c_ends_the_whole_prediction(tmp_path: Path, monkeypatch) -> None:
+    whole = suite(tmp_path)
+    stopped = RunResult(
+        folder=tmp_path, status="interrupted", step=0, before=None, after=None, signal=2
+    )
+    monkeypatch.setattr("hmpo.run.loop.train", lambda config, **_: stopped)
+    with pytest.raises(KeyboardInterrupt):
+        predict(chosen_runs(whole.cells, None), 1, lambda name, seconds: None)

@@ -27,6 +27,7 @@ from tests.lab.suite.small import (
     FACTORS,
     MAD,
     NAMES,
+    QUICK,
     data,
     in_process,
     outcomes,
@@ -61,7 +62,7 @@ def finished():
 
 def run(place: Path, maker: Maker | None = in_process, **changes: Any) -> Any:
     """A suite of one cell and two seeds, or what is asked for, run to its end."""
-    whole = suite(place, **({"factors": HIGH, "compare": {}} | changes))
+    whole = suite(place, **({"factors": HIGH, "compare": {}, "run": QUICK} | changes))
     return run_suite(whole, runs=chosen_runs(whole.cells, None), out=place / "out", maker=maker)
 
 
@@ -137,7 +138,7 @@ def test_an_outcome_nobody_was_told_of_counts_once(tmp_path) -> None:
     path = folder / "runs" / "high" / "100"
     log = path / "telemetry.jsonl"
     before = (log.read_bytes(), (path / "outcome.json").read_bytes())
-    whole = suite(tmp_path, factors=HIGH, compare={})
+    whole = suite(tmp_path, factors=HIGH, compare={}, run=QUICK)
     place = SuiteFolder(whole, tmp_path / "out")
     from hmpo.lab.suite.execute import execute
     from hmpo.lab.suite.job import job_of
@@ -231,7 +232,7 @@ def test_a_cell_with_runs_may_not_change_but_others_may_come(tmp_path) -> None:
     run(tmp_path)
     for path, value, line in (
         ("optimizer", {"lr": 0.02}, "optimizer.lr was 0.01, now 0.02"),
-        ("updates", 4, "updates was 3, now 4"),
+        ("updates", 4, "updates was 2, now 4"),
     ):
         level = HIGH["rate"]["high"] | {path: value}
         with pytest.raises(ConfigError, match=rf"cell high: has runs .*{line}"):
@@ -279,14 +280,14 @@ def test_committed_outcomes_are_not_made_again_unless_asked_for(tmp_path) -> Non
     found = collect(first.folder)
     save_outcomes(tmp_path / "kept.jsonl.gz", found[:1])
     shutil.rmtree(first.folder)
-    whole = suite(tmp_path, factors=HIGH, compare={}, outcomes="kept.jsonl.gz")
+    whole = suite(tmp_path, factors=HIGH, compare={}, run=QUICK, outcomes="kept.jsonl.gz")
     runs = chosen_runs(whole.cells, None)
     result = run_suite(whole, runs=runs, out=tmp_path / "out", maker=in_process)
     assert (result.finished, result.committed) == (1, 1)
     result = run_suite(whole, runs=runs, out=tmp_path / "out", again=True, maker=in_process)
     assert (result.finished, result.committed) == (2, 0)
     assert result.compared == ["final success equal to the committed one: 1 of 1"]
-    wrong = dataclasses.replace(found[0], evals=found[0].evals | {"sampled": [0.0, 0.0, 0.0, 0.5]})
+    wrong = dataclasses.replace(found[0], evals=found[0].evals | {"sampled": [0.0, 0.5]})
     save_outcomes(tmp_path / "kept.jsonl.gz", [wrong])
     compared = run_suite(whole, runs=runs, out=tmp_path / "out", again=True).compared
     assert compared[0].endswith("0 of 1") and "0.5 is committed, now " in compared[1]
@@ -301,7 +302,7 @@ def test_committed_outcomes_are_not_made_again_unless_asked_for(tmp_path) -> Non
 
 def test_runs_that_begin_after_the_protocol_changed_are_exploratory(tmp_path) -> None:
     tuning = {"name": "tune", "role": "tuning", "seeds": [1]}
-    extra = {"cells": [tuning], "protocol": "p.toml", "factors": HIGH, "compare": {}}
+    extra = {"cells": [tuning], "protocol": "p.toml", "factors": HIGH, "compare": {}, "run": QUICK}
     (tmp_path / "p.toml").write_text("title = 'one'\n")
 
     def go(**chosen: Any) -> dict[str, Any]:

@@ -1,0 +1,54 @@
+"""A suite's folder: journal lines that were cut off, links, what is left of a run."""
+
+from pathlib import Path
+
+import pytest
+
+from hmpo.lab.suite.folder import Deaths, SuiteFolder, tidy
+from tests.lab.suite.small import suite
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> SuiteFolder:
+    found = SuiteFolder(suite(tmp_path / "plan"), tmp_path / "out")
+    found.path.mkdir(parents=True)
+    return found
+
+
+def test_a_line_that_was_cut_off_costs_that_line_alone(place: SuiteFolder) -> None:
+    assert place.journal() == []
+    place.note("started", "grpo+low", 100, pid=1)
+    with (place.path / "journal.jsonl").open("a") as file:
+        file.write('{"event": "died", "cel')
+    place.note("ended", "grpo+low", 100, status="finished")
+    assert [entry["event"] for entry in place.journal()] == ["started", "ended"]
+
+
+def test_deaths_are_counted_from_the_journal_by_run(place: SuiteFolder) -> None:
+    for seed, step in ((100, -1), (100, -1), (101, 2), (101, 3)):
+        place.note("died", "grpo+low", seed, step=step, how="SIGKILL")
+    assert place.deaths() == {
+        ("grpo+low", 100): Deaths(count=2, step=-1),
+        ("grpo+low", 101): Deaths(count=1, step=3),
+    }
+
+
+def test_the_journal_is_never_written_through_a_link(place: SuiteFolder, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").write_text("")
+    (place.path / "journal.jsonl").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(OSError, match="not followed"):
+        place.note("started", "grpo+low", 100)
+    assert (tmp_path / "elsewhere").read_text() == ""
+
+
+def test_what_is_not_kept_goes_and_links_are_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "precious").mkdir()
+    run = tmp_path / "run"
+    (run / "policy").mkdir(parents=True)
+    (run / "checkpoints").symlink_to(tmp_path / "precious")
+    for name in ("completions.jsonl", "telemetry.jsonl"):
+        (run / name).write_text("")
+    tidy(run, ["completions"])
+    left = sorted(path.name for path in run.iterdir())
+    assert left == ["completions.jsonl", "telemetry.jsonl"]
+    assert (tmp_path / "precious").is_dir()
