@@ -23,11 +23,13 @@ import hmpo.cli
 import hmpo.cli.demo
 import hmpo.cli.evaluate
 import hmpo.lab.report
+import hmpo.lab.suite.run
 import hmpo.models
 import hmpo.run.loop
 from hmpo.config import EvalConfig, RunConfig, TrainerConfig
 from hmpo.config.reading import run_config
 from hmpo.lab.report import write_report
+from hmpo.lab.suite.watch import SuiteResult
 from hmpo.run.build import trainer_config
 from hmpo.run.observer import RunResult
 from hmpo.tasks import make_task
@@ -122,6 +124,9 @@ def shorten(monkeypatch, demo: RunResult) -> None:
 
     monkeypatch.setattr(hmpo.run.loop, "train", train)
     monkeypatch.setattr(hmpo.cli.demo, "run_demo", lambda **_: 0)
+    monkeypatch.setattr(
+        hmpo.lab.suite.run, "run_suite", lambda suite, *, out, **_: SuiteResult(folder=out)
+    )
     monkeypatch.setattr(hmpo.models, "fetch_smollm2", lambda folder=None: folder)
     monkeypatch.setattr(hmpo.cli.evaluate, "evaluate_target", evaluate)
     monkeypatch.setattr(hmpo.lab.report, "write_report", lambda runs, out=None: runs[0])

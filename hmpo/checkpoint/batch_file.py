@@ -60,8 +60,11 @@ class RecordedBatch:
     """Plain values that say where it is from: `update` (0-based), `updates` of the whole run,
     `updates_per_rollout`, `staleness` (updates between the sampling policy and this one), ..."""
 
-    def check(self) -> "RecordedBatch":
+    def check(self, *, empty: bool = False) -> "RecordedBatch":
         """Itself, if its parts fit together.
+
+        Args:
+            empty: whether all rows may be left out, as in a minibatch whose rewards all failed.
 
         Raises:
             ShapeError: a tensor of another shape or kind than documented, or no response token.
@@ -92,7 +95,7 @@ class RecordedBatch:
         groups = self.groups
         if groups is not None and (tuple(groups.shape) != rows or groups.is_floating_point()):
             raise ShapeError(f"groups: got {tuple(groups.shape)}, expected integers {rows}")
-        if not bool(self.mask.any()):
+        if not (empty or bool(self.mask.any())):
             raise ShapeError("mask: got no response token, expected at least one")
         counted = self.mask.any(1)
         for name, values in {

@@ -74,7 +74,7 @@ class Lag:
         """The rollout, and the updates done before it, whose weights sampled the one in use."""
         self.swapped = False
         """Whether the policy holds old weights, or what is left of a change of them that broke."""
-        self._next = (self.kept, self.sampled)
+        self._next: tuple[tuple[Snapshot, ...], tuple[int, int]] = (self.kept, self.sampled)
 
     @contextlib.contextmanager
     def sampling(self, rollout: int, step: int) -> Iterator[None]:

@@ -5,11 +5,13 @@ import importlib.util
 import itertools
 import json
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
 from hmpo.config import PolicyConfig, TaskConfig
+from hmpo.config.reading import run_config
 from hmpo.models import load_policy
 from hmpo.models.tokens import encode_prompts
 from hmpo.tasks import make_task
@@ -100,3 +102,32 @@ def test_committed_policies_are_what_their_card_says_and_read_their_task(script,
     assert card["task"]["name"] == recipe.task.name
     for example in itertools.chain(map(task.train, range(200)), map(task.heldout, range(200))):
         encode_prompts(loaded.tokenizer, [example.prompt + example.columns["answer"]])
+
+
+@pytest.mark.parametrize("regime", ["fresh", "stale"])
+@pytest.mark.parametrize("name", ["carry", "key", "spell"])
+def test_noted_settings_are_those_of_a_run_that_leaves_room_for_answers(script, name, regime):
+    notes = tomllib.loads((ROOT / "studies" / "tasks.toml").read_text())
+    assert notes.keys() == {"common", "carry", "key", "spell"}
+    settings = {}
+    for table in (notes["common"], notes[name]["all"], notes[name][regime]):
+        merge(settings, table)
+    config = run_config(settings)
+    assert (config.trainer.minibatches == 16) == (regime == "stale")
+    assert config.updates % config.trainer.updates_per_rollout == 0
+    assert config.task == script.RECIPES[name].task
+    assert (ROOT / "studies" / config.policy.path / "policy.json").is_file()
+    if config.task.name.startswith("reasoning-gym:"):
+        pytest.importorskip("reasoning_gym")
+    task = make_task(config.task)
+    longest = max(len(task.train(index).columns["answer"]) for index in range(200))
+    assert longest + len(task.stop[0]) <= config.trainer.max_length
+
+
+def merge(into, table):
+    """Tables of `table` over those of `into`, as a suite's levels are."""
+    for key, value in table.items():
+        if isinstance(value, dict):
+            merge(into.setdefault(key, {}), value)
+        else:
+            into[key] = value

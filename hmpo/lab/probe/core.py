@@ -38,11 +38,13 @@ from hmpo.lab.probe.variants import (
     member_variants,
     own_variant,
     plain,
+    rewards_fit,
 )
 from hmpo.lab.probe.verdict import Angles, Space, Verdict, judge
 from hmpo.types import Rollout
 
 SCHEMA = "hmpo.probe/1"
+BEYOND = "rewards have no mean in [0, 1]: apmpo has the exponent that it begins with"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,7 +184,7 @@ def probe_update(
         ShapeError: tensors that do not fit together.
         NonFiniteError: a log-prob or advantage that counts is NaN or infinite.
     """
-    batch.check()
+    batch.check(empty=True)
     directions = torch.stack([token_direction(batch, variant) for variant in variants])
     weight_distances = halves = None
     if policy is not None:
@@ -197,7 +199,7 @@ def probe_update(
         rows=rows,
         tokens=tokens,
         sigma=sigma,
-        sigma_sqrt_l=sigma * math.sqrt(tokens / rows),
+        sigma_sqrt_l=sigma * math.sqrt(tokens / max(1, rows)),
         distances=_plain(cosine_distances(directions[:, batch.mask])),
         weight_distances=weight_distances,
         halves=halves,
@@ -239,6 +241,8 @@ def probe_batch(
     notes = ["one update was recorded: the rule takes every update of the run to be as stale"]
     if batch.rewards is None:
         notes.append("no rewards are recorded: apmpo has the exponent that it begins with")
+    elif not rewards_fit(batch.rewards):
+        notes.append(BEYOND)
     probed = probe_update(batch, variants, policy)
     return finish_probe(
         [probed], variants, updates=updates, source=source, facts=dict(batch.facts), notes=notes

@@ -51,6 +51,8 @@ def token_direction(batch: RecordedBatch, variant: Variant) -> Float[Tensor, "N 
 
 def cosine_distances(vectors: Float[Tensor, "V D"]) -> Float[Tensor, "V V"]:
     """Cosine distance 1 - cos of each pair, float64, in [0, 2]; NaN with a vector that is 0."""
+    if not vectors.shape[1]:
+        return torch.full((len(vectors),) * 2, math.nan, dtype=torch.float64)
     norms = vectors.new_zeros(len(vectors), dtype=torch.float64)
     parts = range(0, vectors.shape[1], _COLUMNS)
     scale = vectors.abs().amax(1, keepdim=True).double()

@@ -70,9 +70,12 @@ def measure_parts(batch: RecordedBatch, variant: Variant) -> Parts:
 
 
 def token_sigma(batch: RecordedBatch) -> float:
-    """Population standard deviation of the token log ratios (nat), over all tokens that count."""
+    """Population standard deviation of the token log ratios (nat), over all tokens that count.
+
+    0 of none.
+    """
     d = (batch.logprobs.double() - batch.old_logprobs.double())[batch.mask]
-    return float(d.std(correction=0))
+    return float(d.std(correction=0)) if len(d) else 0.0
 
 
 def expected_cosine(p: float, q: float, sigma: float) -> float:

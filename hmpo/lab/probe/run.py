@@ -26,6 +26,7 @@ from hmpo.config.reading import load_run_config
 from hmpo.errors import CheckpointError, RunFolderError
 from hmpo.lab.folder import load_run
 from hmpo.lab.probe.core import (
+    BEYOND,
     Policy,
     Probe,
     UpdateProbe,
@@ -34,7 +35,7 @@ from hmpo.lab.probe.core import (
     probe_update,
     weights_note,
 )
-from hmpo.lab.probe.variants import CLIP, EXPONENTS, Variant, own_variant
+from hmpo.lab.probe.variants import CLIP, EXPONENTS, Variant, own_variant, rewards_fit
 from hmpo.logprobs.responses import token_logprobs
 from hmpo.models import load_policy
 from hmpo.models.policy import autocast
@@ -119,6 +120,8 @@ class _Replay:
         assert trainer.batch is not None, "begun above"
         rewards = trainer.batch.rewards.detach().double().cpu()
         variants = make_variants(exponents, clip, rewards, own_objective(trainer))
+        if not rewards_fit(rewards):
+            self.notes.append(BEYOND)
         facts = self._facts()
         left = trainer.pending_updates
         if has_schedule(self.config) and trainer.step < self.config.updates:

@@ -62,10 +62,16 @@ def member_variants(rewards: Float[Tensor, " N"] | None) -> list[Variant]:
     """The named members; one whose exponent follows a schedule stands here with both ends.
 
     Args:
-        rewards: total rewards, which a reward-adaptive exponent takes note of; None leaves it as
-            it is before any reward.
+        rewards: total rewards, which a reward-adaptive exponent takes note of; None, and rewards
+            that it is not made for (`rewards_fit`), leave it as it is before any reward.
     """
     return [v for name, make in BY_NAME.items() for v in _member(name, make(), rewards)]
+
+
+def rewards_fit(rewards: Float[Tensor, " N"]) -> bool:
+    """Whether the mean of the finite rewards is in [0, 1], as a reward-adaptive p expects."""
+    known = rewards[rewards.isfinite()]
+    return bool(len(known)) and 0 <= float(known.mean()) <= 1
 
 
 def own_variant(
@@ -108,7 +114,7 @@ def alike(variant: Variant) -> Variant:
 def _member(name: str, objective: ObjectiveConfig, rewards: Tensor | None) -> list[Variant]:
     """A member; with a scheduled exponent as it begins and as it ends."""
     in_force = ObjectiveInForce(objective, torch.device("cpu"), 2)
-    if rewards is not None:
+    if rewards is not None and rewards_fit(rewards):
         in_force.observe(rewards[rewards.isfinite()])
     found = []
     for update, suffix in ((0, ""), (1, ", end")):

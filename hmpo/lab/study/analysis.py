@@ -67,6 +67,8 @@ class Study:
     @classmethod
     def of(cls, plan: Plan, outcomes: Iterable[Outcome]) -> "Study":
         """The analysis of these outcomes by this plan."""
+        outcomes = list(outcomes)
+        plan = _told(plan, outcomes)
         runs: dict[str, dict[int, Run]] = {cell.name: {} for cell in plan.cells}
         for outcome in outcomes:
             if outcome.cell in runs:
@@ -120,6 +122,16 @@ class Study:
             return None
         start = mean(starts)
         return start + max(max(ends) - start, 2 * self.plan.smallest) / 2
+
+
+def _told(plan: Plan, outcomes: Iterable[Outcome]) -> Plan:
+    """The plan, with the runs in it that say themselves that they were not decided on before."""
+    known = ("", plan.first_protocol_hash or plan.protocol_hash)
+    late: dict[str, frozenset[int]] = dict(plan.exploratory)
+    for outcome in outcomes:
+        if outcome.registered not in known:
+            late[outcome.cell] = late.get(outcome.cell, frozenset()) | {outcome.seed}
+    return replace(plan, exploratory=late)
 
 
 def endpoints(runs: Mapping[int, Run]) -> dict[int, float]:

@@ -52,6 +52,12 @@ def passed(run: RunData) -> list[str]:
     return texts if any(texts) else []
 
 
+def heldout(run: RunData) -> str | None:
+    """SHA-256 of the prompts of the last evaluation; None where it was not logged."""
+    told = run.log.evals[-1].get("eval/heldout") if run.log.evals else None
+    return told if isinstance(told, str) else None
+
+
 def ends(run: RunData) -> tuple[dict[str, Any], dict[str, Any]]:
     """Counts of the evaluations before the first and after the last update; {} where missing."""
     named = {record.get("eval/name"): record for record in run.log.evals}

@@ -17,7 +17,7 @@ from hmpo.checkpoint import write_atomic
 from hmpo.errors import RunFolderError, TelemetryError
 from hmpo.lab.folder import RunData, load_run
 from hmpo.lab.study import measures
-from hmpo.lab.study.plan import read_plan
+from hmpo.lab.study.plan import Cell, Plan, read_plan
 from hmpo.telemetry.reading import lines, loads
 
 SCHEMA = 1
@@ -25,6 +25,7 @@ NAME = "outcome.json"
 """Name of the record's file in a run folder."""
 STATUSES = ("finished", "failed", "stopped")
 ROLES = ("main", "tuning", "again", "negative", "positive", "placebo", "null")
+LATE = "exploratory"
 _ENDS = {"completed": "finished", "early_stop": "stopped", "failed": "failed"}
 
 
@@ -46,6 +47,9 @@ class Outcome:
     """finished, failed, or stopped by a controller."""
     reason: str = ""
     config_hash: str = ""
+    registered: str = ""
+    """SHA-256 of the protocol that was fixed before the run began; `LATE` where the run was not
+    decided on then, "" where nobody said."""
     updates: int = 0
     tokens: int = 0
     evals: Mapping[str, list[Any]] = field(default_factory=dict)
@@ -100,6 +104,7 @@ _KINDS: dict[str, type | tuple[type, ...]] = {
     "status": str,
     "reason": str,
     "config_hash": str,
+    "registered": str,
     "updates": int,
     "tokens": int,
     "evals": dict,
@@ -218,7 +223,7 @@ def outcome_of(
         before=before,
         after=after,
         passed=measures.passed(run),
-        heldout=heldout,
+        heldout=heldout or measures.heldout(run),
         metrics=measures.metrics(run),
         reward=measures.reward_curve(run),
         curves=measures.curves(run),
@@ -327,6 +332,8 @@ def collect(
                     outcome = outcome_of(
                         place, cell.name, cell.levels, cell.role, seed, suite=plan.name
                     )
+            if outcome is not None:
+                outcome = replace(outcome, registered=_registered(plan, cell, seed))
             outcome = outcome or kept.get((cell.name, seed))
             if outcome is None:
                 continue
@@ -337,3 +344,10 @@ def collect(
             # the plan says what a cell is for, whatever was said when it ran
             found.append(replace(outcome, role=cell.role, levels=cell.levels))
     return found
+
+
+def _registered(plan: Plan, cell: Cell, seed: int) -> str:
+    """What a run of the suite's folder is known to have been decided by."""
+    if cell.role == "tuning" or not plan.first_protocol_hash:
+        return ""
+    return plan.first_protocol_hash if plan.confirmatory(cell.name, [seed]) else LATE

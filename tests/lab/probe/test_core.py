@@ -54,6 +54,13 @@ def test_everything_is_plain_json() -> None:
     assert found["verdict"]["word"] in ("cannot", "can", "unknown")
 
 
+def test_a_batch_whose_rows_are_all_left_out_is_one_without_gradient() -> None:
+    probe = probe_batch(recorded(mask=torch.zeros(9, 12, dtype=torch.bool)))
+    assert probe.stalest.rows == probe.stalest.tokens == 0 and probe.stalest.sigma == 0
+    assert probe.verdict.word == "unknown"
+    json.dumps(probe.to_dict(), allow_nan=False)
+
+
 def test_a_batch_without_advantages_says_that_there_is_no_gradient() -> None:
     probe = probe_batch(recorded(advantages=torch.zeros(9, dtype=torch.float64)))
     assert probe.verdict.word == "unknown" and "no gradient" in probe.verdict.sentence

@@ -8,6 +8,7 @@ import torch
 from hmpo.config import members
 from hmpo.config.objective import ExponentConfig, ObjectiveConfig
 from hmpo.errors import ConfigError
+from hmpo.lab.probe import probe_batch
 from hmpo.lab.probe.variants import (
     alike,
     exponent_variants,
@@ -15,6 +16,7 @@ from hmpo.lab.probe.variants import (
     own_variant,
     without_limits,
 )
+from tests.lab.probe.recorded import recorded
 
 
 def test_every_member_is_there_and_a_schedule_with_both_ends() -> None:
@@ -33,6 +35,15 @@ def test_a_reward_adaptive_exponent_sees_the_rewards_that_are_finite() -> None:
     found = next(v for v in member_variants(rewards) if v.name == "apmpo")
     assert found.p == pytest.approx(math.exp(-0.8 * 0.5))
     assert found.objective.clip_high > members.apmpo().clip_high
+
+
+@pytest.mark.parametrize("rewards", [[1.5, 0.9], [-1.0], [math.nan, math.nan]])
+def test_rewards_that_it_is_not_made_for_leave_it_as_it_begins(rewards: list[float]) -> None:
+    values = torch.tensor(rewards, dtype=torch.float64)
+    found = next(v for v in member_variants(values) if v.name == "apmpo")
+    assert found.objective == members.apmpo()
+    probe = probe_batch(recorded(rows=len(rewards), rewards=values))
+    assert any("no mean in [0, 1]" in note for note in probe.notes)
 
 
 def test_exponents_are_sorted_once_each_and_at_least_two() -> None:

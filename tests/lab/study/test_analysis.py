@@ -1,3 +1,4 @@
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -6,7 +7,7 @@ import pytest
 from scipy import stats
 
 from hmpo.lab.study.analysis import Study
-from hmpo.lab.study.outcomes import collect
+from hmpo.lab.study.outcomes import LATE, collect, read_outcomes, save_outcomes
 from hmpo.lab.study.plan import read_plan
 from tests.lab.study.suites import make_suite, study_of
 
@@ -98,3 +99,24 @@ def test_bits_of_prompts_widen_the_interval_to_new_prompts(suite: Path) -> None:
     assert found is not None and found.low is not None
     assert found.low < found.value < (found.high or 0.0)
     assert Study.of(plan, outcomes).contrasts[0].resampled is None
+
+
+def test_a_saved_outcome_stays_confirmatory_under_its_protocol_and_no_other(tmp_path: Path) -> None:
+    hashes = {"protocol_hash": "cd" * 32, "first_protocol_hash": "cd" * 32}
+    folder = make_suite(tmp_path / "first", exploratory={"gspo+dense+stale": [4]}, **hashes)
+    saved = tmp_path / "outcomes.jsonl.gz"
+    save_outcomes(saved, collect(folder))
+    told = {o.seed: o.registered for o in read_outcomes(saved) if o.cell == "gspo+dense+stale"}
+    assert told == {1: "cd" * 32, 2: "cd" * 32, 3: "cd" * 32, 4: LATE}
+
+    def confirmed(**changes: str) -> list[bool]:
+        fresh = tmp_path / changes["protocol_hash"][:2]
+        fresh.mkdir()
+        plan = json.loads((folder / "suite.json").read_text())
+        plan |= {"exploratory": {}, "first_protocol_hash": ""} | changes
+        (fresh / "suite.json").write_text(json.dumps(plan))
+        study = Study.of(read_plan(fresh), collect(fresh, saved))
+        return [study.plan.confirmatory("gspo+dense+stale", [seed]) for seed in (1, 2, 3, 4)]
+
+    assert confirmed(protocol_hash="cd" * 32) == [True, True, True, False]
+    assert confirmed(protocol_hash="ef" * 32) == [False] * 4
