@@ -15,6 +15,7 @@ from hmpo.lab.study.tabular import (
     Column,
     Item,
     Table,
+    digits,
     estimate,
     plain,
     rows_of,
@@ -55,7 +56,7 @@ def identity(study: Study, cell: Cell) -> dict[str, Item]:
     """The items of those columns; a main cell's role goes without saying."""
     items = {factor: word(level) for factor, level in cell.levels.items()}
     role = "" if cell.role == "main" else cell.role
-    if not study.confirmed(cell):
+    if study.plan.registered and not study.confirmed(cell):  # without one the header says it
         role = f"{role}, exploratory".lstrip(", ")
     return items | {"cell": word(cell.name), "role": word(role)}
 
@@ -190,7 +191,7 @@ def _times(study: Study, cell: Cell) -> dict[str, Item]:
     censored = Item("not reached", None, {"": None})
     return {
         "updates": censored if steps is None else estimate(steps, "{:.0f}".format),
-        "tokens": censored if used is None else estimate(used, "{:.0f}".format, 1e-3),
+        "tokens": censored if used is None else estimate(used, digits, 1e-3),
         "reached": _of(sum(reached), len(reached)),
     }
 

@@ -34,10 +34,12 @@ def render_markdown(
         ]
         lines += [f"* {c.kind} (`{c.cell}`): {escape(c.detail)}" for c in failed] + [""]
     runs = sum(len(found) for found in study.runs.values())
-    kind = "Confirmatory" if plan.unchanged else "Exploratory"
     late = sum(len(seeds) for seeds in plan.exploratory.values())
+    kind = f"Confirmatory, but for {late} runs" if late else "Confirmatory"
+    kind = kind if plan.registered else "Exploratory, without a protocol"
+    changed = "" if plan.unchanged or not plan.registered else " It changed after its first run."
     lines += [
-        f"{kind}: {runs} runs of {len(study.runs)} cells, {late} of them exploratory. "
+        f"{kind}: {runs} runs of {len(study.runs)} cells.{changed} "
         f"Protocol `{plan.protocol_hash or 'none'}`, suite `{plan.hash or 'unknown'}`. "
         f"Endpoint: mean of the last {plan.last} evaluations; a difference below "
         f"{100 * plan.smallest:g} points does not matter; level {plan.alpha:g}.",
@@ -53,7 +55,7 @@ def render_markdown(
     for group in groups:
         lines += [f"{group['title']}:", ""]
         lines += [
-            f"* {escape(s['text'])}{'' if s['confirmatory'] else ' (exploratory)'}"
+            f"* {escape(s['text'])}{' (exploratory)' if s['late'] else ''}"
             for s in group["sentences"]
         ]
         lines.append("")

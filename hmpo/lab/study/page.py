@@ -120,7 +120,7 @@ def _chips(study: Study) -> list[dict[str, str]]:
     if failed:
         chips.append({"text": f"{failed} failed", "tone": "bad"})
     late = sum(len(seeds) for seeds in plan.exploratory.values())
-    if not (plan.protocol_hash or plan.first_protocol_hash):
+    if not plan.registered:
         chips.append({"text": "exploratory: no protocol", "tone": "plain"})
     elif not plan.unchanged:
         chips.append({"text": "the protocol changed after its first run", "tone": "bad"})
@@ -183,16 +183,18 @@ def findings(study: Study) -> list[dict[str, Any]]:
     for name, title in GROUPS.items():
         own = [c for c in study.contrasts if c.verdict is not None and c.verdict.word == name]
         if own:
-            found.append({"title": title, "sentences": [_sentence(c) for c in own]})
+            found.append(
+                {"title": title, "sentences": [_sentence(c, study.plan.registered) for c in own]}
+            )
     return found
 
 
-def _sentence(contrast: Contrast) -> dict[str, Any]:
+def _sentence(contrast: Contrast, registered: bool) -> dict[str, Any]:
     assert contrast.verdict is not None
     text = contrast.verdict.sentence
     if contrast.left_out:
         text += f"; {contrast.left_out} runs without a partner are left out"
-    return {"text": text, "confirmatory": contrast.confirmatory}
+    return {"text": text, "late": registered and not contrast.confirmatory}
 
 
 def differences(study: Study) -> Table | None:

@@ -89,10 +89,14 @@ class Plan:
         """Whether there is a protocol, the same since the first confirmatory run."""
         return bool(self.protocol_hash) and self.first_protocol_hash in ("", self.protocol_hash)
 
+    @property
+    def registered(self) -> bool:
+        """Whether there is, or was, a protocol at all; else everything is exploratory."""
+        return bool(self.protocol_hash or self.first_protocol_hash)
+
     def confirmatory(self, cell: str, seeds: Iterable[int]) -> bool:
         """Whether all these runs were decided on, with a protocol, before the first of them."""
-        registered = bool(self.protocol_hash or self.first_protocol_hash)
-        return registered and self.exploratory.get(cell, frozenset()).isdisjoint(seeds)
+        return self.registered and self.exploratory.get(cell, frozenset()).isdisjoint(seeds)
 
 
 def read_plan(folder: Path) -> Plan:

@@ -221,7 +221,7 @@ def cost_table(study: Study) -> Table:
             average([float(run.outcome.updates) for run in runs], study), "{:.0f}".format
         )
         tokens = [float(run.outcome.tokens) for run in runs]
-        row["tokens"] = estimate(average(tokens, study), "{:.0f}".format, 1e-3)
+        row["tokens"] = estimate(average(tokens, study), digits, 1e-3)
         for name in ("cpu_s", "wall_s", "tokens_per_s"):
             values = _costs(study, cell.name, name)
             row[name] = estimate(average(values, study), digits) if values else EMPTY
