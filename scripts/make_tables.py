@@ -14,6 +14,7 @@ from typing import Any
 import gpu_tables
 import lab_tables
 import performance_tables
+import study_tables
 from results import load, source
 
 from hmpo.stats import wilson_interval
@@ -447,6 +448,7 @@ MAKERS: dict[str, Callable[[], str]] = {
     "start": performance_tables.start,
     "memory_flat": performance_tables.memory_flat,
     "statistics_coverage": lab_tables.statistics_coverage,
+    **study_tables.TABLES,
     "gpu_right": gpu_tables.right,
     "gpu_rollouts": gpu_tables.rollouts,
     "gpu_work": gpu_tables.work,

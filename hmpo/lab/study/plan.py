@@ -113,7 +113,7 @@ def read_plan(folder: Path) -> Plan:
         if path.stat().st_size > MOST_BYTES:
             raise TelemetryError(f"{path}: larger than {MOST_BYTES // 2**20} MiB")
         value = mask_secrets(loads(path.read_bytes()))
-        return _plan(value)
+        return plan_of(value)
     except TelemetryError:
         raise
     except (OSError, ValueError) as error:
@@ -122,7 +122,12 @@ def read_plan(folder: Path) -> Plan:
         raise TelemetryError(f"{path}: not as a suite's plan is: {error!r}") from None
 
 
-def _plan(value: Any) -> Plan:
+def plan_of(value: Any) -> Plan:
+    """The plan that the contents of a suite.json tell.
+
+    Raises:
+        ValueError, KeyError, TypeError: they are not as a suite's plan is.
+    """
     if not isinstance(value, dict) or value.get("schema") != 1:
         raise ValueError("expected a JSON object with schema 1")
     compare = value.get("compare") or {}

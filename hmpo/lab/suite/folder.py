@@ -229,6 +229,11 @@ class SuiteFolder:
         return found
 
 
+def plan_value(suite: Suite) -> dict[str, Any]:
+    """What suite.json holds before the first run, for reports of committed outcomes alone."""
+    return SuiteFolder(suite, Path())._new_plan({}, ())
+
+
 def tidy(folder: Path, keep: Iterable[str]) -> None:
     """Delete what of `KEEP` is not in `keep` from a finished run; links are not followed."""
     names = {"completions": "completions.jsonl"}
