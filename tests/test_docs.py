@@ -16,12 +16,15 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import hmpo.cli
 import hmpo.cli.demo
 import hmpo.cli.evaluate
+import hmpo.cli.experiment_after
+import hmpo.lab.probe.command
 import hmpo.lab.report
 import hmpo.lab.suite.run
 import hmpo.models
@@ -29,6 +32,7 @@ import hmpo.run.loop
 from hmpo.config import EvalConfig, RunConfig, TrainerConfig
 from hmpo.config.reading import run_config
 from hmpo.lab.report import write_report
+from hmpo.lab.suite.reading import read_suite
 from hmpo.lab.suite.watch import SuiteResult
 from hmpo.run.build import trainer_config
 from hmpo.run.observer import RunResult
@@ -56,6 +60,7 @@ def demo(tmp_path_factory) -> RunResult:
     """A finished run, `runs/demo`, in a folder that has the examples."""
     folder = tmp_path_factory.mktemp("docs")
     shutil.copytree(ROOT / "examples", folder / "examples")
+    shutil.copytree(ROOT / "studies", folder / "studies")
     result = hmpo.run.loop.train(
         RunConfig(
             name="demo",
@@ -127,9 +132,19 @@ def shorten(monkeypatch, demo: RunResult) -> None:
     monkeypatch.setattr(
         hmpo.lab.suite.run, "run_suite", lambda suite, *, out, **_: SuiteResult(folder=out)
     )
+    for name in ("report", "power"):
+        monkeypatch.setattr(hmpo.cli.experiment_after, name, suite_is_sound)
+    monkeypatch.setattr(
+        hmpo.lab.probe.command, "run_probe", lambda target, **_: int(not target.exists())
+    )
     monkeypatch.setattr(hmpo.models, "fetch_smollm2", lambda folder=None: folder)
     monkeypatch.setattr(hmpo.cli.evaluate, "evaluate_target", evaluate)
     monkeypatch.setattr(hmpo.lab.report, "write_report", lambda runs, out=None: runs[0])
+
+
+def suite_is_sound(source: str, out: Path, *_: Any) -> int:
+    """What a command says of a suite that was read, in place of its runs."""
+    return int(not read_suite(source).cells)
 
 
 def run_hmpo(words: list[str]) -> None:
