@@ -77,14 +77,17 @@ class Evaluation:
     """SHA-256 (hex) of the prompts that these bits are of, as a JSON list."""
 
     def record(self) -> dict[str, Any]:
-        """Metrics by telemetry name, and two texts that tell which prompts were passed."""
+        """Metrics by telemetry name, and two texts that tell which prompts were passed, if any.
+
+        Without a scored prompt there are no such texts.
+        """
         metrics: dict[str, Any] = {
             "eval/mean": self.mean_reward,
             "eval/n": self.sampled.trials,
             "eval/dropped": self.dropped,
-            "eval/passed": self.passed,
-            "eval/heldout": self.heldout,
         }
+        if self.passed:
+            metrics |= {"eval/passed": self.passed, "eval/heldout": self.heldout}
         rates = {"sampled": self.sampled, "greedy": self.greedy, "pass_at_k": self.pass_at}
         for name, rate in rates.items():
             if rate is None:

@@ -16,7 +16,11 @@ from hmpo.config.reading import from_dict, load_run_config, run_config
 from hmpo.errors import ConfigError, HmpoError
 from hmpo.run.build import trainer_config
 
-EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.toml"))
+EXAMPLES = sorted(
+    path
+    for path in (Path(__file__).parents[2] / "examples").glob("*.toml")
+    if path.name not in ("suite.toml", "protocol.toml")  # no runs; tests/lab/suite reads them
+)
 
 
 def refused(match: str, data, overrides=()) -> str:

@@ -421,5 +421,5 @@ def test_a_setting_that_came_later_leaves_the_hash_of_older_runs():
     assert "muon_dtype" not in _decisive(run)["optimizer"]
     assert config_hash(pinned) != config_hash(run)
     assert changed_settings(run, pinned) == [
-        "optimizer.muon_dtype was None, got 'float32'",
+        "optimizer.muon_dtype was 'auto', got 'float32'",
     ]
