@@ -146,15 +146,13 @@ def _linear(
     Middle and slope of shape [n, 1] give (start, top) of shape [n, 1] and residuals [n, K].
     """
     rise = 0.5 * (1 + np.tanh(0.5 * np.exp(log_slope) * (np.log(c) - log_middle)))
-    if start is None:
-        level = rise.mean(-1, keepdims=True)
-        centred, about = rise - level, r
-    else:
-        centred, about = rise, r - float(start)
+    level = np.zeros_like(rise[..., :1]) if start is not None else rise.mean(-1, keepdims=True)
+    base = float(r.mean()) if start is None else float(start)
+    centred, about = rise - level, r - base
     below = (centred**2).sum(-1, keepdims=True)
     gain = (centred * about).sum(-1, keepdims=True)
     gain = np.divide(gain, below, out=np.zeros_like(below), where=below > 1e-24)
-    first = r.mean() - gain * level if start is None else np.full_like(gain, float(start))
+    first = base - gain * level
     rest = r - first - gain * rise
     if rise.ndim == 1:
         return (first[0], first[0] + gain[0]), rest

@@ -38,14 +38,10 @@ def wins_over_blocks(study: Study, contrasts: Sequence[Contrast]) -> Estimate | 
     """The same, mean over blocks; None unless each has two shared seeds."""
     if not contrasts or min(len(c.seeds) for c in contrasts) < 2:
         return None
-    sides = [
-        [[endpoints(study.runs[name])[seed] for seed in c.seeds] for c, name in pairs]
-        for pairs in (
-            [(c, c.cell) for c in contrasts],
-            [(c, c.against) for c in contrasts],
-        )
-    ]
-    return probability_of_improvement(*sides, True, 1 - study.plan.alpha)
+    ends = {name: endpoints(runs) for name, runs in study.runs.items()}
+    a = [[ends[c.cell][seed] for seed in c.seeds] for c in contrasts]
+    b = [[ends[c.against][seed] for seed in c.seeds] for c in contrasts]
+    return probability_of_improvement(a, b, True, 1 - study.plan.alpha)
 
 
 @dataclass(frozen=True)

@@ -214,10 +214,10 @@ def _median(
         return Item(told, None, {"": None})
     if found.low or found.high is not None:
         return estimate(found, form, unit)
-    seen = f"seeds {form(unit * min(times))} to {form(unit * max(times))}"
-    seen += "" if all(reached) else " or never"
+    seen = [unit * time for time, hit in zip(times, reached) if hit]
+    told = f"seeds {form(min(seen))} to {form(max(seen))}{'' if all(reached) else ' or never'}"
     raw: dict[str, Any] = {"": found.value, "_low": None, "_high": None, "_n": found.n}
-    alone = "no interval" if len(times) == 1 else f"no interval; {seen}"
+    alone = "no interval" if len(times) == 1 else f"no interval; {told}"
     return Item(form(unit * found.value), found.value, raw, alone)
 
 

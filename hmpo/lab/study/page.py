@@ -275,4 +275,4 @@ def _hypotheses(study: Study) -> Table | None:
     names = ("id", "claim", "prediction", "suite")
     columns = tuple(Column(name, name, numeric=False, wraps=len(name) > 4) for name in names)
     items = tuple({name: word(str(row.get(name, ""))) for name in names} for row in rows)
-    return Table("hypotheses", "Hypotheses", "", columns, items)
+    return Table("hypotheses", "Hypotheses", "", columns, items).shown()

@@ -87,12 +87,12 @@ def _below_start(outcome: Outcome, values: Sequence[float], steps: Sequence[int]
     A run that learns nothing ends below its start half of the time. Where nobody said how many
     prompts there were, nothing is concluded.
     """
-    counts = [end.get("n") for end in (outcome.before, outcome.after)]
-    if len(steps) < 2 or steps[0] != 0 or not all(isinstance(n, int) and n > 0 for n in counts):
+    n, m = outcome.before.get("n"), outcome.after.get("n")
+    if not (isinstance(n, int) and isinstance(m, int) and min(n, m) > 0):
         return False
-    (n, m), start, end = counts, values[0], values[-1]
-    if not (0 <= start <= 1 and 0 <= end <= 1):
+    if len(steps) < 2 or steps[0] != 0 or not all(0 <= v <= 1 for v in (values[0], values[-1])):
         return False
+    start, end = values[0], values[-1]
     high = rate_difference(round(end * m), m, round(start * n), n).high
     return high is not None and high < 0
 

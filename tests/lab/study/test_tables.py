@@ -14,7 +14,7 @@ from hmpo.lab.statistics.intervals import Estimate
 from hmpo.lab.statistics.survival import kaplan_meier
 from hmpo.lab.study.analysis import Study
 from hmpo.lab.study.grid_tables import peers_table, staleness_table
-from hmpo.lab.study.main_table import main_table, time_table
+from hmpo.lab.study.main_table import _median, main_table, time_table
 from hmpo.lab.study.outcomes import collect
 from hmpo.lab.study.overall_table import overall_table
 from hmpo.lab.study.plan import read_plan
@@ -157,7 +157,23 @@ def test_times_are_shown_without_an_interval_where_seeds_are_few(suite: Path) ->
     assert (few["updates_low"], few["updates_high"], few["updates_n"]) == ("", "", "4")
     texts = {found["cell"].text: found["updates"] for found in main_table(study_of(suite)).rows}
     assert texts["grpo+dense+stale"].range.startswith("no interval; seeds ")
-    assert texts["reinforce+dense+stale"].text == "not reached"
+
+
+@pytest.mark.parametrize(
+    ("times", "reached", "text", "range"),
+    [
+        ([10, 20, 30], [1, 1, 1], "20", "no interval; seeds 10 to 30"),
+        ([10, 20, 30], [1, 1, 0], "20", "no interval; seeds 10 to 20 or never"),
+        ([5], [1], "5", "no interval"),
+        ([10, 20, 30, 30], [1, 0, 0, 0], "fewer than half reach it", ""),
+        ([30, 30], [0, 0], "not reached", ""),
+        ([10] * 8, [1] * 8, "10", "10, 10"),
+        ([10, 10, 20, 20, 30, 30, 40, 40], [1] * 5 + [0] * 3, "25", "10, open"),
+    ],
+)
+def test_a_time_to_target_says_what_its_seeds_allow(times, reached, text, range) -> None:
+    item = _median([float(time) for time in times], [bool(hit) for hit in reached], "{:.0f}".format)
+    assert (item.text, item.range) == (text, range)
 
 
 def test_times_of_many_seeds_have_the_interval_of_kaplan_and_meier(tmp_path: Path) -> None:
