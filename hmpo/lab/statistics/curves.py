@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from hmpo.errors import StatisticsError
-from hmpo.lab.statistics.inputs import Values, level_of, matrix, optimize, vector
+from hmpo.lab.statistics.inputs import Array, Values, level_of, matrix, optimize, vector
 from hmpo.lab.statistics.intervals import Estimate, paired_t
 
 STEEPEST = 20.0
@@ -60,10 +60,10 @@ def fit_sigmoid(compute: Values, reward: Values, start: float | None = None) -> 
         raise StatisticsError(f"start: got {start}, expected a finite number")
     low = np.array([math.log(c.min() / 10), math.log(0.1)])
     high = np.array([math.log(c.max() * 10), math.log(STEEPEST)])
-    grid = [
-        (m, s) for m in np.linspace(low[0], high[0], 41) for s in np.linspace(low[1], high[1], 21)
-    ]
-    cost = [float(np.sum(_linear(c, r, start, *point)[1] ** 2)) for point in grid]
+    grid = np.stack(
+        np.meshgrid(np.linspace(low[0], high[0], 41), np.linspace(low[1], high[1], 21)), -1
+    ).reshape(-1, 2)
+    cost = (_linear(c, r, start, grid[:, :1], grid[:, 1:])[1] ** 2).sum(-1)
     tried = [
         optimize.least_squares(
             lambda x: _linear(c, r, start, x[0], x[1])[1],
@@ -77,6 +77,7 @@ def fit_sigmoid(compute: Values, reward: Values, start: float | None = None) -> 
     ]
     best = min(tried, key=lambda result: result.cost)
     (first, top), rest = _linear(c, r, start, *best.x)
+    first, top = float(first), float(top)
     slack = c.size - (4 if start is None else 3)
     residual = math.sqrt(float(rest @ rest) / slack)
     middle, slope = (float(v) for v in np.exp(best.x))
@@ -138,19 +139,24 @@ def _rise(compute: np.ndarray, middle: float, slope: float) -> np.ndarray:
 
 
 def _linear(
-    c: np.ndarray, r: np.ndarray, start: float | None, log_middle: float, log_slope: float
-) -> tuple[tuple[float, float], np.ndarray]:
-    """(start, top) by least squares for a given middle and slope, and the residuals [K]."""
-    rise = 0.5 * (1 + np.tanh(0.5 * math.exp(log_slope) * (np.log(c) - log_middle)))
-    if start is None:
-        centred = rise - rise.mean()
-        below = float(centred @ centred)
-        gain = float(centred @ r) / below if below > 1e-24 else 0.0
-        first = float(r.mean() - gain * rise.mean())
-    else:
-        first, below = float(start), float(rise @ rise)
-        gain = float(rise @ (r - first)) / below if below > 1e-24 else 0.0
-    return (first, first + gain), r - first - gain * rise
+    c: np.ndarray, r: np.ndarray, start: float | None, log_middle: Array, log_slope: Array
+) -> tuple[tuple[Array, Array], np.ndarray]:
+    """(start, top) by least squares for a given middle and slope, and the residuals [K].
+
+    Middle and slope of shape [n, 1] give (start, top) of shape [n, 1] and residuals [n, K].
+    """
+    rise = 0.5 * (1 + np.tanh(0.5 * np.exp(log_slope) * (np.log(c) - log_middle)))
+    level = np.zeros_like(rise[..., :1]) if start is not None else rise.mean(-1, keepdims=True)
+    base = float(r.mean()) if start is None else float(start)
+    centred, about = rise - level, r - base
+    below = (centred**2).sum(-1, keepdims=True)
+    gain = (centred * about).sum(-1, keepdims=True)
+    gain = np.divide(gain, below, out=np.zeros_like(below), where=below > 1e-24)
+    first = base - gain * level
+    rest = r - first - gain * rise
+    if rise.ndim == 1:
+        return (first[0], first[0] + gain[0]), rest
+    return (first, first + gain), rest
 
 
 def draw_weights(cells: int, draws: int, replace: bool = False) -> np.ndarray:

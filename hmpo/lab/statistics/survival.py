@@ -40,7 +40,8 @@ def kaplan_meier(times: Values, reached: Values, level: float = 0.95) -> Surviva
 
     The intervals are Wilson's, with the number of trials to which Greenwood's variance amounts;
     the median's ends are order statistics, interpolated where times are not tied, because a step
-    from one to the next would cover 98 % or 89 % with ten runs.
+    from one to the next would cover 98 % or 89 % with ten runs; but not within the step at which
+    the curve passes one half, which is where the median is.
 
     Source: E. L. Kaplan and P. Meier (1958), JASA 53, 457-481; Rothman (1978), as cited at
     `score_interval`; T. P. Hettmansperger and S. J. Sheather (1986), Statistics & Probability
@@ -50,6 +51,7 @@ def kaplan_meier(times: Values, reached: Values, level: float = 0.95) -> Surviva
     level = level_of("level", level)
     moments, deaths, at_risk = _table(t, hit)
     survival = np.cumprod(1 - deaths / at_risk)
+    survival[np.abs(survival - 0.5) < 1e-12] = 0.5  # a product of fractions; the median needs it
     size = _effective_size(survival, deaths, at_risk, t.size)
     low, high = score_interval(survival, size, float(special.ndtri(0.5 + level / 2)))
     tied = bool((deaths > 1).any())
@@ -127,28 +129,30 @@ def _median(
     """First time at which half have reached the target, with an interval.
 
     Its ends are interpolated where no two runs reached the target at the same time. Ties tell of
-    a grid of evaluations, on which the truth lies too: there the ends are event times.
+    a grid of evaluations, on which the truth lies too: there the ends are event times. So is an
+    end in the step that passes one half: where most runs are censored, the last few make that step
+    several runs high, and between its ends the test says nothing.
     """
     if not survival.size or survival[-1] > 0.5:
         return None
     at = int(np.argmax(survival <= 0.5))
-    value = float(moments[at])
-    if survival[at] == 0.5 and at + 1 < moments.size:
-        value = float(moments[at] + moments[at + 1]) / 2
+    flat = int(survival[at] == 0.5 and at + 1 < moments.size)  # any time of that step halves them
+    value = float(moments[at] + moments[at + flat]) / 2
     before = np.concatenate([[1.0], survival[:-1]])
     sizes = np.concatenate([[float(n)], size[:-1]])
     tail = (1 - level) / 2
     # Chance of so few events were the median later, and of so many were it earlier.
     early = special.betainc(sizes * before, sizes * (1 - before) + 1, 0.5)
     late = special.betainc(size * (1 - survival), size * survival + 1, 0.5)
-    low = _crossing(moments, early, sizes * (1 - before) + 1, sizes, tail, tied)
+    low = _crossing(moments, early, sizes * (1 - before) + 1, sizes, tail, 0 if tied else at)
     back = slice(None, None, -1)
-    high = _crossing(moments[back], late[back], (size * survival)[back] + 1, size[back], tail, tied)
+    ranks, last = (size * survival)[back] + 1, moments.size - 1
+    high = _crossing(
+        moments[back], late[back], ranks, size[back], tail, 0 if tied else last - at - flat
+    )
     if late[-1] > tail:
         high = None  # so few have reached it that the end is not in sight
-    # Under heavy censoring the last few runs move the curve more than their number tells.
-    low = 0.0 if low is None else min(low, value)
-    return Estimate(value, low, None if high is None else max(high, value), level, n)
+    return Estimate(value, 0.0 if low is None else low, high, level, n)
 
 
 def _crossing(
@@ -157,16 +161,19 @@ def _crossing(
     rank: np.ndarray,
     size: np.ndarray,
     tail: float,
-    tied: bool,
+    smooth: int,
 ) -> float | None:
-    """Where the rising `chance` passes `tail`, between order statistics of the given `rank`."""
+    """Where the rising `chance` passes `tail`, between order statistics of the given `rank`.
+
+    Only the first `smooth` steps are interpolated; in later ones it is the moment before.
+    """
     inside = np.flatnonzero(chance > tail)
     if not inside.size:
         return float(moments[-1])
     i = int(inside[0])
     if i == 0:
         return None
-    if tied:
+    if i > smooth:
         return float(moments[i - 1])
     share = (tail - chance[i - 1]) / (chance[i] - chance[i - 1])
     d, n = rank[i - 1], size[i - 1]

@@ -45,6 +45,9 @@ class Contrast:
     """p after Holm's correction within the block."""
     verdict: Verdict | None
     confirmatory: bool
+    """Whether all of its runs were decided on before the first that counted."""
+    late: str = ""
+    """How many were not, such as `2 of 8 runs`; "" where none or where there is no protocol."""
     resampled: Estimate | None = None
     """The same difference for new prompts too; None where prompts were not kept apart."""
 
@@ -88,9 +91,13 @@ class Study:
         """The endpoint of each run of a cell that has one."""
         return list(endpoints(self.runs.get(cell, {})).values())
 
-    def confirmed(self, cell: Cell) -> bool:
-        """Whether all runs of this cell were decided on before the first that counted."""
-        return self.plan.confirmatory(cell.name, self.runs.get(cell.name, {}))
+    def late(self, cell: Cell) -> str:
+        """How many runs of this cell were not decided on before the first that counted.
+
+        Returns:
+            Such as `2 of 4`; "" where all were, or where there is no protocol.
+        """
+        return _late(self.plan, [(cell.name, seed) for seed in self.runs.get(cell.name, {})])
 
     def contrast(self, cell: str, against: str) -> Contrast | None:
         """The comparison of these two, or None."""
@@ -177,6 +184,12 @@ def _others(plan: Plan, runs: Mapping[str, Mapping[int, Run]]) -> list[Contrast]
     return found
 
 
+def _late(plan: Plan, runs: Sequence[tuple[str, int]]) -> str:
+    """`2 of 4` of these runs, cell and seed; "" for none."""
+    count = sum(not plan.confirmatory(cell, [seed]) for cell, seed in runs)
+    return f"{count} of {len(runs)}" if count and plan.registered else ""
+
+
 def _contrast(
     plan: Plan,
     runs: Mapping[str, Mapping[int, Run]],
@@ -192,7 +205,9 @@ def _contrast(
         estimate = paired_t([one[seed] - other[seed] for seed in seeds], 1 - plan.alpha)
     elif len(one) > 1 and len(other) > 1:
         estimate, left = welch([*one.values()], [*other.values()], 1 - plan.alpha), 0
-    used = (seeds or tuple(one), seeds or tuple(other))
+    used = [(cell.name, seed) for seed in seeds or one]
+    used += [(base.name, seed) for seed in seeds or other]
+    late = _late(plan, used)
     return Contrast(
         cell=cell.name,
         against=base.name,
@@ -202,7 +217,8 @@ def _contrast(
         estimate=estimate,
         adjusted=None,
         verdict=None,
-        confirmatory=all(plan.confirmatory(c.name, s) for c, s in zip((cell, base), used)),
+        confirmatory=plan.registered and not late,
+        late=late,
     )
 
 

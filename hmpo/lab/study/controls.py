@@ -64,7 +64,7 @@ def _again(study: Study, cell: Cell) -> tuple[bool | None, str]:
         return None, "too few runs for an interval"
     e = contrast.estimate
     inside = not e.excludes_zero
-    how = f"paired, {len(contrast.seeds)} seeds" if contrast.seeds else "on other seeds"
+    how = f"paired, {seeds(len(contrast.seeds))}" if contrast.seeds else "on other seeds"
     told = "contains 0" if inside else "does not contain 0"
     return inside, f"difference {points(e.value)} {interval(e.low, e.high)} {told} ({how})"
 
@@ -82,14 +82,14 @@ def _negative(study: Study, cell: Cell) -> tuple[bool | None, str]:
     one = 1 / max(1, min(_prompts(study.runs[cell.name]), _prompts(base)))
     if largest <= one * (1 + 1e-9):
         how = "equal at every evaluation" if largest == 0 else "at most one prompt apart"
-        return True, f"{how} ({len(shared)} seeds)"
+        return True, f"{how} ({seeds(len(shared))})"
     differences = _differences(study, cell, shared)
     told = f"largest difference of an evaluation {points(largest)}"
     if (
         len(differences) > 1
         and two_one_sided(differences, study.plan.smallest, study.plan.alpha).equivalent
     ):
-        return True, f"{told}, yet no difference in the end ({len(differences)} seeds)"
+        return True, f"{told}, yet no difference in the end ({seeds(len(differences))})"
     return False, f"{told}, expected none"
 
 
@@ -123,8 +123,8 @@ def _positive(study: Study, cell: Cell) -> tuple[bool | None, str]:
     seen = found.word in ("better", "worse")
     told = "seen" if seen else "not seen"
     e = found.estimate
-    low, high = interval(e.low, e.high), len(contrast.seeds)
-    return seen, f"difference {points(e.value)} {low} {told} ({high} seeds)"
+    ends, many = interval(e.low, e.high), seeds(len(contrast.seeds))
+    return seen, f"difference {points(e.value)} {ends} {told} ({many})"
 
 
 def _placebo(study: Study, cell: Cell) -> tuple[bool | None, str]:
@@ -140,7 +140,12 @@ def _placebo(study: Study, cell: Cell) -> tuple[bool | None, str]:
     learned = verdict(gains, study.plan.smallest, alpha=study.plan.alpha).word == "better"
     told = "it learned" if learned else "it did not learn"
     where = f"{points(e.value)} {interval(e.low, e.high)} since the start"
-    return not learned, f"{told}: {where} ({len(gains)} seeds)"
+    return not learned, f"{told}: {where} ({seeds(len(gains))})"
+
+
+def seeds(count: int) -> str:
+    """`1 seed`, `4 seeds`."""
+    return f"{count} seed{'s' * (count != 1)}"
 
 
 def points(value: float) -> str:

@@ -90,7 +90,7 @@ def heat_map(study: Study) -> Figure | None:
         if not scores or texts[row][column]:  # another factor: its table has the rest
             continue
         e = average(scores, study)
-        half = "" if e.low is None else f"\n+-{100 * (e.value - e.low):.1f}"
+        half = "\none seed" if e.low is None else f"\n+-{100 * (e.value - e.low):.1f}"
         values[row, column], texts[row][column] = 100 * e.value, f"{100 * e.value:.1f}{half}"
     figure = Figure(figsize=(2.2 + 0.9 * len(exponents), 1.4 + 0.7 * len(ages)))
     figure.set_layout_engine("constrained")

@@ -38,23 +38,44 @@ class Place:
 
 
 def places(study: Study) -> dict[str, Place]:
-    """Cells whose settings name an exponent, by name; {} unless there are two p and two lags."""
+    """Cells that have one exponent, by name; {} unless there are two p and two lags."""
     found = {}
     for cell in study.cells(*COMPARED):
-        p, stale = setting(cell, "objective", "p"), staleness(cell)
-        if isinstance(p, int | float) and math.isfinite(p):
-            found[cell.name] = Place(float(p), stale)
+        p = exponent(cell)
+        if p is not None:
+            found[cell.name] = Place(p, staleness(cell))
     if len({place.p for place in found.values()}) < 2:
         return {}
     return found if len({place.stale for place in found.values()}) > 1 else {}
 
 
 def setting(cell: Cell, *keys: str) -> Any:
-    """A nested setting of a cell, or None."""
-    value: Any = cell.settings
-    for key in keys:
-        value = value.get(key) if isinstance(value, Mapping) else None
-    return value
+    """A nested setting of a cell: what it resolved to, else what the suite set, else None."""
+    for table in (cell.resolved, cell.settings):
+        value: Any = table
+        for key in keys:
+            value = value.get(key) if isinstance(value, Mapping) else None
+        if value is not None:
+            return value
+    return None
+
+
+def exponent(cell: Cell) -> float | None:
+    """The p that a cell's runs have throughout; None for those without one.
+
+    That are gates that take no mean (CISPO, REINFORCE), the arithmetic-harmonic mean, an exponent
+    of each sign, and schedules and learned exponents.
+    """
+    p = setting(cell, "objective", "p")
+    signed = [setting(cell, "objective", name) for name in ("p_positive", "p_negative")]
+    other = (
+        setting(cell, "objective", "mean") not in (None, "power")
+        or setting(cell, "objective", "gate") in ("detached", "unweighted")
+        or setting(cell, "objective", "exponent", "kind") not in (None, "fixed")
+        or any(own is not None and own != p for own in signed)
+    )
+    fine = isinstance(p, int | float) and not isinstance(p, bool) and math.isfinite(p)
+    return float(p) if fine and not other else None
 
 
 def staleness(cell: Cell) -> str:

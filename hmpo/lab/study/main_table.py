@@ -1,7 +1,6 @@
-"""T1: what each cell came to and how it differs from the baselines; and the same over all tasks."""
+"""T1: what each cell came to and how it differs from the baselines."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from hmpo.lab.statistics.intervals import Estimate, paired_t, rate
@@ -56,8 +55,9 @@ def identity(study: Study, cell: Cell) -> dict[str, Item]:
     """The items of those columns; a main cell's role goes without saying."""
     items = {factor: word(level) for factor, level in cell.levels.items()}
     role = "" if cell.role == "main" else cell.role
-    if study.plan.registered and not study.confirmed(cell):  # without one the header says it
-        role = f"{role}, exploratory".lstrip(", ")
+    late = study.late(cell)
+    if late:
+        role = f"{role}, exploratory: {late}".lstrip(", ")
     return items | {"cell": word(cell.name), "role": word(role)}
 
 
@@ -77,8 +77,12 @@ def main_table(study: Study) -> Table:
         Column("more", "more seeds", title="that would decide, at the spread seen"),
         Column("auc", "area", title="mean height of the success over the run"),
         Column("updates", "updates to target", title="median by Kaplan and Meier"),
-        Column("tokens", "tokens to target", title="median, in thousands"),
-        Column("reached", "reached"),
+        Column(
+            "tokens",
+            "tokens to target, thousands",
+            title="median; prompts and responses of all rollouts begun by then",
+        ),
+        Column("reached", "reached target"),
         Column("failed", "failed"),
         Column("pass_at_k", "pass@k"),
         Column("entropy", "entropy, end"),
@@ -94,8 +98,10 @@ def main_table(study: Study) -> Table:
         f"{'counts as 0' if study.plan.crash_is_zero else 'is left out'}. Brackets are {level} "
         "intervals: bootstrap over seeds for the IQM, paired t for differences. A target is half "
         "way from the start to the end of the block's first baseline; a run that never reached it "
-        'counts as censored. "detectable" is the smallest difference that these seeds see with '
-        f"chance .8; differences below {100 * study.plan.smallest:g} points do not matter."
+        "counts as censored. A time is that of the first evaluation above it, and a median has "
+        'an interval from about six seeds on. "detectable" is the smallest difference that these '
+        f"seeds see with chance .8; differences below {100 * study.plan.smallest:g} points do not "
+        "matter."
     )
     return Table("T1", "Main table", note, columns, rows_of(columns, rows))
 
@@ -108,20 +114,21 @@ def compared(contrast: Contrast | None) -> dict[str, Item]:
         "against": word(contrast.against),
         "difference": estimate(contrast.estimate, signed, 100.0),
     }
-    if contrast.verdict is None:
-        return found | {"verdict": word("not paired")}
     v = contrast.verdict
+    if v is None or v.estimate.low is None:
+        return found | {"verdict": word("not paired" if v is None else "one seed")}
     needed = v.seeds_needed
     return found | {
         "new_prompts": estimate(contrast.resampled, signed, 100.0),
-        "p": _chance(contrast.adjusted),
+        "p": chance(contrast.adjusted),
         "verdict": word(v.word, TONES.get(v.word, "")),
         "detectable": EMPTY if v.detectable is None else _points(v.detectable),
         "more": EMPTY if needed is None else whole(needed),
     }
 
 
-def _chance(p: float | None) -> Item:
+def chance(p: float | None) -> Item:
+    """A p value."""
     if p is None or p >= 0.001:
         return plain(p, "{:.3f}")
     return Item("< 0.001", p, {"": p})
@@ -139,10 +146,10 @@ def _own(study: Study, cell: Cell) -> dict[str, Item]:
     return {
         **identity(study, cell),
         "seeds": whole(len(runs)),
-        "iqm": estimate(_iqm([successes], study), share) if successes else EMPTY,
+        "iqm": estimate(iqm_of([successes], study), share) if successes else EMPTY,
         "auc": estimate(average(areas, study), share) if areas else EMPTY,
         "entropy": estimate(average(ends, study)) if ends else EMPTY,
-        "failed": _of(sum(run.score.failed for run in runs.values()), len(runs)),
+        "failed": count_of(sum(run.score.failed for run in runs.values()), len(runs)),
         "pass_at_k": _passes(runs, study),
         **_times(study, cell),
     }
@@ -159,7 +166,7 @@ def average(values: Sequence[float], study: Study) -> Estimate:
     return paired_t(values, 1 - study.plan.alpha)
 
 
-def _iqm(by_task: Sequence[Sequence[float]], study: Study) -> Estimate:
+def iqm_of(by_task: Sequence[Sequence[float]], study: Study) -> Estimate:
     """With an interval where every block has two seeds at least."""
     level = 1 - study.plan.alpha
     if min(map(len, by_task)) < 2:
@@ -168,7 +175,8 @@ def _iqm(by_task: Sequence[Sequence[float]], study: Study) -> Estimate:
     return stratified_iqm(by_task, draws=DRAWS, seed=0, level=level)
 
 
-def _of(count: int, total: int) -> Item:
+def count_of(count: int, total: int) -> Item:
+    """Such as 3/10, with Wilson's interval of the share."""
     found = rate(count, total)
     raw: dict[str, Any] = {"": count, "_n": total, "_low": found.low, "_high": found.high}
     return Item(f"{count}/{total}", found.value, raw, f"{found.low:.2f}, {found.high:.2f}")
@@ -186,22 +194,31 @@ def _times(study: Study, cell: Cell) -> dict[str, Item]:
     if target is None:
         return {}
     times, tokens, reached = time_table(study, cell, target)
-    steps = _around(kaplan_meier(times, reached).median)
-    used = _around(kaplan_meier(tokens, reached).median)
-    censored = Item("not reached", None, {"": None})
     return {
-        "updates": censored if steps is None else estimate(steps, "{:.0f}".format),
-        "tokens": censored if used is None else estimate(used, digits, 1e-3),
-        "reached": _of(sum(reached), len(reached)),
+        "updates": _median(times, reached, "{:.0f}".format),
+        "tokens": _median(tokens, reached, digits, 1e-3),
+        "reached": count_of(sum(reached), len(reached)),
     }
 
 
-def _around(median: Estimate | None) -> Estimate | None:
-    """With the median inside: evaluations are few, so most runs reach a target at equal times."""
-    if median is None or median.low is None:
-        return median
-    high = None if median.high is None else max(median.high, median.value)
-    return replace(median, low=min(median.low, median.value), high=high)
+def _median(
+    times: Sequence[float],
+    reached: Sequence[bool],
+    form: Callable[[float], str],
+    unit: float = 1.0,
+) -> Item:
+    """The median time to a target; the times themselves where they are too few for an interval."""
+    found = kaplan_meier(times, reached).median
+    if found is None:
+        told = "fewer than half reach it" if any(reached) else "not reached"
+        return Item(told, None, {"": None})
+    if found.low or found.high is not None:
+        return estimate(found, form, unit)
+    seen = [unit * time for time, hit in zip(times, reached) if hit]
+    told = f"seeds {form(min(seen))} to {form(max(seen))}{'' if all(reached) else ' or never'}"
+    raw: dict[str, Any] = {"": found.value, "_low": None, "_high": None, "_n": found.n}
+    alone = "no interval" if len(times) == 1 else f"no interval; {told}"
+    return Item(form(unit * found.value), found.value, raw, alone)
 
 
 def time_table(
@@ -222,54 +239,3 @@ def time_table(
         tokens.append(float(horizon[1]) if censored else token)
         reached.append(hit)
     return times, tokens, reached
-
-
-def overall_table(study: Study) -> Table | None:
-    """Each level of the compared factor over all blocks; None with fewer than two of those."""
-    factor = study.plan.factor
-    cells = [cell for cell in study.cells(*COMPARED) if factor in cell.levels]
-    blocks = list(dict.fromkeys(block_of(study.plan, cell) for cell in cells))
-    if len(blocks) < 2:
-        return None
-    columns = (
-        Column(factor, factor, numeric=False),
-        Column("blocks", "blocks"),
-        Column("iqm", "success, IQM"),
-        Column("worst", "worst block", title="lowest mean success of a block"),
-        Column("better", "better", title="blocks in which it is better than the first baseline"),
-        Column("worse", "worse"),
-        Column("same", "no difference"),
-        Column("undecided", "undecided"),
-    )
-    rows = []
-    for level in dict.fromkeys(cell.levels[factor] for cell in cells):
-        own = [cell for cell in cells if cell.levels[factor] == level]
-        by_task = [study.successes(cell.name) for cell in own]
-        if not all(by_task):
-            continue
-        words = [
-            c.verdict.word
-            for cell in own
-            for c in study.contrasts
-            if c.cell == cell.name and c.against == study.baselines(cell)[0] and c.verdict
-        ]
-        means = [average(values, study) for values in by_task]
-        row = {
-            factor: word(level),
-            "blocks": whole(len(own)),
-            "iqm": estimate(_iqm(by_task, study), share),
-            "worst": estimate(min(means, key=lambda e: e.value), share),
-        }
-        keys = {
-            "better": "better",
-            "worse": "worse",
-            "same": "no difference",
-            "undecided": "undecided",
-        }
-        row |= {key: whole(words.count(told)) if words else EMPTY for key, told in keys.items()}
-        rows.append(row)
-    note = (
-        "Interquartile mean over all runs of all blocks, bootstrapped within blocks: with fewer "
-        "than four blocks of five seeds each its interval is too narrow. The words count blocks."
-    )
-    return Table("T1-all", "Over all blocks", note, columns, rows_of(columns, rows))

@@ -55,7 +55,7 @@ def render_markdown(
     for group in groups:
         lines += [f"{group['title']}:", ""]
         lines += [
-            f"* {escape(s['text'])}{' (exploratory)' if s['late'] else ''}"
+            f"* {escape(s['text'])}{' (' + s['late'] + ')' if s['late'] else ''}"
             for s in group["sentences"]
         ]
         lines.append("")

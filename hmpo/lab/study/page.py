@@ -20,6 +20,7 @@ from hmpo.lab.report import TEMPLATES, environment
 from hmpo.lab.settings import PLACES, flatten
 from hmpo.lab.study.analysis import Contrast, Study
 from hmpo.lab.study.controls import KINDS, Control
+from hmpo.lab.study.further import sentence
 from hmpo.lab.study.interactive import chart_data, plotly_source, script_json
 from hmpo.lab.study.plan import Cell
 from hmpo.lab.study.samples import last_samples
@@ -183,18 +184,15 @@ def findings(study: Study) -> list[dict[str, Any]]:
     for name, title in GROUPS.items():
         own = [c for c in study.contrasts if c.verdict is not None and c.verdict.word == name]
         if own:
-            found.append(
-                {"title": title, "sentences": [_sentence(c, study.plan.registered) for c in own]}
-            )
+            found.append({"title": title, "sentences": [_sentence(study, c) for c in own]})
     return found
 
 
-def _sentence(contrast: Contrast, registered: bool) -> dict[str, Any]:
-    assert contrast.verdict is not None
-    text = contrast.verdict.sentence
+def _sentence(study: Study, contrast: Contrast) -> dict[str, str]:
+    text = sentence(study, contrast)
     if contrast.left_out:
         text += f"; {contrast.left_out} runs without a partner are left out"
-    return {"text": text, "late": registered and not contrast.confirmatory}
+    return {"text": text, "late": f"exploratory: {contrast.late} runs" if contrast.late else ""}
 
 
 def differences(study: Study) -> Table | None:
@@ -277,4 +275,4 @@ def _hypotheses(study: Study) -> Table | None:
     names = ("id", "claim", "prediction", "suite")
     columns = tuple(Column(name, name, numeric=False, wraps=len(name) > 4) for name in names)
     items = tuple({name: word(str(row.get(name, ""))) for name in names} for row in rows)
-    return Table("hypotheses", "Hypotheses", "", columns, items)
+    return Table("hypotheses", "Hypotheses", "", columns, items).shown()

@@ -30,6 +30,8 @@ class Cell:
     seeds: tuple[int, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Nested, as in a run's file."""
+    resolved: Mapping[str, Any] = field(default_factory=dict)
+    """All settings that decide what a run does, defaults too; {} where the plan does not say."""
     config_hash: str = ""
     against: str = ""
     """Cell that it is compared with; "" for none."""
@@ -167,6 +169,7 @@ def _cell(value: Mapping[str, Any]) -> Cell:
         levels={_text(key): _text(level) for key, level in (value.get("levels") or {}).items()},
         seeds=tuple(value["seeds"]),
         settings=dict(value.get("settings") or {}),
+        resolved=dict(value.get("resolved") or {}),
         config_hash=_text(value.get("config_hash") or ""),
         against=_text(value.get("against") or ""),
     )

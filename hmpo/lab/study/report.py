@@ -10,10 +10,13 @@ from hmpo.lab.study import estimate_figures as estimates
 from hmpo.lab.study.analysis import Study
 from hmpo.lab.study.controls import Control, controls
 from hmpo.lab.study.figures import Picture, curve_figure, draw, signal_figure
+from hmpo.lab.study.further import sentence
+from hmpo.lab.study.further_tables import foretold_table, further_table
 from hmpo.lab.study.grid_tables import peers_table, staleness_table
-from hmpo.lab.study.main_table import main_table, overall_table
+from hmpo.lab.study.main_table import main_table
 from hmpo.lab.study.markdown import render_markdown
 from hmpo.lab.study.outcomes import collect, save_outcomes
+from hmpo.lab.study.overall_table import overall_table
 from hmpo.lab.study.page import render_page
 from hmpo.lab.study.plan import read_plan
 from hmpo.lab.study.side_tables import controller_table, cost_table, risk_table, stability_table
@@ -134,7 +137,7 @@ def report_suite(
         plots=tuple(plots),
         outcomes=len(outcomes),
         controls=tuple(checked),
-        sentences=tuple(c.verdict.sentence for c in study.contrasts if c.verdict is not None),
+        sentences=tuple(sentence(study, c) for c in study.contrasts if c.verdict is not None),
     )
 
 
@@ -156,6 +159,8 @@ def make_tables(study: Study, equivalence: Path | None = None) -> list[Table]:
     made: Sequence[Table | None] = [
         main_table(study),
         overall_table(study),
+        further_table(study),
+        foretold_table(study),
         risk_table(study),
         stability_table(study),
         staleness_table(study),
@@ -174,6 +179,7 @@ def summary(study: Study) -> str:
     cost, places = ("cpu_s", "wall_s", "tokens_per_s"), ("torch", "python", "machine", "threads")
     header = ["suite", "cell", "role", *factors, "seed", "status", "exploratory", "config_hash"]
     header += ["updates", "tokens", "success", "auc", "best", "start", "failed", "diverged"]
+    header += ["collapsed"]
     rows = []
     for run in runs:
         o, s = run.outcome, run.score
@@ -181,6 +187,7 @@ def summary(study: Study) -> str:
         row = [o.suite or study.plan.name, o.cell, o.role, *(o.levels.get(f, "") for f in factors)]
         row += [o.seed, o.status, int(late), o.config_hash, o.updates, o.tokens]
         row += [s.success, s.auc, s.best, s.start, int(s.failed), int(s.diverged)]
+        row += [int(s.collapsed)]
         row += [o.metrics.get(name) for name in metrics] + [o.cost.get(name) for name in cost]
         rows.append([*row, *(o.environment.get(name) for name in places)])
     return table_csv([*header, *metrics, *cost, *places], rows)

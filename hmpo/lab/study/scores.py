@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from hmpo.lab.statistics.intervals import rate_difference
 from hmpo.lab.study.outcomes import Outcome
 from hmpo.lab.study.plan import Plan
 
@@ -27,6 +28,8 @@ class Score:
     start: float | None
     failed: bool
     diverged: bool
+    collapsed: bool
+    """It failed, or ended below half of its best or below its start by more than chance."""
 
 
 def score(outcome: Outcome, plan: Plan) -> Score:
@@ -46,6 +49,7 @@ def score(outcome: Outcome, plan: Plan) -> Score:
         start=values[0] if steps and steps[0] == 0 else None,
         failed=failed,
         diverged=_diverged(outcome, later, best),
+        collapsed=failed or _halved(later, best) or _below_start(outcome, values, steps),
     )
 
 
@@ -70,8 +74,27 @@ def _area(steps: Sequence[int], values: Sequence[float]) -> float | None:
 def _diverged(outcome: Outcome, later: Sequence[float], best: float | None) -> bool:
     """A mean log gap beyond `DIVERGED_GAP`, or less than half of the best success left."""
     gap = outcome.metrics.get("g_max")
-    collapsed = bool(later) and best is not None and later[-1] < best / 2
-    return collapsed or (gap is not None and gap >= DIVERGED_GAP)
+    return _halved(later, best) or (gap is not None and gap >= DIVERGED_GAP)
+
+
+def _halved(later: Sequence[float], best: float | None) -> bool:
+    return bool(later) and best is not None and later[-1] < best / 2
+
+
+def _below_start(outcome: Outcome, values: Sequence[float], steps: Sequence[int]) -> bool:
+    """Whether Newcombe's 95 % interval of end less start is below 0, for as many prompts each.
+
+    A run that learns nothing ends below its start half of the time. Where nobody said how many
+    prompts there were, nothing is concluded.
+    """
+    n, m = outcome.before.get("n"), outcome.after.get("n")
+    if not (isinstance(n, int) and isinstance(m, int) and min(n, m) > 0):
+        return False
+    if len(steps) < 2 or steps[0] != 0 or not all(0 <= v <= 1 for v in (values[0], values[-1])):
+        return False
+    start, end = values[0], values[-1]
+    high = rate_difference(round(end * m), m, round(start * n), n).high
+    return high is not None and high < 0
 
 
 def time_to(outcome: Outcome, target: float, unit: str = "step") -> tuple[float, bool]:

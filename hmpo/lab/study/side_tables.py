@@ -3,12 +3,13 @@
 from collections.abc import Sequence
 from typing import Any
 
-from hmpo.lab.statistics.intervals import rate
 from hmpo.lab.study.analysis import Study
+from hmpo.lab.study.grid_tables import setting
 from hmpo.lab.study.main_table import (
     SHOWN,
     average,
     compared,
+    count_of,
     identity,
     identity_columns,
     numbers,
@@ -87,6 +88,7 @@ def stability_table(study: Study) -> Table:
         Column("nonfinite", "non-finite"),
         Column("skipped", "skipped updates"),
         Column("diverged", "diverged"),
+        Column("collapsed", "collapsed"),
         Column("failed", "failed"),
     )
     rows = []
@@ -99,8 +101,9 @@ def stability_table(study: Study) -> Table:
             "max_qk": _mean(study, cell, "max_qk"),
             "max_qk_all": plain(max(largest)) if largest else EMPTY,
             "qk_clip_share": _mean(study, cell, "qk_clip_share"),
-            "diverged": _share(sum(run.score.diverged for run in runs.values()), len(runs)),
-            "failed": _share(sum(run.score.failed for run in runs.values()), len(runs)),
+            "diverged": count_of(sum(run.score.diverged for run in runs.values()), len(runs)),
+            "collapsed": count_of(sum(run.score.collapsed for run in runs.values()), len(runs)),
+            "failed": count_of(sum(run.score.failed for run in runs.values()), len(runs)),
         }
         for name in ("nonfinite", "skipped"):
             values = numbers(runs, name)
@@ -108,16 +111,11 @@ def stability_table(study: Study) -> Table:
         rows.append(row)
     note = (
         "Non-finite tensors and skipped updates are sums over seeds. A run diverged if its mean "
-        "log gap reached 1 nat or its last success was below half of its best; shares have "
-        "Wilson's interval."
+        "log gap reached 1 nat or its last success was below half of its best; it collapsed if it "
+        "failed, ended below half of its best, or below its start by more than chance. Shares "
+        "have Wilson's interval."
     )
     return Table("T3", "Stability", note, columns, rows_of(columns, rows)).shown()
-
-
-def _share(count: int, total: int) -> Item:
-    found = rate(count, total)
-    raw: dict[str, Any] = {"": count, "_n": total, "_low": found.low, "_high": found.high}
-    return Item(f"{count}/{total}", found.value, raw, f"{found.low:.2f}, {found.high:.2f}")
 
 
 def controller_table(study: Study) -> Table | None:
@@ -138,7 +136,10 @@ def controller_table(study: Study) -> Table | None:
         Column("identical", "identical to off", title="runs whose curves equal those with off"),
     )
     rows = []
+    matched = _matched(study, modes)
     for cell in rows_in_order(study):
+        if matched and cell.name not in matched:
+            continue
         runs = study.runs[cell.name]
         contrast = next((c for c in (*study.contrasts, *study.others) if c.cell == cell.name), None)
         row = {
@@ -146,7 +147,7 @@ def controller_table(study: Study) -> Table | None:
             "mode": word(modes[cell.name]),
             "seeds": whole(len(runs)),
             "success": _success(study, cell),
-            "stopped": _share(
+            "stopped": count_of(
                 sum(run.outcome.status == "stopped" for run in runs.values()), len(runs)
             ),
             "identical": _identical(study, cell, modes),
@@ -165,9 +166,18 @@ def _success(study: Study, cell: Cell) -> Item:
 
 
 def _mode(cell: Cell) -> str:
-    agm = cell.settings.get("agm")
-    mode = agm.get("mode", "off") if isinstance(agm, dict) else "off"
-    return str(mode)
+    return str(setting(cell, "agm", "mode") or "off")
+
+
+def _matched(study: Study, modes: dict[str, str]) -> set[str]:
+    """Cells that differ from another one in the controllers' mode and in nothing else."""
+    cells = study.cells(*SHOWN)
+    return {
+        cell.name
+        for cell in cells
+        for other in cells
+        if modes[cell.name] != modes[other.name] and _without_mode(cell) == _without_mode(other)
+    }
 
 
 def _identical(study: Study, cell: Cell, modes: dict[str, str]) -> Item:

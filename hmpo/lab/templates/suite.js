@@ -63,7 +63,7 @@
     return {
       paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
       font: { color: css("--ink"), family: "system-ui, sans-serif", size: narrow ? 11 : 13 },
-      height: narrow ? 460 : 480, margin: { l: 50, r: 10, t: 34, b: 40 },
+      height: 480, uirevision: quantity.value + "/" + block.value, margin: { l: 50, r: 10, t: 34, b: 40 },
       modebar: { bgcolor: "rgba(0,0,0,0)", color: css("--soft"), activecolor: css("--accent") },
       hovermode: "closest", hoverlabel: { namelength: 30 },
       xaxis: Object.assign({ title: { text: "optimizer updates" } }, axis),

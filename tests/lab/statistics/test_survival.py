@@ -59,6 +59,40 @@ def test_without_censoring_the_intervals_are_wilsons_and_interpolated_order_stat
     assert km.median.high == pytest.approx(times[8] + weight * (times[7] - times[8]))
 
 
+def test_a_step_that_passes_one_half_is_not_interpolated():
+    # Three censored at 200 and 240: the last of six takes the curve from 2/3 to 0 at 280, so that
+    # 280 is the only time by which half have reached the target, and no earlier one can be its end.
+    km = kaplan_meier([80, 160, 200, 240, 240, 280], [1, 1, 0, 0, 0, 1])
+    np.testing.assert_allclose(km.survival, [5 / 6, 4 / 6, 0])
+    assert km.median is not None
+    assert km.median.value == 280 and km.median.high == 280 and 80 < km.median.low < 160
+
+
+@given(st.lists(st.integers(1, 6), min_size=2, max_size=30).filter(lambda t: len(set(t)) < len(t)))
+def test_with_tied_times_the_interval_is_that_of_the_sign_test(times):
+    grid = sorted({*times, *(t + 0.5 for t in times)})  # each event time and one beyond it
+    kept = [
+        m
+        for m in grid
+        if stats.binom.cdf(sum(t <= m for t in times), len(times), 0.5) > 0.025
+        and stats.binom.cdf(sum(t >= m for t in times), len(times), 0.5) > 0.025
+    ]
+    median = kaplan_meier(times, [True] * len(times)).median
+    assert median is not None and kept
+    by_half = [m for m in sorted(times) if 2 * sum(t <= m for t in times) >= len(times)]
+    assert min(kept) <= by_half[0] <= max(kept)
+    all_few = stats.binom.cdf(0, len(times), 0.5) > 0.025  # then nothing can be excluded
+    assert median.low == (0 if all_few else min(kept))
+    last = max(times)
+    assert median.high == (None if all_few else last if max(kept) > last else max(kept))
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=25))
+def test_the_median_of_uncensored_times_is_numpys(times):
+    median = kaplan_meier(times, [True] * len(times)).median
+    assert median is not None and median.value == np.median(times)
+
+
 def test_the_end_is_open_where_few_have_reached_the_target():
     km = kaplan_meier([1, 2, 3, 4, 5, 6, 9, 9, 9, 9], [1, 1, 1, 1, 1, 1, 0, 0, 0, 0])
     assert km.median.value == 5.5 and km.median.high is None

@@ -66,7 +66,17 @@ def page_of(folder: Path) -> Page:
 
 def test_there_is_a_file_for_each_table_and_two_for_each_figure(written: Written) -> None:
     names = [path.name for path in written.tables]
-    assert names == ["T1.csv", "T1-all.csv", "T2.csv", "T3.csv", "T4.csv", "T6.csv", "T7.csv"]
+    assert names == [
+        "T1.csv",
+        "T1-all.csv",
+        "T1b.csv",
+        "T1c.csv",
+        "T2.csv",
+        "T3.csv",
+        "T4.csv",
+        "T6.csv",
+        "T7.csv",
+    ]
     assert len(written.plots) == 22
     assert all(path.stat().st_size > 100 for path in (*written.tables, *written.plots))
 

@@ -52,6 +52,23 @@ def test_a_run_diverged_when_its_gap_or_the_loss_of_its_best_says_so(rates, gap,
     assert score(outcome(rates, metrics={"g_max": gap}), PLAN).diverged is expected
 
 
+@pytest.mark.parametrize(
+    ("rates", "changes", "expected"),
+    [
+        ([0.2, 0.6, 0.6, 0.6, 0.6], {}, False),
+        ([0.2, 0.6, 0.6, 0.6, 0.29], {}, True),  # below half of its best
+        ([0.3, 0.25, 0.25, 0.25, 0.26], {}, False),  # below its start, as chance has it
+        ([0.3, 0.25, 0.25, 0.25, 0.16], {}, True),  # below its start by more than that
+        ([0.2, 0.6, 0.6, 0.6, 0.6], {"status": "failed"}, True),
+        ([0.2, 0.6, 0.6, 0.6, 0.6], {"metrics": {"g_max": 2.0}}, False),  # diverged, yet learned
+        ([0.3, 0.25, 0.25, 0.25, 0.16], {"before": {}}, False),  # of how many nobody said
+    ],
+)
+def test_a_run_collapsed_when_it_failed_or_lost_what_it_had(rates, changes, expected) -> None:
+    sizes = {"before": {"n": 256}, "after": {"n": 256}}
+    assert score(outcome(rates, **{**sizes, **changes}), PLAN).collapsed is expected
+
+
 def test_time_to_target_is_that_of_the_first_evaluation_above_it_or_censored() -> None:
     run = outcome([0.9, 0.2, 0.5, 0.4, 0.8])
     assert time_to(run, 0.5) == (20, True)

@@ -11,10 +11,12 @@ import pytest
 
 from hmpo.errors import TelemetryError
 from hmpo.lab.statistics.intervals import Estimate
+from hmpo.lab.statistics.survival import kaplan_meier
 from hmpo.lab.study.analysis import Study
 from hmpo.lab.study.grid_tables import peers_table, staleness_table
-from hmpo.lab.study.main_table import main_table, overall_table, time_table
+from hmpo.lab.study.main_table import _median, main_table, time_table
 from hmpo.lab.study.outcomes import collect
+from hmpo.lab.study.overall_table import overall_table
 from hmpo.lab.study.plan import read_plan
 from hmpo.lab.study.side_tables import controller_table, cost_table, risk_table, stability_table
 from hmpo.lab.study.tabular import EMPTY, Column, Table, digits, estimate, word
@@ -110,6 +112,92 @@ def test_t4_is_made_where_exponent_and_staleness_vary(study: Study, tmp_path: Pa
     assert staleness_table(study_of(tmp_path)) is None
 
 
+def test_t4_takes_the_exponent_that_a_cell_resolved_to(tmp_path: Path) -> None:
+    power = {"mean": "power", "gate": "clip", "exponent": {"kind": "fixed"}}
+    signed = {"p_positive": -1.0, "p_negative": 1.0}
+    objectives = {
+        "grpo": power | {"p": 1.0},
+        "gmpo": power | {"p": 0.0},
+        "hmpo": power | {"p": -1.0, "p_positive": -1.0, "p_negative": None},
+        "signed": power | {"p": -1.0} | signed,
+        "cispo": power | {"p": 1.0, "gate": "detached"},
+        "ahm": power | {"p": -1.0, "mean": "ahm"},
+        "learned": power | {"p": -1.0, "exponent": {"kind": "learned"}},
+    }
+    cells = []
+    for name, objective in objectives.items():
+        for lag in (0, 8):
+            own = cell(f"{name}{lag}", [1], settings={"objective": {"member": name}})
+            cells.append(own | {"resolved": {"objective": objective, "rollout": {"lag": lag}}})
+            place(tmp_path, make_outcome(f"{name}{lag}", 1, 0.5))
+    write_plan(tmp_path, cells)
+    table = staleness_table(study_of(tmp_path))
+    assert table is not None
+    found = {line["cell"]: (line["p"], line["stale"]) for line in read(table)}
+    assert found == {
+        f"{name}{lag}": (p, f"lag {lag}, 1 x 1")
+        for name, p in (("grpo", "1.0"), ("gmpo", "0.0"), ("hmpo", "-1.0"))
+        for lag in (0, 8)
+    }
+
+
+def test_a_row_says_how_many_of_its_runs_are_exploratory(tmp_path: Path) -> None:
+    late = {"gspo+dense+stale": [3, 4], "again": [101]}
+    study = study_of(make_suite(tmp_path, exploratory=late))
+    roles = {found["cell"].text: found["role"].text for found in main_table(study).rows}
+    assert roles["gspo+dense+stale"] == "exploratory: 2 of 4"
+    assert roles["again"] == "again, exploratory: 1 of 4"
+    assert roles["gspo+dense+fresh"] == ""
+    contrast = study.contrast("gspo+dense+stale", "grpo+dense+stale")
+    assert contrast is not None and (contrast.confirmatory, contrast.late) == (False, "2 of 8")
+
+
+def test_times_are_shown_without_an_interval_where_seeds_are_few(suite: Path) -> None:
+    few = row(main_table(study_of(suite)), "grpo+dense+stale")
+    assert (few["updates_low"], few["updates_high"], few["updates_n"]) == ("", "", "4")
+    texts = {found["cell"].text: found["updates"] for found in main_table(study_of(suite)).rows}
+    assert texts["grpo+dense+stale"].range.startswith("no interval; seeds ")
+
+
+@pytest.mark.parametrize(
+    ("times", "reached", "text", "range"),
+    [
+        ([10, 20, 30], [1, 1, 1], "20", "no interval; seeds 10 to 30"),
+        ([10, 20, 30], [1, 1, 0], "20", "no interval; seeds 10 to 20 or never"),
+        ([5], [1], "5", "no interval"),
+        ([10, 20, 30, 30], [1, 0, 0, 0], "fewer than half reach it", ""),
+        ([30, 30], [0, 0], "not reached", ""),
+        ([10] * 8, [1] * 8, "10", "10, 10"),
+        ([10, 10, 20, 20, 30, 30, 40, 40], [1] * 5 + [0] * 3, "25", "10, open"),
+    ],
+)
+def test_a_time_to_target_says_what_its_seeds_allow(times, reached, text, range) -> None:
+    item = _median([float(time) for time in times], [bool(hit) for hit in reached], "{:.0f}".format)
+    assert (item.text, item.range) == (text, range)
+
+
+def test_times_of_many_seeds_have_the_interval_of_kaplan_and_meier(tmp_path: Path) -> None:
+    study = study_of(make_suite(tmp_path, seeds=range(1, 11)))
+    found = study.plan.cell("gspo+dense+stale")
+    assert found is not None
+    times, tokens, reached = time_table(study, found, study.target(found) or 0.0)
+    line = row(main_table(study), found.name)
+    for name, of in (("updates", times), ("tokens", tokens)):
+        expected = kaplan_meier(of, reached).median
+        assert expected is not None and expected.low
+        assert float(line[f"{name}_low"]) == pytest.approx(expected.low)
+    heads = {column.key: column.label for column in main_table(study).columns}
+    item = next(r for r in main_table(study).rows if r["cell"].text == found.name)["tokens"]
+    assert heads["tokens"] == "tokens to target, thousands"
+    assert item.text == digits(float(line["tokens"]) / 1000)
+
+
+def test_one_seed_gives_no_word(tmp_path: Path) -> None:
+    study = study_of(make_suite(tmp_path, seeds=(2,)))
+    words = {found["cell"].text: found["verdict"].text for found in main_table(study).rows}
+    assert words["negative"] == words["gspo+dense+stale"] == "one seed"
+
+
 def test_t5_counts_runs_that_advice_left_untouched(tmp_path: Path) -> None:
     cells = [
         cell(mode, [1, 2], levels={"member": mode}, settings={"agm": {"mode": mode}})
@@ -122,8 +210,10 @@ def test_t5_counts_runs_that_advice_left_untouched(tmp_path: Path) -> None:
         place(tmp_path, off)
         place(tmp_path, replace(off, cell="advise", levels={"member": "advise"}))
         place(tmp_path, make_outcome("apply", seed, 0.6, levels={"member": "apply"}))
+    write_plan(tmp_path, [*cells, cell("aside", [1], settings={"x": 1})], compare=compare)
+    place(tmp_path, make_outcome("aside", 1, 0.5))
     table = controller_table(study_of(tmp_path))
-    assert table is not None
+    assert table is not None  # without the cell that has no counterpart
     texts = {found["cell"].text: found["identical"].text for found in table.rows}
     assert texts == {"off": "", "advise": "2/2", "apply": "0/2"}
 
