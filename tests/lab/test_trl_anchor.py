@@ -31,8 +31,8 @@ def tiny(anchor, name="gspo+key+fresh"):
     config = cell.config
     changes = {
         "updates": 4,
-        "prompts_per_rollout": 2,
-        "trainer": dataclasses.replace(config.trainer, group_size=4, minibatches=2),
+        "prompts_per_rollout": 8,
+        "trainer": dataclasses.replace(config.trainer, group_size=8, minibatches=2),
         "eval": dataclasses.replace(config.eval, prompts=16, final_prompts=16, every=2),
         "optimizer": dataclasses.replace(config.optimizer, lr=1e-2),
     }
