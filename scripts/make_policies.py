@@ -60,6 +60,9 @@ class Recipe:
     """First update that may stop."""
     every: int = 10
     """Updates between two decisions."""
+    heat: float = 1.0
+    """Factor on the weights of queries and keys once the fit is over, and so its square on the
+    attention logits: a policy whose attention is under stress."""
     noise: float = 0.0
     """Share of the answers' letters that are drawn anew, after a fit to right ones until nine
     answers in ten are right. For a task whose answer is easier to learn than to get by chance."""
@@ -86,6 +89,7 @@ RECIPES: dict[str, Recipe] = {
     "spell-3m": dataclasses.replace(
         SPELL, hidden=256, layers=4, intermediate=688, lr=1e-3, kept=False
     ),
+    "spell-hot": dataclasses.replace(SPELL, heat=1.5, kept=False),
 }
 
 
@@ -122,6 +126,7 @@ def make(name: str, recipe: Recipe, out: Path, prompts: int) -> bool:
     if not reached:
         print(f"{name}: not written, {updates} updates never came into {recipe.band}")
         return False
+    hotter(model, recipe.heat)
     card = {
         "made_by": f"python scripts/make_policies.py {name}",
         "task": dataclasses.asdict(recipe.task),
@@ -165,6 +170,14 @@ def fit(
         model, tokenizer, pairs, stop=lambda step: inside(*recipe.band, step), **settings
     )
     return updates + len(losses), recipe.band[0] <= rate <= recipe.band[1]
+
+
+def hotter(model: torch.nn.Module, heat: float) -> None:
+    """Multiply the weights of queries and keys."""
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith(("q_proj.weight", "k_proj.weight")):
+                weight.mul_(heat)
 
 
 class Deciding:

@@ -56,6 +56,19 @@ def test_what_never_comes_into_its_band_is_not_written(script, tmp_path, monkeyp
     assert list(tmp_path.iterdir()) == []
 
 
+def test_heat_multiplies_the_weights_of_queries_and_keys_alone(script, tmp_path, monkeypatch):
+    monkeypatch.setattr(script, "DECIDING", 16)
+    found = []
+    for name, heat in (("cool", 1.0), ("hot", 1.5)):
+        assert script.make("tiny", tiny(script, heat=heat), tmp_path / name, 16)
+        found.append(load_policy(PolicyConfig(path=str(tmp_path / name / "tiny"))).model)
+    hot = dict(found[1].named_parameters())
+    heated = [name for name, weight in found[0].named_parameters() if not weight.equal(hot[name])]
+    assert [name.split(".")[-2] for name in heated] == ["q_proj", "k_proj"]
+    for name in heated:
+        assert hot[name].equal(1.5 * found[0].get_parameter(name))
+
+
 def test_an_unknown_name_is_one_line(script, capsys):
     with pytest.raises(SystemExit):
         script.main(["carri"])

@@ -1,6 +1,7 @@
 """Figures of estimates: forest, heat map, weights by exponent, profile, envelope, sigma, times."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -27,6 +28,8 @@ from hmpo.lab.study.main_table import average, numbers, time_table
 from hmpo.lab.study.plan import Cell
 from hmpo.lab.study.series import blocks, label_of
 
+RATES = ("lr", "rate")
+"""Factors whose levels are learning rates."""
 MOST_ROWS = 60
 """Differences of one forest plot; the table has all of them."""
 WORDS = {"better": COLOURS[2], "worse": COLOURS[1], "no difference": COLOURS[0]}
@@ -180,49 +183,80 @@ def profile(study: Study) -> Figure | None:
     return figure
 
 
-def tuning(study: Study) -> dict[str, list[tuple[float, list[float], str]]]:
-    """By method: learning rate, success by seed, and cell, of the cells of role `tuning`."""
-    found: dict[str, list[tuple[float, list[float], str]]] = {}
-    for cell in study.cells("tuning"):
+Rates = dict[str, list[tuple[float, list[float]]]]
+"""By method: learning rate and success by seed, in ascending order."""
+
+
+def tuning(study: Study) -> dict[str, Rates]:
+    """By block, what each method came to at each of several learning rates.
+
+    Taken from cells of role `tuning`, and from those of a factor that is called `lr` or `rate`.
+    """
+    swept = [c for c in study.cells("main") if any(factor in c.levels for factor in RATES)]
+    found: dict[str, Rates] = {}
+    for cell in [*study.cells("tuning"), *swept]:
         rate = setting(cell, "optimizer", "lr")
         scores = study.successes(cell.name)
         if isinstance(rate, int | float) and rate > 0 and scores:
-            found.setdefault(_method(study, cell), []).append((float(rate), scores, cell.name))
-    return {method: sorted(rows) for method, rows in found.items() if len(rows) > 1}
+            block, method = _tuned(study, cell)
+            found.setdefault(block, {}).setdefault(method, []).append((float(rate), scores))
+    several = {
+        block: {method: sorted(rows) for method, rows in methods.items() if len(rows) > 1}
+        for block, methods in found.items()
+    }
+    return {block: methods for block, methods in several.items() if methods}
 
 
-def _method(study: Study, cell: Cell) -> str:
-    levels = [level for factor, level in cell.levels.items() if factor not in ("lr", "optimizer")]
-    return cell.levels.get(study.plan.factor) or ", ".join(levels) or cell.name
+def _tuned(study: Study, cell: Cell) -> tuple[str, str]:
+    """Block and method of a cell, whatever its learning rate."""
+    rest = {f: level for f, level in cell.levels.items() if f not in (*RATES, "optimizer")}
+    factor = study.plan.factor if study.plan.factor in rest else next(iter(rest), "")
+    method = rest.pop(factor, cell.name)
+    return ", ".join(rest.values()), method
 
 
 def envelope(study: Study) -> Figure | None:
     """Success by learning rate, and what the best of k tried rates is expected to give."""
-    found = tuning(study)
+    found = dict(list(tuning(study).items())[:MOST_BLOCKS])
     if not found:
         return None
-    figure, ((left, right),) = grid(2)
+    figure, every = grid(2, len(found))
     order = order_of(study)
-    for method, rows in found.items():
-        how = look(order.get(method, 0))
-        means = [average(scores, study) for _, scores, _ in rows]
-        rates = [rate for rate, _, _ in rows]
-        left.plot(rates, [e.value for e in means], marker="o", label=plain(method), **how)
-        for rate, e in zip(rates, means):
-            if e.low is not None and e.high is not None:
-                left.plot([rate, rate], [e.low, e.high], color=how["color"], linewidth=1)
-        seeds = min(len(scores) for _, scores, _ in rows)
-        table = [scores[:seeds] for _, scores, _ in rows]
-        best = [expected_best(table, draws) for draws in range(1, len(table) + 1)]
-        right.plot(range(1, len(best) + 1), [e.value for e in best], marker="o", **how)
-    left.set_xscale("log")
-    left.set_xlabel("learning rate")
-    left.set_ylabel("success")
-    right.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    right.set_xlabel("learning rates tried")
-    right.set_ylabel("expected best success")
-    legend(figure, [[left]])
+    names = list(dict.fromkeys(method for methods in found.values() for method in methods))
+    for (left, right), (block, methods) in zip(every, found.items()):
+        for method, rows in methods.items():
+            how = look(order.get(method, names.index(method)))
+            _envelope(left, right, study, rows, plain(method), how)
+        name_axes(left, block)
+        left.set_xscale("log")
+        left.set_xlabel("learning rate")
+        left.set_ylabel("success")
+        right.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        right.set_xlabel("learning rates tried")
+        right.set_ylabel("expected best success")
+    legend(figure, every)
     return figure
+
+
+def _envelope(
+    left: Axes,
+    right: Axes,
+    study: Study,
+    rows: list[tuple[float, list[float]]],
+    label: str,
+    how: dict[str, Any],
+) -> None:
+    """One method: mean and interval by rate at the left, expected best by budget at the right."""
+    means = [average(scores, study) for _, scores in rows]
+    rates = [rate for rate, _ in rows]
+    left.plot(rates, [e.value for e in means], marker="o", label=label, **how)
+    for rate, e in zip(rates, means):
+        if e.low is not None and e.high is not None:
+            left.plot([rate, rate], [e.low, e.high], color=how["color"], linewidth=1)
+    seeds = min(len(scores) for _, scores in rows)
+    table = [scores[:seeds] for _, scores in rows]
+    best = [expected_best(table, draws) for draws in range(1, len(table) + 1)]
+    right.plot(range(1, len(best) + 1), [e.value for e in best], marker="o", **how)
 
 
 def times(study: Study) -> Figure | None:

@@ -1,5 +1,6 @@
 """Figures: which there are, what they are drawn from, and the same bytes each time."""
 
+import itertools
 import re
 from pathlib import Path
 
@@ -130,3 +131,46 @@ def test_a_title_with_mathematics_in_it_is_a_text(tmp_path: Path) -> None:
     for seed in (1, 2):
         place(folder, make_outcome("a", seed, 0.5, levels=levels))
     assert draw(PICTURES[0], study_of(folder))["svg"]
+
+
+def swept(folder: Path, factor: str) -> Study:
+    """Two methods in two regimes at three rates; the best rate depends on the method."""
+    cells, ends = [], {"p1": (0.2, 0.5, 0.1), "p0": (0.1, 0.3, 0.6)}
+    for method, regime, step in itertools.product(ends, ("fresh", "stale"), range(3)):
+        rate = (1e-4, 3e-4, 1e-3)[step]
+        levels = {"p": method, "regime": regime, factor: f"r{step}"}
+        name = "+".join(levels.values())
+        settings = {"optimizer": {"lr": rate}}
+        cells.append(cell(name, [1, 2], levels=levels, settings=settings))
+        for seed in (1, 2):
+            end = ends[method][step] + (0.1 if regime == "stale" else 0.0)
+            place(folder, make_outcome(name, seed, end, levels=levels))
+    compare = {"factor": "p", "to": ["p1"], "within": ["regime", factor]}
+    write_plan(folder, cells, compare=compare)
+    return study_of(folder)
+
+
+@pytest.mark.parametrize("factor", ["rate", "lr"])
+def test_an_envelope_is_drawn_for_each_block_of_a_factor_of_rates(
+    tmp_path: Path, factor: str
+) -> None:
+    study = swept(tmp_path, factor)
+    found = estimates.tuning(study)
+    assert {block: list(methods) for block, methods in found.items()} == {
+        "fresh": ["p1", "p0"],
+        "stale": ["p1", "p0"],
+    }
+    for methods in found.values():
+        assert [rate for rate, _ in methods["p0"]] == [1e-4, 3e-4, 1e-3]
+    figure = estimates.envelope(study)
+    assert figure is not None
+    titles = [axes.get_title(loc="left") for axes in figure.axes]
+    assert titles == ["fresh", "", "stale", ""]
+    last = figure.axes[3].lines
+    assert [float(line.get_ydata()[-1]) for line in last] == pytest.approx(
+        [max(np.mean(scores) for _, scores in methods) for methods in found["stale"].values()]
+    )
+
+
+def test_a_factor_that_sets_rates_under_another_name_is_no_envelope(tmp_path: Path) -> None:
+    assert estimates.envelope(swept(tmp_path, "size")) is None
