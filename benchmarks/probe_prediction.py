@@ -9,7 +9,7 @@ measured. Every difference between a measured cosine and the formula is a sum of
     tails      the recorded log ratios, less those normal ones
     rows       minibatch in log-probs, less the mean within responses: who weighs how much
     tokens     one response in weights (mean), less within responses: what tokens' gradients weigh
-    cancels    minibatch in weights, less the mean of one response in weights
+    sum        minibatch in weights, less the mean of one response in weights: who weighs how much
 
 python benchmarks/probe_prediction.py   writes results/probe_prediction.json (about 2 CPU minutes)
 """
@@ -49,7 +49,7 @@ from hmpo.tasks import make_task
 
 SUITE = Path(__file__).resolve().parent.parent / "studies" / "tuning.toml"
 REGIMES = {
-    "fresh": {"regime": "fresh", "lag": 0, "rates": (1e-3, 3e-3), "at": (1, 3)},
+    "fresh": {"regime": "fresh", "lag": 0, "rates": (3e-4, 1e-3), "at": (1, 3)},
     "lag 2": {"regime": "fresh", "lag": 2, "rates": (3e-4, 1e-3), "at": (0, 3)},
     "lag 8": {"regime": "stale", "lag": 8, "rates": (3e-5, 1e-4, 3e-4), "at": (0, 15)},
 }
@@ -119,15 +119,17 @@ def normal_cosines(batch: RecordedBatch, generator: torch.Generator) -> list[flo
     return [float(effective_sample_size(draws * scale, mask, p).sqrt().mean()) for p in OTHERS]
 
 
-def in_weights(batch: RecordedBatch, policy: Policy) -> tuple[list[float], float]:
-    """Mean over responses of the cosine of one response in weights; and what is left of a sum.
+def in_weights(batch: RecordedBatch, policy: Policy) -> Row:
+    """Responses one by one in the space of weights.
 
-    The latter is the squared norm of the minibatch's gradient (p = 0) over the sum of those of its
-    responses: 1 for responses at right angles, 0 where they cancel.
+    Returns: `one in weights`, the mean cosine of a response's gradients to that of p = 0; `carry
+    weights`, by exponent, the effective number of responses in the sum (`effective`); `left`, the
+    squared norm of the minibatch's gradient (p = 0) over the sum of those of its responses: 1 for
+    responses at right angles, 0 where they cancel.
     """
     unit = dataclasses.replace(batch, advantages=torch.ones_like(batch.advantages))
     directions = torch.stack([token_direction(unit, v) for v in VARIANTS])
-    cosines, whole, parts = [], torch.zeros(()), 0.0
+    found, norms, whole = [], [], torch.zeros(())
     for i in batch.mask.any(1).nonzero()[:, 0].tolist():
         vectors = parameter_directions(
             policy.model,
@@ -135,11 +137,27 @@ def in_weights(batch: RecordedBatch, policy: Policy) -> tuple[list[float], float
             directions[:, i : i + 1],
             policy.config,
         )
-        cosines.append(to_zero(vectors))
-        own = batch.advantages[i] * vectors[ZERO]
-        whole, parts = whole + own, parts + float(own.square().sum())
-    left = float(whole.square().sum()) / parts if parts else 0.0
-    return torch.stack(cosines).mean(0).tolist(), left
+        found.append(to_zero(vectors))
+        own = batch.advantages[i] * vectors
+        norms.append(own.double().square().sum(1))
+        whole = whole + own[ZERO]
+    sizes = torch.stack(norms)  # (rows, exponents)
+    parts = float(sizes[:, ZERO].sum())
+    return {
+        "one in weights": torch.stack(found).mean(0).tolist(),
+        "carry weights": effective(sizes),
+        "left": float(whole.square().sum()) / parts if parts else None,
+    }
+
+
+def effective(sizes: Tensor) -> list[float | None]:
+    """Effective number of responses for each exponent: (sum s)^2 / sum s^2 of squared norms s.
+
+    Args:
+        sizes: (rows, exponents).
+    """
+    total, squares = sizes.sum(0).square(), sizes.square().sum(0)
+    return [float(t / s) if s > 0 else None for t, s in zip(total, squares, strict=True)]
 
 
 def to_zero(vectors: Tensor) -> Tensor:
@@ -177,9 +195,12 @@ def measured(batch: RecordedBatch, policy: Policy | None) -> Row:
         "normal": normal_cosines(batch, torch.Generator().manual_seed(0)),
         "within": [w.cosine for w in within],
         "log-probs": cosines(probed.distances),
+        "carry log-probs": effective(
+            torch.stack([token_direction(batch, v).square().sum(1) for v in VARIANTS], 1)
+        ),
     }
     if policy is not None:
-        row["one in weights"], row["left"] = in_weights(batch, policy)
+        row |= in_weights(batch, policy)
         row["weights"] = cosines(probed.weight_distances)
     return row
 
