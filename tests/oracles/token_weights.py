@@ -47,3 +47,15 @@ def spread(row):
         return size, 1.0
     entropy = -math.fsum(w * math.log(w) for w in weights if w > 0)
     return size, entropy / math.log(len(row))
+
+
+def within(row, p):
+    """Cosine between the weights exp(p d_t) of one response and equal ones."""
+    weights = [math.exp(p * v) for v in row]
+    return math.fsum(weights) / math.sqrt(len(row) * math.fsum(w * w for w in weights))
+
+
+def own_sigma(row):
+    """Population standard deviation of one response's log ratios."""
+    mean = math.fsum(row) / len(row)
+    return math.sqrt(math.fsum((v - mean) ** 2 for v in row) / len(row))
