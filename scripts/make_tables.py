@@ -449,6 +449,8 @@ MAKERS: dict[str, Callable[[], str]] = {
     "memory_flat": performance_tables.memory_flat,
     "statistics_coverage": lab_tables.statistics_coverage,
     **study_tables.TABLES,
+    "probe_prediction": lab_tables.probe_prediction,
+    "probe_causes": lab_tables.probe_causes,
     "gpu_right": gpu_tables.right,
     "gpu_rollouts": gpu_tables.rollouts,
     "gpu_work": gpu_tables.work,

@@ -23,13 +23,13 @@ from hmpo.lab.probe.directions import (
 from hmpo.lab.probe.measures import (
     Parts,
     Spread,
-    expected_cosine,
     expected_distance,
     finite,
     measure_parts,
     measure_spreads,
     token_sigma,
 )
+from hmpo.lab.probe.prediction import Within, excess_kurtosis, within_responses
 from hmpo.lab.probe.variants import (
     CLIP,
     EXPONENTS,
@@ -44,6 +44,8 @@ from hmpo.lab.probe.verdict import Angles, Space, Verdict, judge
 from hmpo.types import Rollout
 
 SCHEMA = "hmpo.probe/1"
+NAMED = (-1.0, 1.0)
+"""The exponents of the named members at both ends (HMPO, GRPO), which the headline is of."""
 BEYOND = "rewards have no mean in [0, 1]: apmpo has the exponent that it begins with"
 
 
@@ -96,6 +98,11 @@ class UpdateProbe:
     clip): gradient noise."""
     spreads: list[dict[str, Spread]]
     """Of each variant, by the sign of the advantage."""
+    within: tuple[Within, ...]
+    """Of each exponent: the cosine to p = 0 within responses, which the formula is of."""
+    kurtosis: float | None
+    """Excess kurtosis of the log ratios within responses: 0 for normal ones, as the formula has
+    them."""
     parts: dict[str, Parts]
     """Of each member and the run's own objective: what its mean, its clip and its weights of
     responses do."""
@@ -124,15 +131,18 @@ class Probe:
         return self.updates[-1]
 
     def predictions(self) -> list[dict[str, float | None]]:
-        """Of each exponent: the cosine to p = 0, expected from sigma and measured (no clip)."""
+        """Of each exponent: the cosine to p = 0 by the formula and as measured (no clip).
+
+        `expected` is exp(-p^2 sigma^2 / 2), `own` its mean with each response's own sigma;
+        `within` is what both are of, the mean cosine within a response. `cosine` (of the whole
+        minibatch, in log-probs) and `weight_cosine` are gradients, which the formula is not of.
+        """
         where = [i for i, v in enumerate(self.variants) if v.kind == "exponent"]
         zero = next((i for i in where if self.variants[i].p == 0), None)
         rows: list[dict[str, float | None]] = []
-        for i in where:
-            p = self.variants[i].p
-            assert p is not None, "exponents have one"
-            row: dict[str, float | None] = {"p": p}
-            row["expected"] = expected_cosine(p, 0.0, self.stalest.sigma)
+        for i, inside in zip(where, self.stalest.within, strict=True):
+            row: dict[str, float | None] = {"p": inside.p, "expected": inside.pooled}
+            row |= {"own": inside.own, "within": inside.cosine}
             for name in ("distances", "weight_distances"):
                 matrix = getattr(self.stalest, name)
                 apart = None if zero is None or matrix is None else matrix[zero][i]
@@ -204,6 +214,12 @@ def probe_update(
         weight_distances=weight_distances,
         halves=halves,
         spreads=[measure_spreads(batch, direction) for direction in directions],
+        within=tuple(
+            within_responses(batch, v.p)
+            for v in variants
+            if v.kind == "exponent" and v.p is not None
+        ),
+        kurtosis=excess_kurtosis(batch),
         parts={v.name: measure_parts(batch, v) for v in named},
     )
 
@@ -264,20 +280,21 @@ def finish_probe(
     matrices = [
         u.distances if u.weight_distances is None else u.weight_distances for u in updates_seen
     ]
-    free = [i for i, v in enumerate(variants) if v.kind == "exponent"]
-    pairs = [(i, j) for i in free for j in free if i < j]
-    i, j = max(pairs, key=lambda pair: matrices[-1][pair[0]][pair[1]] or 0.0)
-    p, q = variants[i].p, variants[j].p
-    assert p is not None and q is not None, "exponents have one"
+    free = {v.p: i for i, v in enumerate(variants) if v.kind == "exponent" and v.p is not None}
+    pairs = [(p, q) for p in free for q in free if p < q]
+    extreme = max(pairs, key=lambda pair: matrices[-1][free[pair[0]]][free[pair[1]]] or 0.0)
+    p, q = pair = NAMED if NAMED in pairs else extreme
     shared = {v.p: k for k, v in enumerate(variants) if v.kind == "clipped"}
     angles = Angles(
         pair=(p, q),
         space=space,
-        distances=[matrix[i][j] for matrix in matrices],
+        distances=[matrix[free[p]][free[q]] for matrix in matrices],
         clipped=matrices[-1][shared[p]][shared[q]],
         expected=expected_distance(p, q, stalest.sigma),
         halves=[update.halves for update in updates_seen],
         updates=updates,
+        extreme=None if extreme == pair else extreme,
+        extreme_distances=[m[free[extreme[0]]][free[extreme[1]]] for m in matrices],
     )
     return Probe(
         source=source,

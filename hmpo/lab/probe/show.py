@@ -26,11 +26,13 @@ def _parts(probe: Probe) -> Iterator[RenderableType]:
     yield Text(
         writable(
             f"{place}; sigma {stalest.sigma:.3g} nat, sigma sqrt(L) {stalest.sigma_sqrt_l:.3g} nat"
+            + ("" if stalest.kurtosis is None else f", excess kurtosis {stalest.kurtosis:.3g}")
         )
     )
     yield from (Text(writable(f"note: {note}")) for note in probe.notes)
     yield _updates(probe)
     yield _exponents(probe)
+    yield _spreads(probe)
     yield _members(probe)
 
 
@@ -45,7 +47,7 @@ def _table(title: str, columns: Sequence[str], caption: str) -> Table:
 
 
 def _updates(probe: Probe) -> Table:
-    """How far the two extreme exponents are apart, update by update of the rollout."""
+    """How far the two exponents of the headline are apart, update by update of the rollout."""
     p, q = probe.verdict.pair
     free = {v.p: i for i, v in enumerate(probe.variants) if v.kind == "exponent"}
     i, j = free[p], free[q]
@@ -69,23 +71,37 @@ def _updates(probe: Probe) -> Table:
 
 
 def _exponents(probe: Probe) -> Table:
-    """Each exponent beside p = 0: expected and measured, spread of its weights by sign."""
-    columns = ("p", "expected", "log-probs", "weights", "ESS +/-", "H +/-", "clip +/-")
+    """Each exponent beside p = 0: the formula, what it is of, and the gradients."""
+    columns = ("p", "formula", "own sigmas", "responses", "log-probs", "weights")
     table = _table(
         "Exponents without clip, at the stalest update: cosine to p = 0",
         columns,
-        "expected: from sigma; ESS, H: effective sample size and entropy of the token weights, as "
-        "shares, for advantages > 0 / < 0; clip: share of tokens that the common clip takes",
+        "formula: exp(-p^2 sigma^2 / 2), for normal log ratios within one response; own sigmas: "
+        "the same with the sigma of each response; responses: measured there, their mean; "
+        "log-probs, weights: gradients of the minibatch, which it does not predict (responses "
+        "differ in weight, and cancel)",
+    )
+    for row in probe.predictions():
+        names = ("expected", "own", "within", "cosine", "weight_cosine")
+        table.add_row(f"{row['p']:g}", *(_cosine(row[name]) for name in names))
+    return table
+
+
+def _spreads(probe: Probe) -> Table:
+    """How the weights of each exponent spread, by sign."""
+    columns = ("p", "ESS +/-", "H +/-", "clip +/-")
+    table = _table(
+        "Token weights by exponent, at the stalest update",
+        columns,
+        "ESS, H: effective sample size and entropy of the token weights, as shares, for "
+        "advantages > 0 / < 0; clip: share of tokens that the common clip takes",
     )
     spreads = probe.stalest.spreads
     free = [i for i, v in enumerate(probe.variants) if v.kind == "exponent"]
     shared = [i for i, v in enumerate(probe.variants) if v.kind == "clipped"]
-    for row, i, k in zip(probe.predictions(), free, shared, strict=True):
+    for i, k in zip(free, shared, strict=True):
         table.add_row(
-            f"{row['p']:g}",
-            _cosine(row["expected"]),
-            _cosine(row["cosine"]),
-            _cosine(row["weight_cosine"]),
+            f"{probe.variants[i].p:g}",
             _by_sign(spreads[i], "ess"),
             _by_sign(spreads[i], "entropy"),
             _by_sign(spreads[k], "clipped"),

@@ -12,14 +12,17 @@ minibatches. How far U updates take two exponents apart depends on whether the d
 So p cannot matter while U < eta / delta, however the differences line up; beyond that it can, and
 whether it does is for runs to say. Where delta < eta as well, no single update shows it: another
 exponent changes each of them less than another seed does, and only what lines up comes out, over
-many updates and seeds. Both figures are of the pair of exponents that are furthest apart. In the
-first line delta is the mean over the updates of a rollout, in the second sqrt(delta) is: the first
-updates are often fresh.
+many updates and seeds. In the first line delta is the mean over the updates of a rollout, in the
+second sqrt(delta) is: the first updates are often fresh.
+
+The answer is of p = -1 against 1, the named members, where both were compared; the pair that is
+furthest apart, for most runs -2 against 2 and four times as far, is told beside it.
 
 eta comes from the two halves of a minibatch: a gradient of half the rows has twice the variance,
 so halves at distance h belong to whole minibatches at eta = h / (2 - h).
 """
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -46,7 +49,8 @@ class Verdict:
     so that nothing need line up."""
     sentence: str
     pair: tuple[float, float]
-    """The exponents that are furthest apart at the stalest update."""
+    """The exponents that the answer is of: -1 and 1, or the furthest apart where they were not both
+    compared."""
     space: Space
     """Where the distance was measured."""
     distance: float | None
@@ -67,6 +71,23 @@ class Verdict:
     fewest: float | None
     """Updates after which exponents whose differences all line up are as far apart as two seeds;
     None where there is no difference."""
+    extreme: "Extreme | None" = None
+    """The exponents that are furthest apart, where they are others than `pair`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Extreme:
+    """The same question of the two exponents that are furthest apart.
+
+    Example: `Extreme(pair=(-2.0, 2.0), distance=0.15, fewest=12.0, word="can")`.
+    """
+
+    pair: tuple[float, float]
+    distance: float | None
+    """Their cosine distance at the stalest update, without a clip."""
+    fewest: float | None
+    """Updates after which differences that all line up take them as far apart as two seeds."""
+    word: Word
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +99,7 @@ class Angles:
     """
 
     pair: tuple[float, float]
-    """The exponents that are furthest apart."""
+    """The exponents that the answer is of."""
     space: Space
     distances: Sequence[float | None]
     """Theirs without a clip, at each update of a rollout that was seen, the stalest last; None
@@ -91,6 +112,10 @@ class Angles:
     """Distances between halves of the minibatches; None where not measured."""
     updates: int | None
     """Of the whole run; None where nobody knows."""
+    extreme: tuple[float, float] | None = None
+    """The exponents that are furthest apart, where they are others."""
+    extreme_distances: Sequence[float | None] = ()
+    """Theirs, as `distances`."""
 
 
 def minibatch_noise(halves: float) -> float:
@@ -107,19 +132,18 @@ def judge(angles: Angles) -> Verdict:
     known = [h for h in angles.halves if h is not None]
     half = sum(known) / len(known) if known else None
     noise = 1.0 if half is None else minibatch_noise(half)
-    seen = [d for d in angles.distances if d is not None]
-    mean = sum(seen) / len(seen) if seen else None
-    fewest, clear = None, mean is not None and mean >= noise
-    word: Word = "unknown"
-    if seen:
-        aligned = (sum(map(math.sqrt, seen)) / len(seen)) ** 2
-        fewest = noise / aligned if aligned > 0 else None
-        word = _word(angles.updates, clear, fewest)
+    mean, fewest, word = _rule(angles.distances, noise, angles.updates)
+    clear = mean is not None and mean >= noise and fewest is not None
     stalest = angles.distances[-1] if angles.distances else None
-    return Verdict(
+    extreme = None
+    if angles.extreme is not None:
+        _, least, other = _rule(angles.extreme_distances, noise, angles.updates)
+        last = angles.extreme_distances[-1]
+        extreme = Extreme(pair=angles.extreme, distance=last, fewest=least, word=other)
+    found = Verdict(
         word=word,
-        clear=clear and fewest is not None,
-        sentence=_sentence(word, clear, angles, stalest, noise, half is not None, fewest),
+        clear=clear,
+        sentence="",
         pair=angles.pair,
         space=angles.space,
         distance=stalest,
@@ -130,7 +154,22 @@ def judge(angles: Angles) -> Verdict:
         halves=half,
         updates=angles.updates,
         fewest=fewest,
+        extreme=extreme,
     )
+    return dataclasses.replace(found, sentence=_sentence(found))
+
+
+def _rule(
+    distances: Sequence[float | None], noise: float, updates: int | None
+) -> tuple[float | None, float | None, Word]:
+    """Of one pair: mean distance, fewest updates, the word."""
+    seen = [d for d in distances if d is not None]
+    if not seen:
+        return None, None, "unknown"
+    mean = sum(seen) / len(seen)
+    aligned = (sum(map(math.sqrt, seen)) / len(seen)) ** 2
+    fewest = noise / aligned if aligned > 0 else None
+    return mean, fewest, _word(updates, mean >= noise, fewest)
 
 
 def _word(updates: int | None, clear: bool, fewest: float | None) -> Word:
@@ -141,54 +180,66 @@ def _word(updates: int | None, clear: bool, fewest: float | None) -> Word:
     return "cannot" if updates < fewest else "can"
 
 
-def _sentence(
-    word: Word,
-    clear: bool,
-    angles: Angles,
-    stalest: float | None,
-    noise: float,
-    measured: bool,
-    fewest: float | None,
-) -> str:
+def _sentence(found: Verdict) -> str:
     """The answer in one sentence, with the figures it rests on."""
-    if stalest is None:
+    if found.distance is None:
         return (
             "nothing can be said of p: no response has an advantage and tokens, so there is no "
             "gradient; take another rollout"
         )
-    if fewest is None:
+    if found.fewest is None:
         return (
             "p cannot matter in this run: every log ratio is 0 (nothing is stale), so all "
             "exponents have one and the same gradient"
         )
-    p, q = angles.pair
+    p, q = found.pair
     figures = (
-        f"the largest cosine distance between exponents is {stalest:.2g} (p = {p:g} against {q:g}, "
-        f"{_WHERE[angles.space]}), gradient noise makes {noise:.2g} between two minibatches"
+        f"the cosine distance of p = {p:g} against {q:g} is {found.distance:.2g} "
+        f"({_WHERE[found.space]}), gradient noise makes {found.noise:.2g} between two minibatches"
     )
-    if not measured:
+    if found.halves is None:
         figures += " at most (the policy is not at hand to measure it)"
-    least = _count(fewest)
-    if word == "cannot":
-        return (
-            f"p cannot matter in this run: {figures}; with this staleness no exponent will differ "
-            f"from another by more than seeds do, not even if all {angles.updates} updates pulled "
-            f"the same way (that would take {least})"
+    least = _count(found.fewest)
+    if found.word == "cannot":
+        apart = found.extreme is not None and found.extreme.word != "cannot"
+        which = f" between {p:g} and {q:g}" if apart else ""
+        said = (
+            f"p cannot matter in this run{which}: {figures}; with this staleness the two will not "
+            f"differ by more than seeds do, not even if all {found.updates} updates pulled the "
+            f"same way (that would take {least})"
         )
-    if word == "can" and clear:
-        return (
+    elif found.word == "can" and found.clear:
+        said = (
             f"p can matter in this run: {figures}, so another exponent changes its updates at "
             "least as much as another seed does"
         )
-    if word == "can":
-        return (
+    elif found.word == "can":
+        said = (
             f"p can matter in this run, though not in one update alone: {figures}, so only "
-            f"differences that line up over at least {least} of its {angles.updates} updates show, "
+            f"differences that line up over at least {least} of its {found.updates} updates show, "
             "and seeds are needed to tell"
         )
+    else:
+        said = (
+            f"p cannot matter in fewer than {least} updates: {figures}; the number of updates of "
+            "the run is not known, and beyond it differences that line up can show"
+        )
+    return said + _further(found.extreme)
+
+
+def _further(extreme: Extreme | None) -> str:
+    """What is told of the exponents that are furthest apart."""
+    if extreme is None or extreme.distance is None or extreme.fewest is None:
+        return ""
+    p, q = extreme.pair
+    told = {
+        "cannot": "cannot matter either",
+        "can": "can, where differences line up",
+        "unknown": "can beyond that, where differences line up",
+    }[extreme.word]
     return (
-        f"p cannot matter in fewer than {least} updates: {figures}; the number of updates of the "
-        "run is not known, and beyond it differences that line up can show"
+        f"; the exponents furthest apart, p = {p:g} against {q:g} at {extreme.distance:.2g}, "
+        f"{told} (from {_count(extreme.fewest)} updates on)"
     )
 
 

@@ -26,7 +26,14 @@ def test_a_recorded_batch_is_shown_and_written(file: Path, tmp_path: Path, capsy
     assert code == 0
     words = " ".join(shown.split())
     assert "p can matter in this run" in words or "p cannot matter in this run" in words
-    for text in ("the policy is not at hand", "sigma sqrt(L)", "gspo", "expected", "holder, end"):
+    for text in (
+        "the policy is not at hand",
+        "sigma sqrt(L)",
+        "gspo",
+        "own sigmas",
+        "excess kurtosis",
+        "holder, end",
+    ):
         assert text in words, text
     assert "\x1b" not in shown
     found = json.loads((tmp_path / "new/p.json").read_text())

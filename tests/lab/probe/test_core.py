@@ -9,6 +9,7 @@ from hmpo.config import members
 from hmpo.errors import ConfigError, NonFiniteError
 from hmpo.lab.probe import probe_batch
 from hmpo.lab.probe.measures import expected_cosine
+from hmpo.lab.probe.prediction import excess_kurtosis, within_responses
 from tests.lab.probe.recorded import recorded
 
 
@@ -19,27 +20,41 @@ def test_a_recorded_batch_is_enough() -> None:
     assert (update.update, update.staleness, update.rows) == (7, 3, 63)
     assert update.weight_distances is None and update.halves is None
     assert probe.verdict.space == "log-probs" and probe.verdict.updates == 50
-    assert probe.verdict.pair == (-2.0, 2.0) and probe.verdict.noise == 1.0
+    assert probe.verdict.pair == (-1.0, 1.0) and probe.verdict.noise == 1.0
     names = [v.name for v in probe.variants]
     gmpo, own, shared = names.index("gmpo"), names.index("this run"), 7 + names.index("p = 0")
     assert probe.variants[shared].kind == "clipped"
     for same in (own, shared):  # GMPO is the geometric mean with the clip that all share
         assert update.distances[gmpo][same] == 0
-    assert probe.verdict.distance == update.distances[0][6]
-    assert probe.verdict.clipped == update.distances[7][13]
+    assert probe.verdict.distance == update.distances[1][5]
+    assert probe.verdict.clipped == update.distances[8][12]
+    extreme = probe.verdict.extreme
+    assert extreme.pair == (-2.0, 2.0) and extreme.distance == update.distances[0][6]
     assert update.sigma_sqrt_l == pytest.approx(update.sigma * (update.tokens / 63) ** 0.5)
 
 
 def test_predictions_stand_beside_what_was_measured() -> None:
-    probe = probe_batch(recorded(sigma=0.1, rows=200, length=60))
+    batch = recorded(sigma=0.1, rows=200, length=60)
+    probe = probe_batch(batch)
+    assert probe.stalest.kurtosis == excess_kurtosis(batch)
     rows = probe.predictions()
     assert [row["p"] for row in rows] == [-2, -1, -0.5, 0, 0.5, 1, 2]
     for row in rows:
         assert row["expected"] == expected_cosine(row["p"], 0.0, probe.stalest.sigma)
         assert row["cosine"] == pytest.approx(row["expected"], abs=0.02)
         assert row["weight_cosine"] is None
+        inside = within_responses(batch, row["p"])
+        assert (row["within"], row["own"]) == (inside.cosine, inside.own)
     without_zero = probe_batch(recorded(), exponents=(-1.0, 1.0)).predictions()
     assert [row["cosine"] for row in without_zero] == [None, None]
+
+
+def test_the_answer_is_of_the_named_members_where_both_were_compared() -> None:
+    batch = recorded(rows=24)
+    named = probe_batch(batch, exponents=(-1.0, 0.0, 1.0)).verdict
+    assert named.pair == (-1.0, 1.0) and named.extreme is None
+    others = probe_batch(batch, exponents=(-3.0, 0.0, 1.0)).verdict
+    assert others.pair == (-3.0, 1.0) and others.extreme is None
 
 
 def test_everything_is_plain_json() -> None:

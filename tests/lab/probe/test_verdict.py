@@ -28,7 +28,7 @@ def test_below_what_could_line_up_it_cannot_matter() -> None:
     assert found.mean == pytest.approx(0.02)
     assert found.fewest == pytest.approx(found.noise / 0.01)  # sqrt(.04) at every other update
     assert found.word == "cannot" and found.sentence.startswith("p cannot matter in this run: ")
-    for figure in ("0.04", "p = -2 against 2", "0.41 between two", "no exponent will differ", "42"):
+    for figure in ("0.04", "p = -2 against 2", "0.41 between two", "the two will not differ", "42"):
         assert figure in found.sentence, figure
 
 
@@ -57,12 +57,37 @@ def test_an_unknown_number_of_updates_leaves_it_open_from_some_number_on() -> No
     assert judged(updates=None, distances=(1.0,)).word == "can"
 
 
+def far(distances, **changes):
+    return judged(pair=(-1.0, 1.0), extreme=(-2.0, 2.0), extreme_distances=distances, **changes)
+
+
+def test_the_exponents_furthest_apart_are_told_beside_the_named_ones() -> None:
+    both = far((0.0, 0.04))
+    assert both.word == both.extreme.word == "cannot"
+    assert both.sentence.startswith("p cannot matter in this run: ")
+    assert "p = -1 against 1" in both.sentence and "cannot matter either" in both.sentence
+    apart = far((0.0, 0.16))
+    assert apart.extreme.fewest == pytest.approx(apart.fewest / 4)
+    assert (apart.word, apart.extreme.word) == ("cannot", "can")
+    assert apart.sentence.startswith("p cannot matter in this run between -1 and 1: ")
+    assert "p = -2 against 2 at 0.16, can, where" in apart.sentence
+    assert "(from 11 updates on)" in apart.sentence
+    assert far((0.0, 0.16), updates=None).extreme.word == "unknown"
+    alone = judged(pair=(-1.0, 1.0))
+    assert alone.extreme is None and "furthest" not in alone.sentence
+    for word in ("word", "clear", "fewest", "mean", "distance"):
+        assert getattr(alone, word) == getattr(apart, word), "the answer is of the named pair"
+
+
 def test_no_gradient_and_no_staleness_are_said_as_such() -> None:
     none = judged(distances=(None,), halves=(None,))
     assert none.word == "unknown" and "no gradient" in none.sentence
     fresh = judged(distances=(0.0, 0.0))
     assert fresh.word == "cannot" and "every log ratio is 0" in fresh.sentence
     assert fresh.fewest is None
+    for distances in ((0.0, 0.0), (None,)):
+        extreme = {"extreme": (-2.0, 2.0), "extreme_distances": distances}
+        assert "furthest" not in judged(distances=distances, **extreme).sentence
 
 
 @pytest.mark.parametrize("signal", [0.5, 1.0, 3.0])
