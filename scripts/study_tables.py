@@ -3,10 +3,14 @@
 import math
 from collections.abc import Callable
 
-from study_rates import STUDIES, Key, best_rates, grid, read_study
+from study_rates import STUDIES, Key, best_rates, grid, missing, read_study
 
-from hmpo.lab.study.analysis import Study
+from hmpo.lab.statistics.intervals import paired_t
+from hmpo.lab.statistics.verdicts import verdict
+from hmpo.lab.study.analysis import Study, endpoints
 from hmpo.lab.study.controls import controls
+from hmpo.lab.study.outcomes import read_outcomes
+from hmpo.lab.study.scores import score
 
 SUITES = ("tuning", "headline", "sweep", "envelope", "holder", "controllers", "stability")
 MORE = ("ladder", "smollm2", "trl")
@@ -73,8 +77,80 @@ def failed_controls(name: str) -> Callable[[], str]:
     return table
 
 
+def sentences(study: Study) -> list[str]:
+    """What a suite found, in the words that its numbers allow."""
+    told = [c.verdict.sentence for c in study.contrasts if c.verdict is not None]
+    return [f"* {text[0].upper()}{text[1:]}." for text in told]
+
+
+def success(values: list[float]) -> str:
+    """Mean with Student's interval, in percent."""
+    if len(values) < 2:
+        return f"{100 * values[0]:.1f} (one seed)" if values else ""
+    e = paired_t(values, 0.95)
+    assert e.low is not None and e.high is not None
+    return f"{100 * e.value:.1f} ({100 * max(0.0, e.low):.1f} to {100 * e.high:.1f})"
+
+
+def stability() -> str:
+    """Optimizers with and without QK-clip on attention that starts hot."""
+    study = read_study("stability")
+    if missing(study):
+        return f"{missing(study)} runs are missing."
+    lines = ["| cell | seeds | success, percent | largest logit | updates with a clip |"]
+    lines.append("|---|---|---|---|---|")
+    for cell in study.cells():
+        runs = [run.outcome for run in study.runs[cell.name].values()]
+        logits = [o.metrics.get("max_qk") for o in runs]
+        clipped = [o.metrics.get("qk_clip_share") for o in runs]
+        lines.append(
+            f"| {cell.name} | {len(runs)} | {success(study.successes(cell.name))} "
+            f"| {_most(logits, '{:.0f}')} | {_mean(clipped, '{:.0%}')} |"
+        )
+    controlled = failed_controls("stability")().splitlines()[2:]
+    return "\n".join([*lines, "", *sentences(study), "", "Controls: " + "; ".join(
+        " ".join(part.strip() for part in row.strip("|").split("|")) for row in controlled
+        if "not in this suite" not in row
+    ) + "."])  # fmt: skip
+
+
+def _most(values: list[float | None], form: str) -> str:
+    known = [value for value in values if value is not None]
+    return form.format(max(known)) if known else ""
+
+
+def _mean(values: list[float | None], form: str) -> str:
+    known = [value for value in values if value is not None]
+    return form.format(math.fsum(known) / len(known)) if known else ""
+
+
+def anchor() -> str:
+    """Our trainer beside TRL's on the same seeds."""
+    study = read_study("trl")
+    path = STUDIES / "outcomes/trl.jsonl.gz"
+    if missing(study) or not path.exists():
+        return "The runs are not complete."
+    theirs: dict[str, dict[int, float]] = {}
+    for outcome in read_outcomes(path):
+        value = score(outcome, study.plan).success
+        if value is not None:
+            theirs.setdefault(outcome.cell, {})[outcome.seed] = value
+    lines = ["| cell | seeds | hmpo, percent | TRL, percent | |", "|---|---|---|---|---|"]
+    for cell in study.cells():
+        own = endpoints(study.runs[cell.name])
+        other = theirs.get(f"trl-{cell.name}", {})
+        seeds = sorted(own.keys() & other.keys())
+        gaps = [own[seed] - other[seed] for seed in seeds]
+        told = verdict(gaps, study.plan.smallest, method="hmpo", baseline="TRL").sentence
+        sides = [success([side[seed] for seed in seeds]) for side in (own, other)]
+        lines.append(f"| {cell.name} | {len(seeds)} | {sides[0]} | {sides[1]} | {told} |")
+    return "\n".join([*lines, "", *sentences(study)])
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "study_suites": suites,
     "study_rates": rates,
     "study_controls": failed_controls("headline"),
+    "study_stability": stability,
+    "study_trl": anchor,
 }
