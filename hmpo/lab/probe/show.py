@@ -78,8 +78,8 @@ def _exponents(probe: Probe) -> Table:
         columns,
         "formula: exp(-p^2 sigma^2 / 2), for normal log ratios within one response; own sigmas: "
         "the same with the sigma of each response; responses: measured there, their mean; "
-        "log-probs, weights: gradients of the minibatch, which it does not predict (responses "
-        "differ in weight, and cancel)",
+        "log-probs, weights: gradients of the minibatch, which it does not predict (few responses "
+        "and tokens may weigh most)",
     )
     for row in probe.predictions():
         names = ("expected", "own", "within", "cosine", "weight_cosine")
