@@ -1,6 +1,7 @@
 """T1: what each cell came to and how it differs from the baselines."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from hmpo.lab.statistics.intervals import Estimate, paired_t, rate
@@ -167,12 +168,14 @@ def average(values: Sequence[float], study: Study) -> Estimate:
 
 
 def iqm_of(by_task: Sequence[Sequence[float]], study: Study) -> Estimate:
-    """With an interval where every block has two seeds at least."""
+    """With an interval, inside of [0, 1], where every block has two seeds at least."""
     level = 1 - study.plan.alpha
     if min(map(len, by_task)) < 2:
         every = [value for values in by_task for value in values]
         return Estimate(iqm(every), None, None, level, min(map(len, by_task)))
-    return stratified_iqm(by_task, draws=DRAWS, seed=0, level=level)
+    found = stratified_iqm(by_task, draws=DRAWS, seed=0, level=level)
+    assert found.low is not None and found.high is not None
+    return replace(found, low=max(found.low, 0.0), high=min(found.high, 1.0))
 
 
 def count_of(count: int, total: int) -> Item:

@@ -39,7 +39,7 @@ def render_markdown(
     kind = kind if plan.registered else "Exploratory, without a protocol"
     changed = "" if plan.unchanged or not plan.registered else " It changed after its first run."
     lines += [
-        f"{kind}: {runs} runs of {len(study.runs)} cells.{changed} "
+        f"Suite `{escape(plan.name)}`. {kind}: {runs} runs of {len(study.runs)} cells.{changed} "
         f"Protocol `{plan.protocol_hash or 'none'}`, suite `{plan.hash or 'unknown'}`. "
         f"Endpoint: mean of the last {plan.last} evaluations; a difference below "
         f"{100 * plan.smallest:g} points does not matter; level {plan.alpha:g}.",

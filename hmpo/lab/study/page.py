@@ -66,6 +66,7 @@ def render_page(
         environment()
         .get_template("suite.html")
         .render(
+            name=study.plan.name,
             title=study.plan.protocol.get("title") or study.plan.name,
             policy=policy(scripts),
             alarms=[control for control in controls if control.passed is False],
