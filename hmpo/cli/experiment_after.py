@@ -85,7 +85,7 @@ def power(source: str, out: Path, difference: float | None, seeds: int | None) -
         raise ConfigError(f"{source}: no comparison with two shared seeds yet; run a pilot first")
     wanted = 100 * (plan.smallest if difference is None else difference)
     table = Table(title=Text(writable(f"{plan.name}: seeds for {wanted:.3g} points of success")))
-    columns = ("sd (upper limit)", "detectable", "equivalence", "seeds", "seeds, equal")
+    columns = ("sd (upper)", "can see", "can equate", "seeds to see", "to equate")
     table.add_column("comparison", overflow="fold")
     for name in columns:
         table.add_column(name, justify="right")
@@ -97,15 +97,15 @@ def power(source: str, out: Path, difference: float | None, seeds: int | None) -
         table.add_row(
             Text(writable(f"{row.cell} against {row.against}")),
             f"{100 * row.found.sd:.1f} ({100 * row.found.sd_upper:.1f})",
-            f"{100 * row.detectable:.1f} at {row.at}",
-            f"{100 * row.margin:.1f} at {row.at}",
+            f"{100 * row.detectable:.1f} ({row.at})",
+            f"{100 * row.margin:.1f} ({row.at})",
             f"{count(row.seeds)} (to {count(row.seeds_upper)})",
             count(row.equivalence),
         )
     table.caption = (
-        f"Points of success. Detectable: what that many seeds see with chance {POWER:g}. "
-        "Equivalence: the margin within which they show methods that do not differ as equal. "
-        "Seeds: for the wanted difference, at the sd and at its upper limit "
+        f"Points of success, each with chance {POWER:g}. Can see: the smallest difference that the "
+        "seeds in brackets show. Can equate: the margin within which they show methods that do not differ "
+        "as equal. Seeds: what the wanted difference needs, at the sd and at its upper limit "
         f"({100 * rows[0].found.confidence:.0f} %)."
     )
     Console().print(table)
