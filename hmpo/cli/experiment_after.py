@@ -103,10 +103,10 @@ def power(source: str, out: Path, difference: float | None, seeds: int | None) -
             count(row.equivalence),
         )
     table.caption = (
-        f"Points of success, each with chance {POWER:g}. Can see: the smallest difference that the "
-        "seeds in brackets show. Can equate: the margin within which they show methods that do not differ "
-        "as equal. Seeds: what the wanted difference needs, at the sd and at its upper limit "
-        f"({100 * rows[0].found.confidence:.0f} %)."
+        f"Points of success, each with chance {POWER:g}. Can see: the smallest difference that "
+        "the seeds in brackets show. Can equate: the margin within which they show methods that "
+        "do not differ as equal. Seeds: what the wanted difference needs, at the sd and at its "
+        f"upper limit ({100 * rows[0].found.confidence:.0f} %)."
     )
     Console().print(table)
     return 0
