@@ -69,6 +69,7 @@ def same(a, b):
 
 @pytest.fixture(autouse=True, scope="module")
 def _fast_collections():
+    gc.collect()  # what other tests left in circles would be kept by the next line
     gc.freeze()  # what is imported by now is not searched again after every test
     yield
     gc.unfreeze()
