@@ -166,7 +166,7 @@ class Trainer(ABC, Generic[C]):
             NonFiniteError: under `on_nonfinite="stop"`, after `max_nonfinite` skips in a row, or
                 where a step itself made the weights or the optimizer's state non-finite.
         """
-        batch = self._minibatch()
+        batch = self.minibatch()
         self.optimizer.zero_grad(set_to_none=True)  # what somebody else left there is not ours
         with section("backward"), evaluating(self.policy):  # less the sections inside
             gradient = self.gradient(batch)
@@ -235,8 +235,8 @@ class Trainer(ABC, Generic[C]):
     # ------------------------------------------------------------------- the parts of an update
 
     @section("logprobs")
-    def _minibatch(self) -> Batch:
-        """Rows of the rollout in use that this update learns from, without common padding."""
+    def minibatch(self) -> Batch:
+        """Rows of the rollout in use that the next update learns from, without common padding."""
         assert self.batch is not None and self.pending_updates, "begin_rollout comes first"
         epoch, part = divmod(self.cursor, self.config.minibatches)
         rows = minibatch_rows(

@@ -50,7 +50,6 @@ from hmpo.run.masked import refuse_masked
 from hmpo.run.start import load_start
 from hmpo.run.steering import Steering
 from hmpo.tasks import make_task
-from hmpo.trainer.base import minibatch_rows
 from hmpo.trainer.power_mean import PowerMeanTrainer
 from hmpo.types import Batch, Rollout
 
@@ -192,7 +191,7 @@ class _Replay:
     def _look(self, variants: Sequence[Variant], *, thorough: bool) -> UpdateProbe:
         """The next update of the rollout under all variants, before it is taken."""
         trainer = self.trainer
-        batch = next_minibatch(trainer)
+        batch = trainer.minibatch()
         behind = trainer.staleness + (self.shift if trainer.lag.rollouts else 0)
         recorded = record(trainer, batch, staleness=behind)
         policy = Policy(
@@ -224,26 +223,12 @@ def own_objective(trainer: Trainer) -> tuple[ObjectiveConfig, Float[Tensor, ""] 
     return dataclasses.replace(gspo(), clip_low=low, clip_high=high), None
 
 
-def next_minibatch(trainer: Trainer) -> Batch:
-    """The rows that a trainer's next update learns from."""
-    assert trainer.batch is not None, "a rollout is in use"
-    epoch, part = divmod(trainer.cursor, trainer.config.minibatches)
-    rows = minibatch_rows(
-        len(trainer.batch.rewards),
-        trainer.config.minibatches,
-        seed=trainer.config.seed,
-        rollout=trainer.rollouts - 1,
-        epoch=epoch,
-    )[part]
-    return trainer.batch.select(rows.to(trainer.device)).trimmed()
-
-
 def record(trainer: Trainer, batch: Batch, *, staleness: int) -> RecordedBatch:
     """What the objective sees of a trainer's next update, on the CPU.
 
     Args:
         trainer: before that update.
-        batch: what `next_minibatch` gave.
+        batch: its `minibatch`.
         staleness: updates between the weights that sampled it and the present ones.
     """
     rollout = batch.rollout
