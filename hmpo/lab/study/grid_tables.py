@@ -9,7 +9,14 @@ from typing import Any
 
 from hmpo.errors import TelemetryError
 from hmpo.lab.study.analysis import COMPARED, Study
-from hmpo.lab.study.main_table import average, compared, identity, identity_columns, rows_in_order
+from hmpo.lab.study.main_table import (
+    COMPARISON,
+    average,
+    compared,
+    identity,
+    identity_columns,
+    rows_in_order,
+)
 from hmpo.lab.study.plan import Cell
 from hmpo.lab.study.tabular import (
     EMPTY,
@@ -97,12 +104,7 @@ def staleness_table(study: Study) -> Table | None:
         *identity_columns(study),
         Column("p", "p"),
         Column("stale", "staleness", numeric=False),
-        Column("seeds", "seeds"),
-        Column("success", "success"),
-        Column("against", "against", numeric=False),
-        Column("difference", "difference, points"),
-        Column("verdict", "verdict", numeric=False),
-        Column("detectable", "detectable"),
+        *COMPARISON,
         Column("sigma_sqrt_l", "sigma sqrt L"),
     )
     rows = []

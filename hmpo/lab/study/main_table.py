@@ -62,6 +62,17 @@ def identity(study: Study, cell: Cell) -> dict[str, Item]:
     return items | {"cell": word(cell.name), "role": word(role)}
 
 
+COMPARISON = (
+    Column("seeds", "seeds"),
+    Column("success", "success"),
+    Column("against", "against", numeric=False),
+    Column("difference", "difference, points"),
+    Column("verdict", "verdict", numeric=False),
+    Column("detectable", "detectable"),
+)
+"""What tables beside the main one say of a cell's success."""
+
+
 def main_table(study: Study) -> Table:
     """T1, one row for each cell and baseline that it is compared with."""
     level = f"{100 * (1 - study.plan.alpha):.0f} %"

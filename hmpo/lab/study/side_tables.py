@@ -6,6 +6,7 @@ from typing import Any
 from hmpo.lab.study.analysis import Study
 from hmpo.lab.study.grid_tables import setting
 from hmpo.lab.study.main_table import (
+    COMPARISON,
     SHOWN,
     average,
     compared,
@@ -126,12 +127,7 @@ def controller_table(study: Study) -> Table | None:
     columns = (
         *identity_columns(study),
         Column("mode", "controllers", numeric=False),
-        Column("seeds", "seeds"),
-        Column("success", "success"),
-        Column("against", "against", numeric=False),
-        Column("difference", "difference, points"),
-        Column("verdict", "verdict", numeric=False),
-        Column("detectable", "detectable"),
+        *COMPARISON,
         Column("stopped", "stopped early"),
         Column("identical", "identical to off", title="runs whose curves equal those with off"),
     )
