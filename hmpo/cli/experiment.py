@@ -59,6 +59,9 @@ def run(
         raise ConfigError(f"--jobs: got {jobs}, expected an integer >= 1")
     if on is not None and (gpus or jobs is not None):
         raise ConfigError(f"--on {on}: Ray spreads the runs; leave --jobs and --gpus out")
+    if dry_run and (on is not None or quiet):
+        given = "--quiet" if on is None else f"--on {on}"
+        raise ConfigError(f"{given}: --dry-run measures and tells on this machine; leave it out")
     from hmpo.lab.suite.reading import read_suite
     from hmpo.lab.suite.run import default_jobs
     from hmpo.lab.suite.selection import chosen_cells, chosen_runs, chosen_seeds
@@ -69,7 +72,7 @@ def run(
     runs = chosen_runs(cells, chosen_seeds(seeds))
     _check_cells(whole.cells)
     _refuse_missing_gpus(gpus)
-    at_once = jobs or gpus or default_jobs(cells)
+    at_once = 1 if on is not None else jobs or gpus or default_jobs(cells)
     if dry_run:
         return _dry_run(whole, runs, at_once, expanded(out), again=again)
     return _run(whole, runs, at_once, gpus, on, expanded(out), again=again, quiet=quiet)
@@ -212,7 +215,14 @@ def _run(
         if suite.outcomes is not None and not suite.outcomes.exists() and not quiet:
             screen.say(f"hmpo: {suite.outcomes}: no outcomes are committed there yet")
         result = run_suite(
-            suite, runs=runs, out=out, jobs=jobs, maker=maker, again=again, watcher=screen
+            suite,
+            runs=runs,
+            out=out,
+            jobs=jobs,
+            maker=maker,
+            again=again,
+            keeps=on is None,
+            watcher=screen,
         )
     command = shlex.join(["hmpo", *sys.argv[1:]])
     for line in result_lines(result, suite.name, command):

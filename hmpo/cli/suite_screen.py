@@ -157,7 +157,7 @@ class SuiteScreen(Watcher):
 
     def on_stop(self, number: int) -> None:
         """Answer a signal: in the table, or straight away."""
-        self.note = f"{Signals(number).name}: the runs save and stop; once more to leave at once"
+        self.note = f"{Signals(number).name}: stopping; once more to leave at once"
         self.drawn = 0.0
         if not self.quiet and self.live is None:
             text = f"\nhmpo: {self.note}\n"
@@ -271,5 +271,7 @@ def result_lines(result: SuiteResult, suite: str, command: str) -> list[str]:
         lines.append(f"{result.exploratory} runs are exploratory: no protocol had decided on them")
     lines += result.compared
     if result.signal is not None:
-        lines.append(f"stopped by a signal; everything is saved. Go on with: {command}")
+        lost = "what has ended is saved, the rest begins anew"
+        kept = "everything is saved" if result.keeps else lost
+        lines.append(f"stopped by a signal; {kept}. Go on with: {command}")
     return lines

@@ -126,8 +126,8 @@ class Plan:
                 raise ConfigError(
                     f"{place}.{factor}: no such factor; {nearest(factor, self.factors)}"
                 )
-            if level not in self.factors[factor]:
-                hint = nearest(level, self.factors[factor])
+            if not isinstance(level, str) or level not in self.factors[factor]:
+                hint = nearest(str(level), self.factors[factor])
                 raise ConfigError(f"{place}.{factor}: no level {level!r}; {hint}")
         return {factor: table[factor] for factor in self.factors if factor in table}
 

@@ -1,9 +1,11 @@
 """One run of a suite, from its job to its outcome; the same in a worker and in a task of Ray.
 
 A run that raises is an outcome: it failed, and why. What says nothing of the run itself is none: a
-full disk, a folder that another process holds, a signal.
+full disk, memory or a folder that another process holds, a refusal to go on with a run
+whose files have changed, a signal.
 """
 
+import errno
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -31,9 +33,11 @@ class Reporter(Observer):
 
     def __init__(self, tell: Tell) -> None:
         self.tell = tell
+        self.started = False
 
     def on_start(self, config: RunConfig, folder: Path, step: int) -> None:
         """The run is set up."""
+        self.started = True
         self.tell({"event": "start", "step": step})
 
     def on_update(self, record: dict[str, Any], timing: dict[str, float]) -> None:
@@ -59,6 +63,8 @@ def execute(job: Job, tell: Tell) -> dict[str, Any]:
     if (known := concluded(job, config)) is not None:  # and nobody was told of it
         return _ended(known, raised=False)
     failure, began = job.failure, time.process_time()
+    known_before = (folder / "telemetry.jsonl").exists()
+    reporter = Reporter(tell)
     if not failure:
         try:
             result = train(
@@ -66,7 +72,7 @@ def execute(job: Job, tell: Tell) -> dict[str, Any]:
                 resume=True,
                 exist_ok=True,
                 folder=folder,
-                observer=Reporter(tell),
+                observer=reporter,
                 allow_changed=False,
             )
         except KeyboardInterrupt:
@@ -74,6 +80,9 @@ def execute(job: Job, tell: Tell) -> dict[str, Any]:
         except (StorageError, RunFolderError) as error:
             return {"status": "impossible", "reason": failure_text(error), "raised": True}
         except BaseException as error:
+            refused = known_before and not reporter.started  # to go on: that is no end of the run
+            if refused or _of_the_machine(error):
+                return {"status": "impossible", "reason": failure_text(error), "raised": True}
             logger.warning("cell %s, seed %d failed", job.cell, job.seed, exc_info=error)
             failure = failure_text(error)
         else:
@@ -85,6 +94,15 @@ def execute(job: Job, tell: Tell) -> dict[str, Any]:
     except (StorageError, RunFolderError) as error:
         return {"status": "impossible", "reason": failure_text(error), "raised": True}
     return _ended(outcome, raised=bool(failure))
+
+
+def _of_the_machine(error: BaseException) -> bool:
+    """Whether an error says what the machine lacks, and nothing of the run."""
+    import torch
+
+    scarce = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+    lacks = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return lacks or (isinstance(error, OSError) and error.errno in scarce)
 
 
 def _ended(outcome: Outcome, *, raised: bool) -> dict[str, Any]:

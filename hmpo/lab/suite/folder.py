@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hmpo.checkpoint import RunLock, write_atomic
+from hmpo.config import RunConfig
 from hmpo.config.identity import config_hash
 from hmpo.errors import ConfigError, RunFolderError, TelemetryError
 from hmpo.lab.study.outcomes import Outcome, read_outcome
@@ -107,7 +108,7 @@ class SuiteFolder:
 
     def _refuse_changed(self, before: Mapping[str, Any]) -> None:
         """Refuse a cell that has runs and other settings than they were made with."""
-        then = {cell["name"]: cell for cell in before.get("cells", ())}
+        then = {c["name"]: c for c in (*before.get("former", ()), *before.get("cells", ()))}
         for cell in self.suite.cells:
             was, now = then.get(cell.name), _plain(cell)
             folder = self.cell_folder(cell.name)
@@ -142,6 +143,7 @@ class SuiteFolder:
             "exploratory": dict(before.get("exploratory") or {}),
             "compare": dict(suite.compare),
             "cells": [_plain(cell) for cell in suite.cells],
+            "former": self._former(before),
         }
         counted = [(cell, seed) for cell, seed in wanted if cell.role != "tuning"]
         if counted and plan["registered"] is None:
@@ -149,6 +151,13 @@ class SuiteFolder:
             plan["registered"] = {cell.name: list(cell.seeds) for cell in suite.cells}
         self._mark_exploratory(plan, counted)
         return plan
+
+    def _former(self, before: Mapping[str, Any]) -> list[Any]:
+        """Cells that the suite no longer has and whose runs are still there."""
+        present = {cell.name for cell in self.suite.cells}
+        known = {c["name"]: c for c in (*before.get("former", ()), *before.get("cells", ()))}
+        left = [name for name in known if name not in present]
+        return [known[name] for name in left if self.cell_folder(name).exists()]
 
     def _mark_exploratory(self, plan: dict[str, Any], runs: Iterable[tuple[Cell, int]]) -> None:
         """Note the runs that begin now and were not decided on before the first that counted."""
@@ -178,10 +187,7 @@ class SuiteFolder:
 
     def fits(self, outcome: Outcome, cell: Cell, seed: int) -> bool:
         """Whether an outcome is of this run under these settings."""
-        expected = config_hash(cell.run_config(seed, "."))
-        whole = outcome.status != "finished" or outcome.updates == cell.config.updates
-        same = outcome.key() == (cell.name, seed) and outcome.config_hash == expected
-        return same and whole
+        return fits(outcome, (cell.name, seed), cell.run_config(seed, "."))
 
     def tidy(self, cell: str, seed: int) -> None:
         """Delete what need not be kept of a run whose outcome is written."""
@@ -226,12 +232,20 @@ class SuiteFolder:
             step = entry.get("step")
             if entry["event"] == "died" and isinstance(step, int):
                 found[key] = found.get(key, Deaths()).then(step)
+            elif entry.get("status") in ("finished", "failed", "stopped"):
+                found.pop(key, None)  # whoever deletes the run's folder wants it made again
         return found
 
 
 def plan_value(suite: Suite) -> dict[str, Any]:
     """What suite.json holds before the first run, for reports of committed outcomes alone."""
     return SuiteFolder(suite, Path())._new_plan({}, ())
+
+
+def fits(outcome: Outcome, key: Key, config: RunConfig) -> bool:
+    """Whether an outcome is of the run of this key and configuration."""
+    whole = outcome.status != "finished" or outcome.updates == config.updates
+    return outcome.key() == key and outcome.config_hash == config_hash(config) and whole
 
 
 def tidy(folder: Path, keep: Iterable[str]) -> None:

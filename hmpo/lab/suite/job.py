@@ -11,7 +11,7 @@ from hmpo.config.identity import config_hash
 from hmpo.errors import TelemetryError
 from hmpo.lab.study.outcomes import Outcome, outcome_of, read_outcome, write_outcome
 from hmpo.lab.suite.cells import Cell
-from hmpo.lab.suite.folder import tidy
+from hmpo.lab.suite.folder import fits, tidy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,8 +64,7 @@ def concluded(job: Job, config: RunConfig) -> Outcome | None:
         found = read_outcome(Path(job.folder))
     except TelemetryError:  # it is written anew
         return None
-    fits = found is not None and found.config_hash == config_hash(config)
-    if not fits:
+    if found is None or not fits(found, (job.cell, job.seed), config):
         return None
     tidy(Path(job.folder), job.keep)
     return found

@@ -90,7 +90,9 @@ class _Tasks:
         for job in runs:
             self.place.note("started", job.cell, job.seed, on="ray")
             placed = task.options(
-                num_cpus=max(1, job.config["threads"]), max_retries=MOST_DEATHS - 1
+                num_cpus=max(1, job.config["threads"]),
+                num_gpus=int(job.config["device"].startswith("cuda")),
+                max_retries=MOST_DEATHS - 1,
             )
             pending[placed.remote(job.plain())] = job
         while pending and self.stopped() is None and not self.problem:
@@ -107,7 +109,7 @@ class _Tasks:
     def _take(self, reference: Any, job: Job) -> None:
         """Write what a task gave back into the suite's folder."""
         errors = self.ray.exceptions
-        died = (errors.WorkerCrashedError, errors.NodeDiedError, errors.OutOfMemoryError)
+        died = errors.WorkerCrashedError  # a lost machine or one without memory says nothing
         try:
             ended, files = self.ray.get(reference)
         except died as error:

@@ -54,7 +54,8 @@ class Worker:
         for name, value in (("OMP_WAIT_POLICY", "PASSIVE"), ("TOKENIZERS_PARALLELISM", "false")):
             environment.setdefault(name, value)
         if device is not None:
-            environment["CUDA_VISIBLE_DEVICES"] = str(device)
+            own = environment.get("CUDA_VISIBLE_DEVICES")  # device counts those that we may see
+            environment["CUDA_VISIBLE_DEVICES"] = own.split(",")[device] if own else str(device)
         self.process = subprocess.Popen(
             [sys.executable, "-P", "-c", BOOT, str(Path(hmpo.__file__).parents[1])],
             stdin=subprocess.PIPE,
@@ -205,7 +206,11 @@ class Pool:
             if message is None:
                 self._gone(worker, waiting)
             else:
+                job = worker.job
                 self._said(worker, message)
+                stopping = self.stopped() is not None or bool(self.problem)
+                if message.get("status") == "interrupted" and job is not None and not stopping:
+                    waiting.appendleft(job)  # somebody sent that process a signal, not the suite
             if worker.job is None:
                 return
 

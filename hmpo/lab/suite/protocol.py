@@ -91,7 +91,7 @@ def _checked(data: Any) -> dict[str, Any]:
     refuse_unknown(endpoint, ("last",), "endpoint")
     whole["endpoint"] = {"last": a_count(endpoint.get("last", 3), "endpoint.last")}
     a_number(whole["smallest"], "smallest", 1e-9, 1)
-    a_number(whole["alpha"], "alpha", 1e-9, 1)
+    a_number(whole["alpha"], "alpha", 1e-9, 0.25)
     crash = whole["crash"]
     require(crash in ("zero", "left_out"), "crash", crash, "zero (of success) or left_out")
     for name in ("tasks", "methods"):

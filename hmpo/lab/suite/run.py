@@ -33,7 +33,7 @@ def usable_cores() -> int:
 
 def default_jobs(cells: Sequence[Cell]) -> int:
     """Runs at once: as many as the cores hold with the threads of the run that has most."""
-    most = max((cell.config.threads for cell in cells), default=1) or usable_cores()
+    most = max((cell.config.threads or usable_cores() for cell in cells), default=1)
     return max(1, usable_cores() // most)
 
 
@@ -56,6 +56,7 @@ def run_suite(
     jobs: int = 1,
     maker: Maker | None = None,
     again: bool = False,
+    keeps: bool = True,
     watcher: Watcher | None = None,
 ) -> SuiteResult:
     """Make the runs of a suite that have no outcome yet.
@@ -69,6 +70,7 @@ def run_suite(
         out: folder that holds the suite's folder.
         jobs: runs at once.
         maker: what makes the runs; None takes `local(jobs)`.
+        keeps: whether `maker` leaves runs that are stopped in the suite's folder.
         again: make also those whose outcome is committed, and compare.
         watcher: told of everything.
 
@@ -102,6 +104,7 @@ def run_suite(
             left=len(wanted) - len(found),
             exploratory=sum(place.is_exploratory(*key) for key in found),
             signal=stopped(),
+            keeps=keeps,
             problem=problem,
             compared=comparison(committed, found) if again else [],
         )

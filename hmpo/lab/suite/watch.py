@@ -46,6 +46,8 @@ class SuiteResult:
     """Of those with an outcome here, the ones that no unchanged protocol had decided on."""
     signal: int | None = None
     """The signal that stopped the suite."""
+    keeps: bool = True
+    """Whether runs that were under way go on where they were."""
     problem: str = ""
     """Why the suite could not go on; nothing that is done is lost."""
     compared: list[str] = field(default_factory=list)
