@@ -45,6 +45,16 @@ def grid(study: Study) -> dict[Key, dict[float, list[float]]]:
     return dict(found)
 
 
+def planned_rates(study: Study) -> dict[Key, list[float]]:
+    """The rates of the grid, those that have not run too."""
+    found: dict[Key, list[float]] = defaultdict(list)
+    for cell in study.plan.cells:
+        if cell.role == "main":
+            key = (cell.levels["task"], cell.levels["regime"], cell.levels["member"])
+            found[key].append(float(cell.levels["rate"].removeprefix("r")))
+    return dict(found)
+
+
 def missing(study: Study) -> int:
     """Runs of the grid that have no outcome yet."""
     wanted = sum(len(cell.seeds) for cell in study.plan.cells)

@@ -3,13 +3,14 @@
 import math
 from collections.abc import Callable
 
-from study_rates import STUDIES, Key, best_rates, grid, missing, read_study
+from study_rates import STUDIES, Key, best_rates, grid, missing, planned_rates, read_study
 
 from hmpo.lab.statistics.intervals import paired_t
 from hmpo.lab.statistics.verdicts import verdict
 from hmpo.lab.study.analysis import Study, endpoints
 from hmpo.lab.study.controls import controls
-from hmpo.lab.study.outcomes import read_outcomes
+from hmpo.lab.study.outcomes import Outcome, read_outcomes
+from hmpo.lab.study.page import finding
 from hmpo.lab.study.scores import score
 
 SUITES = ("tuning", "headline", "sweep", "envelope", "holder", "controllers", "stability")
@@ -41,24 +42,33 @@ def rates() -> str:
     tried = grid(study)
     if not tried:
         return "No run of the grid has ended yet."
+    planned = planned_rates(study)
     best = best_rates(study)
     heads = [f"{task}, {regime}" for task, regime in BLOCKS]
     lines = [f"| method | {' | '.join(heads)} |", f"|---|{'---|' * len(heads)}"]
     for member in dict.fromkeys(key[2] for key in tried):
-        cells = [_best(tried, best, (*block, member)) for block in BLOCKS]
+        cells = [_best(tried, best, planned, (*block, member)) for block in BLOCKS]
         lines.append(f"| {member} | {' | '.join(cells)} |")
     seeds = sorted({seed for runs in study.runs.values() for seed in runs})
     counts = {len(runs) for runs in study.runs.values()}
+    left = missing(study)
     told = f"seeds {', '.join(map(str, seeds))}; {min(counts)} to {max(counts)} runs a cell"
+    if left:
+        told += f"; preliminary, as {left} runs are missing, and used by nothing yet"
     return "\n".join([*lines, "", f"Rate and mean endpoint there ({told}); no intervals, as these "
                       "numbers choose and do not compare."])  # fmt: skip
 
 
-def _best(tried: dict[Key, dict[float, list[float]]], best: dict[Key, float], key: Key) -> str:
+def _best(
+    tried: dict[Key, dict[float, list[float]]],
+    best: dict[Key, float],
+    planned: dict[Key, list[float]],
+    key: Key,
+) -> str:
     if key not in best:
         return ""
     values = tried[key][best[key]]
-    edge = best[key] in (min(tried[key]), max(tried[key]))
+    edge = best[key] in (min(planned[key]), max(planned[key]))
     mark = " (edge)" if edge else ""
     return f"{best[key]:g}{mark}: {math.fsum(values) / len(values):.3f}"
 
@@ -79,8 +89,8 @@ def failed_controls(name: str) -> Callable[[], str]:
 
 def sentences(study: Study) -> list[str]:
     """What a suite found, in the words that its numbers allow."""
-    told = [c.verdict.sentence for c in study.contrasts if c.verdict is not None]
-    return [f"* {text[0].upper()}{text[1:]}." for text in told]
+    told = [finding(study, c) for c in study.contrasts if c.verdict is not None]
+    return [f"* {one['text']}{' (' + one['late'] + ')' if one['late'] else ''}." for one in told]
 
 
 def success(values: list[float]) -> str:
@@ -97,15 +107,21 @@ def stability() -> str:
     study = read_study("stability")
     if missing(study):
         return f"{missing(study)} runs are missing."
-    lines = ["| cell | seeds | success, percent | largest logit | updates with a clip |"]
-    lines.append("|---|---|---|---|---|")
+    lines = [
+        "| cell | seeds | success, percent | logit, first update | largest | updates with a clip "
+        "| difference that can be seen, points |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for cell in study.cells():
         runs = [run.outcome for run in study.runs[cell.name].values()]
         logits = [o.metrics.get("max_qk") for o in runs]
+        contrasts = [c for c in study.contrasts if c.cell == cell.name]
+        seen = [c.verdict.detectable for c in contrasts if c.verdict is not None]
         clipped = [o.metrics.get("qk_clip_share") for o in runs]
         lines.append(
             f"| {cell.name} | {len(runs)} | {success(study.successes(cell.name))} "
-            f"| {_most(logits, '{:.0f}')} | {_mean(clipped, '{:.0%}')} |"
+            f"| {_span([_first(o, 'max_qk') for o in runs])} | {_span(logits)} "
+            f"| {_mean(clipped, '{:.0%}')} | {_mean([100 * d for d in seen if d], '{:.0f}')} |"
         )
     controlled = failed_controls("stability")().splitlines()[2:]
     return "\n".join([*lines, "", *sentences(study), "", "Controls: " + "; ".join(
@@ -114,9 +130,15 @@ def stability() -> str:
     ) + "."])  # fmt: skip
 
 
-def _most(values: list[float | None], form: str) -> str:
+def _first(outcome: Outcome, name: str) -> float | None:
+    """The first point of a curve."""
+    return next((value for value in outcome.curves.get(name, []) if value is not None), None)
+
+
+def _span(values: list[float | None]) -> str:
+    """Least and largest over the seeds."""
     known = [value for value in values if value is not None]
-    return form.format(max(known)) if known else ""
+    return f"{min(known):.0f} to {max(known):.0f}" if known else ""
 
 
 def _mean(values: list[float | None], form: str) -> str:

@@ -99,6 +99,25 @@ class Study:
         """
         return _late(self.plan, [(cell.name, seed) for seed in self.runs.get(cell.name, {})])
 
+    @property
+    def late_runs(self) -> int:
+        """Runs that there are and that were not decided on before the first one that counted."""
+        return sum(
+            not self.plan.confirmatory(name, [seed])
+            for name, found in self.runs.items()
+            for seed in found
+        )
+
+    @property
+    def standing(self) -> str:
+        """What the protocol makes of these runs: confirmatory, or why not."""
+        if not self.plan.registered:
+            return "exploratory: no protocol"
+        if not self.plan.unchanged:
+            return "the protocol changed after its first run"
+        runs, late = sum(len(found) for found in self.runs.values()), self.late_runs
+        return f"exploratory: {late} of {runs} runs" if late else "confirmatory"
+
     def contrast(self, cell: str, against: str) -> Contrast | None:
         """The comparison of these two, or None."""
         found = (c for c in (*self.contrasts, *self.others) if c.cell == cell)

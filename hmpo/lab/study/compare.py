@@ -92,7 +92,7 @@ def compare(one: Path, other: Path) -> Comparison:
     one, other = Path(one), Path(other)
     if one.resolve() == other.resolve():
         raise ConfigError(f"compare: got {one} twice, expected two folders")
-    plan = _plan_of(one)
+    plan = _plan_of(one, other)
     sides = [_outcomes(folder) for folder in (one, other)]
     scores = [
         {seed: value for seed, o in side.items() if (value := score(o, plan).success) is not None}
@@ -117,12 +117,13 @@ def compare(one: Path, other: Path) -> Comparison:
     return Comparison(names, (scores[0], scores[1]), shared, estimate, found, apart, plan.last)
 
 
-def _plan_of(folder: Path) -> Plan:
-    """The plan of the suite that a cell or run lies in, or the defaults."""
-    for parent in list(folder.resolve().parents)[:3]:
-        if (parent / NAME).is_file():
-            return read_plan(parent)
-    return Plan(name="")
+def _plan_of(one: Path, other: Path) -> Plan:
+    """The plan of the suite that both cells or runs lie in, or the defaults."""
+    homes = [
+        next((p for p in list(folder.resolve().parents)[:3] if (p / NAME).is_file()), None)
+        for folder in (one, other)
+    ]
+    return read_plan(homes[0]) if homes[0] is not None and homes[0] == homes[1] else Plan(name="")
 
 
 def _is_run(folder: Path) -> bool:

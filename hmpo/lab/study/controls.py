@@ -60,6 +60,8 @@ def controls(study: Study) -> list[Control]:
 
 def _again(study: Study, cell: Cell) -> tuple[bool | None, str]:
     contrast = study.contrast(cell.name, cell.against)
+    if crashed := _crashed(study, cell):
+        return None, f"{crashed}, which say nothing"
     if contrast is None or contrast.estimate is None or contrast.estimate.low is None:
         return None, "too few runs for an interval"
     e = contrast.estimate
@@ -75,11 +77,14 @@ def _negative(study: Study, cell: Cell) -> tuple[bool | None, str]:
     shared = [seed for seed in study.runs[cell.name] if seed in base]
     if not shared:
         return None, "no run of the cell it is compared with on the same seeds"
+    if crashed := _crashed(study, cell):
+        return None, f"{crashed}, which say nothing"
     apart = [_apart(study.runs[cell.name][seed], base[seed]) for seed in shared]
     if None in apart:
-        return False, "the runs were evaluated at other updates"
+        return False, "the runs were not evaluated, or at other updates"
     largest = max(value for value in apart if value is not None)
-    one = 1 / max(1, min(_prompts(study.runs[cell.name]), _prompts(base)))
+    prompts = min(_prompts(study.runs[cell.name]), _prompts(base))
+    one = 1 / prompts if prompts else 0.0
     if largest <= one * (1 + 1e-9):
         how = "equal at every evaluation" if largest == 0 else "at most one prompt apart"
         return True, f"{how} ({seeds(len(shared))})"
@@ -94,16 +99,24 @@ def _negative(study: Study, cell: Cell) -> tuple[bool | None, str]:
 
 
 def _apart(one: Run, other: Run) -> float | None:
-    """Largest difference of success at one evaluation; None where they do not match."""
+    """Largest difference of success at one evaluation; None where there is none, or no match."""
     (steps, values), (at, others) = evaluated(one.outcome), evaluated(other.outcome)
-    if steps != at:
+    if steps != at or not steps:
         return None
-    return max((abs(a - b) for a, b in zip(values, others)), default=0.0)
+    return max(abs(a - b) for a, b in zip(values, others))
 
 
 def _prompts(runs: Mapping[int, Run]) -> int:
+    """Fewest held-out prompts of the last evaluations; 0 where a run does not say."""
     known = [run.outcome.after.get("n") for run in runs.values()]
-    return max((n for n in known if isinstance(n, int)), default=1)
+    return min((n if isinstance(n, int) else 0 for n in known), default=0)
+
+
+def _crashed(study: Study, cell: Cell) -> str:
+    """How many runs of a control, or of what it is compared with, failed; "" for none."""
+    runs = [*study.runs[cell.name].values(), *study.runs.get(cell.against, {}).values()]
+    count = sum(run.score.failed for run in runs)
+    return f"{count} run{'s' * (count != 1)} failed" if count else ""
 
 
 def _differences(study: Study, cell: Cell, seeds: list[int]) -> list[float]:

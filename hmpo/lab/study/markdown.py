@@ -34,12 +34,9 @@ def render_markdown(
         ]
         lines += [f"* {c.kind} (`{c.cell}`): {escape(c.detail)}" for c in failed] + [""]
     runs = sum(len(found) for found in study.runs.values())
-    late = sum(len(seeds) for seeds in plan.exploratory.values())
-    kind = f"Confirmatory, but for {late} runs" if late else "Confirmatory"
-    kind = kind if plan.registered else "Exploratory, without a protocol"
-    changed = "" if plan.unchanged or not plan.registered else " It changed after its first run."
+    kind = study.standing[0].upper() + study.standing[1:]
     lines += [
-        f"Suite `{escape(plan.name)}`. {kind}: {runs} runs of {len(study.runs)} cells.{changed} "
+        f"Suite `{escape(plan.name)}`. {kind}. {runs} runs of {len(study.runs)} cells. "
         f"Protocol `{plan.protocol_hash or 'none'}`, suite `{plan.hash or 'unknown'}`. "
         f"Endpoint: mean of the last {plan.last} evaluations; a difference below "
         f"{100 * plan.smallest:g} points does not matter; level {plan.alpha:g}.",

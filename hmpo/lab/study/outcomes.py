@@ -8,6 +8,7 @@ import contextlib
 import gzip
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -138,12 +139,16 @@ def _check(value: Mapping[str, Any]) -> None:
             )
     if not all(isinstance(level, str) for level in value.get("levels", {}).values()):
         raise TelemetryError("outcome: levels holds another kind than texts")
-    if not all(isinstance(text, str) for text in value.get("passed", [])):
-        raise TelemetryError("outcome: passed holds another kind than texts")
+    for text in value.get("passed", []):
+        if not isinstance(text, str) or not re.fullmatch("[0-9a-f]*", text):
+            raise TelemetryError(f"outcome: passed holds {_short(text)}, expected hex digits")
     for name in ("metrics", "cost", "before", "after"):
         _numbers(name, value.get(name, {}).values())
     for name in ("evals", "reward", "curves"):
         _columns(name, value.get(name, {}))
+    evals = value.get("evals", {})
+    if evals and None in evals.get("tokens", [None]):
+        raise TelemetryError("outcome: evals has no number of tokens for each evaluation")
 
 
 def _columns(name: str, table: Mapping[str, Any]) -> None:

@@ -121,15 +121,10 @@ def _chips(study: Study) -> list[dict[str, str]]:
              {"text": f"all {planned} runs", "tone": "good"}]  # fmt: skip
     if failed:
         chips.append({"text": f"{failed} failed", "tone": "bad"})
-    late = sum(len(seeds) for seeds in plan.exploratory.values())
-    if not plan.registered:
-        chips.append({"text": "exploratory: no protocol", "tone": "plain"})
-    elif not plan.unchanged:
-        chips.append({"text": "the protocol changed after its first run", "tone": "bad"})
-    else:
-        chips.append({"text": "confirmatory", "tone": "good"})
-    if late:
-        chips.append({"text": f"exploratory runs: {late}", "tone": "plain"})
+    tone = {"confirmatory": "good"}.get(study.standing, "plain" if plan.unchanged else "bad")
+    chips.append({"text": study.standing, "tone": tone})
+    if plan.registered and not plan.unchanged and study.late_runs:
+        chips.append({"text": f"exploratory runs: {study.late_runs}", "tone": "plain"})
     return chips
 
 
@@ -185,11 +180,12 @@ def findings(study: Study) -> list[dict[str, Any]]:
     for name, title in GROUPS.items():
         own = [c for c in study.contrasts if c.verdict is not None and c.verdict.word == name]
         if own:
-            found.append({"title": title, "sentences": [_sentence(study, c) for c in own]})
+            found.append({"title": title, "sentences": [finding(study, c) for c in own]})
     return found
 
 
-def _sentence(study: Study, contrast: Contrast) -> dict[str, str]:
+def finding(study: Study, contrast: Contrast) -> dict[str, str]:
+    """`text`, the verdict and what belongs to it, and `late`, how many runs are exploratory."""
     text = sentence(study, contrast)
     if contrast.left_out:
         text += f"; {contrast.left_out} runs without a partner are left out"
