@@ -319,14 +319,16 @@ def test_memory_constant_over_steps() -> None:
         trainer.drain_events()
     tracemalloc.start()
     sizes = []
-    for _ in range(3):
+    for _ in range(4):
         for _ in range(15):
             trainer.update_step(PROMPTS)
             trainer.drain_events()
         gc.collect()
         sizes.append(tracemalloc.get_traced_memory()[0])
     tracemalloc.stop()
-    assert sizes[2] - sizes[1] < 20_000, sizes
+    grown = [after - before for before, after in zip(sizes[1:], sizes[2:])]
+    # what leaks grows each time; a table of the type checker's that doubles does so once
+    assert min(grown) < 20_000, sizes
 
 
 def test_muonclip_failure_is_loud() -> None:

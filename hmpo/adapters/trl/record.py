@@ -18,6 +18,13 @@ from hmpo.adapters.trl.log import Rows, gather_rows, join_rows
 from hmpo.checkpoint import RecordedBatch, write_batch
 from hmpo.errors import ConfigError, require
 
+HEARD = (
+    "_compute_loss",
+    "_get_per_token_logps_and_entropies",
+    "_generate_and_score_completions",
+)
+"""What is listened to."""
+
 
 def record_batch(trainer: Any, path: Path | str, *, update: int | None = None) -> "BatchRecorder":
     """Have a trainer write one update's batch to a file as soon as it is done.
@@ -35,7 +42,7 @@ def record_batch(trainer: Any, path: Path | str, *, update: int | None = None) -
         ConfigError: a negative `update`, or a trainer that computes its loss by other means.
     """
     require(update is None or update >= 0, "update", update, "an integer >= 0, or None")
-    for name in ("_compute_loss", "_get_per_token_logps_and_entropies"):
+    for name in HEARD:
         if not callable(getattr(trainer, name, None)):
             raise ConfigError(
                 f"trainer: got {type(trainer).__name__} without {name}, expected a GRPOTrainer of "
@@ -57,12 +64,11 @@ class BatchRecorder(TrainerCallback):
         """The update that the file is of."""
         self._inputs: dict[str, Any] | None = None
         self._window: list[Rows] = []
-        self._loss, self._logprobs = (
-            trainer._compute_loss,
-            trainer._get_per_token_logps_and_entropies,
-        )
-        trainer._compute_loss = self._compute_loss
-        trainer._get_per_token_logps_and_entropies = self._get_logprobs
+        self._generated_at = 0
+        self._loss, self._logprobs, self._generated = (getattr(trainer, name) for name in HEARD)
+        own = (self._compute_loss, self._get_logprobs, self._generate)
+        for name, method in zip(HEARD, own, strict=True):
+            setattr(trainer, name, method)
 
     @property
     def updates_per_generation(self) -> int:
@@ -74,7 +80,7 @@ class BatchRecorder(TrainerCallback):
     @property
     def staleness(self) -> int:
         """Updates between the policy that generated and the present one."""
-        return self.trainer.state.global_step % self.updates_per_generation
+        return self.trainer.state.global_step - self._generated_at
 
     @property
     def due(self) -> bool:
@@ -82,6 +88,12 @@ class BatchRecorder(TrainerCallback):
         if self.update is None:
             return self.staleness == self.updates_per_generation - 1
         return self.trainer.state.global_step == self.update
+
+    def _generate(self, *args: Any, **options: Any) -> Any:
+        """The trainer's; a training that goes on within a generation generates anew."""
+        if self.trainer.model.training:
+            self._generated_at = self.trainer.state.global_step
+        return self._generated(*args, **options)
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         """The trainer's, with its inputs noted before anything changes them."""
