@@ -108,3 +108,12 @@ def test_what_cannot_be_recorded_is_refused(tmp_path: Path) -> None:
     trainer.use_liger_kernel = True
     with pytest.raises(ConfigError, match="fused loss"):
         record_batch(trainer, tmp_path / "b")
+
+
+def test_after_a_resume_within_a_generation_the_first_update_is_fresh(tmp_path: Path) -> None:
+    plain_trainer(tmp_path, save_strategy="steps", save_steps=4).train()
+    resumed = plain_trainer(tmp_path, save_strategy="steps", save_steps=4)
+    record_batch(resumed, tmp_path / "b.safetensors", update=4)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    batch = read_batch(tmp_path / "b.safetensors")
+    assert (batch.facts["update"], batch.facts["staleness"]) == (4, 0)

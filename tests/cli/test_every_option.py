@@ -395,6 +395,8 @@ def experiment_dry_run(place: Place) -> None:
     assert "suite small: 2 cells, 4 of 4 runs to make" in text and not seen
     assert "grpo+low: 2 of 2 runs, " in text and "in all about " in text
     assert not Path("experiments").exists()
+    for words in (("--on", "ray"), ("--quiet",)):
+        assert words[0] in place.fails("experiment", "run", "suite.json", "--dry-run", *words)
 
 
 OPTIONS: dict[str, dict[str, Callable[[Place], None]]] = {

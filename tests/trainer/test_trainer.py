@@ -1,5 +1,6 @@
 import copy
 import gc
+import itertools
 import subprocess
 import sys
 import tracemalloc
@@ -326,7 +327,7 @@ def test_memory_constant_over_steps() -> None:
         gc.collect()
         sizes.append(tracemalloc.get_traced_memory()[0])
     tracemalloc.stop()
-    grown = [after - before for before, after in zip(sizes[1:], sizes[2:])]
+    grown = [after - before for before, after in itertools.pairwise(sizes[1:])]
     # what leaks grows each time; a table of the type checker's that doubles does so once
     assert min(grown) < 20_000, sizes
 

@@ -87,3 +87,11 @@ def test_smallest_difference_and_endpoint_come_from_the_suite(tmp_path: Path) ->
     found = compare(folder / "runs/gspo+dense+stale", folder / "runs/grpo+dense+stale")
     assert found.last == 1 and found.verdict is not None
     assert found.verdict.word == "no difference"
+
+
+def test_cells_of_two_suites_are_judged_by_the_defaults_whichever_comes_first(
+    suite: Path, tmp_path: Path
+) -> None:
+    other = make_suite(tmp_path / "other", protocol={"smallest": 0.9, "endpoint": {"last": 1}})
+    one, two = (folder / "runs/gspo+dense+stale" for folder in (suite, other))
+    assert compare(one, two).last == compare(two, one).last == 3

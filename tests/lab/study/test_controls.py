@@ -65,3 +65,23 @@ def test_a_control_that_has_not_run_is_open(tmp_path: Path) -> None:
             entry["seeds"] = [77]
     (folder / "suite.json").write_text(json.dumps(plan), encoding="utf-8")
     assert state(study_of(folder), "placebo") == (None, "no run of it has ended")
+
+
+@pytest.mark.parametrize("kind", ["again", "negative"])
+def test_runs_that_crashed_do_not_pass_a_control(suite: Path, kind: str) -> None:
+    outcomes = [
+        replace(o, status="failed", evals={}, passed=[], after={}) if o.role == kind else o
+        for o in collect(suite)
+    ]
+    passed, detail = state(Study.of(read_plan(suite), outcomes), kind)
+    assert passed is None and "failed" in detail
+
+
+def test_without_a_number_of_prompts_no_difference_passes_for_rounding(suite: Path) -> None:
+    outcomes = [
+        replace(make_outcome(o.cell, o.seed, o.evals["sampled"][-1] + 0.2), role=o.role, after={})
+        if o.role == "negative"
+        else o
+        for o in collect(suite)
+    ]
+    assert state(Study.of(read_plan(suite), outcomes), "negative")[0] is False

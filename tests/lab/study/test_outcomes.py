@@ -1,5 +1,6 @@
 import gzip
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from hmpo.lab.study.outcomes import (
 from hmpo.run import train
 from tests.faults.micro import micro_config, micro_policy
 from tests.faults.storage import fast_folder
+from tests.lab.study.suites import make_outcome
 from tests.lab.synthetic import make_run
 
 
@@ -227,3 +229,13 @@ def test_a_real_run_becomes_a_record_with_all_that_a_table_needs() -> None:
                         "clip_low_share"}  # fmt: skip
     assert set(outcome.curves) >= {"step", "g", "kl3", "clip_pos", "clip_neg", "entropy"}
     assert outcome.cost["cpu_s"] == 1.5 and outcome.cost["wall_s"]
+
+
+def test_bits_that_are_no_hex_digits_and_evaluations_without_tokens_are_refused() -> None:
+    fine = make_outcome("a", 1, 0.5)
+    for changed in (
+        replace(fine, passed=["zz"]),
+        replace(fine, evals={k: v for k, v in fine.evals.items() if k != "tokens"}),
+    ):
+        with pytest.raises(TelemetryError, match=r"hex digits|number of tokens"):
+            Outcome.from_json(changed.to_json())

@@ -1,11 +1,13 @@
 """A suite's folder: journal lines that were cut off, links, what is left of a run."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from hmpo.errors import ConfigError
 from hmpo.lab.suite.folder import Deaths, SuiteFolder, tidy
-from tests.lab.suite.small import suite
+from tests.lab.suite.small import data, suite
 
 
 @pytest.fixture
@@ -31,6 +33,30 @@ def test_deaths_are_counted_from_the_journal_by_run(place: SuiteFolder) -> None:
         ("grpo+low", 100): Deaths(count=2, step=-1),
         ("grpo+low", 101): Deaths(count=1, step=3),
     }
+
+
+def test_deaths_before_an_outcome_do_not_count_against_a_run_that_is_made_again(
+    place: SuiteFolder,
+) -> None:
+    for _ in range(3):
+        place.note("died", "grpo+low", 100, step=-1, how="SIGKILL")
+    place.note("ended", "grpo+low", 100, status="failed", reason="its process died 3 times")
+    assert place.deaths() == {}
+
+
+def test_a_cell_that_left_the_suite_keeps_its_settings_while_its_runs_are_there(
+    tmp_path: Path,
+) -> None:
+    def opened(**changes: Any) -> None:
+        with SuiteFolder(suite(tmp_path / "plan", **changes), tmp_path / "out").opened():
+            pass
+
+    opened()
+    (tmp_path / "out/small/runs/hmpo+low").mkdir(parents=True)
+    opened(exclude=[{"member": "hmpo"}])
+    other = data()["run"] | {"updates": 5}
+    with pytest.raises(ConfigError, match=r"hmpo\+low: has runs under other settings .*updates"):
+        opened(run=other)
 
 
 def test_the_journal_is_never_written_through_a_link(place: SuiteFolder, tmp_path: Path) -> None:

@@ -58,3 +58,10 @@ def test_a_mistake_is_one_line_that_names_the_place(text: str, line: str, tmp_pa
     with pytest.raises(ConfigError) as caught:
         read_protocol(path)
     assert str(caught.value).startswith(f"{path}: {line}")
+
+
+def test_a_level_of_tests_that_no_test_bears_is_refused_before_the_runs(tmp_path: Path) -> None:
+    path = tmp_path / "p.toml"
+    path.write_text("alpha = 0.5")
+    with pytest.raises(ConfigError, match="alpha"):
+        read_protocol(path)

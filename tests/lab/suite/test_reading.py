@@ -257,3 +257,11 @@ def test_a_mistake_in_settings_of_levels_is_one_line(tmp_path: Path, text: str, 
     with pytest.raises(ConfigError) as caught:
         read_suite(written(tmp_path, TOML + text))
     assert place in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_list_where_one_level_is_meant_is_one_line(tmp_path: Path) -> None:
+    text = TOML.replace(
+        'levels = { member = "grpo", regime', 'levels = { member = ["grpo"], regime'
+    )
+    with pytest.raises(ConfigError, match=r"levels.member: no level"):
+        read_suite(written(tmp_path, text))

@@ -390,3 +390,26 @@ def test_cores_are_shared_by_the_threads_of_the_runs(tmp_path) -> None:
     assert default_jobs(whole.cells) == usable_cores() <= (os.cpu_count() or 1)
     wide = suite(tmp_path, run=data()["run"] | {"threads": 1000})
     assert default_jobs(wide.cells) == 1
+
+
+def test_a_refusal_to_go_on_with_a_run_is_no_outcome(tmp_path, monkeypatch) -> None:
+    def refuse(*args: Any, **options: Any) -> None:
+        raise ConfigError("the task's file has changed; put it back")
+
+    place = tmp_path / "out" / "small" / "runs" / "high" / "100"
+    place.mkdir(parents=True)
+    (place / "telemetry.jsonl").write_text("")
+    monkeypatch.setattr("hmpo.run.loop.train", refuse)
+    result = run(tmp_path, seeds=[100])
+    assert "has changed" in result.problem and (result.left, result.failed) == (1, [])
+    assert not (place / "outcome.json").exists()
+
+
+@pytest.mark.parametrize("error", [MemoryError(), OSError(24, "Too many open files")])
+def test_what_the_machine_lacks_is_no_outcome(tmp_path, monkeypatch, error: Exception) -> None:
+    def lack(*args: Any, **options: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("hmpo.run.loop.train", lack)
+    result = run(tmp_path, seeds=[100])
+    assert result.problem and (result.left, result.failed) == (1, [])
