@@ -10,17 +10,10 @@ import pytest
 from trl import GRPOConfig
 
 from hmpo.config import RunConfig, members
-from tests.side_by_side import PAGE, rows
+from tests.side_by_side import PAGE, has_field, rows
 
 ELSEWHERE = {"train_dataset", "eval_dataset", "reward_funcs", "peft_config", "model", "train()"}
 """Arguments of TRL's trainer and of its `train`, not fields of its configuration."""
-
-
-def has_field(config: Any, path: str) -> bool:
-    """Whether a dotted path leads to a field."""
-    first, _, rest = path.partition(".")
-    names = {field.name for field in dataclasses.fields(config)}
-    return first in names and (not rest or has_field(getattr(config, first), rest))
 
 
 @pytest.mark.parametrize("row", rows(), ids=lambda row: row[0][0])
