@@ -1,6 +1,7 @@
 """docs/troubleshooting.md is made from the code, and no warning is without advice."""
 
 import importlib.util
+import sys
 import tomllib
 from pathlib import Path
 from types import ModuleType
@@ -42,8 +43,6 @@ def maker() -> ModuleType:
     spec = importlib.util.spec_from_file_location("make_troubleshooting", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    import sys
-
     sys.modules[spec.name] = module  # dataclasses look a module up by its name
     spec.loader.exec_module(module)
     return module
