@@ -42,10 +42,10 @@ from hmpo.models import load_policy
 from hmpo.objective.means import effective_sample_size
 from hmpo.randomness import seed_everything
 from hmpo.run.build import make_rewards, make_trainer
-from hmpo.run.evaluation import gather_columns
 from hmpo.run.start import load_start
 from hmpo.run.steering import Steering
 from hmpo.tasks import make_task
+from hmpo.tasks.base import gather_columns
 
 SUITE = Path(__file__).resolve().parent.parent / "studies" / "tuning.toml"
 REGIMES = {

@@ -16,6 +16,7 @@ from hmpo.randomness import keyed_generator, keyed_seed
 from hmpo.rewards import Rewards
 from hmpo.stats import wilson_interval
 from hmpo.tasks import Example, Task
+from hmpo.tasks.base import gather_columns
 from hmpo.trainer.prompts import with_tokens
 from hmpo.trainer.rollout import reward_events, sample_and_score, sampling_options
 from hmpo.types import Event
@@ -268,9 +269,3 @@ def hex_bits(passed: Sequence[bool]) -> str:
 def hash_prompts(prompts: Sequence[str]) -> str:
     """SHA-256 (hex) of prompts in their order: of the JSON list of them, in ASCII."""
     return hashlib.sha256(json.dumps(list(prompts)).encode("ascii")).hexdigest()
-
-
-def gather_columns(examples: Sequence[Example]) -> dict[str, list[Any]]:
-    """Columns of several examples, side by side; a column that one lacks holds None there."""
-    names = sorted({name for example in examples for name in example.columns})
-    return {name: [example.columns.get(name) for example in examples] for name in names}

@@ -20,11 +20,12 @@ from hmpo.randomness import seed_everything
 from hmpo.run.build import make_rewards, make_trainer, trainer_config, use_machine
 from hmpo.run.consent import resume_command
 from hmpo.run.ending import failure_text
-from hmpo.run.evaluation import Evaluation, Evaluator, gather_columns
+from hmpo.run.evaluation import Evaluation, Evaluator
 from hmpo.run.evidence import Evidence
 from hmpo.run.files import RunFiles, check_folder, run_folder
 from hmpo.run.folder import Place
 from hmpo.run.inputs import changed_inputs, describe_inputs, refuse_changed
+from hmpo.run.notebook import default_observer
 from hmpo.run.observer import Audience, Observer, RunResult
 from hmpo.run.saving import Saver
 from hmpo.run.signals import Stopped, StopRequest
@@ -32,6 +33,7 @@ from hmpo.run.start import keep_start, load_start
 from hmpo.run.steering import Steering
 from hmpo.stopwatch import Stopwatch, section, time_fields
 from hmpo.tasks import Task, make_task
+from hmpo.tasks.base import gather_columns
 from hmpo.telemetry.records import end_record, eval_record, event_record, step_record
 from hmpo.trainer.prompts import check_prompts
 from hmpo.types import Event
@@ -56,7 +58,7 @@ def train(
     Args:
         config: the run.
         resume: go on from the newest valid checkpoint of that folder.
-        observer: told of each step.
+        observer: told of each step; None shows the run in a notebook, and is silent elsewhere.
         exist_ok: with `resume`, start afresh where the folder holds no run yet.
         overwrite: start afresh where the folder holds a run, which is deleted; a run that has
             made no update yet is started afresh without it.
@@ -72,7 +74,7 @@ def train(
     """
     place = Place(run_folder(config) if folder is None else folder)
     check_folder(config, place.path, resume=resume, exist_ok=exist_ok, overwrite=overwrite)
-    observer = observer or Observer()
+    observer = observer or default_observer()
     stop = StopRequest(observer.on_stop)
     with contextlib.ExitStack() as stack:
         stack.enter_context(stop.listening())

@@ -81,6 +81,12 @@ class Instance:
     """Further columns; `answer` is added."""
 
 
+def gather_columns(examples: Sequence[Example]) -> dict[str, list[Any]]:
+    """Columns of several examples, side by side; a column that one lacks holds None there."""
+    names = sorted({name for example in examples for name in example.columns})
+    return {name: [example.columns.get(name) for example in examples] for name in names}
+
+
 def is_heldout(name: str, canonical: str) -> bool:
     """On which side of the split of task `name` the instance lies."""
     digest = hashlib.sha256(

@@ -25,6 +25,7 @@ from hmpo.optim.state import clip_metrics, join_clip_state, split_clip_state
 from hmpo.randomness import keyed_generator
 from hmpo.rewards import Rewards
 from hmpo.stopwatch import section
+from hmpo.tasks import Task
 from hmpo.trainer.faults import (
     Fault,
     UpdateCheck,
@@ -33,6 +34,7 @@ from hmpo.trainer.faults import (
     ratio_fault,
     step_fault,
 )
+from hmpo.trainer.fit import fit
 from hmpo.trainer.lag import Lag
 from hmpo.trainer.learning import (
     check_apart,
@@ -130,6 +132,10 @@ class Trainer(ABC, Generic[C]):
             merged[name] = math.fsum(record[name] for record in records) / len(records)
         merged["update_skipped"] = sum(record["update_skipped"] for record in records)
         return merged
+
+    def fit(self, task: Task, updates: int, **options: Any) -> list[Metrics]:
+        """Train on a task's prompts without a run around it: `hmpo.trainer.fit.fit`."""
+        return fit(self, task, updates, **options)
 
     @differentiable()
     @section("rewards")  # less the sections inside: sampling and log-probs

@@ -27,8 +27,8 @@ from hmpo.config import MismatchConfig, PolicyConfig, PowerMeanConfig, TaskConfi
 from hmpo.config.objective import ObjectiveConfig
 from hmpo.models import load_policy, stop_token_ids
 from hmpo.optim import MuonClip, MuonClipConfig, MuonWithAdamW, split_param_groups
-from hmpo.run.evaluation import gather_columns
 from hmpo.tasks import make_task
+from hmpo.tasks.base import gather_columns
 from hmpo.trainer.power_mean import PowerMeanTrainer
 from tests.support import in_float64
 

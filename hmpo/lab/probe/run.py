@@ -44,12 +44,12 @@ from hmpo.optim import discard_qk_readings
 from hmpo.randomness import random_state_kept, restore_random_state, seed_everything
 from hmpo.run.build import Trainer, load_trained, make_rewards, make_trainer, use_machine
 from hmpo.run.consent import code_of, refuse_code
-from hmpo.run.evaluation import gather_columns
 from hmpo.run.folder import refuse_foreign, renamed
 from hmpo.run.masked import refuse_masked
 from hmpo.run.start import load_start
 from hmpo.run.steering import Steering
 from hmpo.tasks import make_task
+from hmpo.tasks.base import gather_columns
 from hmpo.trainer.power_mean import PowerMeanTrainer
 from hmpo.types import Batch, Rollout
 
