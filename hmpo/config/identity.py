@@ -12,6 +12,7 @@ LATER = {
     "optimizer.momentum": 0.0,
     "policy.attention": "auto",
     "policy.start": "",
+    "policy.revision": "",
     "eval.success": 1.0,
     "objective.token_clamp": None,
     "objective.exponent.per": "update",

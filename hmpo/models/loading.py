@@ -11,11 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
-    CONFIG_MAPPING,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedTokenizerBase,
@@ -23,8 +21,8 @@ from transformers import (
 
 from hmpo.config import PolicyConfig
 from hmpo.errors import MissingDependencyError, ModelError
-from hmpo.models.hub import no_hub
-from hmpo.models.paths import is_adapter, resolve_policy_path
+from hmpo.models.hub import check_architecture, no_hub
+from hmpo.models.paths import base_of, is_adapter, is_hub_name, resolve_policy_path
 from hmpo.models.probe import policy_facts
 from hmpo.models.quiet import quiet_transformers
 from hmpo.models.saving import first_line
@@ -54,9 +52,10 @@ class LoadedPolicy:
     """`PolicyConfig.path` as it was given."""
 
 
-@no_hub()
 def load_policy(config: PolicyConfig, *, device: str = "cpu") -> LoadedPolicy:
-    """Load the policy that `config` names; nothing is downloaded, no remote code is run.
+    """Load the policy that `config` names; a hub's is downloaded, no remote code is run.
+
+    Only `organisation/name` that is no folder here asks a hub.
 
     Args:
         config: where the policy is, and whether it gets LoRA adapters.
@@ -66,11 +65,17 @@ def load_policy(config: PolicyConfig, *, device: str = "cpu") -> LoadedPolicy:
         ModelError: one line; the folder or its files are not usable, or there is no such device.
         MissingDependencyError: LoRA without peft.
     """
-    folder = resolve_policy_path(config.path)
     place = _device(device)
+    folder = resolve_policy_path(config.path, config.revision)
     if is_adapter(folder):
         return _load_adapter(config, folder, place)
-    _check_architecture(folder, config.path)
+    with no_hub():
+        return _load_whole(config, folder, place)
+
+
+def _load_whole(config: PolicyConfig, folder: Path, place: torch.device) -> LoadedPolicy:
+    """The policy in a folder that holds all of its weights."""
+    check_architecture(folder, config.path)
     tokenizer = _load_tokenizer(folder, config.path)
     model = _load_model(folder, config)
     _check_together(model, tokenizer, config.path)
@@ -96,16 +101,6 @@ def _device(device: str) -> torch.device:
     if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
         raise ModelError(f"device: got {device!r}, but there are {torch.cuda.device_count()} GPUs")
     return place
-
-
-def _check_architecture(folder: Path, path: str) -> None:
-    """Only the architectures that transformers itself implements."""
-    kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
-    if kind not in CONFIG_MAPPING:
-        raise ModelError(
-            f"policy {path!r}: model_type {kind!r} is not one of transformers "
-            f"{transformers.__version__}; code that comes with a model is never run"
-        )
 
 
 def _load_tokenizer(folder: Path, path: str) -> PreTrainedTokenizerBase:
@@ -206,7 +201,9 @@ def _with_lora(model: nn.Module, config: PolicyConfig, folder: Path) -> nn.Modul
         raise ModelError(f"lora_targets: {first_line(error)}") from error
     # What a saved adapter says it sits on: peft and transformers know no name of ours, and a
     # relative path means another folder elsewhere.
-    wrapped.peft_config["default"].base_model_name_or_path = str(folder.resolve())
+    own, hub = wrapped.peft_config["default"], is_hub_name(config.path)
+    own.base_model_name_or_path = config.path if hub else str(folder.resolve())
+    own.revision = folder.name if hub else None
     return wrapped
 
 
@@ -217,19 +214,16 @@ def _load_adapter(config: PolicyConfig, folder: Path, place: torch.device) -> Lo
         raise ModelError(
             f"policy {config.path!r}: has LoRA adapters of its own; set lora_rank to 0"
         )
-    try:
-        settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"policy {config.path!r}: adapter_config.json ({error})") from None
-    name = settings.get("base_model_name_or_path")
-    if not name or is_adapter(resolve_policy_path(name)):
+    name, revision = base_of(folder)
+    if not name or is_adapter(resolve_policy_path(name, revision)):
         raise ModelError(
-            f"policy {config.path!r}: adapter_config.json gives {name!r} as "
+            f"policy {config.path!r}: adapter_config.json gives {name or None!r} as "
             "base_model_name_or_path, expected a whole policy"
         )
-    base = load_policy(dataclasses.replace(config, path=name), device=str(place))
+    base_config = dataclasses.replace(config, path=name, revision=revision)
+    base = load_policy(base_config, device=str(place))
     try:
-        with _no_peft_deprecation():
+        with no_hub(), _no_peft_deprecation():
             model = peft.PeftModel.from_pretrained(base.model, folder, is_trainable=True)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"policy {config.path!r}: adapters ({first_line(error)})") from error

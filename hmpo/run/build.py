@@ -18,6 +18,7 @@ from hmpo.models.policy import load_trained_state
 from hmpo.models.tokens import pad_token_id
 from hmpo.optim.param_groups import MuonWithAdamW, runs_fused, split_param_groups
 from hmpo.rewards import Rewards, load_reward
+from hmpo.run.source import pinned
 from hmpo.tasks import Task
 from hmpo.trainer.gspo import GSPOTrainer
 from hmpo.trainer.power_mean import PowerMeanTrainer
@@ -60,12 +61,12 @@ def load_trained(folder: Path, config: RunConfig, device: str = "cpu") -> Loaded
     Raises:
         CheckpointError: the run has neither.
     """
-    saved = load_checkpoint(folder / "checkpoints")
+    saved, config = load_checkpoint(folder / "checkpoints"), pinned(config, folder)
     if saved is None:
         written = folder / "policy"
         if not written.is_dir():
             raise CheckpointError(f"{folder}: has no checkpoint yet; let the run save one first")
-        policy = dataclasses.replace(config.policy, path=str(written), lora_rank=0)
+        policy = dataclasses.replace(config.policy, path=str(written), revision="", lora_rank=0)
         return load_policy(policy, device=device)
     loaded = load_policy(config.policy, device=device)
     load_trained_state(loaded.model, saved.state["model"])

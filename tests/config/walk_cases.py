@@ -46,6 +46,7 @@ RUN: dict[str, Case] = {
     "tracker.name": ({"sinks": ["tensorboard"]}, "other"),
     "policy.path": ({}, "tiny-sort"),
     "policy.start": ({}, "0/run"),
+    "policy.revision": ({}, "v1"),
     "policy.lora_rank": ({}, 2),
     "policy.lora_alpha": (LORA, 4.0),
     "policy.lora_targets": (LORA, ["q_proj"]),

@@ -141,12 +141,7 @@ def test_names_and_folders_that_are_not_there(tmp_path, monkeypatch):
     assert resolve_policy_path("smollm2") == tmp_path / "smollm2-135m-instruct"
     assert error_line(tmp_path / "no") == (
         f"policy '{tmp_path / 'no'}': no such folder; "
-        "expected a local folder, 'tiny-sort' or 'smollm2'"
-    )
-    assert error_line("some-org/some-model") == (
-        "policy 'some-org/some-model': no such folder, and only local folders are loaded; "
-        "download it first, e.g. `hf download some-org/some-model --local-dir some-model`, "
-        "then name that"
+        "expected a local folder, a hub's organisation/name, 'tiny-sort' or 'smollm2'"
     )
 
 
