@@ -16,6 +16,7 @@ from hmpo.errors import CheckpointError, ConfigError, ModelError, require
 from hmpo.models import LoadedPolicy, load_policy, stop_token_ids
 from hmpo.models.policy import load_trained_state
 from hmpo.models.tokens import pad_token_id
+from hmpo.optim.masters import with_masters
 from hmpo.optim.param_groups import MuonWithAdamW, runs_fused, split_param_groups
 from hmpo.rewards import Rewards, load_reward
 from hmpo.run.source import pinned
@@ -102,9 +103,7 @@ def trainer_config(config: RunConfig, **changes: Any) -> PowerMeanConfig | GSPOC
 
 def make_trainer(config: RunConfig, loaded: LoadedPolicy, task: Task, rewards: Rewards) -> Trainer:
     """The trainer of a run, with its optimizer and reference policy."""
-    reference = None
-    if config.reference == "start":
-        reference = copy.deepcopy(loaded.model).requires_grad_(False).eval()
+    reference = frozen_copy(loaded.model) if config.reference == "start" else None
     settings = trainer_config(
         config,
         eos_token=stop_token_ids(loaded.tokenizer, task.stop, loaded.model),
@@ -124,16 +123,31 @@ def make_trainer(config: RunConfig, loaded: LoadedPolicy, task: Task, rewards: R
     )
 
 
+def frozen_copy(policy: nn.Module) -> nn.Module:
+    """The policy as it is now, for a reference: its own trained weights, the frozen ones shared.
+
+    Under LoRA these are the adapters and no more; the base beneath them is in memory once.
+    """
+    shared = {id(p): p for p in policy.parameters() if not p.requires_grad}
+    return copy.deepcopy(policy, shared).requires_grad_(False).eval()
+
+
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
     """AdamW, SGD, or Muon for hidden matrices and AdamW for the rest, over trainable parameters.
 
     Vectors (norms, biases) are never decayed. SGD is torch's: its decay is part of the gradient,
-    and without momentum it has no state. QK-clip is not part of it: the trainers wrap it.
+    and without momentum it has no state. It steps on float32 copies of 16-bit weights. QK-clip is
+    not part of it: the trainers wrap it.
 
     Raises:
         ModelError: the model has no trainable parameter.
         ConfigError: `muon_per_head`, and no trained matrix is known to be one of heads.
     """
+    return with_masters(_plain_optimizer(model, config))
+
+
+def _plain_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """The optimizer as torch or this package has it."""
     if config.name == "muon":
         settings: dict[str, Any] = {
             "lr": config.lr if config.muon_lr is None else config.muon_lr,

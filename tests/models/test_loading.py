@@ -245,16 +245,6 @@ def test_a_saved_adapter_names_its_base_for_peft_from_any_folder(small, tmp_path
         monkeypatch.chdir(small.parent)
 
 
-def test_weights_of_another_precision_are_not_widened_without_a_word(small, tmp_path, caplog):
-    load_policy(PolicyConfig(path=str(small)))
-    assert not caplog.text
-    settings = json.loads((small / "config.json").read_text())
-    half = shutil.copytree(small, tmp_path / "half")
-    (half / "config.json").write_text(json.dumps(settings | {"dtype": "bfloat16"}))
-    load_policy(PolicyConfig(path=str(half)))
-    assert "stored as bfloat16, trained and saved as float32" in caplog.text
-
-
 def test_lora_errors(small, tmp_path, monkeypatch):
     peft = pytest.importorskip("peft")
     with pytest.raises(ModelError, match=r"lora_targets: Target modules .* not found"):
