@@ -18,7 +18,8 @@ COLUMNS = {
 }
 HEAD = """# Models
 
-What this library does with each causal language model that the installed transformers can build.
+What this library does with each causal language model that the installed transformers can build;
+how to name one, and what it costs in memory, is in [Policies](policies.md).
 A tiny model of the family, in {dtype} where the family runs in it, is asked; nothing is taken
 from its name. `make test-models` asks all of them again ({minutes:.0f} minutes on a busy
 machine), and `python scripts/make_models_page.py` makes this page from

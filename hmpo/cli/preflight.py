@@ -10,7 +10,7 @@ from hmpo.config.places import located
 from hmpo.config.unread import refuse_unread_mismatch, refuse_unread_objective
 from hmpo.config.unread_run import refuse_unread_run
 from hmpo.errors import ConfigError
-from hmpo.models.paths import resolve_policy_path
+from hmpo.models.paths import is_hub_name, resolve_policy_path
 from hmpo.rewards.loading import check_spec
 from hmpo.tasks import BUILT_IN, check_name, make_task
 
@@ -77,8 +77,9 @@ def refuse_parts(config: RunConfig, *, fresh: bool) -> None:
         make_task(config.task, config.seed)
     for spec in config.rewards.functions:
         check_spec(spec)
-    if config.policy.path not in FETCHED:
-        resolve_policy_path(config.policy.path)
+    policy = config.policy
+    if policy.path not in FETCHED and not is_hub_name(policy.path):
+        resolve_policy_path(policy.path, policy.revision)
 
 
 def expanded(path: Path) -> Path:

@@ -10,10 +10,12 @@ from hmpo.config import RunConfig
 from hmpo.config.overrides import overridden
 from hmpo.config.reading import load_run_config, read_tables, run_config
 from hmpo.errors import ConfigError, RunFolderError
+from hmpo.models.paths import is_hub_name
 from hmpo.run.consent import code_of, refuse_code
 from hmpo.run.folder import refuse_foreign, renamed
 from hmpo.run.masked import refuse_masked
 from hmpo.run.place import found_place, split_place
+from hmpo.run.source import kept_commit
 
 BUNDLED = ("tiny-sort", "smollm2")
 """Policies that are found by their names."""
@@ -97,6 +99,7 @@ def new_run(
         out = config.out if "out" in given else str(run.parent)
         name = config.name if "name" in given else free_name(Path(out), run.name)
         config = dataclasses.replace(config, out=out, name=name)
+    config = kept_commit(config, run)
     policy = dataclasses.replace(config.policy, start=f"{run}@{step}")
     return dataclasses.replace(config, policy=policy)
 
@@ -109,7 +112,7 @@ def measured_run(
     Raises:
         HmpoError: it is neither, or of another trainer, or a setting is wrong.
     """
-    if str(target) in BUNDLED:
+    if str(target) in BUNDLED or is_hub_name(target.as_posix()):
         return None
     if not target.exists():
         raise RunFolderError(f"{target}: no such run or model folder; give one that is there")
@@ -144,7 +147,8 @@ def measured_model(target: Path, task: str | None, settings: Sequence[str]) -> R
     if task is None and not given & {"task", "task.name"}:
         raise ConfigError(f"{target}: is a model, not a run; say what to measure with --task NAME")
     named = [] if task is None else [f"task.name={json.dumps(task)}"]
-    return run_config({"policy": {"path": str(target)}}, [*named, *settings])
+    path = target.as_posix() if is_hub_name(target.as_posix()) else str(target)
+    return run_config({"policy": {"path": path}}, [*named, *settings])
 
 
 def refuse_unread(settings: Sequence[str], run: Path | None, task: str | None) -> None:

@@ -35,7 +35,8 @@ OTHER_NAMES = {
     "max_response_length": "trainer.max_length",
     "grad_clip": "trainer.max_grad_norm",
     "bf16": "trainer.autocast",
-    "dtype": "trainer.autocast",
+    "dtype": "policy.dtype",
+    "torch_dtype": "policy.dtype",
     "epsilon": "objective.clip_low",
     "epsilon_low": "objective.clip_low",
     "epsilon_high": "objective.clip_high",
@@ -54,6 +55,8 @@ OTHER_NAMES = {
     "attn_implementation": "policy.attention",
     "lora_r": "policy.lora_rank",
     "target_modules": "policy.lora_targets",
+    "use_rslora": "policy.lora_rslora",
+    "activation_checkpointing": "policy.gradient_checkpointing",
     "dataset": "task.options.path",
     "data": "task.options.path",
     "data_path": "task.options.path",
@@ -75,6 +78,11 @@ OTHER_NAMES = {
 }
 """Names that other trainers have for our settings."""
 
+NOT_SETTINGS = {
+    "lora_dropout": "no setting, as dropout is off wherever log-probs are taken (docs/policies.md)",
+}
+"""Names that other trainers have for what this one does not do, and why."""
+
 NOT_MEMBERS = {
     "ppo": "grpo has its clip, with group advantages in place of a value model",
     "rloo": "grpo with trainer.advantage_scale = 'none' is nearest",
@@ -94,11 +102,12 @@ def unknown_name(name: str, table: str, fields: Iterable[str], root: type) -> st
         fields: the keys that the table has.
         root: the dataclass of the whole configuration.
     """
-    fields = list(fields)
+    fields, plain = list(fields), name.lower().replace("-", "_")
+    if plain in NOT_SETTINGS:
+        return NOT_SETTINGS[plain]
     spelled = difflib.get_close_matches(name, fields, n=1, cutoff=0.8)
     if spelled:
         return f"did you mean {spelled[0]}?"
-    plain = name.lower().replace("-", "_")
     if plain in OTHER_NAMES and OTHER_NAMES[plain] != f"{table}.{name}":
         return f"did you mean {OTHER_NAMES[plain]}?"
     elsewhere = sorted(

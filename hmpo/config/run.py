@@ -34,17 +34,29 @@ class PolicyConfig:
     """The language model that is trained."""
 
     path: str = "tiny-sort"
-    """A local Hugging Face folder, `tiny-sort` (bundled), or `smollm2` (see
-    `hmpo fetch-model smollm2`)."""
+    """A local Hugging Face folder, a hub's `organisation/name` (downloaded; a folder that is here
+    wins), `tiny-sort` (bundled), or `smollm2` (see `hmpo fetch-model smollm2`)."""
+    revision: str = ""
+    """Branch, tag or commit of a policy that comes from a hub; empty takes the main branch. A run
+    keeps the commit that it found in environment.json, and a resume takes the same."""
     start: str = ""
     """A checkpoint whose weights the policy starts with, as `RUN` (its newest) or `RUN@STEP`; empty
     starts with those of `path`. `hmpo train --from` sets it. The run keeps a copy of them."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "float32"
+    """Precision of the weights in memory: float32, bfloat16 (half the memory and traffic), or auto,
+    which is bfloat16 where they are stored so, else float32. The optimizer steps on float32 copies
+    of bfloat16 weights; saving gives the precision that the policy came with."""
     lora_rank: int = 0
     """Rank of LoRA adapters; 0 trains all weights. Needs `pip install 'hmpo[lora]'`."""
     lora_alpha: float = 16.0
     """LoRA's scale is lora_alpha / lora_rank."""
-    lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
-    """Module names that get an adapter."""
+    lora_targets: tuple[str, ...] | Literal["all-linear"] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    """Module names that get an adapter; all-linear takes every linear layer but the output head."""
+    lora_rslora: bool = False
+    """LoRA's scale is lora_alpha / sqrt(lora_rank) instead, which does not fade with the rank."""
+    gradient_checkpointing: bool = False
+    """Keep only the inputs of each layer for the backward pass, which runs the layer again: less
+    memory for a third more time. The gradient is the same; sampling does not know it."""
     attention: str = "auto"
     """Attention implementation of transformers: auto (sdpa where the model has it, else eager),
     sdpa, eager, or another that transformers knows."""
@@ -231,8 +243,8 @@ class RunConfig:
     algorithm: Literal["power_mean", "gspo"] = "power_mean"
     """The family's trainer, or the independent GSPO baseline."""
     reference: Literal["none", "start"] = "none"
-    """Frozen reference policy: none, or a copy of the starting weights, kept in memory. Needed
-    by `objective.kl_coef`, and measured as `kl/ref` either way."""
+    """Frozen reference policy: none, or a copy of the starting weights, kept in memory (under LoRA
+    of the adapters only). Needed by `objective.kl_coef`, and measured as `kl/ref` either way."""
     threads: int = 0
     """CPU threads; 0 leaves torch's choice."""
     device: str = "auto"

@@ -37,7 +37,8 @@ def refuse_unread_run(config: RunConfig) -> None:
 def _rules(config: RunConfig) -> Iterator[tuple[str, *Rule]]:
     policy, optimizer, trainer, agm = config.policy, config.optimizer, config.trainer, config.agm
     adapted = policy.lora_rank > 0
-    yield "policy", ("lora_alpha", "lora_targets"), adapted, "policy.lora_rank = 0"
+    lora = ("lora_alpha", "lora_targets", "lora_rslora")
+    yield "policy", lora, adapted, "policy.lora_rank = 0"
     yield "optimizer", MUON, optimizer.name == "muon", f'optimizer.name = "{optimizer.name}"'
     sgd, why = optimizer.name == "sgd", f'optimizer.name = "{optimizer.name}"'
     yield "optimizer", ("betas",), not sgd, why

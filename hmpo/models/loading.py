@@ -1,7 +1,6 @@
 """From a `PolicyConfig` to a model and its tokenizer: local files and safetensors only."""
 
 import dataclasses
-import json
 import logging
 import warnings
 from collections.abc import Iterator
@@ -11,11 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
-    CONFIG_MAPPING,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedTokenizerBase,
@@ -23,8 +20,10 @@ from transformers import (
 
 from hmpo.config import PolicyConfig
 from hmpo.errors import MissingDependencyError, ModelError
-from hmpo.models.hub import no_hub
-from hmpo.models.paths import is_adapter, resolve_policy_path
+from hmpo.models.hub import check_architecture, no_hub
+from hmpo.models.paths import base_of, is_adapter, is_hub_name, resolve_policy_path
+from hmpo.models.policy import unwrap
+from hmpo.models.precision import Stored, remember_source, stored_precision, training_dtype
 from hmpo.models.probe import policy_facts
 from hmpo.models.quiet import quiet_transformers
 from hmpo.models.saving import first_line
@@ -46,7 +45,7 @@ class LoadedPolicy:
     """
 
     model: nn.Module
-    """Causal language model in float32 and training mode; wrapped by
+    """Causal language model in the precision of `PolicyConfig.dtype` and training mode; wrapped by
     peft when LoRA was asked for, all weights but the adapters then frozen."""
     tokenizer: PreTrainedTokenizerBase
     """Its tokenizer, padding on the left."""
@@ -54,9 +53,10 @@ class LoadedPolicy:
     """`PolicyConfig.path` as it was given."""
 
 
-@no_hub()
 def load_policy(config: PolicyConfig, *, device: str = "cpu") -> LoadedPolicy:
-    """Load the policy that `config` names; nothing is downloaded, no remote code is run.
+    """Load the policy that `config` names; a hub's is downloaded, no remote code is run.
+
+    Only `organisation/name` that is no folder here asks a hub.
 
     Args:
         config: where the policy is, and whether it gets LoRA adapters.
@@ -66,17 +66,28 @@ def load_policy(config: PolicyConfig, *, device: str = "cpu") -> LoadedPolicy:
         ModelError: one line; the folder or its files are not usable, or there is no such device.
         MissingDependencyError: LoRA without peft.
     """
-    folder = resolve_policy_path(config.path)
     place = _device(device)
+    folder = resolve_policy_path(config.path, config.revision)
     if is_adapter(folder):
         return _load_adapter(config, folder, place)
-    _check_architecture(folder, config.path)
+    with no_hub():
+        return _load_whole(config, folder, place)
+
+
+def _load_whole(config: PolicyConfig, folder: Path, place: torch.device) -> LoadedPolicy:
+    """The policy in a folder that holds all of its weights."""
+    check_architecture(folder, config.path)
     tokenizer = _load_tokenizer(folder, config.path)
-    model = _load_model(folder, config)
+    stored = _stored(folder, config.path)
+    dtype = training_dtype(config, stored)
+    model = _load_model(folder, config, dtype)
+    remember_source(model, stored)
     _check_together(model, tokenizer, config.path)
-    _tell_precision(folder, config.path)
+    _tell_precision(stored, dtype, config.path)
     if config.lora_rank > 0:
         model = _with_lora(model, config, folder)
+    if config.gradient_checkpointing:
+        checkpoint_layers(unwrap(model))
     model.to(place).train()
     remember_end_tokens(tokenizer, model)
     policy_facts(model)  # whatever it cannot do is told now
@@ -96,16 +107,6 @@ def _device(device: str) -> torch.device:
     if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
         raise ModelError(f"device: got {device!r}, but there are {torch.cuda.device_count()} GPUs")
     return place
-
-
-def _check_architecture(folder: Path, path: str) -> None:
-    """Only the architectures that transformers itself implements."""
-    kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
-    if kind not in CONFIG_MAPPING:
-        raise ModelError(
-            f"policy {path!r}: model_type {kind!r} is not one of transformers "
-            f"{transformers.__version__}; code that comes with a model is never run"
-        )
 
 
 def _load_tokenizer(folder: Path, path: str) -> PreTrainedTokenizerBase:
@@ -129,13 +130,21 @@ def _load_tokenizer(folder: Path, path: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _load_model(folder: Path, config: PolicyConfig) -> nn.Module:
+def _stored(folder: Path, path: str) -> Stored:
+    """What the folder's weights are stored as."""
+    try:
+        return stored_precision(folder)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise ModelError(f"policy {path!r}: cannot be loaded ({first_line(error)})") from error
+
+
+def _load_model(folder: Path, config: PolicyConfig, dtype: torch.dtype) -> nn.Module:
     """The folder's causal language model; absent or misshapen weights are an error."""
     path = config.path
     wanted = ("sdpa", "eager") if config.attention == "auto" else (config.attention,)
     try:
         with quiet_transformers():
-            model, report = _with_attention(folder, path, wanted)
+            model, report = _with_attention(folder, path, wanted, dtype)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"policy {path!r}: cannot be loaded ({first_line(error)})") from error
     for kind in ("missing_keys", "mismatched_keys"):
@@ -150,7 +159,9 @@ def _load_model(folder: Path, config: PolicyConfig) -> nn.Module:
     return model
 
 
-def _with_attention(folder: Path, path: str, wanted: tuple[str, ...]) -> tuple[Any, Any]:
+def _with_attention(
+    folder: Path, path: str, wanted: tuple[str, ...], dtype: torch.dtype
+) -> tuple[Any, Any]:
     """(model, report of its loading) with the first attention implementation that it has."""
     for attention in wanted:
         try:
@@ -159,7 +170,7 @@ def _with_attention(folder: Path, path: str, wanted: tuple[str, ...]) -> tuple[A
                 local_files_only=True,
                 trust_remote_code=False,
                 use_safetensors=True,
-                dtype=torch.float32,
+                dtype=dtype,
                 attn_implementation=attention,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # reported, and refused by the caller
@@ -181,32 +192,53 @@ def _check_together(model: nn.Module, tokenizer: PreTrainedTokenizerBase, path: 
         )
 
 
-def _tell_precision(folder: Path, path: str) -> None:
-    """Weights that are stored in another precision do not become float32 without a word."""
-    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    stored = settings.get("dtype", settings.get("torch_dtype"))
-    if stored not in (None, "auto", "float32"):
-        line = "policy %r: stored as %s, trained and saved as float32 (4 bytes a weight)"
-        logger.warning(line, path, stored)
+def _tell_precision(stored: Stored, dtype: torch.dtype, path: str) -> None:
+    """Weights that are stored in another precision do not change it without a word."""
+    if stored.main not in (None, dtype):
+        names = [str(kind).removeprefix("torch.") for kind in (stored.main, dtype)]
+        line = "policy %r: stored as %s, trained as %s (%d bytes a weight), saved as %s again"
+        logger.warning(line, path, *names, dtype.itemsize, names[0])
+
+
+def checkpoint_layers(model: Any) -> None:
+    """Let a transformers model keep only the inputs of its layers for the backward pass.
+
+    Raises:
+        ModelError: transformers checkpoints none of its layers.
+    """
+    kinds = {kind.__name__ for module in model.modules() for kind in type(module).__mro__}
+    if not model.supports_gradient_checkpointing or "GradientCheckpointingLayer" not in kinds:
+        raise ModelError(
+            f"policy.gradient_checkpointing: got True, expected False, as {type(model).__name__} "
+            "has no layers that transformers checkpoints; take smaller micro batches "
+            "(trainer.micro_batch_size)"
+        )
+    former = "gradient_checkpointing_enable"  # the name that older transformers have
+    enable = getattr(model, "activation_checkpointing_enable", None) or getattr(model, former)
+    enable({"use_reentrant": False})  # the other kind loses gradients of frozen inputs
 
 
 def _with_lora(model: nn.Module, config: PolicyConfig, folder: Path) -> nn.Module:
     """`model` wrapped by peft: trainable adapters on the targets, everything else frozen."""
-    peft = _import_peft()
+    peft, targets = _import_peft(), config.lora_targets
     settings = peft.LoraConfig(
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  (peft divides it: a float is fine)
-        target_modules=list(config.lora_targets),
+        use_rslora=config.lora_rslora,
+        target_modules=targets if isinstance(targets, str) else list(targets),
         task_type="CAUSAL_LM",
     )
     try:
         with _no_peft_deprecation():
             wrapped = peft.get_peft_model(model, settings)
     except ValueError as error:
-        raise ModelError(f"lora_targets: {first_line(error)}") from error
+        remedy = 'name layers that it has, or "all-linear"'
+        raise ModelError(f"lora_targets: {first_line(error)}; {remedy}") from error
     # What a saved adapter says it sits on: peft and transformers know no name of ours, and a
     # relative path means another folder elsewhere.
-    wrapped.peft_config["default"].base_model_name_or_path = str(folder.resolve())
+    own, hub = wrapped.peft_config["default"], is_hub_name(config.path)
+    own.base_model_name_or_path = config.path if hub else str(folder.resolve())
+    own.revision = folder.name if hub else None
     return wrapped
 
 
@@ -217,31 +249,36 @@ def _load_adapter(config: PolicyConfig, folder: Path, place: torch.device) -> Lo
         raise ModelError(
             f"policy {config.path!r}: has LoRA adapters of its own; set lora_rank to 0"
         )
-    try:
-        settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"policy {config.path!r}: adapter_config.json ({error})") from None
-    name = settings.get("base_model_name_or_path")
-    if not name or is_adapter(resolve_policy_path(name)):
+    name, revision = base_of(folder)
+    if not name or is_adapter(resolve_policy_path(name, revision)):
         raise ModelError(
-            f"policy {config.path!r}: adapter_config.json gives {name!r} as "
+            f"policy {config.path!r}: adapter_config.json gives {name or None!r} as "
             "base_model_name_or_path, expected a whole policy"
         )
-    base = load_policy(dataclasses.replace(config, path=name), device=str(place))
+    plain = {"path": name, "revision": revision, "gradient_checkpointing": False}
+    base_config = dataclasses.replace(config, **plain)
+    base = load_policy(base_config, device=str(place))
     try:
-        with _no_peft_deprecation():
+        with no_hub(), _no_peft_deprecation():
             model = peft.PeftModel.from_pretrained(base.model, folder, is_trainable=True)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"policy {config.path!r}: adapters ({first_line(error)})") from error
+    if config.gradient_checkpointing:
+        checkpoint_layers(unwrap(model))
     model.to(place).train()
     return LoadedPolicy(model=model, tokenizer=base.tokenizer, source=config.path)
 
 
 @contextmanager
 def _no_peft_deprecation() -> Iterator[None]:
-    """Hide one warning: peft 0.21 asks transformers for an attribute by its old name."""
+    """Hide two warnings of peft 0.21.
+
+    It asks transformers for an attribute by its old name, and says of weights whose outputs are
+    columns (GPT-2) that it takes them for what they are.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False but")
         yield
 
 

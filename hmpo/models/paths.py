@@ -1,4 +1,4 @@
-"""Where a policy's folder is: bundled, in the cache, or the user's own. No torch in here."""
+"""Where a policy's folder is: bundled, in a cache, or the user's own. No torch in here."""
 
 import json
 import os
@@ -20,17 +20,37 @@ def cache_folder() -> Path:
     return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "hmpo"
 
 
-def resolve_policy_path(path: str) -> Path:
-    """Folder of the policy that `PolicyConfig.path` names.
+def is_hub_name(path: str) -> bool:
+    """Whether a policy comes from a hub: `organisation/name`, and no such folder is here."""
+    try:
+        return _HUB_NAME.fullmatch(path) is not None and not Path(path).exists()
+    except OSError:
+        return False
+
+
+def resolve_policy_path(path: str, revision: str = "") -> Path:
+    """Folder of the policy that `PolicyConfig.path` names; a hub's is downloaded into the cache.
 
     Args:
-        path: `tiny-sort` (bundled), `smollm2` (fetched beforehand), or a local folder in
-            Hugging Face's layout. The two names win over folders of the same name; write
-            `./smollm2` for such a folder.
+        path: `tiny-sort` (bundled), `smollm2` (fetched beforehand), a local folder in Hugging
+            Face's layout, or a hub's `organisation/name`. The two names win over folders, for
+            which write `./smollm2`; a folder that is there wins over a hub.
+        revision: a hub's branch, tag or commit; empty takes the main branch.
 
     Raises:
         ModelError: one line that says what is missing and the remedy.
     """
+    if is_hub_name(path):
+        from hmpo.models.hub import fetch_policy
+
+        folder = fetch_policy(path, revision)
+        _check_contents(folder, path)
+        return folder
+    if revision:
+        raise ModelError(
+            f"policy.revision: got {revision!r}, expected nothing: policy.path {path!r} is no "
+            "name at a hub; leave it out"
+        )
     if path == "tiny-sort":
         return TINY_SORT
     if path == "smollm2":
@@ -45,13 +65,9 @@ def resolve_policy_path(path: str) -> Path:
         reason = getattr(error, "strerror", None) or error
         raise ModelError(f"policy {path[:100]!r}: cannot be looked for ({reason})") from None
     if not there:
-        if _HUB_NAME.fullmatch(path):
-            raise ModelError(
-                f"policy {path!r}: no such folder, and only local folders are loaded; download "
-                f"it first, e.g. `hf download {path} --local-dir {folder.name}`, then name that"
-            )
         raise ModelError(
-            f"policy {path!r}: no such folder; expected a local folder, 'tiny-sort' or 'smollm2'"
+            f"policy {path!r}: no such folder; expected a local folder, a hub's "
+            "organisation/name, 'tiny-sort' or 'smollm2'"
         )
     if not folder.is_dir():
         raise ModelError(f"policy {path!r}: is a file, expected a folder with config.json")
@@ -62,6 +78,21 @@ def resolve_policy_path(path: str) -> Path:
 def is_adapter(folder: Path) -> bool:
     """Whether the folder holds LoRA adapters on top of another policy."""
     return (folder / "adapter_config.json").is_file()
+
+
+def base_of(folder: Path) -> tuple[str, str]:
+    """Name and revision of the policy that the adapters in a folder sit on; empty where unnamed.
+
+    Raises:
+        ModelError: adapter_config.json cannot be read.
+    """
+    try:
+        settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        name, revision = (settings.get(k) for k in ("base_model_name_or_path", "revision"))
+    except (ValueError, AttributeError) as error:
+        raise ModelError(f"policy {str(folder)!r}: adapter_config.json ({error})") from None
+    name = name if isinstance(name, str) else ""
+    return name, revision if isinstance(revision, str) and is_hub_name(name) else ""
 
 
 def _check_contents(folder: Path, path: str) -> None:

@@ -16,6 +16,7 @@ from hmpo.checkpoint.files import fsync_folder
 from hmpo.errors import ModelError, StorageError
 from hmpo.models.hub import no_hub
 from hmpo.models.paths import is_adapter
+from hmpo.models.precision import as_in_source, name_precision
 from hmpo.models.quiet import quiet_transformers
 
 logger = logging.getLogger(__name__)
@@ -28,6 +29,7 @@ def save_policy(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Pa
     The folder is written aside and renamed into place; a policy that was there is replaced,
     anything else is left alone. A model with LoRA adapters is saved as adapters only, by
     peft's `save_pretrained`, with the name of the policy below them; `load_policy` reads both.
+    Whole weights have the precision that the policy was loaded from, whatever it was trained in.
 
     Args:
         model: a transformers model, or one wrapped by peft.
@@ -47,14 +49,18 @@ def save_policy(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Pa
             f"policy of type {type(model).__name__}: has no save_pretrained; expected a "
             "transformers or peft model"
         )
-    options = {}
+    options: dict[str, Any] = {}
     if not isinstance(model, PreTrainedModel):
         logger.info("saving the LoRA adapters only; they need their base policy to load")
         options["save_embedding_layers"] = False  # the base's own, which it still has
+    elif (state := as_in_source(model)) is not None:
+        options["state_dict"] = state
 
     def write(aside: Path) -> None:
         with quiet_transformers():
             save(aside, **options)
+        if "state_dict" in options:
+            name_precision(aside, model)
         (aside / "README.md").unlink(missing_ok=True)  # peft's blank model card
         with _own_padding_side(tokenizer):
             tokenizer.save_pretrained(aside)

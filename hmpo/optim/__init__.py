@@ -3,6 +3,7 @@
 from hmpo.attention.tracker import LogitTracker, MaxLogits
 from hmpo.optim.clip_stats import ClipStats
 from hmpo.optim.clipper import MuonClipConfig
+from hmpo.optim.masters import with_masters
 from hmpo.optim.muon import Muon
 from hmpo.optim.muon_clip import (
     MuonClip,
@@ -28,5 +29,6 @@ __all__ = [
     "discard_qk_readings",
     "qk_clip_stats",
     "split_param_groups",
+    "with_masters",
     "with_qk_clip",
 ]

@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from hmpo.errors import ConfigError, ModelError, require
 from hmpo.optim.clip_stats import ClipStats
 from hmpo.optim.clipper import Clipper, MuonClipConfig
+from hmpo.optim.masters import masters_of
 from hmpo.optim.param_groups import MuonWithAdamW, split_param_groups
 from hmpo.optim.qk_clip import Masters
 
@@ -102,7 +103,8 @@ class MuonClip(Optimizer):
 
         Args:
             model: the model that the optimizer trains.
-            masters: finds the float32 copy that the optimizer keeps of a parameter, see `QKClip`.
+            masters: finds the float32 copy that the optimizer keeps of a parameter, see `QKClip`;
+                None takes those of `with_masters`.
 
         Raises:
             ModelError: another model is attached.
@@ -118,7 +120,7 @@ class MuonClip(Optimizer):
                     "attached one; call detach() first"
                 )
             self.detach()
-        clipper = Clipper(model, self.config, masters)
+        clipper = Clipper(model, self.config, masters or masters_of(self.base))
         if self._loaded is not None:
             clipper.load(self._loaded)
         self._clipper, self._loaded = clipper, None
@@ -259,7 +261,8 @@ def with_qk_clip(
         optimizer: any optimizer over the model's parameters.
         model: the model to read and to clip.
         config: the clip's settings.
-        masters: finds the float32 copy that the optimizer keeps of a parameter, see `QKClip`.
+        masters: finds the float32 copy that the optimizer keeps of a parameter, see `QKClip`; None
+            takes those of `with_masters`.
 
     Raises:
         ConfigError: `optimizer` is a `MuonClip` with other settings.
@@ -281,7 +284,8 @@ def with_qk_clip(
                 "attached one; call detach_qk_clip(optimizer) first"
             )
         detach_qk_clip(optimizer)
-    attachment = _Attachment(Clipper(model, config, masters), [])
+    clipper = Clipper(model, config, masters or masters_of(optimizer))
+    attachment = _Attachment(clipper, [])
     attachment.handles = [
         optimizer.register_step_post_hook(attachment.after_step),
         optimizer.register_state_dict_post_hook(attachment.after_state_dict),

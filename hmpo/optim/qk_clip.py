@@ -247,6 +247,9 @@ class QKClip:
         master = None if self.masters is None else self.masters(rows.parameter)
         if master is not None:
             rows.scale(factors, like=master)
+            rows.parameter.detach().copy_(
+                master
+            )  # rounded once, so that both stay the same weights
 
     def _targets(self) -> dict[str, ClipTarget | str]:
         return {site.name: site.target(self.scope) for site in self.tracker.sites}

@@ -16,8 +16,10 @@ from hmpo.errors import CheckpointError, ConfigError, ModelError, require
 from hmpo.models import LoadedPolicy, load_policy, stop_token_ids
 from hmpo.models.policy import load_trained_state
 from hmpo.models.tokens import pad_token_id
+from hmpo.optim.masters import with_masters
 from hmpo.optim.param_groups import MuonWithAdamW, runs_fused, split_param_groups
 from hmpo.rewards import Rewards, load_reward
+from hmpo.run.source import pinned
 from hmpo.tasks import Task
 from hmpo.trainer.gspo import GSPOTrainer
 from hmpo.trainer.power_mean import PowerMeanTrainer
@@ -60,12 +62,12 @@ def load_trained(folder: Path, config: RunConfig, device: str = "cpu") -> Loaded
     Raises:
         CheckpointError: the run has neither.
     """
-    saved = load_checkpoint(folder / "checkpoints")
+    saved, config = load_checkpoint(folder / "checkpoints"), pinned(config, folder)
     if saved is None:
         written = folder / "policy"
         if not written.is_dir():
             raise CheckpointError(f"{folder}: has no checkpoint yet; let the run save one first")
-        policy = dataclasses.replace(config.policy, path=str(written), lora_rank=0)
+        policy = dataclasses.replace(config.policy, path=str(written), revision="", lora_rank=0)
         return load_policy(policy, device=device)
     loaded = load_policy(config.policy, device=device)
     load_trained_state(loaded.model, saved.state["model"])
@@ -101,9 +103,7 @@ def trainer_config(config: RunConfig, **changes: Any) -> PowerMeanConfig | GSPOC
 
 def make_trainer(config: RunConfig, loaded: LoadedPolicy, task: Task, rewards: Rewards) -> Trainer:
     """The trainer of a run, with its optimizer and reference policy."""
-    reference = None
-    if config.reference == "start":
-        reference = copy.deepcopy(loaded.model).requires_grad_(False).eval()
+    reference = frozen_copy(loaded.model) if config.reference == "start" else None
     settings = trainer_config(
         config,
         eos_token=stop_token_ids(loaded.tokenizer, task.stop, loaded.model),
@@ -123,16 +123,31 @@ def make_trainer(config: RunConfig, loaded: LoadedPolicy, task: Task, rewards: R
     )
 
 
+def frozen_copy(policy: nn.Module) -> nn.Module:
+    """The policy as it is now, for a reference: its own trained weights, the frozen ones shared.
+
+    Under LoRA these are the adapters and no more; the base beneath them is in memory once.
+    """
+    shared = {id(p): p for p in policy.parameters() if not p.requires_grad}
+    return copy.deepcopy(policy, shared).requires_grad_(False).eval()
+
+
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
     """AdamW, SGD, or Muon for hidden matrices and AdamW for the rest, over trainable parameters.
 
     Vectors (norms, biases) are never decayed. SGD is torch's: its decay is part of the gradient,
-    and without momentum it has no state. QK-clip is not part of it: the trainers wrap it.
+    and without momentum it has no state. It steps on float32 copies of 16-bit weights. QK-clip is
+    not part of it: the trainers wrap it.
 
     Raises:
         ModelError: the model has no trainable parameter.
         ConfigError: `muon_per_head`, and no trained matrix is known to be one of heads.
     """
+    return with_masters(_plain_optimizer(model, config))
+
+
+def _plain_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """The optimizer as torch or this package has it."""
     if config.name == "muon":
         settings: dict[str, Any] = {
             "lr": config.lr if config.muon_lr is None else config.muon_lr,

@@ -164,6 +164,8 @@ class RunFiles:
         """Of the settings, in each checkpoint."""
         self.former: list[Path] = []
         """What a run left here that is started anew."""
+        self.source: dict[str, Any] = {}
+        """Where a hub's policy is from, beside the machine in environment.json."""
         self.run_id = ""
         """Stands in every record; set by `header`, or by a resumed run's first name."""
         self.timing: JsonlSink | None = None
@@ -288,7 +290,7 @@ class RunFiles:
         stack.callback(self.trackers.close)
         delete(self.former)
         sweep(folder)
-        environment = describe_environment()
+        environment = describe_environment() | self.source
         write_atomic(folder / "config.json", json.dumps(to_dict(self.stored), indent=2) + "\n")
         write_atomic(folder / "environment.json", json.dumps(environment, indent=2) + "\n")
         ends = {"telemetry": 0, "completions": 0}

@@ -1,16 +1,17 @@
 """What a run is made of besides its settings, by content: prompts, code, policy.
 
 Each checkpoint keeps these hashes, so that a resume can tell that something was exchanged. Hashed
-are the files of the policy (and of the base below its adapters), the files that a task's options
-name, the code of rewards and tasks with the modules beside it that it imports, and the weights that
-the run began with. Weights of more than `WHOLE` bytes (safetensors), and any file of more than
-`HUGE`, are hashed by their size, their header and blocks evenly spread over them, so that the
-largest model costs a second; a change that misses every block goes unnoticed.
+are the files of the policy (and of the base below its adapters), those that a task's options name,
+the code of rewards and tasks with the modules beside it that it imports, and the weights that the
+run began with; a hub's policy stands by its commit. Weights of more than `WHOLE` bytes
+(safetensors), and any file of more than `HUGE`, are hashed by their size, their header and blocks
+evenly spread over them, so that the largest model costs a second; a change that misses every block
+goes unnoticed.
 """
 
 import ast
+import contextlib
 import hashlib
-import json
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,7 +19,7 @@ from pathlib import Path
 import hmpo
 from hmpo.config import RunConfig
 from hmpo.errors import CheckpointError, HmpoError
-from hmpo.models.paths import is_adapter, resolve_policy_path
+from hmpo.models.paths import base_of, is_adapter, is_hub_name, resolve_policy_path
 from hmpo.rewards.loading import split_spec
 from hmpo.run.start import FOLDER
 
@@ -46,7 +47,7 @@ def describe_inputs(config: RunConfig, folder: Path) -> dict[str, str]:
     Returns:
         A hash for each `what: file`, such as `task.options.path: prompts.jsonl`; no folders.
     """
-    found = _policy(config.policy.path, "policy.path")
+    found = _policy(config.policy.path, config.policy.revision, "policy.path")
     for name, value in config.task.options.items():
         if isinstance(value, str) and (path := _file(value)) is not None:
             found[f"task.options.{name}: {path.name}"] = file_hash(path)
@@ -118,20 +119,20 @@ def _file(text: str) -> Path | None:
         return None
 
 
-def _policy(name: str, what: str) -> dict[str, str]:
-    """The files of a policy's folder, and of the policy below its adapters."""
-    folder = resolve_policy_path(name)
-    found = {
-        f"{what}: {path.name}": file_hash(path)
-        for path in sorted(folder.iterdir())
-        if path.suffix in POLICY and path.is_file()
-    }
+def _policy(name: str, revision: str, what: str) -> dict[str, str]:
+    """The files of a policy's folder, and of the policy below its adapters; a hub's commit."""
+    folder = resolve_policy_path(name, revision)
+    if is_hub_name(name):
+        found = {f"{what}: commit": folder.name}
+    else:
+        found = {
+            f"{what}: {path.name}": file_hash(path)
+            for path in sorted(folder.iterdir())
+            if path.suffix in POLICY and path.is_file()
+        }
     if is_adapter(folder):
-        try:
-            base = json.loads((folder / "adapter_config.json").read_bytes())
-            found |= _policy(base["base_model_name_or_path"], f"{what}, base")
-        except (ValueError, KeyError, TypeError, HmpoError):
-            pass  # loading it says what is wrong
+        with contextlib.suppress(HmpoError):  # loading it says what is wrong
+            found |= _policy(*base_of(folder), f"{what}, base")
     return found
 
 

@@ -29,6 +29,7 @@ from hmpo.run.notebook import default_observer
 from hmpo.run.observer import Audience, Observer, RunResult
 from hmpo.run.saving import Saver
 from hmpo.run.signals import Stopped, StopRequest
+from hmpo.run.source import described, pinned
 from hmpo.run.start import keep_start, load_start
 from hmpo.run.steering import Steering
 from hmpo.stopwatch import Stopwatch, section, time_fields
@@ -109,6 +110,8 @@ class _Run:
         self.task: Task = make_task(config.task, config.seed)
         self.rewards = make_rewards(config, self.task)
         self.audience.tell("on_loading", config, f"the policy {config.policy.path}")
+        config = self.config = pinned(config, place.path if resume else None)
+        self.files.source = described(self.files.config, config)
         self.loaded: LoadedPolicy = load_policy(config.policy, device=device)
         load_start(self.loaded.model, config, place.path if resume else None)
         length = config.trainer.max_length

@@ -13,8 +13,11 @@ from hmpo.config.reading import run_config
 from hmpo.errors import ConfigError
 from hmpo.telemetry.secrets import MASK, mask_secrets
 
-PATHS = ("name", "out", "relative_to", "policy.path", "policy.start", "task.name")
-"""Settings that are paths or names of code, which are never masked."""
+PATHS = (
+    *("name", "out", "relative_to", "task.name"),
+    *("policy.path", "policy.revision", "policy.start"),
+)
+"""Settings that are paths, commits or names of code, which are never masked."""
 PATH_OPTIONS = ("path", "file", "folder", "dir")
 """Ends of the names of a task's options that are paths."""
 

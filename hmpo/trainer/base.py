@@ -41,6 +41,7 @@ from hmpo.trainer.learning import (
     check_gradients,
     check_trainable,
     differentiable,
+    wide_norm,
 )
 from hmpo.trainer.prompts import Prompts, with_tokens
 from hmpo.trainer.rates import LearningRates
@@ -263,7 +264,9 @@ class Trainer(ABC, Generic[C]):
         """
         self.rates.apply(self.step, self.lr_scale)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = nn.utils.get_total_norm(
+            [wide_norm(p.grad) for p in parameters if p.grad is not None]
+        )
         check = check_update(
             self.policy, self.optimizer, batch, gradient.loss, gradient.logprobs, norm
         )

@@ -107,6 +107,16 @@ def backward(loss: Float[Tensor, ""], *, due: bool) -> None:
         )
 
 
+def wide_norm(gradient: Tensor) -> Tensor:
+    """The norm of a 16-bit gradient, in float32; any other gradient as it is.
+
+    A total norm is the same of both, but a norm in bfloat16 would be off by up to 0.4 %.
+    """
+    if gradient.dtype not in (torch.bfloat16, torch.float16):
+        return gradient
+    return torch.linalg.vector_norm(gradient, dtype=torch.float32)
+
+
 def check_gradients(optimizer: torch.optim.Optimizer) -> None:
     """Refuse to step where no weight received a gradient.
 

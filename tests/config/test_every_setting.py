@@ -22,6 +22,7 @@ REFUSED = {
     "trainer.pad_token": "trainer.pad_token: got 3, expected nothing: the run decides it",
     "trainer.seed": "trainer.seed: got 3, expected nothing: the run decides it",
     "trainer.on_nonfinite": "update 1: not finite at site ",
+    "policy.revision": "policy.revision: got 'v1', expected nothing",
     "trainer.max_nonfinite": "update 3: not finite at site ",
 }
 """Settings whose other value ends the run, with the beginning of the line."""

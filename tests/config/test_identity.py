@@ -17,6 +17,10 @@ BEFORE = "b647b6f4712d72af35fd0f56dce7c090ebfbd5ffd6d57865cd1e408d5561fab6"
 OTHER = {
     "policy.attention": "eager",
     "policy.start": "runs/a@3",
+    "policy.revision": "v1",
+    "policy.dtype": "bfloat16",
+    "policy.lora_rslora": True,
+    "policy.gradient_checkpointing": True,
     "optimizer.muon_dtype": "float32",
     "optimizer.momentum": 0.5,
     "objective.token_clamp": 0.1,

@@ -5,11 +5,13 @@
 In a process of its own, without beartype, so that hundreds of tiny runs take seconds.
 """
 
+import contextlib
 import json
 import logging
 import os
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +81,29 @@ def noted(found: set[int], value: int) -> int:
     return value
 
 
+class Recomputed:
+    """Whether any layer keeps no activations for the backward pass."""
+
+    layers = False
+
+    @contextlib.contextmanager
+    def counted(self) -> Iterator[None]:
+        """Look at the policies that are loaded in the block."""
+        load = run.load_policy
+
+        def looked_at(*given: Any, **named: Any) -> Any:
+            loaded = load(*given, **named)
+            flags = (getattr(m, "gradient_checkpointing", False) for m in loaded.model.modules())
+            self.layers = any(flags)
+            return loaded
+
+        run.load_policy = looked_at
+        try:
+            yield
+        finally:
+            run.load_policy = load
+
+
 def observe(policy: Path, out: Path, changes: dict[str, Any]) -> dict[str, Any]:
     """All that a run leaves behind but its configuration, the clock, and hashes of the two."""
     torch.set_num_threads(1)
@@ -86,15 +111,18 @@ def observe(policy: Path, out: Path, changes: dict[str, Any]) -> dict[str, Any]:
     changes = SMALL | changes
     rows: set[int] = set()
     head.block_rows = one_pass.block_rows = lambda *given: noted(rows, block_rows(*given))
+    again = Recomputed()
     try:
         config = micro_config(policy, out / changes.pop("out", ""), **changes)
-        result = run.train(config)
+        with again.counted():
+            result = run.train(config)
     except HmpoError as error:
         return {"refused": str(error)}
     folder = result.folder
     seen: dict[str, Any] = {
         "threads": torch.get_num_threads(),
         "rows of a block of logits": sorted(rows),
+        "layers that are run again": again.layers,
         "folder": folder.relative_to(out).as_posix(),
         "status": (result.status, result.step),
     }

@@ -23,7 +23,7 @@ def test_a_policy_is_loaded_and_saved_without_the_hub_and_the_setting_is_put_bac
     undecided, monkeypatch, tmp_path
 ):
     seen = []
-    for name in ("resolve_policy_path", "policy_facts"):
+    for name in ("check_architecture", "policy_facts"):
         function = getattr(sys.modules["hmpo.models.loading"], name)
 
         def watched(*arguments, function=function):

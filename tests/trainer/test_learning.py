@@ -10,7 +10,7 @@ from hmpo import HMPOConfig, HMPOTrainer
 from hmpo.config import GSPOConfig
 from hmpo.errors import ConfigError, ModelError
 from hmpo.trainer import GSPOTrainer
-from hmpo.trainer.learning import backward
+from hmpo.trainer.learning import backward, wide_norm
 from tests.support import tiny_causal, tiny_llama
 
 SETTINGS = {"group_size": 4, "max_length": 6, "eos_token": (2, 5), "minibatches": 2}
@@ -135,3 +135,11 @@ def test_rows_without_an_advantage_owe_no_gradient() -> None:
     backward(torch.tensor(1.0), due=False)
     with pytest.raises(ModelError, match="a loss without a gradient"):
         backward(torch.tensor(1.0), due=True)
+
+
+def test_the_norm_of_16_bit_gradients_is_that_of_the_same_numbers_in_float32():
+    torch.manual_seed(0)
+    narrow = [torch.randn(50, 7).bfloat16(), torch.randn(9)]
+    wide = nn.utils.get_total_norm([g.float() for g in narrow])
+    assert torch.allclose(nn.utils.get_total_norm([*map(wide_norm, narrow)]), wide, rtol=1e-6)
+    assert wide_norm(narrow[1]) is narrow[1]

@@ -46,6 +46,7 @@ from hmpo.run.build import Trainer, load_trained, make_rewards, make_trainer, us
 from hmpo.run.consent import code_of, refuse_code
 from hmpo.run.folder import refuse_foreign, renamed
 from hmpo.run.masked import refuse_masked
+from hmpo.run.source import pinned
 from hmpo.run.start import load_start
 from hmpo.run.steering import Steering
 from hmpo.tasks import make_task
@@ -105,7 +106,7 @@ class _Replay:
         if saved is None:
             loaded = load_trained(folder, config, device)
         else:
-            loaded = load_policy(config.policy, device=device)
+            loaded = load_policy(pinned(config, folder).policy, device=device)
             load_start(loaded.model, config, folder)
         self.trainer: Trainer = make_trainer(config, loaded, task, self.rewards)
         self.steering = Steering(config, self.trainer, task)
