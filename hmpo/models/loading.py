@@ -186,7 +186,7 @@ def _tell_precision(folder: Path, path: str) -> None:
     settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     stored = settings.get("dtype", settings.get("torch_dtype"))
     if stored not in (None, "auto", "float32"):
-        line = "policy %r: stored as %s, trained and saved as float32 (4 bytes a weight)"
+        line = "policy %r: stored as %s, trained as float32 (4 bytes a weight)"
         logger.warning(line, path, stored)
 
 

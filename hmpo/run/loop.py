@@ -15,6 +15,7 @@ from typing import Any
 from hmpo.config import RunConfig
 from hmpo.config.places import located
 from hmpo.models import LoadedPolicy, load_policy, save_policy
+from hmpo.models.source import whole_policy
 from hmpo.optim.state import clip_lists
 from hmpo.randomness import seed_everything
 from hmpo.run.build import make_rewards, make_trainer, trainer_config, use_machine
@@ -108,6 +109,7 @@ class _Run:
         self.rewards = make_rewards(config, self.task)
         self.audience.tell("on_loading", config, f"the policy {config.policy.path}")
         self.loaded: LoadedPolicy = load_policy(config.policy, device=device)
+        self.source = whole_policy(config.policy.path)
         load_start(self.loaded.model, config, place.path if resume else None)
         length = config.trainer.max_length
         check_prompts(self.task, self.loaded.tokenizer, self.loaded.model, length)
@@ -352,7 +354,8 @@ class _Run:
                 after = self._evaluate("after", final=True)
         if after is not None:
             self.files.check()
-            save_policy(self.loaded.model, self.loaded.tokenizer, self.files.folder / "policy")
+            loaded, place = self.loaded, self.files.folder / "policy"
+            save_policy(loaded.model, loaded.tokenizer, place, source=self.source)
             done = self.trainer.step >= self.config.updates
             status = "completed" if done else "early_stop"
         warning = self._write_end(status)

@@ -257,7 +257,7 @@ def test_weights_of_another_precision_are_not_widened_without_a_word(small, tmp_
     half = shutil.copytree(small, tmp_path / "half")
     (half / "config.json").write_text(json.dumps(settings | {"dtype": "bfloat16"}))
     load_policy(PolicyConfig(path=str(half)))
-    assert "stored as bfloat16, trained and saved as float32" in caplog.text
+    assert "stored as bfloat16, trained as float32" in caplog.text
 
 
 def test_lora_errors(small, tmp_path, monkeypatch):
