@@ -70,6 +70,7 @@ def save_checkpoint(
     state: Mapping[str, Any],
     *,
     keep: int = 2,
+    spare: int | None = None,
     config_hash: str = "",
     refuse_nonfinite: bool = True,
 ) -> Path:
@@ -81,6 +82,7 @@ def save_checkpoint(
         state: a tree of dict (str or int keys), list, tuple, str, int, float, bool, None, bytes
             and dense tensors. Mappings come back as dict, tensors detached and on the CPU.
         keep: complete checkpoints to keep, this one included, >= 1. Newer steps stay.
+        spare: the step of one that stays however old it is.
         config_hash: recorded; `load_checkpoint` can insist on it.
         refuse_nonfinite: refuse NaN and infinity in the tensors of `state["model"]` and
             `state["optimizer"]`.
@@ -116,7 +118,7 @@ def save_checkpoint(
         finally:
             _remove(temporary)
         fsync_folder(folder)
-        _rotate(folder, step, keep)
+        _rotate(folder, step, keep, spare)
     return final
 
 
@@ -176,8 +178,8 @@ def _remove_stale(folder: Path) -> None:
             _remove(path)
 
 
-def _rotate(folder: Path, step: int, keep: int) -> None:
-    """Delete older checkpoints beyond `keep` complete ones; step `step` was just saved."""
+def _rotate(folder: Path, step: int, keep: int, spare: int | None) -> None:
+    """Delete older checkpoints beyond `keep` complete ones and `spare`; `step` was just saved."""
     for path in _entries(folder):
         if match := _ASIDE.fullmatch(path.name):
             final = folder / f"step-{match[1]}"
@@ -198,7 +200,7 @@ def _rotate(folder: Path, step: int, keep: int) -> None:
             pass
         else:
             complete += 1
-            if complete <= keep:
+            if complete <= keep or number == spare:
                 continue
         doomed = _unique(folder, ".tmp", number)  # a kill while deleting must not leave a part
         try:

@@ -6,6 +6,7 @@ Nothing heavy is imported before a command runs, so `hmpo --help` is quick.
 import contextlib
 import logging
 import os
+import shlex
 import signal
 import sys
 import warnings
@@ -120,6 +121,7 @@ def train(
             f"stopped by a signal after {result.step} updates; everything is saved. "
             f"Go on with: {resume_command(settings, result.folder)}"
         )
+        screen.say(f"its policy so far: hmpo export {shlex.quote(str(result.folder))}")
         return 128 + result.signal
     screen.say(f"policy: {result.folder / 'policy'}")
     if report:
@@ -141,7 +143,8 @@ def eval(
     """Success of a run or a model folder on held-out prompts, with 95 % intervals.
 
     Args:
-        target: a run's folder, or a model: a Hugging Face folder, `tiny-sort`, `smollm2`.
+        target: a run's folder, also as RUN@STEP or RUN@best, or a model: a Hugging Face folder,
+            `tiny-sort`, `smollm2`.
         task: task to measure on; by default the run's own.
         set: further settings, such as `task.shots=3 trainer.max_length=12`.
         prompts: held-out prompts.
@@ -159,6 +162,32 @@ def eval(
         pass_at=pass_at,
         allow_code=allow_code,
     )
+
+
+@app.command
+def export(
+    run: Positional[Path],
+    /,
+    *,
+    step: str = "last",
+    merge: bool = False,
+    out: Path | None = None,
+    overwrite: bool = False,
+) -> int:
+    """Write a run's policy as a model folder with a model card; the run may be unfinished.
+
+    Args:
+        run: a run's folder, also of one that was stopped or has failed.
+        step: updates of the checkpoint to take; best (on held-out prompts); or last, the newest
+            checkpoint, or policy/ where the run has no checkpoint any more.
+        merge: fold LoRA adapters into the weights, so that the folder is a whole model.
+        out: where to; by default export/ in the run's folder.
+        overwrite: replace a policy that is there.
+    """
+    from hmpo.cli.export import run_export
+
+    out = None if out is None else expanded(out)
+    return run_export(expanded(run), out, step=step, merge=merge, overwrite=overwrite)
 
 
 @app.command

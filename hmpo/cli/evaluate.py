@@ -14,6 +14,7 @@ from hmpo.config import RunConfig
 from hmpo.config.overrides import overridden
 from hmpo.config.places import located
 from hmpo.errors import ConfigError
+from hmpo.run.place import Step, split_place
 from hmpo.tasks import make_task
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def evaluate_target(
     """Measure and print a table; returns the exit code.
 
     Args:
-        target: a run's folder, or a model.
+        target: a run's folder, also as RUN@STEP or RUN@best, or a model.
         task: task to measure on; None takes the run's own.
         settings: overrides.
         prompts: held-out prompts, at least 1.
@@ -45,15 +46,19 @@ def evaluate_target(
     for name, value, least in (("prompts", prompts, 1), ("pass-at", pass_at, 0)):
         if value < least:
             raise ConfigError(f"--{name}: got {value}, expected an integer >= {least}")
-    config = measured_run(target, task, settings, allow_code=allow_code)
-    run: Path | None = target
+    place, step = split_place(str(target))
+    config = measured_run(place, task, settings, allow_code=allow_code)
+    run: Path | None = place
     if config is None:
-        config, run = measured_model(target, task, settings), None
+        if step is not None:
+            raise ConfigError(f"{target}: {place} is a model, not a run; leave out @{step}")
+        config, run = measured_model(place, task, settings), None
     refuse_unread(settings, run, task)
     refuse_parts(config, fresh=False)
     chosen = "trainer.max_length" in overridden(settings)
+    own_length = run is not None or chosen
     evaluation = measure(
-        config, run, prompts=prompts, pass_at=pass_at, own_length=run is not None or chosen
+        config, run, prompts=prompts, pass_at=pass_at, own_length=own_length, step=step
     )
     scored = evaluation.sampled.trials
     table = Table(title=f"{target} on {config.task.name}, {scored} held-out prompts")
@@ -78,7 +83,13 @@ def evaluate_target(
 
 
 def measure(
-    config: RunConfig, run: Path | None, *, prompts: int, pass_at: int, own_length: bool = True
+    config: RunConfig,
+    run: Path | None,
+    *,
+    prompts: int,
+    pass_at: int,
+    own_length: bool = True,
+    step: Step = None,
 ) -> "Evaluation":
     """Success of the run's trained policy, or of the configuration's own where `run` is None.
 
@@ -88,6 +99,7 @@ def measure(
         prompts: held-out prompts.
         pass_at: k of pass@k; 0 leaves it out.
         own_length: responses are as long as `trainer.max_length` says, else as the task hints.
+        step: of the run's checkpoint; None is what it has come to.
     """
     from hmpo.models import load_policy, stop_token_ids
     from hmpo.models.tokens import pad_token_id
@@ -103,7 +115,7 @@ def measure(
     if run is None:
         loaded = load_policy(config.policy, device=device)
     else:
-        loaded = load_trained(run, config, device)
+        loaded = load_trained(run, config, device, step=step)
     settings = trainer_config(
         config,
         eos_token=stop_token_ids(loaded.tokenizer, task.stop, loaded.model),

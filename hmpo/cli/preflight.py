@@ -14,7 +14,17 @@ from hmpo.models.paths import is_hub_name, resolve_policy_path
 from hmpo.rewards.loading import check_spec
 from hmpo.tasks import BUILT_IN, check_name, make_task
 
-COMMANDS = ("agm", "demo", "train", "eval", "report", "experiment", "fetch-model", "doctor")
+COMMANDS = (
+    "agm",
+    "demo",
+    "train",
+    "eval",
+    "export",
+    "report",
+    "experiment",
+    "fetch-model",
+    "doctor",
+)
 FETCHED = ("smollm2",)
 """Policies whose own loading says how to get them."""
 LARGE = 2**26

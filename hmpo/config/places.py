@@ -25,7 +25,7 @@ def located(config: RunConfig) -> RunConfig:
         policy = dataclasses.replace(policy, path=_found(policy.path, folders))
     if policy.start:
         run, at, step = policy.start.rpartition("@")
-        whole = not (run and step.isdigit())
+        whole = not (run and (step.isdigit() or step == "best"))
         start = _found(policy.start, folders) if whole else f"{_found(run, folders)}{at}{step}"
         policy = dataclasses.replace(policy, start=start)
     options = {

@@ -201,6 +201,10 @@ class CheckpointConfig:
     fails."""
     keep: int = 2
     """Newest checkpoints kept."""
+    keep_best: bool = True
+    """Whether the checkpoint that did best on held-out prompts is kept beside them, the earlier of
+    equals. A run is saved where it did better than before; only where `eval.every` measures it on
+    the way, and `every` is not 0."""
 
     def __post_init__(self) -> None:
         if self.every != "auto":

@@ -52,6 +52,12 @@ def is_hugging_face(policy: nn.Module) -> bool:
     return transformers is not None and isinstance(unwrap(policy), transformers.PreTrainedModel)
 
 
+def is_adapted(policy: nn.Module) -> bool:
+    """Whether peft's adapters are around the policy's layers."""
+    peft = sys.modules.get("peft")
+    return peft is not None and isinstance(policy, peft.PeftModel)
+
+
 def unwrap(policy: nn.Module) -> nn.Module:
     """The transformers model inside a peft wrapper, or `policy` itself."""
     peft = sys.modules.get("peft")

@@ -5,6 +5,7 @@ of itself; it is remembered beside the model, so that saving gives the precision
 """
 
 import json
+import logging
 import weakref
 from collections import Counter
 from collections.abc import Mapping
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 
 from hmpo.config import PolicyConfig
 from hmpo.models.policy import unwrap
+
+logger = logging.getLogger(__name__)
 
 KNOWN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Precisions that are given back when saving; weights of another one are saved as trained."""
@@ -84,7 +87,7 @@ def remember_source(model: nn.Module, stored: Stored) -> None:
 def as_in_source(model: nn.Module) -> dict[str, Tensor] | None:
     """The state of a model in the precision of its source; None where it has that already.
 
-    Tied weights stay one tensor. What the source has no name for gets what it holds most.
+    Tied weights stay one tensor. One that the narrower precision would make infinite stays as it is. What the source has no name for gets what it holds most.
     """
     stored = _sources.get(unwrap(model))
     if stored is None or stored.main is None:
@@ -95,7 +98,11 @@ def as_in_source(model: nn.Module) -> dict[str, Tensor] | None:
         wanted = stored.by_name.get(name, stored.main)
         if value.is_floating_point() and value.dtype in KNOWN.values() and value.dtype != wanted:
             key = (value.data_ptr(), value.shape, wanted)
-            state[name] = shared.setdefault(key, value.to(wanted))
+            narrow = shared.setdefault(key, value.to(wanted))
+            if value.isfinite().all() and not narrow.isfinite().all():
+                logger.warning("%s: kept as %s, %s cannot hold its values", name, value.dtype, wanted)
+                continue
+            state[name] = narrow
             changed = True
     return dict(state) if changed else None
 

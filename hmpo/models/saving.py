@@ -18,12 +18,20 @@ from hmpo.models.hub import no_hub
 from hmpo.models.paths import is_adapter
 from hmpo.models.precision import as_in_source, name_precision
 from hmpo.models.quiet import quiet_transformers
+from hmpo.models.source import keep_source, lasting_name
 
 logger = logging.getLogger(__name__)
 
 
 @no_hub()
-def save_policy(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> Path:
+def save_policy(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    *,
+    source: Path | None = None,
+    card: str = "",
+) -> Path:
     """Write the policy as a Hugging Face folder with safetensors weights.
 
     The folder is written aside and renamed into place; a policy that was there is replaced,
@@ -35,6 +43,11 @@ def save_policy(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Pa
         model: a transformers model, or one wrapped by peft.
         tokenizer: saved beside it.
         folder: where; parents are made.
+        source: folder of the whole policy that model and tokenizer were loaded from, where only
+            weights have changed since: all but their values is then as it is there, the precision
+            in which they are stored too (see `hmpo.models.source`). None writes what model and
+            tokenizer say now.
+        card: a model card, for README.md; empty leaves it out.
 
     Returns:
         `folder`.
@@ -50,7 +63,11 @@ def save_policy(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Pa
             "transformers or peft model"
         )
     options: dict[str, Any] = {}
-    if not isinstance(model, PreTrainedModel):
+    adapter = not isinstance(model, PreTrainedModel)
+    if adapter:
+        for settings in getattr(model, "peft_config", {}).values():
+            name = settings.base_model_name_or_path
+            settings.base_model_name_or_path = name and lasting_name(name)
         logger.info("saving the LoRA adapters only; they need their base policy to load")
         options["save_embedding_layers"] = False  # the base's own, which it still has
     elif (state := as_in_source(model)) is not None:
@@ -64,6 +81,10 @@ def save_policy(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Pa
         (aside / "README.md").unlink(missing_ok=True)  # peft's blank model card
         with _own_padding_side(tokenizer):
             tokenizer.save_pretrained(aside)
+        if source is not None:
+            keep_source(model, source, aside, adapter=adapter)
+        if card:
+            (aside / "README.md").write_text(card, encoding="utf-8", newline="\n")
 
     return replace_folder(Path(folder), write)
 

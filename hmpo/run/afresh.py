@@ -10,6 +10,7 @@ FILES = (
     "checkpoints",
     "start",
     "policy",
+    "export",
     "plots",
     "telemetry.jsonl",
     "telemetry.jsonl.gz",

@@ -19,6 +19,7 @@ from hmpo.models.tokens import pad_token_id
 from hmpo.optim.masters import with_masters
 from hmpo.optim.param_groups import MuonWithAdamW, runs_fused, split_param_groups
 from hmpo.rewards import Rewards, load_reward
+from hmpo.run.place import Step, chosen_step
 from hmpo.run.source import pinned
 from hmpo.tasks import Task
 from hmpo.trainer.gspo import GSPOTrainer
@@ -56,22 +57,42 @@ def make_rewards(config: RunConfig, task: Task) -> Rewards:
     return rewards
 
 
-def load_trained(folder: Path, config: RunConfig, device: str = "cpu") -> LoadedPolicy:
+def load_trained(
+    folder: Path, config: RunConfig, device: str = "cpu", *, step: Step = None
+) -> LoadedPolicy:
+    """The policy of a run, as `trained_policy` finds it."""
+    return trained_policy(folder, config, device, step=step)[0]
+
+
+def trained_policy(
+    folder: Path, config: RunConfig, device: str = "cpu", *, step: Step = None
+) -> tuple[LoadedPolicy, int | None]:
     """The policy of a run: its newest valid checkpoint, or else its `policy/` folder.
 
+    Args:
+        folder: of the run.
+        config: its settings, paths as they are found.
+        device: cpu, cuda or cuda:N.
+        step: take this checkpoint, or the best one, and no other.
+
+    Returns:
+        The policy, and the updates that its weights have seen: None for those of `policy/`.
+
     Raises:
-        CheckpointError: the run has neither.
+        CheckpointError: the run has neither, or not the one that is asked for.
     """
-    saved, config = load_checkpoint(folder / "checkpoints"), pinned(config, folder)
+    config = pinned(config, folder)
+    place = folder / "checkpoints"
+    saved = load_checkpoint(place, step=chosen_step(folder, step))
     if saved is None:
         written = folder / "policy"
         if not written.is_dir():
             raise CheckpointError(f"{folder}: has no checkpoint yet; let the run save one first")
         policy = dataclasses.replace(config.policy, path=str(written), revision="", lora_rank=0)
-        return load_policy(policy, device=device)
+        return load_policy(policy, device=device), None
     loaded = load_policy(config.policy, device=device)
     load_trained_state(loaded.model, saved.state["model"])
-    return loaded
+    return loaded, saved.step
 
 
 def trainer_config(config: RunConfig, **changes: Any) -> PowerMeanConfig | GSPOConfig:

@@ -33,6 +33,7 @@ from hmpo.config.reading import load_run_config
 from hmpo.config.unread_run import refuse_unread_run
 from hmpo.errors import ConfigError, RunFolderError, StorageError, TelemetryError, require
 from hmpo.run.afresh import delete, leftovers, without_update
+from hmpo.run.best import keeps_best
 from hmpo.run.consent import resume_command
 from hmpo.run.ending import failure_text
 from hmpo.run.environment import describe_environment
@@ -237,7 +238,8 @@ class RunFiles:
         config = self.config
         rollouts = -(-config.updates // config.trainer.updates_per_rollout)
         old = min(config.rollout.lag, rollouts) * estimate_bytes({"model": state["model"]})
-        check_free_space(self.folder, (estimate_bytes(state) + old) * (config.checkpoint.keep + 2))
+        copies = config.checkpoint.keep + 2 + keeps_best(config)
+        check_free_space(self.folder, (estimate_bytes(state) + old) * copies)
 
     def header(self, base: Mapping[str, Any], saved: Checkpoint | None) -> dict[str, Any]:
         """The first record of telemetry.jsonl: on resume the one that is there.
@@ -371,8 +373,8 @@ class RunFiles:
                     f"went on ({problem}); the run stopped, put the file back and resume"
                 )
 
-    def save(self, step: int, state: Mapping[str, Any]) -> None:
-        """A checkpoint; the oldest beyond `checkpoint.keep` go.
+    def save(self, step: int, state: Mapping[str, Any], best: int | None = None) -> None:
+        """A checkpoint; the oldest beyond `checkpoint.keep` go, but for that of step `best`.
 
         Raises:
             NonFiniteError: the state holds NaN or infinities.
@@ -383,4 +385,4 @@ class RunFiles:
         self.telemetry.flush()
         self.completions.flush()
         keep, folder = self.config.checkpoint.keep, self.folder / "checkpoints"
-        save_checkpoint(folder, step, state, keep=keep, config_hash=self.hash)
+        save_checkpoint(folder, step, state, keep=keep, spare=best, config_hash=self.hash)

@@ -26,7 +26,7 @@ FILES = (
     "report.html",
 )
 """Files that a run, an evaluation or a report reads or writes."""
-FOLDERS = ("checkpoints", "start", "policy", "plots", "tensorboard")
+FOLDERS = ("checkpoints", "start", "policy", "export", "plots", "tensorboard")
 """Folders of the same kind."""
 
 

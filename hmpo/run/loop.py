@@ -15,9 +15,13 @@ from typing import Any
 from hmpo.config import RunConfig
 from hmpo.config.places import located
 from hmpo.models import LoadedPolicy, load_policy, save_policy
+from hmpo.models.policy import is_adapted
+from hmpo.models.source import whole_policy
 from hmpo.optim.state import clip_lists
 from hmpo.randomness import seed_everything
+from hmpo.run.best import ON_THE_WAY
 from hmpo.run.build import make_rewards, make_trainer, trainer_config, use_machine
+from hmpo.run.card import describe_base, model_card
 from hmpo.run.consent import resume_command
 from hmpo.run.ending import failure_text
 from hmpo.run.evaluation import Evaluation, Evaluator
@@ -80,13 +84,13 @@ def train(
     with contextlib.ExitStack() as stack:
         stack.enter_context(stop.listening())
         with stop.at_once():
-            run = _Run(config, place, observer, stop, resume=resume)
+            run = Run(config, place, observer, stop, resume=resume)
             run.allow_changed = allow_changed
         run.open(stack, resume=resume, exist_ok=exist_ok, overwrite=overwrite)
         return run.go()
 
 
-class _Run:
+class Run:
     """One process's share of a run."""
 
     def __init__(
@@ -113,6 +117,7 @@ class _Run:
         config = self.config = pinned(config, place.path if resume else None)
         self.files.source = described(self.files.config, config)
         self.loaded: LoadedPolicy = load_policy(config.policy, device=device)
+        self.source = whole_policy(config.policy.path)
         load_start(self.loaded.model, config, place.path if resume else None)
         length = config.trainer.max_length
         check_prompts(self.task, self.loaded.tokenizer, self.loaded.model, length)
@@ -154,6 +159,7 @@ class _Run:
             self.saver.restore(saved.state)
         changed = [] if saved is None else self._changed_inputs(saved.state["run"])
         files.open(stack, header, saved)
+        self.saver.recall()
         if saved is None:
             keep_start(self.loaded.model, self.config, files.folder)
             self.saver.inputs = describe_inputs(self.config, files.folder)
@@ -220,7 +226,7 @@ class _Run:
         """What is due after an update: an evaluation, a checkpoint."""
         every, done, last = self.config.eval.every, self.trainer.step, self._is_over()
         if every and done % every == 0 and not last:
-            self._evaluate("during", final=False)
+            self._evaluate(ON_THE_WAY, final=False)
         self.saver.passed = done
         self.saver.note()
         if not last:
@@ -340,11 +346,14 @@ class _Run:
             )
         self.trainer.events += evaluation.events
         metrics = {"eval/name": name, **evaluation.record()}
-        self._publish(eval_record(self.files.run_id, step, metrics))
+        record = eval_record(self.files.run_id, step, metrics)
+        self._publish(record)
         self._report_events()
         self.files.write_time(step, {"time/eval_s": time.perf_counter() - began})
         if name == "before":
             self.saver.before = metrics
+        elif name == ON_THE_WAY:
+            self.saver.measured(record)
         self.audience.tell("on_evaluation", step, name, evaluation)
         return evaluation
 
@@ -357,7 +366,9 @@ class _Run:
                 after = self._evaluate("after", final=True)
         if after is not None:
             self.files.check()
-            save_policy(self.loaded.model, self.loaded.tokenizer, self.files.folder / "policy")
+            loaded, place = self.loaded, self.files.folder / "policy"
+            card = self._card(after)
+            save_policy(loaded.model, loaded.tokenizer, place, source=self.source, card=card)
             done = self.trainer.step >= self.config.updates
             status = "completed" if done else "early_stop"
         warning = self._write_end(status)
@@ -371,6 +382,16 @@ class _Run:
             after=after,
             signal=self.stop.signal if status == "interrupted" else None,
             warning=warning,
+        )
+
+    def _card(self, after: Evaluation) -> str:
+        return model_card(
+            self.files.config,
+            describe_base(self.files.config.policy.path, self.source),
+            step=self.trainer.step,
+            before=self.saver.before,
+            measured=after.record(),
+            adapter=is_adapted(self.loaded.model),
         )
 
     def _write_end(self, status: str, reason: str = "") -> str:

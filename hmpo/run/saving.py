@@ -11,10 +11,12 @@ from typing import Any, Literal
 from hmpo.errors import NonFiniteError, RunFolderError, StorageError
 from hmpo.optim import discard_qk_readings
 from hmpo.randomness import random_state, random_state_kept, restore_random_state
+from hmpo.run.best import beats, best_evaluation, keeps_best, logged_evaluations
 from hmpo.run.build import Trainer
 from hmpo.run.ending import failure_text
 from hmpo.run.evidence import Evidence
 from hmpo.run.files import RunFiles
+from hmpo.run.place import saved_steps
 from hmpo.run.steering import Steering
 from hmpo.types import Event
 
@@ -124,6 +126,10 @@ class Saver:
         """Hashes of prompts, code and policy, in each checkpoint."""
         self.random = random_state()
         """Global random states from which the run draws on."""
+        self.best: Mapping[str, Any] | None = None
+        """The evaluation on the way that did best, whose checkpoint is kept."""
+        self._better = False
+        """Whether it is the last one, and not saved yet."""
         self.mark: Mark | None = None
         """Where the run can be gone on from whatever happens next."""
         self._saved: Mark | None = None
@@ -138,6 +144,19 @@ class Saver:
         self.evidence.counts |= own.get("counts", {})
         self.files.run_id = own["run_id"]  # also where the folder's name or `updates` changed
         self.steering.load_state_dict(own["steering"])
+
+    def recall(self) -> None:
+        """Find in the log, cut to where a checkpoint left it, which of the kept ones did best."""
+        if not keeps_best(self.files.config):
+            return
+        best = best_evaluation(logged_evaluations(self.files.folder))
+        if best is not None and best["step"] in saved_steps(self.files.folder):
+            self.best = best
+
+    def measured(self, record: Mapping[str, Any]) -> None:
+        """Take note of an evaluation on the way: where it is the best so far, a save is due."""
+        if keeps_best(self.files.config) and (self.best is None or beats(record, self.best)):
+            self.best, self._better = record, True
 
     def note(self) -> None:
         """Mark that everything up to here is done and logged."""
@@ -191,7 +210,9 @@ class Saver:
             state["run"] = mark.state(self.files.run_id)
             state["run"] |= {"inputs": self.inputs, "every": self.files.every}
             try:
-                self.files.save(self.trainer.step, state)
+                best = None if self.best is None else self.best["step"]
+                self.files.save(self.trainer.step, state, best)
+                self._better = False
             except NonFiniteError as error:
                 fault = {"site": "checkpoint", "where": str(error).partition(":")[0]}
                 event = Event(name="nonfinite", step=self.trainer.step, data=fault)
@@ -202,8 +223,8 @@ class Saver:
             self.files.write_time(self.trainer.step, {"time/save_s": spent})
 
     def save_if_due(self) -> None:
-        """Save where `every` asks for it."""
-        if self.cadence.due(self.trainer.step):
+        """Save where `every` asks for it, or where the policy is better than it was before."""
+        if self._better or self.cadence.due(self.trainer.step):
             self.save()
 
     def save_sound(self, error: BaseException) -> bool:

@@ -14,7 +14,7 @@ from hmpo.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from hmpo.config import RunConfig
 from hmpo.errors import CheckpointError
 from hmpo.models.policy import load_trained_state, trained_state
-from hmpo.run.place import split_place
+from hmpo.run.place import chosen_step, split_place
 
 FOLDER = "start"
 
@@ -36,7 +36,7 @@ def load_start(model: nn.Module, config: RunConfig, own: Path | None) -> None:
     saved = None if own is None else load_checkpoint(own / FOLDER)
     if saved is None:
         run, step = split_place(place)
-        saved = load_checkpoint(run / "checkpoints", step=step)
+        saved = load_checkpoint(run / "checkpoints", step=chosen_step(run, step))
     if saved is None:
         raise CheckpointError(f"policy.start: {place} has no checkpoint; give RUN or RUN@STEP")
     state: Any = saved.state.get("model")

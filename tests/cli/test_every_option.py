@@ -177,6 +177,11 @@ def eval_target_prompts_pass_at(place: Place) -> None:
     assert "5 held-out prompts" in text and "pass@" not in text
     assert "pass@2" in place.hmpo("eval", place.run, "--allow-code", "--prompts", 5, "--pass-at", 2)
     assert "is a model, not a run" in place.fails("eval", place.policy)
+    target = f"{place.run}@3"
+    assert "run" in place.hmpo("eval", target, "--allow-code", "--prompts", 5)
+    line = place.fails("eval", f"{place.run}@2", "--allow-code")
+    assert "got step 2, expected one of the saved" in line
+    assert "leave out @3" in place.fails("eval", f"{place.policy}@3", "--task", "sort")
 
 
 def eval_allow_code(place: Place) -> None:
@@ -220,6 +225,26 @@ def eval_set(place: Place) -> None:
     place.monkeypatch.undo()
     line = place.fails("eval", place.run, "--allow-code", "--set", "device=cuda:77")
     assert "device: got 'cuda:77'" in line
+
+
+def export_run_step_out(place: Place) -> None:
+    text = place.hmpo("export", place.run, "--step", 3, "--out", "at3")
+    assert text == "policy after 3 updates: at3\n"
+    assert place.hmpo("export", place.run, "--out", "newest") == "policy after 4 updates: newest\n"
+    files = [Path(name, "model.safetensors").read_bytes() for name in ("at3", "newest")]
+    assert files[0] != files[1] and not (place.run / "export").exists()
+
+
+def export_merge(place: Place) -> None:
+    line = place.fails("export", place.run, "--merge", "--out", "merged")
+    assert "--merge: the run has no LoRA adapters" in line
+
+
+def export_overwrite(place: Place) -> None:
+    words = ("export", place.run, "--out", "twice")
+    place.hmpo(*words)
+    assert "is there already" in place.fails(*words)
+    place.hmpo(*words, "--overwrite")
 
 
 def report_runs_out(place: Place) -> None:
@@ -419,6 +444,13 @@ OPTIONS: dict[str, dict[str, Callable[[Place], None]]] = {
         "task": eval_task,
         "set": eval_set,
         "allow_code": eval_allow_code,
+    },
+    "export": {
+        "run": export_run_step_out,
+        "step": export_run_step_out,
+        "out": export_run_step_out,
+        "merge": export_merge,
+        "overwrite": export_overwrite,
     },
     "report": {"runs": report_runs_out, "out": report_runs_out},
     "fetch-model": {"name": fetch_model_name_folder, "folder": fetch_model_name_folder},

@@ -50,18 +50,18 @@ def breaks(patch: pytest.MonkeyPatch, owner, name: str, when) -> None:
 
 
 SITES = {
-    "the first evaluation": (run._Run, "_evaluate", lambda r, *_: r.saver.before is None, 0),
+    "the first evaluation": (run.Run, "_evaluate", lambda r, *_: r.saver.before is None, 0),
     "a task": (Steering, "_own_prompts", lambda s, *_: s.trainer.step == 4, 4),
     "a rollout": (PowerMeanTrainer, "advantages", lambda t, *_: t.step == 4, 4),
     "what is written of a rollout": (
-        run._Run,
+        run.Run,
         "_report_rollout",
         lambda r, *_: r.trainer.step == 4,
         4,
     ),
     "a forward pass": (PowerMeanTrainer, "gradient", lambda t, *_: t.step == 5, 5),
-    "an evaluation on the way": (run._Run, "_evaluate", lambda r, *_: r.trainer.step == 5, 5),
-    "the last evaluation": (run._Run, "_evaluate", lambda r, *_: r.trainer.step == 8, 8),
+    "an evaluation on the way": (run.Run, "_evaluate", lambda r, *_: r.trainer.step == 5, 5),
+    "the last evaluation": (run.Run, "_evaluate", lambda r, *_: r.trainer.step == 8, 8),
 }
 
 

@@ -1,0 +1,134 @@
+"""A model card says what was measured and how to make it again, whatever texts it is given."""
+
+import tomllib
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+
+from hmpo.config import RunConfig, to_dict
+from hmpo.config.reading import run_config
+from hmpo.run.card import PLACES, Base, describe_base, escaped, model_card, settings_toml
+from hmpo.run.evaluation import Evaluation, Rate
+
+BASE = Base(name="org/base-1", hub="org/base-1", license="apache-2.0")
+BEFORE = Evaluation(
+    sampled=Rate(successes=10, trials=64),
+    greedy=Rate(successes=20, trials=64),
+    pass_at=Rate(successes=30, trials=64),
+    k=8,
+)
+AFTER = Evaluation(
+    sampled=Rate(successes=40, trials=64),
+    greedy=Rate(successes=44, trials=64),
+    pass_at=Rate(successes=50, trials=64),
+    k=8,
+)
+ODD = {
+    "name": "odd",
+    "updates": 7,
+    "policy": {"path": "some/folder", "lora_rank": 4, "lora_targets": ["q_proj"]},
+    "task": {
+        "name": "jsonl",
+        "options": {
+            "path": 'a "b" \\c.jsonl',
+            "sizes": [1, 2.5, True],
+            "more": {"x y": "\x7f\t<|"},
+        },
+        "stop": [],
+    },
+    "rewards": {"functions": ["mine.py:f", "mine.py:g"], "weights": [1.0, 1e-9]},
+    "objective": {"member": "gspo", "p": -0.5},
+    "optimizer": {"lr": 3e-5, "muon_lr": 0.02, "name": "muon"},
+    "agm": {"mode": "advise"},
+}
+
+
+def card(config: RunConfig | None = None, base: Base = BASE, **more) -> str:
+    told = {"before": BEFORE.record(), "measured": AFTER.record(), "step": 40, "adapter": False}
+    return model_card(config or RunConfig(), base, **told | more)
+
+
+def test_the_front_matter_is_what_the_hub_reads() -> None:
+    data = ModelCard(card()).data
+    assert data.license == "apache-2.0" and data.base_model == "org/base-1"
+    assert data.library_name == "transformers" and data.pipeline_tag == "text-generation"
+    assert "hmpo" in data.tags and "lora" not in data.tags
+    data = ModelCard(card(adapter=True, base=Base(name="x", hub="", license="unknown"))).data
+    assert data.base_model is None and data.library_name == "peft" and "lora" in data.tags
+
+
+def test_numbers_stand_with_wilsons_intervals_and_their_count() -> None:
+    text = card()
+    low, high = Rate(successes=40, trials=64).interval
+    assert f"0.625 ({low:.3f} to {high:.3f}), n = 64" in text
+    rows = [line for line in text.splitlines() if line.startswith(("| sampled", "| greedy", "| p"))]
+    assert [row.split()[1] for row in rows[:3]] == ["sampled", "greedy", "pass@8"]
+    assert all(row.count("n = 64") == 2 for row in rows[:3])
+
+
+def test_what_was_not_measured_is_said() -> None:
+    text = card(measured=None, step=None)
+    assert "It was not measured on held-out prompts after these updates." in text
+    assert "org/base-1 after reinforcement learning" in text
+    alone = card(before=None)
+    assert "| sampled | - | 0.625" in alone
+
+
+@pytest.mark.parametrize("data", [{}, ODD, {"algorithm": "gspo", "seed": 3}])
+def test_the_settings_in_it_are_those_of_the_run(data) -> None:
+    config = run_config(data | {"out": "elsewhere", "device": "cpu"})
+    (toml,) = [part for part in card(config).split("```") if part.startswith("toml\n")]
+    again = run_config(tomllib.loads(toml.removeprefix("toml\n").replace("<U+007F>", "\\u007f")))
+    usual = to_dict(RunConfig())
+    expected = to_dict(config) | {name: usual[name] for name in PLACES}
+    assert to_dict(again) == expected
+    assert tomllib.loads(settings_toml(config)) == tomllib.loads(settings_toml(again))
+
+
+def test_secrets_are_masked_and_texts_of_others_stay_texts() -> None:
+    data = {
+        "task": {
+            "name": "jsonl",
+            "options": {"api_key": "sk-abcdefghijklmnopqrstuvwx", "t": "```\n# x"},
+        }
+    }
+    evil = Base(
+        name="a|b <script>alert(1)</script> [x](y) \x1b[2J", hub="", license="evil\n---\nx: 1"
+    )
+    text = card(run_config(data), evil)
+    assert "sk-abcdefgh" not in text and "<script>" not in text and "\x1b" not in text
+    front = yaml.safe_load(text.split("\n---\n")[0].removeprefix("---\n"))
+    assert front["license"] == evil.license and "x" not in front
+    assert "a\\|b &lt;script&gt;" in text and "````" not in escaped("`")
+    assert text.count("\n# ") == 1 or "````toml" in text
+
+
+def test_name_and_license_are_read_from_the_source(tmp_path) -> None:
+    source = tmp_path / "model"
+    source.mkdir()
+    (source / "config.json").write_text('{"_name_or_path": "org/other"}')
+    assert describe_base(str(source), source) == Base(
+        name="org/other", hub="org/other", license="unknown"
+    )
+    (source / "config.json").write_text('{"_name_or_path": "/home/me/x", "license": "mit"}')
+    assert describe_base(str(source), source) == Base(name="model", hub="", license="mit")
+    readme = source / "README.md"
+    readme.write_text("---\nlicense: gemma\ntags: [a]\n---\n# text\nlicense: no\n")
+    assert describe_base(str(source), source).license == "gemma"
+    for broken in (
+        "---\nlicense: [\n---\n",
+        "no front matter",
+        "---\n- a\n---\n",
+        "---\nlicense: 3\n---\n",
+    ):
+        readme.write_text(broken)
+        assert describe_base(str(source), source).license == "mit"
+    (source / "config.json").write_text("[")
+    readme.unlink()
+    assert describe_base(str(source), source) == Base(name="model", hub="", license="unknown")
+    assert describe_base("org/name", source).hub == "org/name"
+    assert describe_base("smollm2", source).hub == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert describe_base("tiny-sort", source) == Base(
+        name="tiny-sort", hub="", license="apache-2.0"
+    )
