@@ -35,7 +35,7 @@ class Rollout:
     response_ids: Int[Tensor, "N T"]
     """Response tokens, right-padded; an end token is part of the response."""
     response_mask: Bool[Tensor, "N T"]
-    """True on response tokens."""
+    """True on response tokens; of a conversation, on what the policy sampled."""
     old_logprobs: Float[Tensor, "N T"]
     """Log-probs under the behaviour policy at the sampling temperature, before any top-k or
     top-p; 0 on padding. Importance ratios are formed against these."""
@@ -48,11 +48,30 @@ class Rollout:
     """G."""
     fast: bool = False
     """Whether the fast decoder made it, not the model's own modules."""
+    attended_mask: Bool[Tensor, "N T"] | None = None
+    """True on every real token after the prompt: those sampled, and those that an environment
+    added between two turns, which are read but no part of the response. None where all were
+    sampled."""
+
+    @property
+    def real_mask(self) -> Bool[Tensor, "N T"]:
+        """True on every real token after the prompt."""
+        return self.response_mask if self.attended_mask is None else self.attended_mask
+
+    @property
+    def counted(self) -> Bool[Tensor, "N T"] | None:
+        """The response mask where other tokens stand between, else None: what log-probs ask."""
+        return None if self.attended_mask is None else self.response_mask
 
     @property
     def lengths(self) -> Int[Tensor, " N"]:
         """Response tokens of each row."""
         return self.response_mask.sum(1)
+
+    @property
+    def extents(self) -> Int[Tensor, " N"]:
+        """Real tokens of each row after its prompt."""
+        return self.real_mask.sum(1)
 
     @property
     def input_ids(self) -> Int[Tensor, "N S"]:
@@ -61,8 +80,8 @@ class Rollout:
 
     @property
     def attention_mask(self) -> Bool[Tensor, "N S"]:
-        """True on prompt and response tokens."""
-        return torch.cat([self.prompt_mask, self.response_mask], dim=1)
+        """True on prompt tokens and all real ones behind them."""
+        return torch.cat([self.prompt_mask, self.real_mask], dim=1)
 
     def select(self, rows: Int[Tensor, " M"]) -> "Rollout":
         """The given rows, as a rollout of groups of the same nominal size."""
@@ -97,6 +116,8 @@ class Batch:
         """The batch as plain values and tensors, for a checkpoint."""
         state = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         rollout = {f.name: getattr(self.rollout, f.name) for f in dataclasses.fields(Rollout)}
+        if self.rollout.attended_mask is None:  # as in checkpoints from before conversations
+            del rollout["attended_mask"]
         return state | {"rollout": rollout}
 
     @classmethod
@@ -111,7 +132,7 @@ class Batch:
     def trimmed(self) -> "Batch":
         """The same rows without columns that are padding in all of them."""
         rollout = self.rollout
-        ends = (rollout.prompt_mask.any(0).long().argmax(), rollout.lengths.max())
+        ends = (rollout.prompt_mask.any(0).long().argmax(), rollout.extents.max())
         left, length = torch.stack(ends).tolist()  # one wait for the device
         length = max(1, length)
         parts = {
@@ -119,6 +140,8 @@ class Batch:
             for name in ("response_ids", "response_mask", "old_logprobs", "sampling_logprobs")
         }
         parts |= {n: getattr(rollout, n)[:, left:] for n in ("prompt_ids", "prompt_mask")}
+        if rollout.attended_mask is not None:
+            parts["attended_mask"] = rollout.attended_mask[:, :length]
         ref = None if self.ref_logprobs is None else self.ref_logprobs[:, :length]
         weights = self.weights
         if weights is not None and weights.ndim == 2:
@@ -172,7 +195,8 @@ class Tokens:
     old_logprobs: Float[Tensor, "N T"]
     """Log-probs under the behaviour policy."""
     mask: Bool[Tensor, "N T"]
-    """True on response tokens; elsewhere the other fields may hold anything."""
+    """True on response tokens; elsewhere the other fields may hold anything. A turn of a
+    conversation is an unbroken run of them."""
     advantages: Float[Tensor, " N"]
     """One per response."""
     ref_logprobs: Float[Tensor, "N T"] | None = None

@@ -19,6 +19,7 @@ LATER = {
     "eval.success": 1.0,
     "objective.token_clamp": None,
     "objective.exponent.per": "update",
+    "objective.segments": "response",
     "rollout.lag": 0,
 }
 """Settings that came after runs had been made, each with the value that says nothing new: left out

@@ -78,6 +78,7 @@ def _objective_rules(config: ObjectiveConfig) -> Iterator[Rule]:
     source, mean, gate, level = config.exponent.kind, config.mean, config.gate, config.clip_level
     has_mean = config.has_mean
     yield ("mean",), has_mean, f'gate = "{gate}", which has no mean'
+    yield ("segments",), has_mean, f'gate = "{gate}", which has no mean'
     yield ("ahm_weight",), mean == "ahm" and has_mean, f'mean = "{mean}"'
     exponents = ("p", "p_positive", "p_negative")
     yield exponents, has_mean, f'gate = "{gate}", which has no p'

@@ -59,6 +59,7 @@ def token_logprobs(
     *,
     temperature: float = 1.0,
     chunk: int = 512,
+    counted: Bool[Tensor, "N T"] | None = None,
 ) -> Float[Tensor, "N T"]:
     """Log-probs of the last `response_length` tokens of each row.
 
@@ -69,6 +70,8 @@ def token_logprobs(
         response_length: T, the columns that hold the responses.
         temperature: logits are divided by it first.
         chunk: rows of one block of the vocabulary projection.
+        counted: True on the response tokens that are asked for, where others stand between, as
+            what an environment added to a conversation; those are read, and 0. None asks for all.
 
     Returns:
         Natural log-probs, differentiable, float32 (float64 for a float64 policy); 0 on padding.
@@ -76,7 +79,7 @@ def token_logprobs(
 
     Raises:
         ShapeError: a row without a token before its response, padding elsewhere than left of the
-            prompts and right of the responses, or no rows.
+            prompts and right of the responses, no rows, or `counted` on padding.
         ModelError: a policy that cannot be taken apart, as the message says.
     """
     return _response_logprobs(
@@ -86,6 +89,7 @@ def token_logprobs(
         response_length,
         temperature=temperature,
         chunk=chunk,
+        counted=counted,
         with_entropy=False,
     ).logprobs
 
@@ -98,6 +102,7 @@ def token_logprobs_and_entropy(
     *,
     temperature: float = 1.0,
     chunk: int = 512,
+    counted: Bool[Tensor, "N T"] | None = None,
 ) -> ResponseLogprobs:
     """`token_logprobs`, and the entropy in nats of the distribution at each of those tokens.
 
@@ -110,6 +115,7 @@ def token_logprobs_and_entropy(
         response_length,
         temperature=temperature,
         chunk=chunk,
+        counted=counted,
         with_entropy=True,
     )
 
@@ -123,6 +129,7 @@ def response_loss(
     *,
     temperature: float = 1.0,
     chunk: int = 512,
+    counted: Bool[Tensor, "N T"] | None = None,
 ) -> ResponseLoss:
     """A loss that is a sum over responses, in one pass over the vocabulary where that saves work.
 
@@ -135,14 +142,16 @@ def response_loss(
             called with any split of the rows, and the parts must add up to the whole.
         temperature: logits are divided by it first.
         chunk: rows of one block.
+        counted: as in `token_logprobs`.
     """
     policy = bare_policy(policy)
-    lengths = _lengths(input_ids, attention_mask, response_length)
+    lengths = _lengths(input_ids, attention_mask, response_length, counted)
     mask = attention_mask[:, -response_length:]
     with evaluating(policy):
         tied = _tied(policy, lengths, chunk)
-        targets = input_ids[:, -response_length:][mask]
         states = response_states(policy, input_ids, attention_mask, response_length, tied)
+        states, mask = _asked(states, mask, counted)
+        targets = input_ids[:, -response_length:][mask]
         options = {"temperature": temperature, "chunk": chunk}
         if states.split is not None and one_pass_serves(states.split.weight, lengths, chunk):
             result = _by_response(
@@ -217,15 +226,17 @@ def _response_logprobs(
     *,
     temperature: float,
     chunk: int,
+    counted: Tensor | None,
     with_entropy: bool,
 ) -> ResponseLogprobs:
     """Log-probs and entropy (N, T); NaN for an entropy that is not asked for."""
     policy = bare_policy(policy)
-    _lengths(input_ids, attention_mask, response_length)
+    _lengths(input_ids, attention_mask, response_length, counted)
     mask = attention_mask[:, -response_length:]
     with evaluating(policy):
-        targets = input_ids[:, -response_length:][mask]
         states = response_states(policy, input_ids, attention_mask, response_length)
+        states, mask = _asked(states, mask, counted)
+        targets = input_ids[:, -response_length:][mask]
         picked, entropy = _of_states(
             states, targets, temperature=temperature, chunk=chunk, with_entropy=with_entropy
         )
@@ -266,8 +277,17 @@ def _tied(policy: nn.Module, lengths: list[int], chunk: int) -> TiedGradient | N
     return TiedGradient.of(split.base, split.weight)
 
 
-def _lengths(input_ids: Tensor, attention_mask: Tensor, response_length: int) -> list[int]:
-    """Tokens of each response, where the rows are such that every token has one that predicts it.
+def _asked(states: States, mask: Tensor, counted: Tensor | None) -> tuple[States, Tensor]:
+    """The states of the tokens that are asked for, and where these are."""
+    if counted is None:
+        return states, mask
+    return states._replace(values=states.values[counted[mask]]), counted
+
+
+def _lengths(
+    input_ids: Tensor, attention_mask: Tensor, response_length: int, counted: Tensor | None
+) -> list[int]:
+    """Tokens asked for in each row, where the rows are such that each has one that predicts it.
 
     Raises:
         ShapeError: they are not.
@@ -286,6 +306,13 @@ def _lengths(input_ids: Tensor, attention_mask: Tensor, response_length: int) ->
     before, mask = attention_mask[:, :-response_length], attention_mask[:, -response_length:]
     lengths = mask.sum(1)
     odd = (lengths > 0) & ~before[:, -1] | (mask[:, 1:] > mask[:, :-1]).any(1)
+    if counted is not None:
+        if counted.shape != mask.shape or bool((counted & ~mask).any()):
+            raise ShapeError(
+                f"counted: got {tuple(counted.shape)}, or True on padding, expected "
+                f"{tuple(mask.shape)} with True on real tokens behind the prompt"
+            )
+        lengths = counted.sum(1)
     found = torch.where(odd, -1, lengths).tolist()  # one wait for the device
     if min(found) < 0:
         raise ShapeError(

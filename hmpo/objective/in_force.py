@@ -25,6 +25,7 @@ from hmpo.errors import ConfigError
 from hmpo.objective.calibration import ClipCalibration, scaled_bounds
 from hmpo.objective.exponent import ControllerExponent, exponent_in_force, exponent_source
 from hmpo.objective.loss import power_mean_loss
+from hmpo.objective.segments import turns_of
 from hmpo.types import Event, Metrics
 
 logger = logging.getLogger(__name__)
@@ -102,13 +103,17 @@ class ObjectiveInForce:
             free = dataclasses.replace(config, kl_coef=0.0)
             return power_mean_loss(logprobs, old_logprobs, mask, advantages, free, exponent=p)
 
-        learned = self.source.learn(log_ratio, mask, advantages, surrogate)
+        turns, rows, of_rows = turns_of(mask, config), mask, advantages
+        if turns is not None:
+            log_ratio, rows = turns.tokens(log_ratio), turns.mask
+            of_rows = turns.rows(advantages)
+        learned = self.source.learn(log_ratio, rows, of_rows, surrogate)
         base = self.source.objective
         if base.clip_share is None:
             return learned, []
-        p = exponent_in_force(log_ratio, mask, advantages, base, exponent)
+        p = exponent_in_force(log_ratio, rows, of_rows, base, exponent)
         settled = self.calibration.observe(
-            log_ratio, mask, advantages, p, base, rollout=rollout, staleness=staleness
+            log_ratio, rows, of_rows, p, base, rollout=rollout, staleness=staleness
         )
         if not settled:
             return learned, []

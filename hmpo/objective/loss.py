@@ -22,6 +22,9 @@ for A < 0, for tokens (PPO, arXiv 1707.06347, equation 7; GMPO, arXiv 2507.20673
 for sequences (GSPO, arXiv 2507.18071, equation 5). A clipped token keeps its weight in the mean
 and gets no gradient; exactly on a bound the gradient flows, as it does through PPO's minimum.
 
+With `segments = "turn"` i counts the turns of all responses (`hmpo.objective.segments`): each has
+its own mean and clip, its response's A_i, and of its response's omega_i the share of its tokens.
+
 A mean above e^20 is continued linearly in its logarithm (`EXP_LIMIT`), so that ratios which can
 only come from a broken sampler stay finite and still push in the right direction; they are
 counted in `ratio/clamped`. A non-finite log-prob or advantage that counts gives a NaN loss. What
@@ -37,6 +40,7 @@ from hmpo.errors import ConfigError
 from hmpo.objective.bounds import limit_tokens, measure_band
 from hmpo.objective.exponent import exponent_in_force
 from hmpo.objective.metrics import objective_metrics
+from hmpo.objective.segments import exponent_by_turn, tokens_by_turn, turns_of
 from hmpo.objective.terms import (
     check_tokens,
     log_ratios,
@@ -126,7 +130,7 @@ def power_mean_loss(
     band: Band | None = None,
 ) -> Float[Tensor, ""]:
     """The loss of `power_mean_objective` alone; same arguments and errors."""
-    tokens = Tokens(
+    whole = Tokens(
         logprobs=logprobs,
         old_logprobs=old_logprobs,
         mask=mask,
@@ -134,7 +138,7 @@ def power_mean_loss(
         ref_logprobs=ref_logprobs,
         weights=weights,
     )
-    check_tokens(tokens, exponent)
+    check_tokens(whole, exponent)
     measures_band = config.needs_band and band is None
     if measures_band and denominators is not None:
         raise ConfigError(
@@ -143,17 +147,22 @@ def power_mean_loss(
             f"clip_width = {config.clip_width!r}"
         )
 
+    turns = turns_of(mask, config)
+    tokens = tokens_by_turn(whole, turns)
     log_pi = weighted_logprobs(tokens)
     d = log_ratios(log_pi, tokens)
     a = row_advantages(tokens, d.dtype)
-    limited = limit_tokens(d, mask, a, config)
-    p = exponent_in_force(d, mask, a, config, exponent, limited)
+    limited = limit_tokens(d, tokens.mask, a, config)
+    p = exponent_by_turn(exponent, turns)
+    p = exponent_in_force(d, tokens.mask, a, config, p, limited)
     if measures_band:
-        band = measure_band(limited, mask, p, config)  # a sequence clip has limited nothing yet
+        # a sequence clip has limited nothing yet
+        band = measure_band(limited, tokens.mask, p, config)
     del d  # a (N, T) tensor less while the mean is taken
     m = mean_ratios(limited, log_pi, tokens, a, p, config, band)
-    omega = row_weights(tokens, config, denominators, m.dtype)
-    loss = -torch.dot(with_row_corrections(omega, tokens) * a, m)
+    omega = row_weights(whole, config, denominators, m.dtype)
+    of_rows = omega if turns is None else turns.weights(omega)
+    loss = -torch.dot(with_row_corrections(of_rows, tokens) * a, m)
     if config.kl_coef > 0:
-        loss = loss + config.kl_coef * (omega * row_kl(tokens, config)).sum()
+        loss = loss + config.kl_coef * (omega * row_kl(whole, config)).sum()
     return loss

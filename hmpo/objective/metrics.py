@@ -26,6 +26,7 @@ from hmpo.objective.exponent import exponent_in_force
 from hmpo.objective.kl import exp_minus_tangent, k3
 from hmpo.objective.masking import thinned
 from hmpo.objective.means import effective_sample_size, log_power_mean, power_mean_weights
+from hmpo.objective.segments import Turns, exponent_by_turn, tokens_by_turn, turns_of
 from hmpo.objective.terms import (
     check_tokens,
     log_ratios,
@@ -56,20 +57,23 @@ def objective_metrics(
     variances. `clip/frac` counts the units (tokens or sequences, as the clip) whose clipped
     branch is active: above the upper bound with A > 0, below the lower one with A < 0;
     `clip/frac_pos` and `clip/frac_neg` are the shares among the units of that sign (0 if there
-    are none) and `clip/frac_band` is the share outside the band whatever the sign.
+    are none) and `clip/frac_band` is the share outside the band whatever the sign. Where the mean
+    acts on turns, rows are turns, but for `n_seq` and `adv/*`.
     Without any counted row only the counts and bounds are returned.
 
     Arguments and errors are those of `power_mean_objective`.
     """
-    tokens = Tokens(
+    whole = Tokens(
         logprobs=logprobs,
         old_logprobs=old_logprobs,
         mask=mask,
         advantages=advantages,
         ref_logprobs=ref_logprobs,
     )
-    check_tokens(tokens, exponent)
-    d = log_ratios(logprobs, tokens)
+    check_tokens(whole, exponent)
+    turns = turns_of(mask, config)
+    tokens, exponent = tokens_by_turn(whole, turns), exponent_by_turn(exponent, turns)
+    mask, d = tokens.mask, log_ratios(tokens.logprobs, tokens)
     a = row_advantages(tokens, d.dtype)
     limited = limit_tokens(d, mask, a, config)
     p = exponent_in_force(d, mask, a, config, exponent, limited)
@@ -79,10 +83,10 @@ def objective_metrics(
     metrics = count_metrics(tokens, d, config, band, counted)
     if not counted.rows:
         return metrics
-    m = mean_ratios(limited, logprobs, tokens, a, p, config, band)
+    m = mean_ratios(limited, tokens.logprobs, tokens, a, p, config, band)
     del limited  # a (N, T) tensor less while the rest is measured
     d_tokens = counted.of_tokens(d)
-    metrics |= loss_metrics(tokens, a, m, config)
+    metrics |= loss_metrics(whole, a, m, config, turns)
     metrics |= kl_metrics(tokens, d_tokens, counted)
     all_p = torch.as_tensor(p, dtype=d.dtype, device=d.device).expand(len(mask))
     a_rows, p_rows = counted.of_rows(a), counted.of_rows(all_p)
@@ -94,7 +98,7 @@ def objective_metrics(
         metrics["clip/token_frac"] = (d_tokens.abs() > config.token_clamp).to(d.dtype).mean()
         log_m = log_mean(clamp_tokens(d_rows, config), mask_rows, p_rows, config)
     metrics |= clip_metrics(mask_rows, a_rows, config, band, log_m, d_tokens)
-    return metrics
+    return metrics if turns is None else metrics | response_metrics(whole, d.dtype)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -166,20 +170,22 @@ def count_metrics(
 
 
 def loss_metrics(
-    tokens: Tokens, a: Tensor, m: Tensor, config: ObjectiveConfig
+    tokens: Tokens, a: Tensor, m: Tensor, config: ObjectiveConfig, turns: Turns | None = None
 ) -> dict[str, Tensor]:
     """The two terms of the loss, by the rows' own denominators.
 
     Args:
-        tokens: the rows.
-        a: their advantages (N,).
-        m: their means (N,).
+        tokens: the responses.
+        a: the rows' advantages (N,).
+        m: the rows' means (N,).
         config: the member of the family.
+        turns: the rows, where they are not the responses.
     """
     omega = row_weights(tokens, config, None, m.dtype)
     kl_loss = m.new_tensor(0.0)
     if config.kl_coef > 0:
         kl_loss = config.kl_coef * (omega * row_kl(tokens, config)).sum()
+    omega = omega if turns is None else turns.weights(omega)
     return {"pg_loss": -(omega * a * m).sum(), "kl_loss": kl_loss}
 
 
@@ -213,6 +219,19 @@ def row_metrics(p: Tensor, advantages: Tensor, counted: Counted) -> dict[str, Te
         "ratio/p_std": p.std(correction=0),
         "ratio/p_pos": p[_positions(positive, count)].mean() if count else mean,
         "ratio/p_neg": p[_positions(~positive, rest)].mean() if rest else mean,
+        **advantage_metrics(advantages),
+    }
+
+
+def response_metrics(whole: Tokens, dtype: torch.dtype) -> dict[str, Tensor]:
+    """What is of whole responses where the rows are turns."""
+    rows = whole.mask.any(1)
+    return {"n_seq": rows.sum(), **advantage_metrics(whole.advantages[rows].to(dtype))}
+
+
+def advantage_metrics(advantages: Tensor) -> dict[str, Tensor]:
+    """Moments of the advantages of counted responses (n,)."""
+    return {
         "adv/mean": advantages.mean(),
         "adv/var": advantages.var(correction=0),
         "adv/abs_mean": advantages.abs().mean(),

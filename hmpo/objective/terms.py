@@ -21,6 +21,7 @@ from hmpo.objective.exponent import exponent_in_force
 from hmpo.objective.kl import token_kl
 from hmpo.objective.masking import masked_difference, scaled_gradient, without_padding
 from hmpo.objective.means import Exponent
+from hmpo.objective.segments import exponent_by_turn, tokens_by_turn, turns_of
 from hmpo.types import Band, Denominators, Tokens
 
 
@@ -172,6 +173,9 @@ def minibatch_band(
     Arguments are those of `power_mean_objective`.
     """
     tokens = Tokens(logprobs=logprobs, old_logprobs=old_logprobs, mask=mask, advantages=advantages)
-    d = log_ratios(logprobs, tokens)
-    p = exponent_in_force(d, mask, row_advantages(tokens, d.dtype), config, exponent)
-    return measure_band(clamp_tokens(d, config), mask, p, config)
+    turns = turns_of(mask, config)
+    tokens = tokens_by_turn(tokens, turns)
+    d = log_ratios(tokens.logprobs, tokens)
+    p = exponent_by_turn(exponent, turns)
+    p = exponent_in_force(d, tokens.mask, row_advantages(tokens, d.dtype), config, p)
+    return measure_band(clamp_tokens(d, config), tokens.mask, p, config)

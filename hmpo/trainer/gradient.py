@@ -192,6 +192,7 @@ def by_response(
                 lambda new, some: loss.of(new, moving[some]),
                 temperature=config.temperature,
                 chunk=config.logprob_chunk,
+                counted=rollout.counted,
             )
         backward(trained.loss, due=True)
         parts.append(
@@ -236,7 +237,7 @@ def idle_rows(batch: Batch, objective: ObjectiveConfig) -> Bool[Tensor, " M"]:
         idle |= ((weights == 0) | ~mask).all(1)
     if objective.kl_coef > 0:
         return torch.zeros_like(idle)
-    lengths = batch.rollout.lengths
+    lengths = batch.rollout.extents
     shortest = torch.where(lengths > 0, lengths, lengths.max() + 1).argmin()
     spared = idle.all() & (torch.arange(len(idle), device=idle.device) == shortest)
     return idle & ~spared  # all on the device: nothing waits for it here
@@ -253,8 +254,8 @@ def micro_batches(batch: Batch, size: int | None) -> list[Int[Tensor, " m"]]:
         return [torch.arange(rows, device=device)]
     prompts = rollout.prompt_ids.masked_fill(~rollout.prompt_mask, -1)
     number = prompts.unique(dim=0, return_inverse=True)[1]
-    longest = torch.zeros_like(number).scatter_reduce_(0, number, rollout.lengths, "amax")
-    keys = zip((-longest[number]).tolist(), number.tolist(), (-rollout.lengths).tolist())
+    longest = torch.zeros_like(number).scatter_reduce_(0, number, rollout.extents, "amax")
+    keys = zip((-longest[number]).tolist(), number.tolist(), (-rollout.extents).tolist())
     order = [i for _, i in sorted((key, i) for i, key in enumerate(keys))]
     return list(torch.tensor(order, device=device).split(size))
 
@@ -290,4 +291,5 @@ def _forward(policy: nn.Module, batch: Batch, config: TrainerConfig) -> Response
             rollout.response_ids.shape[1],
             temperature=config.temperature,
             chunk=config.logprob_chunk,
+            counted=rollout.counted,
         )

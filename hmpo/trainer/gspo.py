@@ -77,6 +77,7 @@ class GSPOTrainer(Trainer[GSPOConfig]):
                     rollout.response_ids.shape[1],
                     temperature=config.temperature,
                     chunk=config.logprob_chunk,
+                    counted=None if rollout.counted is None else rollout.counted[rows],
                 )
             with section("objective"):
                 new = result.logprobs

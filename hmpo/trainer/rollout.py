@@ -240,6 +240,7 @@ class Collector:
     def _logprobs(self, model: nn.Module, rollout: Rollout) -> Tensor:
         """Log-probs of the responses by a model's own forward pass, without gradient."""
         size = self.config.micro_batch_size or len(rollout.finished)
+        counted = rollout.counted
         with section("logprobs"), torch.no_grad(), autocast(self.device, self.config):
             parts = [
                 token_logprobs(
@@ -249,6 +250,7 @@ class Collector:
                     rollout.response_ids.shape[1],
                     temperature=self.config.temperature,
                     chunk=self.config.logprob_chunk,
+                    counted=None if counted is None else counted[start : start + size],
                 )
                 for start in range(0, len(rollout.finished), size)
             ]

@@ -6,7 +6,7 @@ OBJECTIVE = {
     "clip_space": "log", "clip_low": 0.1, "clip_high": 0.1, "clip_width": "z", "clip_sigma": 0.1,
     "clip_center": "drift", "clip_share": 0.1, "clip_rollouts": 3, "sign_convention": "paper",
     "dual_clip": 3.0, "reduction": "token_mean", "max_length": 9, "kl_coef": 0.5,
-    "kl_estimator": "k1", "token_clamp": 0.05,
+    "kl_estimator": "k1", "token_clamp": 0.05, "segments": "turn",
 }  # fmt: skip
 """Fields of `ObjectiveConfig` but `name` and `exponent`."""
 

@@ -25,6 +25,7 @@ OTHER = {
     "optimizer.momentum": 0.5,
     "objective.token_clamp": 0.1,
     "objective.exponent.per": "rollout",
+    "objective.segments": "turn",
     "eval.success": 0.5,
     "rollout.lag": 2,
     "trainer.eos_token": [7],
@@ -50,7 +51,7 @@ def test_a_choice_in_a_later_setting_changes_the_hash(path: str) -> None:
 
 def test_an_older_run_of_holder_keeps_its_bounds_and_its_schedule(tmp_path: Path) -> None:
     data = to_dict(run_config({"objective": {"member": "holder"}}))["objective"]
-    del data["token_clamp"], data["exponent"]["per"]
+    del data["token_clamp"], data["segments"], data["exponent"]["per"]
     path = old_config(tmp_path, objective=data | {"clip_low": 3e-4, "clip_high": 4e-4})
     objective = load_run_config(path).objective
     assert (objective.name, objective.exponent.per) == ("holder", "update")

@@ -302,3 +302,41 @@ def test_wrong_arguments_are_refused_with_the_sizes() -> None:
 
     with pytest.raises(ModelError, match=r"expected logits of shape \(1, 4, vocabulary\)"):
         token_logprobs(Pooled(), ids, mask, 2)
+
+
+def conversation_of(model):
+    """A rollout whose rows hold tokens of an environment between those sampled, and which."""
+    rollout = rollout_of(model)
+    counted = rollout.response_mask.clone()
+    counted[:, 2] = False
+    counted[0, :3] = False
+    counted[1, 4:6] = False
+    assert (rollout.response_mask & ~counted).any(1).sum() > 2
+    return rollout, counted & rollout.response_mask
+
+
+@pytest.mark.parametrize("kind", ["llama", "plain"])
+def test_of_a_conversation_only_what_was_sampled_has_log_probs_and_all_is_read(kind: str) -> None:
+    model = (tiny_llama() if kind == "llama" else tiny_causal(40)).double()
+    rollout, counted = conversation_of(model)
+    width = rollout.response_ids.shape[1]
+    whole = rollout.input_ids, rollout.attention_mask, width
+    got = token_logprobs_and_entropy(model, *whole, chunk=5, counted=counted)
+    for i, prompt, response in rows(rollout):
+        expected, spread = response_logprobs(model.eval(), prompt, response)
+        kept = counted[i, : len(response)].tolist()
+        for t, keep in enumerate(kept):
+            assert got.logprobs[i, t].item() == pytest.approx(expected[t] * keep, abs=1e-12)
+            assert got.entropy[i, t].item() == pytest.approx(spread[t] * keep, abs=1e-12)
+    everything = token_logprobs(model, *whole, counted=rollout.response_mask)
+    assert torch.equal(everything, token_logprobs(model, *whole))
+
+
+def test_log_probs_of_padding_cannot_be_asked_for() -> None:
+    model = tiny_llama()
+    rollout, counted = conversation_of(model)
+    wrong = torch.ones_like(counted)
+    with pytest.raises(ShapeError, match="counted: got"):
+        token_logprobs(
+            model, rollout.input_ids, rollout.attention_mask, counted.shape[1], counted=wrong
+        )

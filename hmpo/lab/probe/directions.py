@@ -115,6 +115,7 @@ def parameter_directions(
                     some.response_ids.shape[1],
                     temperature=config.temperature,
                     chunk=config.logprob_chunk,
+                    counted=some.counted,
                 )
             for i in moving.nonzero()[:, 0].tolist():
                 total[i] += _applied(logprobs, parts[i].to(logprobs), weights)[::step]

@@ -272,6 +272,7 @@ def policy_logprobs(
                 some.response_ids.shape[1],
                 temperature=config.temperature,
                 chunk=config.logprob_chunk,
+                counted=some.counted,
             )
             for rows in torch.arange(len(rollout.finished), device=device).split(size)
             for some in (rollout.select(rows),)
