@@ -27,6 +27,7 @@ NAME = "outcome.json"
 STATUSES = ("finished", "failed", "stopped")
 ROLES = ("main", "tuning", "again", "negative", "positive", "placebo", "null")
 LATE = "exploratory"
+_LATER = ("decisions", "weights")
 _ENDS = {"completed": "finished", "early_stop": "stopped", "failed": "failed"}
 
 
@@ -67,6 +68,10 @@ class Outcome:
     """`step` and `mean` at no more than 64 points."""
     curves: Mapping[str, list[Any]] = field(default_factory=dict)
     """`step` and the curves of `measures.CURVES` at no more than 64 points."""
+    decisions: Mapping[str, Any] = field(default_factory=dict)
+    """Of controllers, as `measures.decisions` tells; {} where there were none."""
+    weights: str = ""
+    """SHA-256 of the final weights' files; "" where they were not there."""
     cost: Mapping[str, float | None] = field(default_factory=dict)
     environment: Mapping[str, Any] = field(default_factory=dict)
 
@@ -76,7 +81,11 @@ class Outcome:
 
     def to_json(self) -> str:
         """One line of JSON, the same for equal records."""
-        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"), allow_nan=False)
+        value = asdict(self)
+        for name in _LATER:  # files that were written before these entries keep their bytes
+            if not value[name]:
+                del value[name]
+        return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str | bytes) -> "Outcome":
@@ -116,6 +125,8 @@ _KINDS: dict[str, type | tuple[type, ...]] = {
     "metrics": dict,
     "reward": dict,
     "curves": dict,
+    "decisions": dict,
+    "weights": str,
     "cost": dict,
     "environment": dict,
 }
@@ -144,11 +155,28 @@ def _check(value: Mapping[str, Any]) -> None:
             raise TelemetryError(f"outcome: passed holds {_short(text)}, expected hex digits")
     for name in ("metrics", "cost", "before", "after"):
         _numbers(name, value.get(name, {}).values())
+    _decided(value.get("decisions", {}))
     for name in ("evals", "reward", "curves"):
         _columns(name, value.get(name, {}))
     evals = value.get("evals", {})
     if evals and None in evals.get("tokens", [None]):
         raise TelemetryError("outcome: evals has no number of tokens for each evaluation")
+
+
+def _decided(value: Mapping[str, Any]) -> None:
+    """Counts that are numbers, and states and marks that are pairs of step and text."""
+    actions = value.get("actions", {})
+    if not isinstance(actions, dict):
+        raise TelemetryError(f"outcome: decisions.actions is {_short(actions)}, expected a table")
+    _numbers("decisions.actions", actions.values())
+    _numbers("decisions", [value.get(name) for name in ("count", "applied", "end")])
+    for name in ("marks", "stop", "regime", "phase"):
+        pairs = value.get(name, [])
+        fine = isinstance(pairs, list) and all(
+            isinstance(pair, list) and list(map(type, pair)) == [int, str] for pair in pairs
+        )
+        if not fine:
+            raise TelemetryError(f"outcome: decisions.{name} holds no pairs of step and text")
 
 
 def _columns(name: str, table: Mapping[str, Any]) -> None:
@@ -232,6 +260,8 @@ def outcome_of(
         metrics=measures.metrics(run),
         reward=measures.reward_curve(run),
         curves=measures.curves(run),
+        decisions=measures.decisions(run),
+        weights=measures.weights(folder),
         cost=measures.cost(run, cpu_s),
         environment=measures.environment(run),
     )
