@@ -3,25 +3,37 @@
 import math
 from collections.abc import Callable
 
+from study_hypotheses import hypotheses
+from study_matrices import controls_of, matrix, sentences, success
 from study_rates import STUDIES, Key, best_rates, grid, missing, planned_rates, read_study
 
-from hmpo.lab.statistics.intervals import paired_t
 from hmpo.lab.statistics.verdicts import verdict
-from hmpo.lab.study.analysis import Study, endpoints
-from hmpo.lab.study.controls import controls
+from hmpo.lab.study.analysis import endpoints
 from hmpo.lab.study.outcomes import Outcome, read_outcomes
-from hmpo.lab.study.page import finding
 from hmpo.lab.study.scores import score
 
-SUITES = ("tuning", "headline", "sweep", "envelope", "holder", "controllers", "stability")
-MORE = ("ladder", "smollm2", "trl")
+SUITES = (
+    "tuning",
+    "headline",
+    "sweep",
+    "signs",
+    "envelope",
+    "holder",
+    "controllers",
+    "stability",
+    "ladder",
+    "smollm2",
+    "trl",
+)
+MATRICES = ("headline", "sweep", "signs", "envelope", "holder", "controllers", "ladder", "smollm2")
+"""Suites with a row for each level that is compared and a column for each block."""
 BLOCKS = [(task, regime) for regime in ("fresh", "stale") for task in ("carry", "key", "spell")]
 
 
 def suites() -> str:
     """What was planned and how much of it has run."""
     lines = ["| suite | cells | runs done | of | CPU hours | |", "|---|---|---|---|---|---|"]
-    for name in (*SUITES, *MORE):
+    for name in SUITES:
         path = STUDIES / f"{name}.toml"
         if not path.exists():
             continue
@@ -73,35 +85,6 @@ def _best(
     return f"{best[key]:g}{mark}: {math.fsum(values) / len(values):.3f}"
 
 
-def failed_controls(name: str) -> Callable[[], str]:
-    """The controls of a suite and what became of them."""
-
-    def table() -> str:
-        study: Study = read_study(name)
-        lines = ["| control | cell | state | found |", "|---|---|---|---|"]
-        for control in controls(study):
-            state = {True: "passed", False: "**failed**", None: "not run"}[control.passed]
-            lines.append(f"| {control.kind} | {control.cell} | {state} | {control.detail} |")
-        return "\n".join(lines)
-
-    return table
-
-
-def sentences(study: Study) -> list[str]:
-    """What a suite found, in the words that its numbers allow."""
-    told = [finding(study, c) for c in study.contrasts if c.verdict is not None]
-    return [f"* {one['text']}{' (' + one['late'] + ')' if one['late'] else ''}." for one in told]
-
-
-def success(values: list[float]) -> str:
-    """Mean with Student's interval, in percent."""
-    if len(values) < 2:
-        return f"{100 * values[0]:.1f} (one seed)" if values else ""
-    e = paired_t(values, 0.95)
-    assert e.low is not None and e.high is not None
-    return f"{100 * e.value:.1f} ({100 * max(0.0, e.low):.1f} to {100 * e.high:.1f})"
-
-
 def stability() -> str:
     """Optimizers with and without QK-clip on attention that starts hot."""
     study = read_study("stability")
@@ -123,11 +106,7 @@ def stability() -> str:
             f"| {_span([_first(o, 'max_qk') for o in runs])} | {_span(logits)} "
             f"| {_mean(clipped, '{:.0%}')} | {_mean([100 * d for d in seen if d], '{:.0f}')} |"
         )
-    controlled = failed_controls("stability")().splitlines()[2:]
-    return "\n".join([*lines, "", *sentences(study), "", "Controls: " + "; ".join(
-        " ".join(part.strip() for part in row.strip("|").split("|")) for row in controlled
-        if "not in this suite" not in row
-    ) + "."])  # fmt: skip
+    return "\n".join([*lines, "", *sentences(study), "", controls_of(study)])
 
 
 def _first(outcome: Outcome, name: str) -> float | None:
@@ -172,7 +151,8 @@ def anchor() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "study_suites": suites,
     "study_rates": rates,
-    "study_controls": failed_controls("headline"),
+    "study_hypotheses": hypotheses,
+    **{f"study_{name}": matrix(name) for name in MATRICES},
     "study_stability": stability,
     "study_trl": anchor,
 }

@@ -34,7 +34,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -53,7 +53,7 @@ from hmpo.config import RunConfig
 from hmpo.config.identity import config_hash
 from hmpo.config.places import located
 from hmpo.lab.statistics.verdicts import verdict
-from hmpo.lab.study.outcomes import Outcome, collect, read_outcomes, save_outcomes
+from hmpo.lab.study.outcomes import LATE, Outcome, collect, read_outcomes, save_outcomes
 from hmpo.lab.suite.cells import Cell
 from hmpo.lab.suite.reading import Suite, read_suite
 from hmpo.models import load_policy, stop_token_ids
@@ -310,7 +310,20 @@ def side_by_side(suite: Suite, theirs: Sequence[Outcome], own: Sequence[Outcome]
     return lines
 
 
-def make(cells: Sequence[Cell], seeds: Sequence[int], path: Path) -> list[Outcome]:
+def registered(suite: Suite, cell: Cell, seed: int, known: Iterable[Outcome]) -> str:
+    """The protocol that a run which begins now was decided by, as a suite's folder has it.
+
+    `LATE` where the protocol has changed since the first run of the file, or the suite has no such
+    seed; "" without a protocol.
+    """
+    if suite.protocol is None:
+        return ""
+    present = suite.protocol.sha256
+    first = {outcome.registered for outcome in known} - {"", LATE}
+    return present if first <= {present} and seed in cell.seeds else LATE
+
+
+def make(suite: Suite, cells: Sequence[Cell], seeds: Sequence[int], path: Path) -> list[Outcome]:
     """Make the runs that are not there, saving after each; all outcomes of the file."""
     found = {o.key(): o for o in read_outcomes(path)} if path.exists() else {}
     todo = [(cell, seed) for seed in seeds for cell in cells]
@@ -319,7 +332,8 @@ def make(cells: Sequence[Cell], seeds: Sequence[int], path: Path) -> list[Outcom
         known = found.get(key)
         if known is not None and known.config_hash == trl_hash(cell.run_config(seed, "."), seed):
             continue
-        found[key] = run(cell, seed)
+        decided = registered(suite, cell, seed, found.values())
+        found[key] = dataclasses.replace(run(cell, seed), registered=decided)
         path.parent.mkdir(parents=True, exist_ok=True)
         save_outcomes(path, found.values())
         told = found[key].evals["sampled"]
@@ -343,7 +357,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"no cell {min(unknown)}; the suite has {[c.name for c in suite.cells]}")
     cells = [cell for cell in suite.cells if not args.only or cell.name in args.only]
     seeds = [] if args.compare else args.seeds or suite.cells[0].seeds
-    theirs = make(cells, seeds, args.outcomes)
+    theirs = make(suite, cells, seeds, args.outcomes)
     chosen = dataclasses.replace(suite, cells=tuple(cells))
     print("\n".join(side_by_side(chosen, theirs, ours(suite, args.out))))
     return 0

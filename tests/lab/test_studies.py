@@ -1,5 +1,6 @@
 """The suites of the studies: each reads, and has the cells, seeds and settings that it says."""
 
+import dataclasses
 import itertools
 import tomllib
 from pathlib import Path
@@ -23,6 +24,7 @@ def product(*levels: list[str]) -> set[str]:
 
 
 REGIMES = ["fresh", "stale"]
+SIGNS = ["p1", "p0", "p-1", "pessimistic", "optimistic"]
 CELLS = {
     "sweep": product(
         ["p-2", "p-1", "p-0.5", "p0", "p0.5", "p1", "p2"], ["token", "one", "drift"], REGIMES
@@ -34,9 +36,10 @@ CELLS = {
     "ladder": product(["grpo", "gspo", "hmpo"], ["0.1m", "0.8m", "3m"]),
     "smollm2": {"grpo", "gspo", "gmpo", "hmpo"},
     "trl": product(["grpo", "gspo"], ["spell", "key"], ["fresh"]),
+    "signs": product(SIGNS, ["carry"], ["stale"]) | product(SIGNS, ["key"], ["fresh"]),
 }
 SEEDS = {"sweep": 10, "envelope": 10, "holder": 20, "controllers": 10, "stability": 5}
-SEEDS |= {"ladder": 10, "smollm2": 3, "trl": 5}
+SEEDS |= {"ladder": 10, "smollm2": 3, "trl": 5, "signs": 20}
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +115,18 @@ def test_the_sweep_differs_in_p_alone_within_a_block(suites):
     for _, cells in blocks(suites["sweep"]).items():
         assert {cell.config.objective.p for cell in cells} == {-2, -1, -0.5, 0, 0.5, 1, 2}
         assert len({str(without_p(cell)) for cell in cells}) == 1
+
+
+def test_exponents_by_sign_differ_in_nothing_else_within_a_block(suites):
+    for _, cells in blocks(suites["signs"]).items():
+        found = {c.levels["p"]: c.config.objective for c in cells}
+        pairs = {name: (o.p_positive, o.p_negative) for name, o in found.items()}
+        assert pairs["pessimistic"] == (-1, 1) and pairs["optimistic"] == (1, -1)
+        assert [found[name].p for name in ("p1", "p0", "p-1")] == [1, 0, -1]
+        apart = {"p": 0.0, "p_positive": None, "p_negative": None, "name": ""}
+        rest = {dataclasses.replace(o, **apart) for o in found.values()}
+        assert len(rest) == 1 and rest.pop().clip_low == 0.4
+        assert len({(c.config.optimizer.lr, c.config.updates) for c in cells}) == 1
 
 
 def test_rates_of_the_envelope_are_half_a_decade_apart(suites):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hmpo.lab.study.outcomes import outcome_of, read_outcomes, write_outcome
+from hmpo.lab.study.outcomes import LATE, Outcome, outcome_of, read_outcomes, write_outcome
 from hmpo.run.loop import train
 
 pytest.importorskip("trl")
@@ -68,7 +68,9 @@ def test_both_sides_measure_the_same_policy_before_training_and_a_run_is_made_on
 ):
     cell = tiny(anchor)
     path = tmp_path / "outcomes" / "trl.jsonl.gz"
-    (made,) = anchor.make([cell], [900], path)
+    suite = dataclasses.replace(anchor.read_suite(str(anchor.SUITE)), cells=(cell,))
+    (made,) = anchor.make(suite, [cell], [900], path)
+    assert made.registered == suite.protocol.sha256
     assert (made.cell, made.status, made.updates) == ("trl-gspo+key+fresh", "finished", 4)
     assert made.evals["step"] == [0, 2, 4] and made.tokens > 0
     assert made.reward["step"] == [1, 2, 3, 4]
@@ -83,11 +85,29 @@ def test_both_sides_measure_the_same_policy_before_training_and_a_run_is_made_on
     assert own.passed[-1] != own.passed[0] and made.passed[-1] != made.passed[0]
 
     monkeypatch.setattr(anchor, "run", lambda *_: pytest.fail("made again"))
-    assert anchor.make([cell], [900], path) == read_outcomes(path) == [made]
-    suite = dataclasses.replace(anchor.read_suite(str(anchor.SUITE)), cells=(cell,))
+    assert anchor.make(suite, [cell], [900], path) == read_outcomes(path) == [made]
     (line,) = anchor.side_by_side(suite, [made], [own])
     assert "1 seeds, equal before training in 1" in line
     assert anchor.side_by_side(suite, [made], []) == ["gspo+key+fresh: no seed that both have run"]
+
+
+def test_a_run_says_which_protocol_it_was_decided_by(anchor):
+    suite = anchor.read_suite(str(anchor.SUITE))
+    cell, present = suite.cells[0], suite.protocol.sha256
+    first = Outcome(cell="trl-x", seed=100, status="finished", registered=present)
+    later = dataclasses.replace(first, registered=LATE)
+    other = dataclasses.replace(first, registered="of another file")
+    assert anchor.registered(suite, cell, 100, []) == present
+    assert anchor.registered(suite, cell, 100, [first, later]) == present
+    assert anchor.registered(suite, cell, 100, [other]) == LATE
+    assert anchor.registered(suite, cell, 900, []) == LATE
+    assert anchor.registered(dataclasses.replace(suite, protocol=None), cell, 100, []) == ""
+
+
+def test_the_committed_runs_of_trl_were_decided_by_the_protocol(anchor):
+    found = read_outcomes(anchor.OUTCOMES)
+    suite = anchor.read_suite(str(anchor.SUITE))
+    assert {outcome.registered for outcome in found} == {suite.protocol.sha256}
 
 
 def test_a_cell_that_is_not_there_is_one_line(anchor, capsys):

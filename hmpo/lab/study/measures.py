@@ -1,10 +1,16 @@
 """Numbers of one run, taken from its files alone: what an outcome keeps of them."""
 
+import hashlib
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from hmpo.agm.stopping import GO_ON
+from hmpo.lab.decisions import values_of
 from hmpo.lab.folder import RunData
+from hmpo.lab.thin import evenly, strips
 from hmpo.telemetry.ingest import Record
 
 END_SHARE = 0.1
@@ -19,8 +25,18 @@ CURVES = {
     "clip_neg": "clip/frac_neg",
     "entropy": "entropy",
     "max_qk": "qk/max_logit",
+    "p": "ratio/p",
+    "sigma": "ratio/sigma",
+    "lr": "lr",
+    "level": "curriculum/level",
 }
 """Curves beside the reward's, by their names in an outcome."""
+LATE_SHARE = 0.25
+"""Share of the updates over which `p_late_range` says how far |p| still moves."""
+MARKED = ("emergency", "rollback", "stop")
+"""Applied actions of controllers that an outcome keeps with their steps."""
+MOST_STRIPS = 64
+"""States of one kind, and marks, that an outcome keeps of a run's decisions."""
 
 
 def evaluations(run: RunData) -> dict[str, list[Any]]:
@@ -107,6 +123,8 @@ def metrics(run: RunData) -> dict[str, float | int | None]:
         "ess_seq_mean": over("ratio/ess_seq", _mean),
         "weight_entropy": over("ratio/w_entropy", _mean),
         "p_end": over("ratio/p", _mean, END_SHARE),
+        "p_last": over("ratio/p", lambda v: v[-1]),
+        "p_late_range": over("ratio/p", _span_of_size, LATE_SHARE),
         "adv_var": over("adv/var", _mean),
         "zero_adv_frac": over("adv/zero_frac", _mean),
         "skipped": _total(steps, "optim/skipped_total"),
@@ -158,6 +176,51 @@ def _stretches(run: RunData, names: Mapping[str, str]) -> dict[str, list[Any]]:
     return found
 
 
+def decisions(run: RunData) -> dict[str, Any]:
+    """What controllers decided, in short; {} for a run without any.
+
+    `mode` ("advise" or "apply"), `count` of records, how many were `applied`, the step after the
+    last as `end`, counts of applied `actions`, `marks` (step and action of those of `MARKED`), the
+    first `stop` that was decided, applied or not (step and reason), and of `regime` and `phase` the
+    steps at which each began, with its name.
+    """
+    records = run.log.decisions
+    if not records:
+        return {}
+    applied = [record for record in records if record["applied"] is True]
+    actions = Counter(action for _, action in values_of(applied, "action"))
+    marks = [(step, action) for step, action in values_of(applied, "action") if action in MARKED]
+    stops = [[step, str(why)] for step, why in values_of(records, "stop") if why != GO_ON]
+    end = records[-1]["step"] + 1
+    states = {
+        name: [
+            [start, str(state)]
+            for start, _, state in strips(values_of(records, name), end, MOST_STRIPS)
+        ]
+        for name in ("regime", "phase")
+    }
+    return {
+        "mode": str(records[0].get("mode", "")),
+        "count": len(records),
+        "applied": len(applied),
+        "end": end,
+        "actions": {str(name): count for name, count in sorted(actions.items())},
+        "marks": [[*marks[place]] for place in evenly(len(marks), MOST_STRIPS)],
+        "stop": stops[:1],
+        **states,
+    }
+
+
+def weights(folder: Path) -> str:
+    """SHA-256 over the files of the final weights, in the order of their names; "" without any."""
+    files = sorted((folder / "policy").glob("*.safetensors"))
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest() if files else ""
+
+
 def cost(run: RunData, cpu_s: float | None) -> dict[str, float | None]:
     """Wall time of updates, evaluations and checkpoints, and the median rate of tokens."""
     rates = sorted(_finite(run.times, "tokens_per_s"))
@@ -196,6 +259,12 @@ def _finite(records: Sequence[Record], name: str) -> list[float]:
 
 def _mean(values: list[float]) -> float:
     return math.fsum(values) / len(values)
+
+
+def _span_of_size(values: list[float]) -> float:
+    """Largest less smallest absolute value."""
+    sizes = [abs(value) for value in values]
+    return max(sizes) - min(sizes)
 
 
 def _rounded(value: float) -> float:

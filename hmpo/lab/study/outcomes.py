@@ -7,8 +7,6 @@ gives the same record. Records can be committed and read again without their run
 import contextlib
 import gzip
 import json
-import math
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -19,14 +17,13 @@ from hmpo.errors import RunFolderError, TelemetryError
 from hmpo.lab.folder import RunData, load_run
 from hmpo.lab.study import measures
 from hmpo.lab.study.plan import Cell, Plan, read_plan
+from hmpo.lab.study.record_checks import SCHEMA, check
 from hmpo.telemetry.reading import lines, loads
 
-SCHEMA = 1
 NAME = "outcome.json"
 """Name of the record's file in a run folder."""
-STATUSES = ("finished", "failed", "stopped")
-ROLES = ("main", "tuning", "again", "negative", "positive", "placebo", "null")
 LATE = "exploratory"
+_LATER = ("decisions", "weights")
 _ENDS = {"completed": "finished", "early_stop": "stopped", "failed": "failed"}
 
 
@@ -67,6 +64,10 @@ class Outcome:
     """`step` and `mean` at no more than 64 points."""
     curves: Mapping[str, list[Any]] = field(default_factory=dict)
     """`step` and the curves of `measures.CURVES` at no more than 64 points."""
+    decisions: Mapping[str, Any] = field(default_factory=dict)
+    """Of controllers, as `measures.decisions` tells; {} where there were none."""
+    weights: str = ""
+    """SHA-256 of the final weights' files; "" where they were not there."""
     cost: Mapping[str, float | None] = field(default_factory=dict)
     environment: Mapping[str, Any] = field(default_factory=dict)
 
@@ -76,7 +77,11 @@ class Outcome:
 
     def to_json(self) -> str:
         """One line of JSON, the same for equal records."""
-        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"), allow_nan=False)
+        value = asdict(self)
+        for name in _LATER:  # files that were written before these entries keep their bytes
+            if not value[name]:
+                del value[name]
+        return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str | bytes) -> "Outcome":
@@ -91,88 +96,9 @@ class Outcome:
             raise TelemetryError(f"outcome: {error}") from None
         if not isinstance(value, dict):
             raise TelemetryError(f"outcome: got {type(value).__name__}, expected a JSON object")
-        _check(value)
+        check(value)
         names = {item.name for item in fields(cls)}
         return cls(**{name: item for name, item in value.items() if name in names})
-
-
-_KINDS: dict[str, type | tuple[type, ...]] = {
-    "suite": str,
-    "cell": str,
-    "role": str,
-    "levels": dict,
-    "seed": int,
-    "status": str,
-    "reason": str,
-    "config_hash": str,
-    "registered": str,
-    "updates": int,
-    "tokens": int,
-    "evals": dict,
-    "before": dict,
-    "after": dict,
-    "passed": list,
-    "heldout": (str, type(None)),
-    "metrics": dict,
-    "reward": dict,
-    "curves": dict,
-    "cost": dict,
-    "environment": dict,
-}
-
-
-def _check(value: Mapping[str, Any]) -> None:
-    """Refuse what the tables could not use."""
-    if value.get("schema") != SCHEMA:
-        raise TelemetryError(f"outcome: schema {value.get('schema')!r}, expected {SCHEMA}")
-    for name, kind in _KINDS.items():
-        if name not in value and name in ("cell", "seed", "status"):
-            raise TelemetryError(f"outcome: no entry {name!r}")
-        item = value.get(name)
-        if name in value and (not isinstance(item, kind) or isinstance(item, bool)):
-            raise TelemetryError(f"outcome: {name} is {_short(item)}, expected another kind")
-    for name, known in (("status", STATUSES), ("role", ROLES)):
-        if name in value and value[name] not in known:
-            expected = ", ".join(known)
-            raise TelemetryError(
-                f"outcome: {name} is {_short(value[name])}, expected one of {expected}"
-            )
-    if not all(isinstance(level, str) for level in value.get("levels", {}).values()):
-        raise TelemetryError("outcome: levels holds another kind than texts")
-    for text in value.get("passed", []):
-        if not isinstance(text, str) or not re.fullmatch("[0-9a-f]*", text):
-            raise TelemetryError(f"outcome: passed holds {_short(text)}, expected hex digits")
-    for name in ("metrics", "cost", "before", "after"):
-        _numbers(name, value.get(name, {}).values())
-    for name in ("evals", "reward", "curves"):
-        _columns(name, value.get(name, {}))
-    evals = value.get("evals", {})
-    if evals and None in evals.get("tokens", [None]):
-        raise TelemetryError("outcome: evals has no number of tokens for each evaluation")
-
-
-def _columns(name: str, table: Mapping[str, Any]) -> None:
-    """Columns of numbers or None, all of one length, with a `step` for each."""
-    if not all(isinstance(column, list) for column in table.values()):
-        raise TelemetryError(f"outcome: {name} holds another kind than lists")
-    if len({len(column) for column in table.values()}) > 1 or (table and "step" not in table):
-        raise TelemetryError(f"outcome: the lists of {name} do not belong together")
-    for column in table.values():
-        _numbers(name, column)
-    if any(step is None for step in table.get("step", [])):
-        raise TelemetryError(f"outcome: {name} holds a step that is no number")
-
-
-def _numbers(name: str, values: Iterable[Any]) -> None:
-    for item in values:
-        fine = item is None or (isinstance(item, int | float) and not isinstance(item, bool))
-        if not fine or (isinstance(item, float) and not math.isfinite(item)):
-            raise TelemetryError(f"outcome: {name} holds {_short(item)}, expected numbers")
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def outcome_of(
@@ -213,9 +139,7 @@ def outcome_of(
         if not failure:
             raise
         return Outcome(status="failed", reason=failure, heldout=heldout, **about)
-    status, reason = "failed", failure
-    if not failure:
-        status, reason = _ending(run)
+    status, reason = ("failed", failure) if failure else _ending(run)
     before, after = measures.ends(run)
     return Outcome(
         **about,
@@ -232,6 +156,8 @@ def outcome_of(
         metrics=measures.metrics(run),
         reward=measures.reward_curve(run),
         curves=measures.curves(run),
+        decisions=measures.decisions(run),
+        weights=measures.weights(folder),
         cost=measures.cost(run, cpu_s),
         environment=measures.environment(run),
     )

@@ -16,7 +16,9 @@ from hmpo.lab.study.outcomes import (
     save_outcomes,
     write_outcome,
 )
+from hmpo.lab.suite.folder import tidy
 from hmpo.run import train
+from hmpo.telemetry import records
 from tests.faults.micro import micro_config, micro_policy
 from tests.faults.storage import fast_folder
 from tests.lab.study.suites import make_outcome
@@ -90,7 +92,7 @@ def test_the_same_run_gives_the_same_record_and_it_reads_back(
     again = outcome_of(folder, "grpo+dense", {"member": "grpo", "task": "dense"}, "main", 7)
     assert again.to_json() == outcome.to_json()
     assert Outcome.from_json(outcome.to_json()) == outcome
-    assert len(outcome.to_json()) < 8000
+    assert len(outcome.to_json()) < 10000
 
 
 def test_the_clock_is_in_the_cost_alone(tmp_path: Path) -> None:
@@ -183,6 +185,11 @@ def test_two_outcomes_of_one_run_are_refused(tmp_path: Path, outcome: Outcome) -
         {"evals": {"step": [None]}},
         {"reward": {"step": 3}},
         {"cost": {"wall_s": True}},
+        {"weights": 3},
+        {"decisions": {"actions": [1]}},
+        {"decisions": {"count": "many"}},
+        {"decisions": {"phase": [["plateau", 3]]}},
+        {"decisions": {"marks": [[3, "stop", "again"]]}},
     ],
 )
 def test_a_record_of_another_kind_is_refused(outcome: Outcome, change: dict) -> None:
@@ -229,6 +236,79 @@ def test_a_real_run_becomes_a_record_with_all_that_a_table_needs() -> None:
                         "clip_low_share"}  # fmt: skip
     assert set(outcome.curves) >= {"step", "g", "kl3", "clip_pos", "clip_neg", "entropy"}
     assert outcome.cost["cpu_s"] == 1.5 and outcome.cost["wall_s"]
+
+
+def decided(step: int, **values: object) -> dict:
+    return records.decision_record(
+        "r",
+        step,
+        {f"decision/{name}": value for name, value in values.items() if name != "applied"},
+        source="agm",
+        mode="apply",
+        applied=bool(values.get("applied")),
+        reason="why",
+        inputs={},
+    )
+
+
+def test_decisions_are_kept_as_the_steps_at_which_something_changed(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", updates=20)
+    path = folder / "telemetry.jsonl"
+    *kept, end = path.read_text(encoding="utf-8").splitlines()
+    rows = [
+        decided(0, action="none", regime="initialization", phase="exploration"),
+        decided(1, action="none", stop="continue_training"),
+        decided(2, action="learning_rate", regime="unstable", phase="exploration", applied=True),
+        decided(3, action="emergency", regime="unstable", phase="plateau", applied=True),
+        decided(4, action="emergency", regime="unstable", phase="plateau"),
+        decided(5, action="stop", stop="stalled", phase="plateau"),
+    ]
+    path.write_text("\n".join([*kept, *map(json.dumps, rows), end]) + "\n", encoding="utf-8")
+    found = outcome_of(folder, "c", {}, "main", 0)
+    assert found.decisions == {
+        "mode": "apply",
+        "count": 6,
+        "applied": 2,
+        "end": 6,
+        "actions": {"emergency": 1, "learning_rate": 1},
+        "marks": [[3, "emergency"]],
+        "stop": [[5, "stalled"]],
+        "regime": [[0, "initialization"], [2, "unstable"]],
+        "phase": [[0, "exploration"], [3, "plateau"]],
+    }
+    assert Outcome.from_json(found.to_json()) == found
+
+
+def test_how_far_p_still_moves_is_measured_over_the_last_quarter(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", updates=20)
+    path = folder / "telemetry.jsonl"
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    exponents = [9.0] * 15 + [-1.0, 1.5, -1.75, -1.25, -1.5]  # |p| from 1 to 1.75
+    for row, p in zip([row for row in rows if row["type"] == "step"], exponents, strict=True):
+        row["ratio/p"] = p
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    found = outcome_of(folder, "c", {}, "main", 0)
+    assert (found.metrics["p_last"], found.metrics["p_late_range"]) == (-1.5, 0.75)
+    assert found.curves["p"] == exponents
+
+
+def test_final_weights_are_told_apart_and_stay_known_once_they_are_deleted() -> None:
+    with fast_folder() as folder:
+        policy = micro_policy(folder / "policy")
+        found = []
+        for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+            run = train(replace(micro_config(policy, folder / name), seed=seed)).folder
+            found.append(outcome_of(run, "c", {}, "main", seed))
+        tidy(run, [])
+        assert outcome_of(run, "c", {}, "main", 2).weights == ""
+    assert len(found[0].weights) == 64
+    assert found[0].weights == found[1].weights != found[2].weights
+
+
+def test_a_file_without_decisions_and_weights_keeps_its_bytes(tmp_path: Path) -> None:
+    path = Path(__file__).parents[3] / "studies/outcomes/trl-ours.jsonl.gz"
+    save_outcomes(tmp_path / "again.jsonl.gz", read_outcomes(path))
+    assert (tmp_path / "again.jsonl.gz").read_bytes() == path.read_bytes()
 
 
 def test_bits_that_are_no_hex_digits_and_evaluations_without_tokens_are_refused() -> None:
