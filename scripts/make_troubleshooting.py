@@ -146,7 +146,7 @@ def _text(node: ast.expr, texts: dict[str, ast.expr]) -> str:
 
 def _without_formats(text: str) -> str:
     """A text with holes in place of %s and its like."""
-    for form in ("%s", "%d", "%r", "%g", "%.2g", "%.3g", "%.1f"):
+    for form in ("%s", "%d", "%r", "%g", "%.2g", "%.3g", "%.1f", "%.0f"):
         text = text.replace(form, HOLE)
     return text
 

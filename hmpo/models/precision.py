@@ -87,7 +87,8 @@ def remember_source(model: nn.Module, stored: Stored) -> None:
 def as_in_source(model: nn.Module) -> dict[str, Tensor] | None:
     """The state of a model in the precision of its source; None where it has that already.
 
-    Tied weights stay one tensor. One that the narrower precision would make infinite stays as it is. What the source has no name for gets what it holds most.
+    Tied weights stay one tensor. What the source has no name for gets what it holds most, and what a
+    narrower precision would make infinite stays as it is.
     """
     stored = _sources.get(unwrap(model))
     if stored is None or stored.main is None:
@@ -100,7 +101,9 @@ def as_in_source(model: nn.Module) -> dict[str, Tensor] | None:
             key = (value.data_ptr(), value.shape, wanted)
             narrow = shared.setdefault(key, value.to(wanted))
             if value.isfinite().all() and not narrow.isfinite().all():
-                logger.warning("%s: kept as %s, %s cannot hold its values", name, value.dtype, wanted)
+                logger.warning(
+                    "%s: kept as %s, %s cannot hold its values", name, value.dtype, wanted
+                )
                 continue
             state[name] = narrow
             changed = True

@@ -88,8 +88,8 @@ def lasting_name(name: str) -> str:
 def keep_source(model: nn.Module, source: Path, folder: Path, *, adapter: bool) -> None:
     """Make a folder that was just saved its source's but for the values of the weights.
 
-    Files are the source's own. What cannot be read any more stays as transformers wrote it, which is
-    told. The precision of the weights is `precision`'s.
+    Files are the source's own. What cannot be read any more stays as transformers wrote it, which
+    is told. The precision of the weights is `precision`'s.
 
     Args:
         model: what was saved, as a transformers model or one wrapped by peft.
