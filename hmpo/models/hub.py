@@ -44,6 +44,9 @@ SETTINGS = (
     "merges.txt",
     "*.model",
     "*.tiktoken",
+    "README.md",
+    "LICENSE*",
+    "NOTICE*",
 )
 """Files of a policy beside its weights, as patterns: data all of them."""
 WEIGHTS = ("model.safetensors", "adapter_model.safetensors")

@@ -87,8 +87,8 @@ def remember_source(model: nn.Module, stored: Stored) -> None:
 def as_in_source(model: nn.Module) -> dict[str, Tensor] | None:
     """The state of a model in the precision of its source; None where it has that already.
 
-    Tied weights stay one tensor. What the source has no name for gets what it holds most, and what a
-    narrower precision would make infinite stays as it is.
+    Tied weights stay one tensor. What the source has no name for gets what it holds most, and what
+    a narrower precision would make infinite stays as it is.
     """
     stored = _sources.get(unwrap(model))
     if stored is None or stored.main is None:

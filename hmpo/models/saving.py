@@ -65,9 +65,7 @@ def save_policy(
     options: dict[str, Any] = {}
     adapter = not isinstance(model, PreTrainedModel)
     if adapter:
-        for settings in getattr(model, "peft_config", {}).values():
-            name = settings.base_model_name_or_path
-            settings.base_model_name_or_path = name and lasting_name(name)
+        _name_bases(model)
         logger.info("saving the LoRA adapters only; they need their base policy to load")
         options["save_embedding_layers"] = False  # the base's own, which it still has
     elif (state := as_in_source(model)) is not None:
@@ -87,6 +85,13 @@ def save_policy(
             (aside / "README.md").write_text(card, encoding="utf-8", newline="\n")
 
     return replace_folder(Path(folder), write)
+
+
+def _name_bases(model: nn.Module) -> None:
+    """Let adapters name the policy below them so that it is found from anywhere."""
+    for settings in getattr(model, "peft_config", {}).values():
+        name = settings.base_model_name_or_path
+        settings.base_model_name_or_path = name and lasting_name(name)
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import nn
 
 from hmpo.errors import HmpoError, ModelError
-from hmpo.models.paths import is_adapter, resolve_policy_path
+from hmpo.models.paths import base_of, is_adapter, resolve_policy_path
 from hmpo.models.policy import unwrap
 
 logger = logging.getLogger(__name__)
@@ -43,16 +43,20 @@ BESIDE = (
 where a configuration names it, and never run."""
 
 
-def whole_policy(path: str) -> Path:
+def whole_policy(path: str, revision: str = "") -> Path:
     """Folder of the policy that `path` names, or of the one below its adapters.
+
+    Args:
+        path: as `PolicyConfig.path`.
+        revision: of a hub's policy.
 
     Raises:
         ModelError: it is not there, or the adapters name no policy.
     """
-    folder = resolve_policy_path(path)
+    folder = resolve_policy_path(path, revision)
     if not is_adapter(folder):
         return folder
-    return resolve_policy_path(base_name(folder))
+    return resolve_policy_path(base_name(folder), base_of(folder)[1])
 
 
 def base_name(folder: Path) -> str:

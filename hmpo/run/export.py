@@ -22,6 +22,7 @@ from hmpo.run.best import logged_evaluations
 from hmpo.run.build import trained_policy
 from hmpo.run.card import describe_base, model_card
 from hmpo.run.place import Step
+from hmpo.run.source import pinned
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +82,7 @@ def export_policy(
             f"{out}: is there already; choose another folder with --out, or replace it with "
             "--overwrite"
         )
-    used = located(config)
+    used = pinned(located(config), run)
     if merge and not (used.policy.lora_rank or _adapts(used)):
         raise ConfigError("--merge: the run has no LoRA adapters, its weights are whole; leave it")
     loaded, done = trained_policy(run, used, step=step)
@@ -103,7 +104,7 @@ def _adapts(config: RunConfig) -> bool:
 def _source(run: Path, config: RunConfig) -> Path:
     """The whole policy below: the run's own source, or its `policy/` where that is gone."""
     try:
-        return whole_policy(config.policy.path)
+        return whole_policy(config.policy.path, config.policy.revision)
     except ModelError:
         return whole_policy(str(run / "policy"))
 

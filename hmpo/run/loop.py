@@ -108,19 +108,17 @@ class Run:
         self.audience = Audience(observer, self._lost)
         device = use_machine(config)
         seed_everything(config.seed)
-        trainer_config(
-            config
-        )  # what an algorithm does not read is refused before a model is loaded
+        trainer_config(config)  # refuses what is not read before a model is loaded
         self.task: Task = make_task(config.task, config.seed)
         self.rewards = make_rewards(config, self.task)
         self.audience.tell("on_loading", config, f"the policy {config.policy.path}")
         config = self.config = pinned(config, place.path if resume else None)
         self.files.source = described(self.files.config, config)
         self.loaded: LoadedPolicy = load_policy(config.policy, device=device)
-        self.source = whole_policy(config.policy.path)
+        self.source = whole_policy(config.policy.path, config.policy.revision)
         load_start(self.loaded.model, config, place.path if resume else None)
-        length = config.trainer.max_length
-        check_prompts(self.task, self.loaded.tokenizer, self.loaded.model, length)
+        model, length = self.loaded.model, config.trainer.max_length
+        check_prompts(self.task, self.loaded.tokenizer, model, length)
         self.trainer = make_trainer(config, self.loaded, self.task, self.rewards)
         self.evaluator = Evaluator(
             policy=self.loaded.model,
@@ -134,8 +132,8 @@ class Run:
         )
         self.steering = Steering(config, self.trainer, self.task)
         self.evidence = Evidence()
-        every = config.checkpoint.every
         seed_everything(config.seed)  # whatever setting up has drawn, a run goes on from here
+        every = config.checkpoint.every
         self.saver = Saver(self.files, self.trainer, self.steering, self.evidence, every)
         self.allow_changed = False
         self.watch = Stopwatch()
