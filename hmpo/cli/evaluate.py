@@ -103,7 +103,13 @@ def measure(
     """
     from hmpo.models import load_policy, stop_token_ids
     from hmpo.models.tokens import pad_token_id
-    from hmpo.run.build import load_trained, make_rewards, trainer_config, use_machine
+    from hmpo.run.build import (
+        load_trained,
+        make_rewards,
+        ready_prompts,
+        trainer_config,
+        use_machine,
+    )
     from hmpo.run.evaluation import Evaluator
 
     config = located(config)
@@ -116,6 +122,7 @@ def measure(
         loaded = load_policy(config.policy, device=device)
     else:
         loaded = load_trained(run, config, device, step=step)
+    options = ready_prompts(config, loaded, task)
     settings = trainer_config(
         config,
         eos_token=stop_token_ids(loaded.tokenizer, task.stop, loaded.model),
@@ -130,5 +137,6 @@ def measure(
         batch_size=config.eval.batch_size,
         seed=config.seed,
         success=config.eval.success,
+        prompt_options=options,
     )
     return evaluator.evaluate(prompts, pass_at=pass_at)

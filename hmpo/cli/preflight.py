@@ -1,5 +1,6 @@
 """What can be refused before anything heavy is imported: mistakes cost no five seconds of torch."""
 
+import contextlib
 import difflib
 import os
 from collections.abc import Sequence
@@ -109,8 +110,13 @@ def expanded(path: Path) -> Path:
 
 
 def _is_large(task: TaskConfig) -> bool:
-    """Whether a file of prompts is so large that reading it twice would be felt."""
-    try:
-        return Path(str(task.options.get("path", ""))).expanduser().stat().st_size > LARGE
-    except (OSError, RuntimeError, ValueError):
-        return False
+    """Whether reading the prompts twice would be felt."""
+    if task.options.get("dataset"):
+        return True
+    size = 0
+    for name in ("path", "train", "held_out"):
+        value = task.options.get(name, "")
+        for text in value if isinstance(value, list) else [value]:
+            with contextlib.suppress(OSError, RuntimeError, ValueError):
+                size += Path(str(text)).expanduser().stat().st_size
+    return size > LARGE

@@ -19,6 +19,7 @@ from rich.text import Text
 
 from hmpo.cli.samples import own_part, printable
 from hmpo.config import RunConfig
+from hmpo.rewards.messages import as_text
 from hmpo.run.evaluation import Evaluation, Rate
 from hmpo.run.observer import Observer, RunResult
 from hmpo.types import Event
@@ -164,7 +165,7 @@ class Screen(Observer):
             self.began, self.first_step = time.monotonic(), step
         ordered = sorted(samples, key=lambda s: -s["reward"] if s["reward"] == s["reward"] else 9)
         self.samples = [ordered[0], ordered[-1]] if len(ordered) > 1 else ordered
-        self.prompts.extend(str(sample["prompt"]) for sample in samples)
+        self.prompts.extend(str(as_text(sample["prompt"])) for sample in samples)
 
     def on_update(self, record: dict[str, Any], timing: dict[str, float]) -> None:
         """Refresh the numbers."""
@@ -277,9 +278,10 @@ class Screen(Observer):
         for sample in self.samples:
             good = sample["reward"] >= self.success
             told = Text(f"reward {sample['reward']:.4g}", style="green" if good else "red")
-            prompt = own_part(str(sample["prompt"]), self.prompts, width)
+            prompt = own_part(str(as_text(sample["prompt"])), self.prompts, width)
             table.add_row(told, Text(prompt, style="dim"))
-            table.add_row("", Text(printable(str(sample["completion"]), LINES * width)))
+            completion = str(as_text(sample["completion"]))
+            table.add_row("", Text(printable(completion, LINES * width)))
         return table
 
 

@@ -21,6 +21,9 @@ LATER = {
     "objective.exponent.per": "update",
     "objective.segments": "response",
     "rollout.lag": 0,
+    "task.chat": False,
+    "task.system": "",
+    "task.template_options": {},
 }
 """Settings that came after runs had been made, each with the value that says nothing new: left out
 of the hash where they hold it, so that the hashes of those runs stay."""

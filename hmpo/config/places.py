@@ -3,11 +3,15 @@
 import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from hmpo.config import RunConfig
 
 BUNDLED = ("tiny-sort", "smollm2")
 """Policies that are found by their names, not as paths."""
+SPLITS = ("train", "held_out")
+"""Options of the task `data`: files, or beside a `dataset` the names of its splits."""
+FILES = ("dataset", *SPLITS)
 
 
 def located(config: RunConfig) -> RunConfig:
@@ -28,8 +32,9 @@ def located(config: RunConfig) -> RunConfig:
         whole = not (run and (step.isdigit() or step == "best"))
         start = _found(policy.start, folders) if whole else f"{_found(run, folders)}{at}{step}"
         policy = dataclasses.replace(policy, start=start)
+    splits = SPLITS if "dataset" in config.task.options else ()
     options = {
-        name: _found(value, folders) if isinstance(value, str) and _is_path(name, value) else value
+        name: value if name in splits else _option(name, value, folders)
         for name, value in config.task.options.items()
     }
     task = dataclasses.replace(config.task, name=_code(config.task.name, folders), options=options)
@@ -38,9 +43,21 @@ def located(config: RunConfig) -> RunConfig:
     return dataclasses.replace(config, policy=policy, task=task, rewards=rewards)
 
 
+def _option(name: str, value: Any, folders: Iterable[Path]) -> Any:
+    """An option with the files that it names, one or a list, as they are found."""
+    if isinstance(value, list):
+        return [_option(name, item, folders) for item in value]
+    return _found(value, folders) if isinstance(value, str) and _is_path(name, value) else value
+
+
 def _is_path(name: str, value: str) -> bool:
     """Whether an option names a file: by its own name, or as it is written."""
-    return name.endswith(("path", "file", "folder", "dir")) or "/" in value or "\\" in value
+    return (
+        name in FILES
+        or name.endswith(("path", "file", "folder", "dir"))
+        or "/" in value
+        or "\\" in value
+    )
 
 
 def _code(spec: str, folders: Iterable[Path]) -> str:

@@ -74,16 +74,27 @@ class TaskConfig:
     """Where prompts come from and how an answer is checked."""
 
     name: str = "sort"
-    """sort, reverse, countdown, largest, key, carry, jsonl, or `reasoning-gym:NAME`."""
+    """sort, reverse, countdown, largest, key, carry, data (prompts or conversations of your own,
+    from files or a data set), jsonl, or `reasoning-gym:NAME`."""
     level: int | None = None
     """Difficulty level of a built-in task; None takes its default."""
     shots: int = 0
-    """Solved examples put before each prompt."""
+    """Solved examples put before each prompt; in a conversation a user's and an assistant's turn
+    each."""
+    chat: bool = False
+    """Whether a prompt that is text becomes a user's turn in the tokenizer's chat template. Prompts
+    that are messages always go through it."""
+    system: str = ""
+    """System turn of each conversation that has none of its own; empty adds none."""
+    template_options: dict[str, Any] = field(default_factory=dict)
+    """Further variables of the chat template, such as `enable_thinking = false`; one that the
+    template does not mention is refused."""
     options: dict[str, Any] = field(default_factory=dict)
-    """Further options of the task, such as `path` of `jsonl` or a generator's sizes."""
+    """Further options of the task, such as `train` of `data` or a generator's sizes."""
     stop: tuple[str, ...] | None = None
-    """Strings that end a response; unset takes the task's own (a newline, also for jsonl), an
-    empty list none: only an end token ends a response then."""
+    """Strings that end a response; unset takes the task's own (a newline, also for jsonl; none
+    for `data` and for conversations), an empty list none: only an end token ends a response then.
+    """
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ from hmpo.lab.folder import RunData, load_run
 from hmpo.lab.panels import STEP_PARTS
 from hmpo.lab.plots import interval
 from hmpo.lab.settings import by_section, flatten, number
+from hmpo.rewards.messages import as_text
 
 EVENTS = 200
 """Events listed; the rest is counted."""
@@ -304,8 +305,8 @@ def _sample(record: Mapping[str, Any], least: float) -> dict[str, Any]:
         reward = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}.get(reward)
     known = isinstance(reward, int | float)
     return {
-        "prompt": _cut(record.get("prompt", "")),
-        "completion": _cut(record.get("completion", "")),
+        "prompt": _cut(as_text(record.get("prompt", ""))),
+        "completion": _cut(as_text(record.get("completion", ""))),
         "reward": number(reward) if known else "none",
         "good": known and reward >= least,
         "order": reward if known and not math.isnan(reward) else -math.inf,

@@ -45,13 +45,18 @@ def encode_prompts(
         ModelError: no prompts, an empty one, a lone surrogate, a character that the vocabulary
             lacks, or a tokenizer with neither pad nor end token.
     """
+    return left_padded(text_rows(tokenizer, prompts), pad_token_id(tokenizer))
+
+
+def text_rows(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:
+    """Token ids of each prompt, without padding; see `encode_prompts`."""
     if not prompts:
         raise ModelError("prompts: got none, expected at least one")
     for prompt in prompts:
         _check_text(prompt)
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
         raise ModelError("tokenizer: has neither a pad token nor an end token; set one")
-    prefix, unknown = prefix_ids(tokenizer), _unknown_id(tokenizer)
+    prefix, unknown = prefix_ids(tokenizer), unknown_id(tokenizer)
     rows = []
     for prompt, ids in zip(
         prompts, tokenizer(list(prompts), add_special_tokens=False).input_ids, strict=True
@@ -62,7 +67,7 @@ def encode_prompts(
         if unknown is not None and unknown in row:
             raise ModelError(f"prompt {prompt!r}: holds characters the tokenizer does not know")
         rows.append(row)
-    return left_padded(rows, pad_token_id(tokenizer))
+    return rows
 
 
 def left_padded(
@@ -230,7 +235,7 @@ def _before_stop(text: str, stop: Sequence[str]) -> str:
     return text[: min(ends)] if ends else text
 
 
-def _unknown_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
+def unknown_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The id of unknown text, unless it doubles as the start, end or pad token."""
     double = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
     return None if tokenizer.unk_token_id in double else tokenizer.unk_token_id

@@ -14,6 +14,7 @@ from hmpo.config.identity import has_schedule
 from hmpo.config.unread import GSPO_READS, refuse_unread_by_gspo
 from hmpo.errors import CheckpointError, ConfigError, ModelError, require
 from hmpo.models import LoadedPolicy, load_policy, stop_token_ids
+from hmpo.models.chat import PromptOptions, refuse_options
 from hmpo.models.policy import load_trained_state
 from hmpo.models.tokens import pad_token_id
 from hmpo.optim.masters import with_masters
@@ -21,9 +22,10 @@ from hmpo.optim.param_groups import MuonWithAdamW, runs_fused, split_param_group
 from hmpo.rewards import Rewards, load_reward
 from hmpo.run.place import Step, chosen_step
 from hmpo.run.source import pinned
-from hmpo.tasks import Task
+from hmpo.tasks import Task, is_chat
 from hmpo.trainer.gspo import GSPOTrainer
 from hmpo.trainer.power_mean import PowerMeanTrainer
+from hmpo.trainer.prompts import fit_prompts
 
 Trainer = PowerMeanTrainer | GSPOTrainer
 
@@ -55,6 +57,22 @@ def make_rewards(config: RunConfig, task: Task) -> Rewards:
     )
     rewards.refuse_missing(task.train(0).columns)
     return rewards
+
+
+def ready_prompts(config: RunConfig, loaded: LoadedPolicy, task: Task) -> PromptOptions:
+    """How the task's prompts become ids; the task has left out those that are too long.
+
+    Raises:
+        HmpoError: one line: no chat template for conversations, an option that it does not read,
+            or prompts that are too long.
+    """
+    if is_chat(task):
+        refuse_options(loaded.tokenizer, config.task.template_options)
+    options = PromptOptions(
+        template=config.task.template_options, max_tokens=getattr(task, "truncate_at", None)
+    )
+    fit_prompts(task, loaded.tokenizer, options)
+    return options
 
 
 def load_trained(
@@ -122,7 +140,13 @@ def trainer_config(config: RunConfig, **changes: Any) -> PowerMeanConfig | GSPOC
     return PowerMeanConfig(objective=config.objective, mismatch=config.mismatch, **shared)
 
 
-def make_trainer(config: RunConfig, loaded: LoadedPolicy, task: Task, rewards: Rewards) -> Trainer:
+def make_trainer(
+    config: RunConfig,
+    loaded: LoadedPolicy,
+    task: Task,
+    rewards: Rewards,
+    options: PromptOptions | None = None,
+) -> Trainer:
     """The trainer of a run, with its optimizer and reference policy."""
     reference = frozen_copy(loaded.model) if config.reference == "start" else None
     settings = trainer_config(
@@ -141,6 +165,7 @@ def make_trainer(config: RunConfig, loaded: LoadedPolicy, task: Task, rewards: R
         tokenizer=loaded.tokenizer,
         stop=task.stop,
         lag=config.rollout.lag,
+        prompt_options=options,
     )
 
 

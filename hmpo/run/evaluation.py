@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from hmpo.config import TrainerConfig
+from hmpo.models.chat import PromptOptions
 from hmpo.randomness import keyed_generator, keyed_seed
 from hmpo.rewards import Rewards
 from hmpo.stats import wilson_interval
@@ -147,6 +148,8 @@ class Evaluator:
     seed: int = 0
     success: float = 1.0
     """A response succeeds when its total reward reaches this."""
+    prompt_options: PromptOptions | None = None
+    """How prompts become token ids."""
 
     def evaluate(
         self,
@@ -204,7 +207,8 @@ class Evaluator:
         found: dict[str, Example] = {}
         for index in range(prompts):
             example = self.task.heldout(index)
-            found.setdefault(example.prompt, example)
+            prompt = example.prompt
+            found.setdefault(prompt if isinstance(prompt, str) else json.dumps(prompt), example)
         if len(found) < prompts:
             logger.warning(
                 "evaluation: %d held-out prompts asked for, task %s has %d that differ: n = %d",
@@ -253,6 +257,7 @@ class Evaluator:
                 tokenizer=self.tokenizer,
                 step=step,
                 reward_seed=keyed_seed(self.seed, "evaluation rewards", start),
+                prompt_options=self.prompt_options,
             )
             totals += scored.rewards.view(-1, samples).tolist()
             events += reward_events(scored.result, step)
@@ -266,6 +271,6 @@ def hex_bits(passed: Sequence[bool]) -> str:
     return "".join(f"{sum(8 >> i for i, one in enumerate(four) if one):x}" for four in fours)
 
 
-def hash_prompts(prompts: Sequence[str]) -> str:
+def hash_prompts(prompts: Sequence[Any]) -> str:
     """SHA-256 (hex) of prompts in their order: of the JSON list of them, in ASCII."""
     return hashlib.sha256(json.dumps(list(prompts)).encode("ascii")).hexdigest()

@@ -37,20 +37,23 @@ POLICY = (".json", ".safetensors", ".model", ".txt", ".jinja", ".vocab", ".merge
 """Endings of a policy's files that change what it computes."""
 
 
-def describe_inputs(config: RunConfig, folder: Path) -> dict[str, str]:
+def describe_inputs(config: RunConfig, folder: Path, task: object = None) -> dict[str, str]:
     """Hashes of everything that a run is made of besides its settings.
 
     Args:
         config: the run, its paths as they are found.
         folder: its folder.
+        task: that of the run; `inputs` tells of what it read besides files.
 
     Returns:
         A hash for each `what: file`, such as `task.options.path: prompts.jsonl`; no folders.
     """
     found = _policy(config.policy.path, config.policy.revision, "policy.path")
     for name, value in config.task.options.items():
-        if isinstance(value, str) and (path := _file(value)) is not None:
-            found[f"task.options.{name}: {path.name}"] = file_hash(path)
+        for text in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(text, str) and (path := _file(text)) is not None:
+                found[f"task.options.{name}: {path.name}"] = file_hash(path)
+    found |= dict(task.inputs()) if hasattr(task, "inputs") else {}
     for what, spec in (
         ("task.name", config.task.name),
         *(("rewards.functions", spec) for spec in config.rewards.functions),

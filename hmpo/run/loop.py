@@ -20,7 +20,13 @@ from hmpo.models.source import whole_policy
 from hmpo.optim.state import clip_lists
 from hmpo.randomness import seed_everything
 from hmpo.run.best import ON_THE_WAY
-from hmpo.run.build import make_rewards, make_trainer, trainer_config, use_machine
+from hmpo.run.build import (
+    make_rewards,
+    make_trainer,
+    ready_prompts,
+    trainer_config,
+    use_machine,
+)
 from hmpo.run.card import describe_base, model_card
 from hmpo.run.consent import resume_command
 from hmpo.run.ending import failure_text
@@ -117,9 +123,10 @@ class Run:
         self.loaded: LoadedPolicy = load_policy(config.policy, device=device)
         self.source = whole_policy(config.policy.path, config.policy.revision)
         load_start(self.loaded.model, config, place.path if resume else None)
-        model, length = self.loaded.model, config.trainer.max_length
-        check_prompts(self.task, self.loaded.tokenizer, model, length)
-        self.trainer = make_trainer(config, self.loaded, self.task, self.rewards)
+        model, tokenizer, length = self.loaded.model, self.loaded.tokenizer, config.trainer.max_length
+        options = ready_prompts(config, self.loaded, self.task)
+        check_prompts(self.task, tokenizer, model, length, options)
+        self.trainer = make_trainer(config, self.loaded, self.task, self.rewards, options)
         self.evaluator = Evaluator(
             policy=self.loaded.model,
             tokenizer=self.loaded.tokenizer,
@@ -129,6 +136,7 @@ class Run:
             batch_size=config.eval.batch_size,
             seed=config.seed,
             success=config.eval.success,
+            prompt_options=options,
         )
         self.steering = Steering(config, self.trainer, self.task)
         self.evidence = Evidence()
@@ -160,7 +168,11 @@ class Run:
         self.saver.recall()
         if saved is None:
             keep_start(self.loaded.model, self.config, files.folder)
-            self.saver.inputs = describe_inputs(self.config, files.folder)
+            self.saver.inputs = describe_inputs(self.config, files.folder, self.task)
+        left_out = getattr(self.task, "told", {})
+        if left_out and saved is None:
+            files.publish(event_record(files.run_id, 0, "prompts_left_out", left_out))
+            self._tell("prompts_left_out", left_out)
         if changed:
             data = {"changed": changed}
             step = self.trainer.step
@@ -182,7 +194,7 @@ class Run:
     def _changed_inputs(self, own: dict[str, Any]) -> list[str]:
         """What is not as it was when the checkpoint was made; refused unless it is allowed."""
         folder = self.files.folder
-        self.saver.inputs = describe_inputs(self.config, folder)
+        self.saver.inputs = describe_inputs(self.config, folder, self.task)
         if self.saver.before is None:  # nothing came of them yet: a reward that failed is mended
             return []
         changed = changed_inputs(own.get("inputs", self.saver.inputs), self.saver.inputs)

@@ -1,23 +1,27 @@
-"""Verifiable tasks: built-in ones, reasoning-gym, and prompts from a JSONL file."""
+"""Verifiable tasks: built-in ones, reasoning-gym, and prompts and conversations of your own."""
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator
 
 from hmpo.config import TaskConfig
 from hmpo.errors import HmpoError, TaskError
 from hmpo.rewards.loading import check_object, load_object, nearest
+from hmpo.rewards.messages import is_conversation
 from hmpo.rewards.values import one_line, shown
 from hmpo.tasks.alphabet import ALPHABET
 from hmpo.tasks.base import Example, Task
 from hmpo.tasks.carry import carry_task
+from hmpo.tasks.chat import as_configured, is_chat
 from hmpo.tasks.countdown import countdown_task
+from hmpo.tasks.data import DataTask
 from hmpo.tasks.digits import reverse_task, sort_task
 from hmpo.tasks.gym import PREFIX, gym_task
 from hmpo.tasks.jsonl import JsonlTask
 from hmpo.tasks.key import key_task
 from hmpo.tasks.largest import largest_task
 
-__all__ = ["ALPHABET", "BUILT_IN", "Example", "Task", "check_name", "make_task"]
+__all__ = ["ALPHABET", "BUILT_IN", "Example", "Task", "check_name", "is_chat", "make_task"]
 
 BUILT_IN: dict[str, Callable[[TaskConfig, int], Task]] = {
     "sort": sort_task,
@@ -27,6 +31,7 @@ BUILT_IN: dict[str, Callable[[TaskConfig, int], Task]] = {
     "key": key_task,
     "carry": carry_task,
     "jsonl": JsonlTask,
+    "data": DataTask,
 }
 """Built-in tasks by name."""
 
@@ -35,18 +40,26 @@ def make_task(config: TaskConfig, seed: int = 0) -> Task:
     """The task that `config` names.
 
     Args:
-        config: name, level, shots, options and stop strings.
+        config: name, level, shots, options, stop strings, and whether it asks conversations.
         seed: seed of the training prompts; held-out prompts do not depend on it.
 
     Raises:
         TaskError: an unknown name, level or option, in one line with a hint.
     """
     check_name(config)
+    if config.name == "data":
+        return as_configured(DataTask(config, seed), config, seed)
+    inner = config
+    if config.chat:  # the template ends a turn, and solved examples are turns
+        stop = () if config.stop is None else config.stop
+        inner = dataclasses.replace(config, shots=0, stop=stop)
     if config.name in BUILT_IN:
-        return BUILT_IN[config.name](config, seed)
-    if config.name.startswith(PREFIX):
-        return gym_task(config, seed)
-    return _own_task(config, seed)
+        task = BUILT_IN[config.name](inner, seed)
+    elif config.name.startswith(PREFIX):
+        task = gym_task(inner, seed)
+    else:
+        task = _own_task(inner, seed)
+    return as_configured(task, config, seed)
 
 
 def check_name(config: TaskConfig) -> None:
@@ -59,6 +72,11 @@ def check_name(config: TaskConfig) -> None:
         raise TaskError(f"task.shots: got {config.shots}, expected an integer >= 0")
     if any(text == "" for text in config.stop or ()):
         raise TaskError(f"task.stop: got {config.stop!r}, expected strings that are not empty")
+    if config.name == "jsonl" and config.chat:
+        raise TaskError(
+            'task.chat: got true, expected false: jsonl asks texts; task.name = "data" with '
+            "task.options.train asks them as conversations"
+        )
     if config.name in BUILT_IN or config.name.startswith(PREFIX):
         return
     if ":" not in config.name:
@@ -81,11 +99,12 @@ def _own_task(config: TaskConfig, seed: int) -> Task:
     for split in ("train", "heldout"):
         with _named(f"{config.name}, {split}(0),"):
             example = getattr(task, split)(0)
-        sound = isinstance(getattr(example, "prompt", None), str)
+        prompt = getattr(example, "prompt", None)
+        sound = isinstance(prompt, str) or is_conversation(prompt)
         if not sound or not isinstance(getattr(example, "columns", None), dict):
             raise TaskError(
                 f"task.name: {config.name}, {split}(0) gave {shown(example, 60)}, expected an "
-                "Example with a prompt (text) and columns (a dict)"
+                "Example with a prompt (text, or messages) and columns (a dict)"
             )
     return task
 

@@ -13,6 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from hmpo.config import TaskConfig
 from hmpo.errors import RewardError, TaskError
+from hmpo.rewards.messages import last_text
 
 HELDOUT_SHARE = 8
 """One instance in so many is held out."""
@@ -27,8 +28,9 @@ class Example:
     Example: `Example(prompt="3141592653>", columns={"answer": "1123345569"})`.
     """
 
-    prompt: str
-    """Text the policy continues, solved examples included."""
+    prompt: str | list[dict[str, Any]]
+    """Text the policy continues, solved examples included; or a conversation, a list of messages
+    with `role` and `content`, that it answers."""
     columns: dict[str, Any]
     """JSON-able values passed to reward functions by name. Where there is an `answer`,
     prompt + answer + stop[0] is a right solution (prompt + answer where nothing stops it)."""
@@ -98,9 +100,12 @@ def is_heldout(name: str, canonical: str) -> bool:
 def before_stop(completion: object, stop: Sequence[str], name: str) -> str:
     """The completion up to the first stop string (all of it where there is none).
 
+    Of a message, as completions of conversations are, it is the content.
+
     Raises:
         RewardError: the completion is not text.
     """
+    completion = last_text(completion)
     if not isinstance(completion, str):
         raise RewardError(
             f"task {name}: got a completion of type {type(completion).__name__}, "

@@ -1,30 +1,18 @@
 """Prompts from a JSONL file of your own: one object a line, with a prompt and any columns."""
 
-import dataclasses
 import json
-import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from hmpo.config import TaskConfig
 from hmpo.config.formats import file_kind
 from hmpo.errors import TaskError
-from hmpo.tasks.base import Example, check_rows, is_heldout, same_stripped
+from hmpo.tasks.base import is_heldout
 from hmpo.tasks.options import read_options, require_option, stop_strings
-
-RESERVED = ("prompts", "completions", "completion_ids")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Row(Example):
-    """An example with its place."""
-
-    place: str
-    """File and line, for messages."""
+from hmpo.tasks.rows import RESERVED, RowExample, RowTask
 
 
-class JsonlTask:
+class JsonlTask(RowTask):
     """Examples of a file (implements `Task`), each once an epoch in an order of its own.
 
     Options: `path`; `heldout_path`, a second file, else one prompt in eight is held out by its
@@ -32,9 +20,6 @@ class JsonlTask:
     column, None where a line lacks it. With answers, the default reward is an exact match up
     to white space at both ends; without, give reward functions of your own.
     """
-
-    level = 1
-    levels = 1
 
     def __init__(self, config: TaskConfig, seed: int) -> None:
         options = read_options(
@@ -56,96 +41,27 @@ class JsonlTask:
             self._train, self._heldout = rows, held
             self._refuse_overlap(options)
         else:
-            self._train = [row for row in rows if not is_heldout(self.name, row.prompt)]
-            self._heldout = [row for row in rows if is_heldout(self.name, row.prompt)]
+            self._train = [row for row in rows if not is_heldout(self.name, row.key)]
+            self._heldout = [row for row in rows if is_heldout(self.name, row.key)]
         for split, examples in (("training", self._train), ("held-out", self._heldout)):
             if not examples:
                 raise TaskError(
                     f"task {self.name}: no {split} prompts among the {len(rows)} of "
                     f"{options['path']}; add prompts, or give task.options.heldout_path"
                 )
-        _square([*self._train, *self._heldout])
-        answers = [row.columns.get("answer") for row in [*self._train, *self._heldout]]
-        self._has_answers = None not in answers
-        if self.shots and not self._has_answers:
-            raise TaskError("task.shots: got solved examples, expected an answer in every line")
-        if self.shots >= len(self._train):
-            raise TaskError(f"task.shots: got {self.shots}, expected < {len(self._train)} prompts")
-        longest = max((len(str(answer)) for answer in answers), default=0)
-        self.max_new_tokens = longest + 2 if self._has_answers else 256
-        self._order: tuple[int, list[int]] = (-1, [])
-
-    @property
-    def heldout_size(self) -> int:
-        """Number of held-out examples; they repeat beyond it."""
-        return len(self._heldout)
-
-    def train(self, index: int) -> Example:
-        """Training example number `index` >= 0: a function of (seed, index) alone."""
-        require_option(index >= 0, "index", index, "an integer >= 0")
-        epoch, place = divmod(index, len(self._train))
-        if self._order[0] != epoch:
-            order = list(range(len(self._train)))
-            random.Random(f"jsonl/{self.seed}/{epoch}").shuffle(order)
-            self._order = (epoch, order)
-        return self._with_shots(self._train[self._order[1][place]], f"{self.seed}/{index}")
-
-    def heldout(self, index: int) -> Example:
-        """Held-out example number `index` >= 0, in the order of the file."""
-        require_option(index >= 0, "index", index, "an integer >= 0")
-        index %= len(self._heldout)
-        return self._with_shots(self._heldout[index], f"heldout/{index}")
-
-    def reward(
-        self, prompts: list, completions: list, completion_ids: list, **columns: Any
-    ) -> list[float]:
-        """1.0 where the completion is the answer, else 0.0; needs answers in the file."""
-        self.refuse_own_reward()
-        return check_rows(same_stripped, completions, columns, self.stop, self.name)
-
-    def refuse_own_reward(self) -> None:
-        """Refuse to check answers that the file does not have.
-
-        Raises:
-            TaskError: the first line without an answer.
-        """
-        for row in (*self._train, *self._heldout):
-            if row.columns.get("answer") is None:
-                raise TaskError(
-                    f"{row.place}: no answer; task {self.name} checks answers, so give each line "
-                    "one, or give rewards.functions"
-                )
-
-    def every_prompt(self) -> Iterator[tuple[str, str]]:
-        """(file and line, prompt as it is asked) of all examples, in their first epoch."""
-        for index, row in enumerate(self._heldout):
-            yield row.place, self.heldout(index).prompt
-        for index in range(len(self._train)):
-            example = self.train(index)
-            yield self._train[self._order[1][index]].place, example.prompt
-
-    def _with_shots(self, row: _Row, key: str) -> Example:
-        """The example behind solved ones of the training split."""
-        if not self.shots:
-            return row
-        rng = random.Random(f"jsonl/shots/{key}")
-        others = rng.sample(self._train, self.shots + 1)
-        solved = [other for other in others if other.prompt != row.prompt][: self.shots]
-        end = (self.stop or ("\n",))[0]
-        text = "".join(f"{o.prompt}{o.columns['answer']}{end}" for o in solved)
-        return dataclasses.replace(row, prompt=text + row.prompt)
+        self._take(self._train, self._heldout)
 
     def _refuse_overlap(self, options: dict[str, Any]) -> None:
-        heldout = {row.prompt for row in self._heldout}
+        heldout = {row.key for row in self._heldout}
         for row in self._train:
-            if row.prompt in heldout:
+            if row.key in heldout:
                 raise TaskError(
-                    f"task.options.heldout_path: prompt {row.prompt[:60]!r} is also in "
+                    f"task.options.heldout_path: prompt {row.key[:60]!r} is also in "
                     f"{options['path']}, expected disjoint files; remove it from one"
                 )
 
 
-def _read(path: str, prompt_field: str, answer_field: str) -> list[_Row]:
+def _read(path: str, prompt_field: str, answer_field: str) -> list[RowExample]:
     """The examples of a file; errors name its line."""
     try:
         place = Path(path).expanduser()
@@ -176,19 +92,12 @@ def _read(path: str, prompt_field: str, answer_field: str) -> list[_Row]:
             raise TaskError(f"{where}: got a {type(row).__name__}, expected an object")
         prompt = row.pop(prompt_field, None)
         if not isinstance(prompt, str) or not prompt:
-            raise TaskError(f"{where}: {prompt_field} is {prompt!r}, expected text")
+            hint = '; task.name = "data" takes messages' if isinstance(prompt, list) else ""
+            raise TaskError(f"{where}: {prompt_field} is {prompt!r}, expected text{hint}")
         for name in RESERVED:
             if name in row:
                 raise TaskError(f"{where}: the field {name!r} is taken; rename it")
         if answer_field in row:
             row["answer"] = row.pop(answer_field)
-        examples.append(_Row(prompt=prompt, columns=row, place=where))
+        examples.append(RowExample(prompt=prompt, columns=row, place=where))
     return examples
-
-
-def _square(examples: list[_Row]) -> None:
-    """Give every example the same columns, None where a line had no such field."""
-    names = dict.fromkeys(name for example in examples for name in example.columns)
-    for example in examples:
-        for name in names:
-            example.columns.setdefault(name, None)

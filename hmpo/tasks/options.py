@@ -7,7 +7,13 @@ from hmpo.config import TaskConfig
 from hmpo.errors import TaskError
 from hmpo.rewards.loading import nearest
 
-KINDS = {int: "an integer", str: "a string", float: "a number", bool: "true or false"}
+KINDS = {
+    int: "an integer",
+    str: "a string",
+    float: "a number",
+    bool: "true or false",
+    dict: "a table",
+}
 """How messages call the types of options."""
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from hmpo.config import TrainerConfig
 from hmpo.errors import NonFiniteError, require
+from hmpo.models.chat import PromptOptions
 from hmpo.models.evaluation import evaluating
 from hmpo.models.policy import bare_policy, load_trained_state, trained_state
 from hmpo.optim import MuonClip, MuonClipConfig, discard_qk_readings, with_qk_clip
@@ -68,6 +69,7 @@ class Trainer(ABC, Generic[C]):
         tokenizer: Any = None,
         stop: Sequence[str] = (),
         lag: int = 0,
+        prompt_options: PromptOptions | None = None,
     ) -> None:
         policy_model = bare_policy(policy_model)
         ref_model = None if ref_model is None else bare_policy(ref_model)
@@ -90,6 +92,7 @@ class Trainer(ABC, Generic[C]):
             rewards=reward_fn,
             tokenizer=tokenizer,
             stop=tuple(stop),
+            prompt_options=prompt_options,
             recompute=self.recomputes_logprobs,
         )
         config.lr_factor(0)  # an incomplete schedule is refused now, not at the first update
@@ -117,7 +120,8 @@ class Trainer(ABC, Generic[C]):
         """One rollout and all its optimizer updates.
 
         Args:
-            prompts: text (with a tokenizer), lists of token ids, ids (B, P), or (ids, mask).
+            prompts: text or messages (with a tokenizer), token ids (lists, or (B, P)), or
+                (ids, mask).
             columns: per-prompt values handed to the reward function.
 
         Returns:

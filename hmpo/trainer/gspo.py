@@ -36,9 +36,10 @@ class GSPOTrainer(Trainer[GSPOConfig]):
         optimizer: wrapped in QK-clip unless `config.qk_clip` is off.
         config: `GSPOConfig`.
         reward_fn: TRL's signature, or a `Rewards`.
-        tokenizer: for prompts given as text.
+        tokenizer: for prompts given as text or as messages.
         stop: strings that end a completion's text.
         lag: rollouts between the weights that sample and those that learn.
+        prompt_options: how text and messages become token ids.
     """
 
     def advantages(

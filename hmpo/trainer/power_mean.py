@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from hmpo.config import HMPOConfig, PowerMeanConfig
 from hmpo.config.objective import ObjectiveConfig
 from hmpo.errors import ConfigError
+from hmpo.models.chat import PromptOptions
 from hmpo.objective.advantages import group_advantages, zero_variance_groups
 from hmpo.objective.in_force import ObjectiveInForce
 from hmpo.objective.metrics import objective_metrics
@@ -38,11 +39,13 @@ class PowerMeanTrainer(Trainer[PowerMeanConfig]):
         config: settings; `HMPOConfig()` for the harmonic mean.
         reward_fn: TRL's signature `(prompts, completions, completion_ids, **columns) -> list`,
             or a `Rewards` of several.
-        tokenizer: for prompts given as text; without it prompts are token ids and the reward
-            function sees token ids.
+        tokenizer: for prompts given as text or as messages; without it prompts are token ids and
+            the reward function sees token ids.
         stop: strings that end a response (where `config.eos_token` is None, so do tokens that
             hold one); a completion's text ends before the first of them.
         lag: rollouts between the weights that sample and those that learn (`RolloutConfig`).
+        prompt_options: how text and messages become token ids: variables of the chat template, and
+            a limit of length.
 
     Example:
         trainer = HMPOTrainer(policy, None, optimizer, HMPOConfig(), reward_fn)
@@ -61,6 +64,7 @@ class PowerMeanTrainer(Trainer[PowerMeanConfig]):
         tokenizer: Any = None,
         stop: Sequence[str] = (),
         lag: int = 0,
+        prompt_options: PromptOptions | None = None,
     ) -> None:
         device = next(policy_model.parameters()).device
         objective = config.resolved_objective
@@ -88,6 +92,7 @@ class PowerMeanTrainer(Trainer[PowerMeanConfig]):
             tokenizer=tokenizer,
             stop=stop,
             lag=lag,
+            prompt_options=prompt_options,
         )
 
     @property

@@ -15,22 +15,32 @@ from torch import Tensor, nn
 
 from hmpo.config import TrainerConfig
 from hmpo.errors import ConfigError, ModelError
+from hmpo.models.chat import PromptOptions, prompt_rows, turn_end_ids
 from hmpo.models.policy import is_hugging_face, unwrap
 from hmpo.models.probe import refuse_length
 from hmpo.models.tokens import (
-    encode_prompts,
     left_padded,
     pad_token_id,
     stop_token_ids,
     vocabulary_size,
 )
+from hmpo.rewards.messages import is_conversation
 from hmpo.tasks import Task
 
-Prompts = Sequence[str] | Sequence[Sequence[int]] | Tensor | tuple[Tensor, Tensor] | Mapping
-"""Text (with a tokenizer), lists of token ids, ids (B, P) without padding, or padded ids with
-their mask: a pair, or what a tokenizer returns."""
+Prompts = (
+    Sequence[str | Sequence[Mapping]]
+    | Sequence[Sequence[int]]
+    | Tensor
+    | tuple[Tensor, Tensor]
+    | Mapping
+)
+"""Text or conversations (with a tokenizer), lists of token ids, ids (B, P) without padding, or
+padded ids with their mask: a pair, or what a tokenizer returns. A conversation is a list of
+messages, which the tokenizer's chat template renders."""
 C = TypeVar("C", bound=TrainerConfig)
-FORMS = "expected texts, lists of token ids, ids (B, P) without padding, or (ids, mask)"
+FORMS = (
+    "expected texts, conversations, lists of token ids, ids (B, P) without padding, or (ids, mask)"
+)
 
 
 def with_tokens(config: C, policy: nn.Module, tokenizer: Any, stop: Sequence[str]) -> C:
@@ -68,21 +78,30 @@ class EncodedPrompts(NamedTuple):
     """Prompts as they go to the sampler."""
 
     given: list[Any]
-    """As the reward functions see them: text, or token ids without padding."""
+    """As the reward functions see them: text, messages, or token ids without padding."""
     ids: Int[Tensor, "B P"]
     mask: Bool[Tensor, "B P"]
+    chat: bool = False
+    """Whether they are conversations: completions are messages then."""
+    ends: tuple[int, ...] = ()
+    """Ids that end the assistant's turn of a conversation, besides the policy's own end tokens."""
 
 
 def prompts_for(
-    policy: nn.Module, prompts: Any, tokenizer: Any, config: TrainerConfig
+    policy: nn.Module,
+    prompts: Any,
+    tokenizer: Any,
+    config: TrainerConfig,
+    options: PromptOptions | None = None,
 ) -> EncodedPrompts:
     """`encoded`, with what is known of the policy's tokens.
 
     Args:
         policy: what reads them.
         prompts: see `Prompts`.
-        tokenizer: for text; or None.
+        tokenizer: for text and messages; or None.
         config: `with_tokens`.
+        options: how text and messages become ids.
     """
     return encoded(
         prompts,
@@ -90,21 +109,29 @@ def prompts_for(
         config.pad_token or 0,
         vocabulary=vocabulary_size(policy),
         pads=knows_padding(config, policy, tokenizer),
+        options=options,
     )
 
 
 def encoded(
-    prompts: Any, tokenizer: Any, pad_token: int, *, vocabulary: int | None, pads: bool = True
+    prompts: Any,
+    tokenizer: Any,
+    pad_token: int,
+    *,
+    vocabulary: int | None,
+    pads: bool = True,
+    options: PromptOptions | None = None,
 ) -> EncodedPrompts:
     """Prompts of any accepted form.
 
     Args:
         prompts: see `Prompts`.
-        tokenizer: for text.
+        tokenizer: for text and messages.
         pad_token: fills padding.
         vocabulary: token ids are below it; None where nobody knows.
         pads: whether `pad_token` is known to be no part of a prompt: a tensor without a mask that
             has it at an edge is then refused, because its padding would be read as prompt.
+        options: how text and messages become ids; token ids are taken as they are.
 
     Raises:
         ConfigError: one line that says what was received and what is accepted.
@@ -126,10 +153,17 @@ def encoded(
         raise ConfigError(f"prompts: got a {type(prompts).__name__}, {FORMS}")
     if len(prompts) == 0:
         raise ConfigError("prompts: got none, expected at least one prompt")
-    if all(isinstance(prompt, str) for prompt in prompts):
+    chat = all(map(is_conversation, prompts))
+    if chat or all(isinstance(prompt, str) for prompt in prompts):
         if tokenizer is None:
-            raise ConfigError("prompts: got text, expected token ids (or pass a tokenizer)")
-        return EncodedPrompts(list(prompts), *encode_prompts(tokenizer, prompts))
+            what = "messages" if chat else "text"
+            raise ConfigError(f"prompts: got {what}, expected token ids (or pass a tokenizer)")
+        rows = prompt_rows(tokenizer, prompts, options or PromptOptions())
+        padded = left_padded(rows, pad_token_id(tokenizer))
+        if not chat:
+            return EncodedPrompts(list(prompts), *padded)
+        given = [[dict(message) for message in prompt] for prompt in prompts]
+        return EncodedPrompts(given, *padded, chat=True, ends=turn_end_ids(tokenizer))
     return _of_rows(
         [_ids(prompt, index) for index, prompt in enumerate(prompts)], pad_token, vocabulary
     )
@@ -150,13 +184,9 @@ def _of_rows(rows: list[list[int]], pad_token: int, vocabulary: int | None) -> E
 
 def _ids(prompt: Any, index: int) -> list[int]:
     """One prompt given as token ids."""
-    if isinstance(prompt, Mapping) or (
-        isinstance(prompt, Sequence) and any(isinstance(item, Mapping) for item in prompt)
-    ):
-        raise ConfigError(
-            f"prompts[{index}]: got chat messages, {FORMS}; render them with "
-            "tokenizer.apply_chat_template(..., tokenize=False, add_generation_prompt=True)"
-        )
+    if isinstance(prompt, Mapping) or is_conversation(prompt):
+        what = "one chat message" if isinstance(prompt, Mapping) else "messages beside others"
+        raise ConfigError(f"prompts[{index}]: got {what}, {FORMS}, one form for all prompts")
     if hasattr(prompt, "tolist"):  # a tensor or an array
         prompt = prompt.tolist()
     if not isinstance(prompt, Sequence) or isinstance(prompt, str):
@@ -195,9 +225,17 @@ def _check_tensor(ids: Tensor, pad_token: int | None) -> None:
 
 TRIED = 16
 """Prompts of an endless task that are read before a run begins, of each split."""
+PART = 1024
+"""Prompts that are encoded at once."""
 
 
-def check_prompts(task: Task, tokenizer: Any, policy: nn.Module, max_length: int) -> None:
+def check_prompts(
+    task: Task,
+    tokenizer: Any,
+    policy: nn.Module,
+    max_length: int,
+    options: PromptOptions | None = None,
+) -> None:
     """Read a task's prompts as a rollout would, before the run begins.
 
     All prompts of a task that lists them (`every_prompt`, as that of a JSONL file), else the first
@@ -208,6 +246,7 @@ def check_prompts(task: Task, tokenizer: Any, policy: nn.Module, max_length: int
         tokenizer: of the policy.
         policy: what reads them.
         max_length: longest response, in tokens.
+        options: how text and messages become ids.
 
     Raises:
         ModelError: one line with the prompt's place: it cannot be encoded, or is too long.
@@ -221,17 +260,48 @@ def check_prompts(task: Task, tokenizer: Any, policy: nn.Module, max_length: int
             for split, make in names
             for index in range(TRIED)
         ]
-    for start in range(0, len(listed), 1024):
-        part = listed[start : start + 1024]
-        try:
-            _, mask = encode_prompts(tokenizer, [prompt for _, prompt in part])
-        except ModelError:
-            for place, prompt in part:
-                try:
-                    encode_prompts(tokenizer, [prompt])
-                except ModelError as error:
-                    raise ModelError(f"{place}: {error}") from None
-            raise
-        tokens, index = (int(x) for x in mask.sum(1).max(0))
-        what = f"{part[index][0]}: prompt of {tokens} tokens and max_length = {max_length}"
+    for start in range(0, len(listed), PART):
+        part = listed[start : start + PART]
+        lengths = _lengths(tokenizer, part, options or PromptOptions())
+        tokens = max(lengths)
+        place = part[lengths.index(tokens)][0]
+        what = f"{place}: prompt of {tokens} tokens and max_length = {max_length}"
         refuse_length(policy, tokens + max_length, what)
+
+
+def fit_prompts(task: Task, tokenizer: Any, options: PromptOptions) -> dict[str, int]:
+    """Let a task that limits the length of its prompts measure them.
+
+    Args:
+        task: `fits` says whether it does; any other is left alone.
+        tokenizer: of the policy.
+        options: how text and messages become ids.
+
+    Returns:
+        How many prompts were left out or cut, by reason; empty where none was.
+    """
+    fit = getattr(task, "fit", None)
+    if fit is None:
+        return {}
+    whole = dataclasses.replace(options, max_tokens=None)
+
+    def count(prompts: Sequence[Any]) -> list[int]:
+        listed = [(f"task {task.name}", prompt) for prompt in prompts]
+        starts = range(0, len(listed), PART)
+        parts = [_lengths(tokenizer, listed[start : start + PART], whole) for start in starts]
+        return [tokens for part in parts for tokens in part]
+
+    return dict(fit(count))
+
+
+def _lengths(tokenizer: Any, part: Sequence[tuple[str, Any]], options: PromptOptions) -> list[int]:
+    """Tokens of some prompts; one that cannot be encoded is named by its place."""
+    try:
+        return [len(row) for row in prompt_rows(tokenizer, [p for _, p in part], options)]
+    except ModelError:
+        for place, prompt in part:
+            try:
+                prompt_rows(tokenizer, [prompt], options)
+            except ModelError as error:
+                raise ModelError(f"{place}: {error}") from None
+        raise

@@ -15,6 +15,7 @@ from hmpo.config import TrainerConfig
 from hmpo.errors import ConfigError
 from hmpo.logprobs.responses import token_logprobs
 from hmpo.models import decode_responses
+from hmpo.models.chat import PromptOptions
 from hmpo.models.policy import autocast
 from hmpo.models.probe import policy_facts
 from hmpo.randomness import keyed_generator, keyed_seed
@@ -22,7 +23,7 @@ from hmpo.rewards import RewardResult, Rewards
 from hmpo.sampling.options import SamplingOptions
 from hmpo.sampling.responses import sample_rollout
 from hmpo.stopwatch import section
-from hmpo.trainer.prompts import Prompts, prompts_for
+from hmpo.trainer.prompts import EncodedPrompts, Prompts, prompts_for
 from hmpo.types import Event, Metrics, Rollout
 
 logger = logging.getLogger(__name__)
@@ -41,7 +42,8 @@ class ScoredResponses:
     prompts: list[Any]
     """As given, repeated for each response."""
     completions: list[Any]
-    """Text up to the first stop string, or token ids where there is no tokenizer."""
+    """Text up to the first stop string, which is the assistant's message where the prompt is a
+    conversation; or token ids where there is no tokenizer."""
     columns: dict[str, list[Any]]
     """By name, a value for each response."""
     result: RewardResult
@@ -61,6 +63,7 @@ def sample_and_score(
     tokenizer: Any = None,
     step: int = 0,
     reward_seed: int | None = None,
+    prompt_options: PromptOptions | None = None,
 ) -> ScoredResponses:
     """Sample responses and score them, for a rollout or an evaluation.
 
@@ -73,9 +76,10 @@ def sample_and_score(
         rewards: what scores them.
         group_size: G, responses per prompt; rows of one prompt are adjacent.
         generator: source of randomness.
-        tokenizer: for prompts given as text, and to decode the responses.
+        tokenizer: for prompts given as text or messages, and to decode the responses.
         step: updates done, for messages and events.
         reward_seed: of random numbers that time-limited reward functions draw; None takes `step`.
+        prompt_options: how prompts given as text or messages become ids.
 
     Raises:
         ConfigError: no prompts, text without a tokenizer, or a column of another length.
@@ -83,20 +87,20 @@ def sample_and_score(
     """
     device = next(policy.parameters()).device
     with section("sampling"), autocast(device, config):
-        as_given, ids, mask = prompts_for(policy, prompts, tokenizer, config)
+        asked = prompts_for(policy, prompts, tokenizer, config, prompt_options)
         rollout = sample_rollout(
             policy,
-            ids.to(device),
-            mask.to(device),
-            options,
+            asked.ids.to(device),
+            asked.mask.to(device),
+            _with_ends(options, asked.ends),
             group_size=group_size,
             generator=generator,
             tokenizer=tokenizer,
         )
     with section("rewards"):
-        repeated = [prompt for prompt in as_given for _ in range(group_size)]
-        completions, token_ids = _completions(rollout, tokenizer, options.stop)
-        by_response = _repeated(columns, len(as_given), group_size)
+        repeated = [prompt for prompt in asked.given for _ in range(group_size)]
+        completions, token_ids = _completions(rollout, tokenizer, options.stop, asked)
+        by_response = _repeated(columns, len(asked.given), group_size)
         result = rewards(repeated, completions, token_ids, by_response, step=step, seed=reward_seed)
     return ScoredResponses(
         rollout=rollout,
@@ -106,6 +110,12 @@ def sample_and_score(
         columns=by_response,
         result=result,
     )
+
+
+def _with_ends(options: SamplingOptions, ends: Sequence[int]) -> SamplingOptions:
+    """The options with further ids that end a response."""
+    tokens = tuple(sorted({*options.eos_tokens, *ends}))
+    return dataclasses.replace(options, eos_tokens=tokens) if ends else options
 
 
 def sampling_options(config: TrainerConfig, stop: Sequence[str]) -> SamplingOptions:
@@ -159,6 +169,7 @@ class Collector:
     rewards: Rewards
     tokenizer: Any = None
     stop: tuple[str, ...] = ()
+    prompt_options: PromptOptions | None = None
     recompute: bool = False
     """Whether old log-probs come from the policy's own forward pass even where the sampler's are
     exact to float32 rounding."""
@@ -200,7 +211,7 @@ class Collector:
         """One rollout.
 
         Args:
-            prompts: text (with a tokenizer), lists of token ids, or ids (B, P).
+            prompts: text or messages (with a tokenizer), lists of token ids, or ids (B, P).
             columns: per-prompt values handed to the reward function.
             index: of the rollout; together with the seed it fixes the randomness.
             step: updates done, for events.
@@ -218,6 +229,7 @@ class Collector:
             tokenizer=self.tokenizer,
             step=step,
             reward_seed=keyed_seed(config.seed, "rewards", index),
+            prompt_options=self.prompt_options,
         )
         rollout, rewards = scored.rollout, scored.rewards
         if self.recomputes:
@@ -286,17 +298,23 @@ class Collector:
 
 
 def _completions(
-    rollout: Rollout, tokenizer: Any, stop: Sequence[str]
+    rollout: Rollout, tokenizer: Any, stop: Sequence[str], asked: EncodedPrompts
 ) -> tuple[list[Any], list[list[int]]]:
-    """(texts, or token ids where there is no tokenizer; token ids) of the responses."""
+    """(texts, messages of the assistant, or token ids; token ids) of the responses."""
     token_ids = [
         row[: int(length)].tolist()
         for row, length in zip(rollout.response_ids.cpu(), rollout.lengths.cpu())
     ]
     if tokenizer is None:
         return token_ids, token_ids
-    texts = decode_responses(tokenizer, rollout.response_ids, rollout.response_mask, stop)
-    return texts, token_ids
+    mask = rollout.response_mask
+    if asked.ends:  # the end of a turn is no part of it, also where its token is not special
+        ends = torch.tensor(asked.ends, device=mask.device)
+        mask = mask & ~torch.isin(rollout.response_ids, ends)
+    texts = decode_responses(tokenizer, rollout.response_ids, mask, stop)
+    if not asked.chat:
+        return texts, token_ids
+    return [[{"role": "assistant", "content": text}] for text in texts], token_ids
 
 
 def _repeated(

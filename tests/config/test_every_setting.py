@@ -92,6 +92,9 @@ OPTIONS = {
     "carry": {"digits": 3, "partial": True},
     "jsonl": {"path": "b.jsonl", "heldout_path": "b.jsonl", "prompt_field": "b",
               "answer_field": "c"},
+    "data": {"train": "b.jsonl", "held_out": "b.jsonl", "dataset": "saved", "subset": "x",
+             "revision": "x", "columns": {"prompt": "b"}, "limit": 3, "shuffle": False,
+             "max_prompt_length": 2, "overlong": "error", "overlap": "drop"},
 }  # fmt: skip
 """Every option that `test_every_option_of_a_task` finds, with another value."""
 
@@ -103,12 +106,15 @@ def here(tmp_path, monkeypatch) -> None:
         lines = [{"prompt": f"{i}>", "answer": "a", "b": f"b{i}", "c": "c"} for i in range(99)]
         shifted = [line | {"prompt": f"{first + i}>"} for i, line in enumerate(lines)]
         Path(name).write_text("".join(json.dumps(line) + "\n" for line in shifted))
+    pytest.importorskip("datasets").Dataset.from_list(shifted).save_to_disk("saved")
 
 
 def drawn(config: TaskConfig, seed: int = 0) -> list:
     """What a task asks, takes for right and gives to a half, how it ends; or why it is refused."""
     try:
         task = make_task(config, seed)
+        if hasattr(task, "fit"):
+            task.fit(lambda prompts: list(map(len, prompts)))
     except TaskError as error:
         return [str(error)]
     row = task.train(0).columns
@@ -123,7 +129,8 @@ def drawn(config: TaskConfig, seed: int = 0) -> list:
 
 
 def plain(name: str) -> TaskConfig:
-    return TaskConfig(name=name, options={"path": "a.jsonl"} if name == "jsonl" else {})
+    named = {"jsonl": {"path": "a.jsonl"}, "data": {"train": "a.jsonl"}}
+    return TaskConfig(name=name, options=named.get(name, {}))
 
 
 def test_every_option_of_a_task_has_a_value_here() -> None:
@@ -139,7 +146,8 @@ def test_every_setting_changes_each_task_or_is_refused(here, name: str) -> None:
     if ":" in name:
         pytest.importorskip("reasoning_gym")
     before = drawn(plain(name))
-    changes = [{"shots": 1}, {"stop": ("x",)}, {"stop": ()}]
+    changes = [{"shots": 1}, {"stop": ("x",)}, {"chat": True}, {"system": "x"}]
+    changes += [{"template_options": {"x": 1}}, *([] if name == "data" else [{"stop": ()}])]
     changes += [
         {"options": plain(name).options | {option: value}}
         for option, value in OPTIONS.get(name, {}).items()

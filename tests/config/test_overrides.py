@@ -135,7 +135,7 @@ def test_what_switches_something_off_by_a_large_number_still_does() -> None:
         ({"optimizer": {"group_size": 4}}, "trainer.group_size"),
         ({"p": 1}, "objective.p"),
         ({"trainer": {"num_generations": 4}}, "trainer.group_size"),
-        ({"task": {"dataset": "x"}}, "task.options.path"),
+        ({"task": {"dataset": "x"}}, "task.options.dataset"),
         ({"model": "x"}, "policy.path"),
         ({"objective": {"cliplow": 1}}, "clip_low"),
         ({"trainer": {"Learning-Rate": 1}}, "optimizer.lr"),
@@ -147,7 +147,10 @@ def test_a_setting_of_another_table_or_trainer_is_named(data, meant) -> None:
 
 
 def test_every_name_that_a_hint_gives_exists() -> None:
-    known = {*leaves(RunConfig), "task.options.path", "objective.member"}
+    options = {
+        f"task.options.{name}" for name in ("train", "held_out", "dataset", "max_prompt_length")
+    }
+    known = {*leaves(RunConfig), *options, "objective.member"}
     assert set(OTHER_NAMES.values()) <= known
 
 

@@ -114,3 +114,19 @@ def test_a_run_is_resumed_and_measured_from_another_folder(project, tmp_path, mo
     assert cli.main(["train", "--from", run, "--allow-code", *quiet]) == 0
     assert (project / "runs/a-2/policy").is_dir() and list(elsewhere.iterdir()) == []
     capsys.readouterr()
+
+
+def test_files_of_the_task_data_are_found_one_by_one_and_splits_are_no_files(project: Path) -> None:
+    folders = [str(project), str(project.parent)]
+    data = project / "data"
+    for name in ("a", "b", "train"):
+        (data / name).write_text("")
+    options = {"train": ["data/a", "data/b"], "held_out": "data/a", "columns": {"prompt": "train"}}
+    found = located(run_config({"task": {"options": options}, "relative_to": folders}))
+    assert found.task.options == options | {
+        "train": [str(data / "a"), str(data / "b")],
+        "held_out": str(data / "a"),
+    }
+    splits = {"dataset": "data", "train": "train", "held_out": "test"}
+    found = located(run_config({"task": {"options": splits}, "relative_to": [str(data), *folders]}))
+    assert found.task.options == splits | {"dataset": str(data)}

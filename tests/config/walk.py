@@ -28,6 +28,7 @@ from tests.config.walk_cases import ALSO, CASES, LORA, UNREAD
 from tests.faults.micro import micro_config, micro_policy
 from tests.faults.storage import fast_folder
 
+TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}{% if mood %}1{% endif %}"
 SMALL = {"updates": 4, "eval__final_prompts": 1, "eval__prompts": 1, "checkpoint__every": 0}
 
 
@@ -38,6 +39,7 @@ def walk(root: Path, only: list[str]) -> dict[str, dict[str, list[str]]]:
     refused, the name is "base refused: ".
     """
     policy = micro_policy(root / "policy")
+    (policy / "chat_template.jinja").write_text(TEMPLATE)
     (root / "elsewhere").mkdir()
     files = (("prompts.jsonl", 0), ("others.jsonl", 500), ("elsewhere/prompts.jsonl", 700))
     for name, first in files:

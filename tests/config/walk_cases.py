@@ -19,6 +19,7 @@ MUON = {"optimizer__name": "muon"}
 SGD = {"optimizer__name": "sgd", "optimizer__lr": 0.5}
 LORA = {"policy__lora_rank": 2, "optimizer__lr": 0.05}
 FROM_FILE = {"task": {"name": "jsonl", "options": {"path": "prompts.jsonl"}}}
+CHAT = {"task__chat": True}
 GSPO = {"algorithm": "gspo", "objective__member": "gspo"}
 LINEAR = {"objective__exponent__kind": "linear"}
 LEARNABLE = {"objective__exponent__kind": "learnable", "objective__p": -0.5}
@@ -59,6 +60,9 @@ RUN: dict[str, Case] = {
     "task.shots": ({}, 1),
     "task.options": (FROM_FILE, {"path": "others.jsonl"}),
     "task.stop": ({}, ["9"]),
+    "task.chat": ({}, True),
+    "task.system": (CHAT, "9"),
+    "task.template_options": (CHAT, {"mood": True}),
     "rollout.lag": ({}, 1),
     "rewards.functions": ({}, [DRAWS]),
     "rewards.weights": ({"rewards__functions": [LOW, DRAWS]}, [1.0, 0.5]),
@@ -200,6 +204,9 @@ UNREAD: dict[str, Case] = {
     "policy.lora_targets": ({}, ["q_proj"]),
     "policy.lora_rslora": ({}, True),
     "task.level": (FROM_FILE, 2),
+    "task.chat": (FROM_FILE, True),
+    "task.system": ({}, "9"),
+    "task.template_options": ({}, {"mood": True}),
     "optimizer.muon_lr": ({}, 0.5),
     "optimizer.muon_momentum": ({}, 0.5),
     "optimizer.muon_coefficients": ({}, "cans"),

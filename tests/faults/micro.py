@@ -4,6 +4,7 @@ The policy has 16 hidden units and one layer; a run of eight updates takes about
 QK-clip's threshold is so low that it acts, so that its state matters for a resume.
 """
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,7 @@ def micro_config(policy: Path, out: Path, name: str = "run", **changes: Any) -> 
         *tables, last = key.split("__")
         for inner in tables:
             table = table.setdefault(inner, {})
-        table[last] = value
+        table[last] = copy.deepcopy(value)
     return run_config(data)
 
 

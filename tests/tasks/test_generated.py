@@ -13,7 +13,7 @@ from hmpo.tasks import ALPHABET, BUILT_IN, Task, make_task
 from hmpo.tasks.base import is_heldout
 
 CHARACTER_LEVEL = ["sort", "reverse", "countdown", "key", "carry"]
-GENERATED = [name for name in BUILT_IN if name != "jsonl"]
+GENERATED = [name for name in BUILT_IN if name not in ("jsonl", "data")]
 EVERY_LEVEL = [
     (name, level)
     for name in GENERATED

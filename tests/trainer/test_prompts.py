@@ -40,13 +40,13 @@ FORMS = {
 
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_gives_the_same_rows(form: str) -> None:
-    given, ids, mask = read(FORMS[form])
+    given, ids, mask, *_ = read(FORMS[form])
     assert given == ROWS
     assert torch.equal(ids, IDS) and torch.equal(mask, MASK.bool())
 
 
 def test_text_and_whole_tensors_are_read() -> None:
-    given, ids, mask = read(["12>", "3>"])
+    given, ids, mask, *_ = read(["12>", "3>"])
     assert given == ["12>", "3>"] and ids.shape == mask.shape == (2, 4)
     assert torch.equal(read(IDS[:, 2:]).ids, IDS[:, 2:])
     assert torch.equal(read(IDS[:, 2:].numpy()).ids, IDS[:, 2:])
@@ -69,8 +69,8 @@ MISTAKES = [
     ([[-1]], "prompts[0]: got token id -1"),
     (["12>", [5]], "prompts[0]: got a str"),
     ([[5], None], "prompts[1]: got a NoneType"),
-    ([[{"role": "user", "content": "1"}]], "prompts[0]: got chat messages"),
-    ([{"role": "user", "content": "1"}], "prompts[0]: got chat messages"),
+    ([[{"role": "user", "content": "1"}], [5]], "prompts[0]: got messages beside others"),
+    ([{"role": "user", "content": "1"}], "prompts[0]: got one chat message"),
     ({"ids": [[5]]}, "got a mapping with ['ids']"),
     (7, "got a int"),
     ((IDS, MASK[:, 1:]), "got a mask of shape (2, 4)"),

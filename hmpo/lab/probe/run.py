@@ -42,7 +42,14 @@ from hmpo.models.policy import autocast
 from hmpo.objective.mismatch import join_weights, on_policy_rows
 from hmpo.optim import discard_qk_readings
 from hmpo.randomness import random_state_kept, restore_random_state, seed_everything
-from hmpo.run.build import Trainer, load_trained, make_rewards, make_trainer, use_machine
+from hmpo.run.build import (
+    Trainer,
+    load_trained,
+    make_rewards,
+    make_trainer,
+    ready_prompts,
+    use_machine,
+)
 from hmpo.run.consent import code_of, refuse_code
 from hmpo.run.folder import refuse_foreign, renamed
 from hmpo.run.masked import refuse_masked
@@ -108,7 +115,8 @@ class _Replay:
         else:
             loaded = load_policy(pinned(config, folder).policy, device=device)
             load_start(loaded.model, config, folder)
-        self.trainer: Trainer = make_trainer(config, loaded, task, self.rewards)
+        options = ready_prompts(config, loaded, task)
+        self.trainer: Trainer = make_trainer(config, loaded, task, self.rewards, options)
         self.steering = Steering(config, self.trainer, task)
         self._restore(saved)
         self.checkpoint = None if saved is None else saved.step

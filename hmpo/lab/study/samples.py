@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hmpo.rewards.messages import as_text
 from hmpo.telemetry.reading import loads
 from hmpo.telemetry.secrets import mask_credentials
 
@@ -54,7 +55,7 @@ def _sample(line: bytes) -> Sample | None:
         return None
     if not isinstance(record, dict):
         return None
-    prompt, completion = record.get("prompt"), record.get("completion")
+    prompt, completion = as_text(record.get("prompt")), as_text(record.get("completion"))
     if not isinstance(prompt, str) or not isinstance(completion, str):
         return None
     reward, step = record.get("reward"), record.get("step")
