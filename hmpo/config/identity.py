@@ -16,6 +16,7 @@ LATER = {
     "objective.token_clamp": None,
     "objective.exponent.per": "update",
     "rollout.lag": 0,
+    "rewards.options": {},
 }
 """Settings that came after runs had been made, each with the value that says nothing new: left out
 of the hash where they hold it, so that the hashes of those runs stay."""

@@ -1,11 +1,11 @@
 """What a run is made of besides its settings, by content: prompts, code, policy.
 
 Each checkpoint keeps these hashes, so that a resume can tell that something was exchanged. Hashed
-are the files of the policy (and of the base below its adapters), the files that a task's options
-name, the code of rewards and tasks with the modules beside it that it imports, and the weights that
-the run began with. Weights of more than `WHOLE` bytes (safetensors), and any file of more than
-`HUGE`, are hashed by their size, their header and blocks evenly spread over them, so that the
-largest model costs a second; a change that misses every block goes unnoticed.
+are the files of the policy (and of the base below its adapters), the files that the options of task
+and rewards name, the code of rewards and tasks with the modules beside it that it imports, and the
+weights that the run began with. Weights of more than `WHOLE` bytes (safetensors), and any file of
+more than `HUGE`, are hashed by their size, their header and blocks evenly spread over them, so that
+the largest model costs a second; a change that misses every block goes unnoticed.
 """
 
 import ast
@@ -50,6 +50,12 @@ def describe_inputs(config: RunConfig, folder: Path) -> dict[str, str]:
     for name, value in config.task.options.items():
         if isinstance(value, str) and (path := _file(value)) is not None:
             found[f"task.options.{name}: {path.name}"] = file_hash(path)
+    for function, options in config.rewards.options.items():
+        for name, value in options.items():
+            if isinstance(value, str) and name.endswith("file") and (path := _file(value)):
+                found[f"rewards.options.{function}.{name}: {path.name}"] = file_hash(path)
+            elif isinstance(value, str) and name == "path":
+                found |= _policy(value, f"rewards.options.{function}.{name}")
     for what, spec in (
         ("task.name", config.task.name),
         *(("rewards.functions", spec) for spec in config.rewards.functions),
