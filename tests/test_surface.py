@@ -22,11 +22,20 @@ import hmpo.cli.experiment
 import hmpo.config.members
 import hmpo.optim
 import hmpo.rewards
+import hmpo.rewards.library
 import hmpo.tasks
 from hmpo.telemetry.fields import FIELDS
 
 GOLDEN = Path(__file__).parent / "golden"
-ROOMS = (hmpo, hmpo.agm, hmpo.config.members, hmpo.optim, hmpo.rewards, hmpo.tasks)
+ROOMS = (
+    hmpo,
+    hmpo.agm,
+    hmpo.config.members,
+    hmpo.optim,
+    hmpo.rewards,
+    hmpo.rewards.library,
+    hmpo.tasks,
+)
 
 
 def signatures() -> str:

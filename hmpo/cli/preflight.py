@@ -3,17 +3,19 @@
 import contextlib
 import difflib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from hmpo.config import RunConfig, TaskConfig
-from hmpo.config.places import located
+from hmpo.config.places import is_path_name, located
 from hmpo.config.unread import refuse_unread_mismatch, refuse_unread_objective
 from hmpo.config.unread_run import refuse_unread_run
 from hmpo.errors import ConfigError
 from hmpo.models.paths import is_hub_name, resolve_policy_path
 from hmpo.rewards.loading import check_spec
 from hmpo.tasks import BUILT_IN, check_name, make_task
+from hmpo.telemetry.secrets import mask_credentials
 
 COMMANDS = (
     "agm",
@@ -84,13 +86,26 @@ def refuse_parts(config: RunConfig, *, fresh: bool) -> None:
             refuse_unread_mismatch(config.mismatch)
     config = located(config)
     check_name(config.task)
+    columns = None
     if config.task.name in BUILT_IN and not _is_large(config.task):
-        make_task(config.task, config.seed)
+        columns = make_task(config.task, config.seed).train(0).columns
     for spec in config.rewards.functions:
-        check_spec(spec)
+        options = config.rewards.options.get(spec, {})
+        _refuse_credentials(spec, options)
+        check_spec(spec, options, columns)
     policy = config.policy
     if policy.path not in FETCHED and not is_hub_name(policy.path):
         resolve_policy_path(policy.path, policy.revision)
+
+
+def _refuse_credentials(function: str, options: Mapping[str, Any]) -> None:
+    """Refuse a credential among a reward's options, which are written into the run's folder."""
+    for name, value in options.items():
+        if isinstance(value, str) and not is_path_name(name) and mask_credentials(value) != value:
+            raise ConfigError(
+                f"rewards.options.{function}.{name}: holds what looks like a credential; the run's "
+                "folder would keep it, so put it into the environment"
+            )
 
 
 def expanded(path: Path) -> Path:

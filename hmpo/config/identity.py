@@ -24,6 +24,7 @@ LATER = {
     "task.chat": False,
     "task.system": "",
     "task.template_options": {},
+    "rewards.options": {},
 }
 """Settings that came after runs had been made, each with the value that says nothing new: left out
 of the hash where they hold it, so that the hashes of those runs stay."""

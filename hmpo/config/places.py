@@ -39,7 +39,14 @@ def located(config: RunConfig) -> RunConfig:
     }
     task = dataclasses.replace(config.task, name=_code(config.task.name, folders), options=options)
     functions = tuple(_code(spec, folders) for spec in config.rewards.functions)
-    rewards = dataclasses.replace(config.rewards, functions=functions)
+    tables = {
+        function: {
+            name: _found(value, folders) if isinstance(value, str) and is_path_name(name) else value
+            for name, value in table.items()
+        }
+        for function, table in config.rewards.options.items()
+    }
+    rewards = dataclasses.replace(config.rewards, functions=functions, options=tables)
     return dataclasses.replace(config, policy=policy, task=task, rewards=rewards)
 
 
@@ -52,12 +59,12 @@ def _option(name: str, value: Any, folders: Iterable[Path]) -> Any:
 
 def _is_path(name: str, value: str) -> bool:
     """Whether an option names a file: by its own name, or as it is written."""
-    return (
-        name in FILES
-        or name.endswith(("path", "file", "folder", "dir"))
-        or "/" in value
-        or "\\" in value
-    )
+    return name in FILES or is_path_name(name) or "/" in value or "\\" in value
+
+
+def is_path_name(name: str) -> bool:
+    """Whether an option of this name holds a path."""
+    return name.endswith(("path", "file", "folder", "dir"))
 
 
 def _code(spec: str, folders: Iterable[Path]) -> str:

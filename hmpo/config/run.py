@@ -116,11 +116,19 @@ class RewardConfig:
     """Reward functions with TRL's signature; empty uses the task's own check."""
 
     functions: tuple[str, ...] = ()
-    """`module:function` or `path/to/file.py:function`, each called on the whole rollout."""
+    """`module:function`, `path/to/file.py:function`, or a function of the library such as `math`
+    (docs/rewards.md), each called on the whole rollout."""
     weights: tuple[float, ...] = ()
     """One weight for each function; empty weighs all by 1."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """For functions of the library a table of options by the function's name. With `function` in
+    it the name is one of your own, so that a function can be used twice."""
 
     def __post_init__(self) -> None:
+        for name, table in self.options.items():
+            own = name in self.functions and ":" not in name
+            expected = "a table of one of the functions of the library in rewards.functions"
+            require(own and isinstance(table, Mapping), f"options.{name}", table, expected)
         require(
             len(self.weights) in (0, len(self.functions)),
             "weights",

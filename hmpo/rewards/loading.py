@@ -1,30 +1,37 @@
-"""Objects named by the user: `module:name` or `path/to/file.py:name`."""
+"""Objects named by the user: `module:name`, `path/to/file.py:name`, or a name of the library."""
 
-import difflib
 import hashlib
 import importlib
 import importlib.util
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from hmpo.errors import HmpoError, RewardError
 from hmpo.rewards.compose import Rewards
-from hmpo.rewards.values import RewardFn, one_line, shown
+from hmpo.rewards.library import options as library
+from hmpo.rewards.parameters import NAMED, Parameters
+from hmpo.rewards.values import RewardFn, nearest, one_line, shown
 
 
-def load_reward(spec: str) -> RewardFn:
+def load_reward(spec: str, options: Mapping[str, Any] | None = None) -> RewardFn:
     """The reward function that `spec` names.
 
     Args:
         spec: `module:function`, looked up from the current folder too, or
-            `path/to/file.py:function`. The module is imported, so its code runs.
+            `path/to/file.py:function`, whose module is imported, so its code runs; or a function
+            of `hmpo.rewards.library`, such as `math`.
+        options: of a function of the library.
 
     Raises:
         RewardError: one line that says what could not be found, with the nearest name.
     """
+    if library.is_named(spec):
+        function = library.make(spec, options or {})
+        function.prepare()
+        return function
     function = load_object(spec, "reward function", RewardError)
     if not callable(function):
         raise RewardError(f"reward function {spec!r}: got {shown(function, 60)}")
@@ -47,13 +54,28 @@ def load_object(spec: str, what: str, error: type[HmpoError]) -> Any:
     return vars(module)[name]
 
 
-def check_spec(spec: str) -> None:
-    """Refuse a reward function whose file is not there; nothing is imported.
+def check_spec(
+    spec: str, options: Mapping[str, Any] | None = None, columns: Iterable[str] | None = None
+) -> None:
+    """Refuse a reward function whose file is not there; no code of the user is imported.
+
+    One of the library is refused for a wrong option, a package that is not installed, or a column
+    that the task does not have.
+
+    Args:
+        spec: as for `load_reward`.
+        options: of a function of the library.
+        columns: of the task; None where they are not known.
 
     Raises:
-        RewardError: one line with the nearest name.
+        HmpoError: one line, with the nearest name.
     """
-    check_object(spec, "reward function", RewardError)
+    if not library.is_named(spec):
+        check_object(spec, "reward function", RewardError)
+        return
+    function = library.make(spec, options or {})
+    if columns is not None:
+        Parameters(spec, function).refuse_missing([*NAMED, *columns])
 
 
 def check_object(spec: str, what: str, error: type[HmpoError]) -> tuple[str, str]:
@@ -83,15 +105,6 @@ def split_spec(spec: str) -> tuple[str, str]:
     """Module or file, and name, in `module:name`; empty where there is none."""
     source, _, name = spec.rpartition(":")
     return source, name
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """A hint for an unknown name: the nearest known one, or all of them."""
-    known = list(known)
-    close = difflib.get_close_matches(name, known, n=1)
-    if close:
-        return f"did you mean {close[0]}?"
-    return f"expected one of {one_line(', '.join(known))}" if known else "expected none"
 
 
 def _from_name(source: str) -> ModuleType:

@@ -16,6 +16,7 @@ class Parameters:
 
     def __init__(self, name: str, function: RewardFn) -> None:
         self.name = name
+        self.remedy = getattr(function, "remedy", f"write f({', '.join(NAMED)}, **columns)")
         self.required: list[str] = []
         self.supplied: list[str] = []
         self.accepted: set[str] | None = None
@@ -41,7 +42,7 @@ class Parameters:
             if parameter not in given and parameter not in SUPPLIED:
                 raise RewardError(
                     f"reward {self.name!r}: its parameter {parameter!r} is none of "
-                    f"{', '.join(given)}; write f({', '.join(NAMED)}, **columns)"
+                    f"{', '.join(given)}; {self.remedy}"
                 )
 
     def asked(self, given: Iterable[str]) -> list[str]:

@@ -5,13 +5,15 @@ to cross a process border and because the caller decides between raising and dro
 """
 
 import asyncio
+import difflib
 import inspect
 import math
 import numbers
 import os
 import traceback
 import weakref
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -92,7 +94,8 @@ class EventLoop:
     """One event loop for async reward functions, made when the first one is called.
 
     Clients, locks and semaphores that a function keeps between calls are bound to the loop that
-    they first met, so it lives as long as whoever calls the functions.
+    they first met, so it lives as long as whoever calls the functions. Where another loop runs in
+    the caller's thread, as in a notebook, it is run by a thread beside it.
     """
 
     def __init__(self) -> None:
@@ -100,17 +103,6 @@ class EventLoop:
 
     def run(self, awaitable: Any) -> Any:
         """What the awaitable gives."""
-        try:
-            asyncio.get_running_loop()
-        except RuntimeError:
-            pass
-        else:
-            if inspect.iscoroutine(awaitable):
-                awaitable.close()
-            raise UsageError(
-                "async reward function called while an event loop runs in this thread; call it "
-                "from synchronous code, or set a timeout so that it runs in a process of its own"
-            )
 
         async def result() -> Any:
             return await awaitable
@@ -118,18 +110,51 @@ class EventLoop:
         if self._end is None or not self._end.alive:
             self._runner = asyncio.Runner()
             self._end = weakref.finalize(self, _close, self._runner, os.getpid())
-        return self._runner.run(result())
+        return _aside(lambda: self._runner.run(result()), self._cancel)
 
     def close(self) -> None:
         """End it, what still runs in it included; a later call makes a new one."""
         if self._end is not None:
             self._end()
 
+    def _cancel(self) -> None:
+        """Cancel what runs in it, from another thread."""
+        loop = self._runner.get_loop()
+        loop.call_soon_threadsafe(lambda: [task.cancel() for task in asyncio.all_tasks(loop)])
+
+
+def _aside(call: Callable[[], Any], cancel: Callable[[], Any] | None = None) -> Any:
+    """What `call` gives, in a thread of its own where an event loop runs in this one.
+
+    An interrupt of the wait for it is handed on by `cancel`.
+    """
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return call()
+    with ThreadPoolExecutor(1, "hmpo rewards") as pool:
+        future = pool.submit(call)
+        try:
+            return future.result()
+        except BaseException:
+            if cancel is not None and not future.done():
+                cancel()
+            raise
+
 
 def _close(runner: asyncio.Runner, owner: int) -> None:
     """Close a loop, in the process that made it only."""
     if os.getpid() == owner:
-        runner.close()
+        _aside(runner.close)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A hint for an unknown name: the nearest known one, or all of them."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=1)
+    if close:
+        return f"did you mean {close[0]}?"
+    return f"expected one of {one_line(', '.join(known))}" if known else "expected none"
 
 
 def shown(value: object, limit: int) -> str:
@@ -158,9 +183,6 @@ def call_reward(
         loop: for async functions; None makes one for this call.
         asked: names of `host.SUPPLIED` that the function takes.
         state: how far the training is.
-
-    Raises:
-        UsageError: an async function was called while an event loop runs in this thread.
     """
     notes = Notes(count)
     supplied = notes.supply(asked, state or RewardTrainerState(global_step=0))

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from hmpo.config import RunConfig
 from hmpo.errors import ConfigError
+from hmpo.rewards.library.options import ACTING, is_named
 from hmpo.tasks.gym import PREFIX
 
 OWN = "hmpo.tasks."
@@ -24,11 +25,25 @@ def code_of(config: RunConfig, given: Collection[str] = ()) -> list[str]:
         config: the run's settings.
         given: dotted names of settings that the user gave, which are the user's own.
     """
-    named = [] if {"rewards", "rewards.functions"} & {*given} else [*config.rewards.functions]
+    named = [spec for spec in config.rewards.functions if not _is_own(spec, config, {*given})]
     task = config.task.name
     if ":" in task and not task.startswith(PREFIX) and not {"task", "task.name"} & {*given}:
         named.append(task)
     return [spec for spec in named if not spec.startswith(OWN)]
+
+
+def _is_own(spec: str, config: RunConfig, given: set[str]) -> bool:
+    """Whether a reward function needs no consent: the user named it, or it can do no harm.
+
+    Functions of the library run no code but ours. Those of `ACTING` run or send what a folder's
+    options say, so that these must be the user's as well.
+    """
+    named = bool({"rewards", "rewards.functions"} & given)
+    if not is_named(spec):
+        return named
+    options = config.rewards.options.get(spec, {})
+    chosen = {"rewards", "rewards.options", f"rewards.options.{spec}"} & given
+    return options.get("function", spec) not in ACTING or (named and bool(chosen or not options))
 
 
 def resume_command(config: RunConfig, folder: Path) -> str:

@@ -1,12 +1,12 @@
 """What a run is made of besides its settings, by content: prompts, code, policy.
 
 Each checkpoint keeps these hashes, so that a resume can tell that something was exchanged. Hashed
-are the files of the policy (and of the base below its adapters), those that a task's options name,
-the code of rewards and tasks with the modules beside it that it imports, and the weights that the
-run began with; a hub's policy stands by its commit. Weights of more than `WHOLE` bytes
-(safetensors), and any file of more than `HUGE`, are hashed by their size, their header and blocks
-evenly spread over them, so that the largest model costs a second; a change that misses every block
-goes unnoticed.
+are the files of the policy (and of the base below its adapters), those that the options of task and
+rewards name, the code of rewards and tasks with the modules beside it that it imports, and the
+weights that the run began with; a hub's policy stands by its commit. Weights of more than `WHOLE`
+bytes (safetensors), and any file of more than `HUGE`, are hashed by their size, their header and
+blocks evenly spread over them, so that the largest model costs a second; a change that misses every
+block goes unnoticed.
 """
 
 import ast
@@ -54,6 +54,12 @@ def describe_inputs(config: RunConfig, folder: Path, task: object = None) -> dic
             if isinstance(text, str) and (path := _file(text)) is not None:
                 found[f"task.options.{name}: {path.name}"] = file_hash(path)
     found |= dict(task.inputs()) if hasattr(task, "inputs") else {}
+    for function, options in config.rewards.options.items():
+        for name, value in options.items():
+            if isinstance(value, str) and name.endswith("file") and (path := _file(value)):
+                found[f"rewards.options.{function}.{name}: {path.name}"] = file_hash(path)
+            elif isinstance(value, str) and name == "path":
+                found |= _policy(value, "", f"rewards.options.{function}.{name}")
     for what, spec in (
         ("task.name", config.task.name),
         *(("rewards.functions", spec) for spec in config.rewards.functions),

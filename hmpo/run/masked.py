@@ -49,7 +49,10 @@ def with_masks(config: RunConfig, before: RunConfig) -> RunConfig:
             return list(map(merged, now, then))
         return then if isinstance(then, str) and MASK in then else now
 
-    return run_config(merged(to_dict(config), to_dict(before)))
+    data = to_dict(config)
+    whole = merged(data, to_dict(before))
+    whole["rewards"]["options"] = data["rewards"]["options"]  # never masked
+    return run_config(whole)
 
 
 def refuse_masked(config: RunConfig, folder: Path) -> None:
@@ -64,6 +67,7 @@ def refuse_masked(config: RunConfig, folder: Path) -> None:
     """
     data = to_dict(config)
     data["task"].pop("stop")  # a stop string may be anything, and is no secret
+    data["rewards"].pop("options")  # nor is a template; what looks like one is refused
     for name, value in _texts(data):
         if MASK in value:
             raise ConfigError(

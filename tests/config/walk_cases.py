@@ -66,6 +66,7 @@ RUN: dict[str, Case] = {
     "rollout.lag": ({}, 1),
     "rewards.functions": ({}, [DRAWS]),
     "rewards.weights": ({"rewards__functions": [LOW, DRAWS]}, [1.0, 0.5]),
+    "rewards.options": ({"rewards__functions": ["repetition"]}, {"repetition": {"n": 1}}),
     "optimizer.name": ({}, "muon"),
     "optimizer.lr": ({}, 0.02),
     "optimizer.betas": ({}, [0.5, 0.9]),

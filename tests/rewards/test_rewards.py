@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 import textwrap
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -210,16 +211,52 @@ def test_async_functions_and_callables_that_return_awaitables_are_awaited(timeou
     assert result.total == [2.0] * N
 
 
-def test_async_function_inside_a_running_loop_is_refused_unless_it_has_its_own_process():
+@pytest.mark.parametrize("timeout", [None, 20.0])
+def test_async_functions_work_inside_a_running_loop_and_keep_one_loop(timeout):
+    """As in a notebook: ours runs beside it, the same for all calls."""
+    loops = []
+
     async def reward(**columns):
+        await asyncio.sleep(0)
+        loops.append(asyncio.get_running_loop())
+        return [float(len(set(map(id, loops))))] * N
+
+    async def outer(rewards):
+        return [rewards(PROMPTS, COMPLETIONS, IDS, {}).total for _ in range(2)]
+
+    with Rewards(reward, timeout=timeout) as rewards:
+        assert asyncio.run(outer(rewards)) == [ONES, ONES]
+        again = rewards(PROMPTS, COMPLETIONS, IDS, {}).total
+    assert again == ONES
+    assert not any(thread.name.startswith("hmpo rewards") for thread in threading.enumerate())
+
+
+def test_a_loop_that_begins_to_run_later_is_not_entered_and_ours_stays():
+    loops = []
+
+    async def reward(**columns):
+        loops.append(asyncio.get_running_loop())
         return ONES
 
-    async def outer(timeout):
-        return run(reward, timeout=timeout, on_error="skip").total
+    async def outer():
+        return rewards(PROMPTS, COMPLETIONS, IDS, {}).total
 
-    with pytest.raises(RewardError, match="event loop runs in this thread"):
-        asyncio.run(outer(None))
-    assert asyncio.run(outer(20.0)) == ONES
+    with Rewards(reward) as rewards:
+        assert rewards(PROMPTS, COMPLETIONS, IDS, {}).total == ONES
+        assert asyncio.run(outer()) == ONES
+        assert rewards(PROMPTS, COMPLETIONS, IDS, {}).total == ONES
+    assert len(set(map(id, loops))) == 1
+
+
+def test_a_fault_of_an_async_function_inside_a_running_loop_is_one_line():
+    async def reward(**columns):
+        boom()
+
+    async def outer():
+        return run(reward)
+
+    with pytest.raises(RewardError, match="raised ValueError: boom with a second line"):
+        asyncio.run(outer())
 
 
 @pytest.mark.parametrize("timeout", [None, 20.0])
