@@ -11,6 +11,7 @@ from hmpo.lab.statistics.verdicts import verdict
 from hmpo.lab.study.analysis import endpoints
 from hmpo.lab.study.outcomes import Outcome, read_outcomes
 from hmpo.lab.study.scores import score
+from hmpo.lab.suite.again import read_again
 
 SUITES = (
     "tuning",
@@ -148,6 +149,27 @@ def anchor() -> str:
     return "\n".join([*lines, "", *sentences(study)])
 
 
+def again() -> str:
+    """Runs of all suites that were made again elsewhere or with other threads."""
+    lines = [
+        "| suite | cell, seed | committed | again | difference, points | equal to the bit "
+        "| threads | capability |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for path in sorted((STUDIES / "outcomes").glob("*-again.json")):
+        for row in read_again(path):
+            ends = [
+                "none" if row[name] is None else f"{100 * row[name]:.1f}"
+                for name in ("committed", "again", "difference")
+            ]
+            lines.append(
+                f"| `{path.stem.removesuffix('-again')}` | {row['cell']}, {row['seed']} "
+                f"| {' | '.join(ends)} | {'yes' if row['equal'] else 'no'} "
+                f"| {row['committed_threads']}, then {row['threads']} | {row['capability']} |"
+            )
+    return "\n".join(lines) if len(lines) > 2 else "No run has been made again yet."
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "study_suites": suites,
     "study_rates": rates,
@@ -155,4 +177,5 @@ TABLES: dict[str, Callable[[], str]] = {
     **{f"study_{name}": matrix(name) for name in MATRICES},
     "study_stability": stability,
     "study_trl": anchor,
+    "study_again": again,
 }

@@ -12,6 +12,8 @@ from hmpo.cli.preflight import expanded, refuse_parts, refuse_several_processes
 from hmpo.errors import ConfigError, HmpoError
 from hmpo.lab.suite.cells import Cell
 from hmpo.lab.suite.reading import Suite
+from hmpo.lab.suite.watch import SuiteResult
+from hmpo.telemetry.visible import writable
 
 app = tyro.extras.SubcommandApp()
 
@@ -36,6 +38,7 @@ def run(
     on: str | None = None,
     dry_run: bool = False,
     again: bool = False,
+    sample: int | None = None,
     out: Path = Path("experiments"),
     quiet: bool = False,
 ) -> int:
@@ -51,6 +54,8 @@ def run(
         dry_run: list the cells and what they will take, from one measured rollout, update and
             evaluation of each.
         again: make also the runs whose outcome is committed, and say whether the numbers are equal.
+        sample: with --again, only so many of the committed ones, drawn by the suite's hash, under
+            the OMP_NUM_THREADS and ATEN_CPU_CAPABILITY of this shell; their table is saved.
         out: folder that holds the suite's folder.
         quiet: only the result.
     """
@@ -72,10 +77,15 @@ def run(
     runs = chosen_runs(cells, chosen_seeds(seeds))
     _check_cells(whole.cells)
     _refuse_missing_gpus(gpus)
-    at_once = 1 if on is not None else jobs or gpus or default_jobs(cells)
+    if sample is not None:
+        runs = _drawn(whole, runs, expanded(out), sample, again=again)
+    at_once = 1 if on is not None else jobs or gpus or default_jobs([cell for cell, _ in runs])
     if dry_run:
         return _dry_run(whole, runs, at_once, expanded(out), again=again)
-    return _run(whole, runs, at_once, gpus, on, expanded(out), again=again, quiet=quiet)
+    result = _run(whole, runs, at_once, gpus, on, expanded(out), again=again, quiet=quiet)
+    if sample is not None:
+        _save_again(whole, result, expanded(out))
+    return 0 if result.signal is None else 128 + result.signal
 
 
 @app.command
@@ -201,7 +211,7 @@ def _run(
     *,
     again: bool,
     quiet: bool,
-) -> int:
+) -> SuiteResult:
     """Make the runs and say what they came to."""
     from hmpo.cli.suite_screen import SuiteScreen, result_lines
     from hmpo.lab.suite.run import local, run_suite
@@ -229,7 +239,40 @@ def _run(
         screen.say(line)
     if result.problem:
         raise ConfigError(f"{result.problem}; mend that and give the same command again")
-    return 0 if result.signal is None else 128 + result.signal
+    return result
+
+
+def _drawn(suite: Suite, runs: Runs, out: Path, count: int, *, again: bool) -> Runs:
+    """The committed runs that `--sample` takes.
+
+    Raises:
+        ConfigError: without --again, or the folder holds the committed runs themselves.
+    """
+    from hmpo.lab.suite.again import drawn, refuse_committed_runs
+    from hmpo.lab.suite.folder import SuiteFolder
+    from hmpo.lab.suite.run import committed_outcomes
+
+    if not again:
+        raise ConfigError(f"--sample {count}: only --again reads it; give both")
+    place = SuiteFolder(suite, out)
+    committed = committed_outcomes(suite, place)
+    chosen = drawn(suite, runs, committed, count)
+    refuse_committed_runs(place, chosen, committed)
+    return chosen
+
+
+def _save_again(suite: Suite, result: SuiteResult, out: Path) -> None:
+    """Show and save what the runs made again came to."""
+    from hmpo.lab.suite.again import again_file, save_again, table_lines, table_of
+    from hmpo.lab.suite.folder import SuiteFolder
+    from hmpo.lab.suite.run import committed_outcomes
+
+    rows = table_of(suite, committed_outcomes(suite, SuiteFolder(suite, out)), result.outcomes)
+    path = again_file(suite)
+    if rows:
+        save_again(path, suite, rows)
+    for line in [*table_lines(rows), f"saved: {path}"] if rows else []:
+        print(writable(line))
 
 
 def _dry_run(suite: Suite, runs: Runs, jobs: int, out: Path, *, again: bool) -> int:

@@ -37,6 +37,7 @@ def describe_environment() -> dict[str, Any]:
         "processor": processor_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
         "matmul": matmul_library(),
         "muon_dtype": str(fast_dtype(_device())).removeprefix("torch."),
         "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],

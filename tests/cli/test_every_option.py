@@ -18,7 +18,10 @@ import hmpo.cli.demo
 import hmpo.models
 from hmpo import cli
 from hmpo.cli.preflight import refuse_several_processes
+from hmpo.config.identity import config_hash
 from hmpo.errors import ConfigError
+from hmpo.lab.study.outcomes import save_outcomes
+from hmpo.lab.suite.reading import read_suite
 from hmpo.lab.suite.watch import SuiteResult
 from hmpo.models.paths import cache_folder
 from hmpo.run import loop as run
@@ -26,6 +29,7 @@ from tests.agm.streams import EAGER
 from tests.cli import experiment_options
 from tests.faults.micro import micro_config, micro_policy, records, toml
 from tests.faults.storage import fast_folder
+from tests.lab.study.suites import make_outcome
 from tests.lab.suite.small import data
 from tests.lab.synthetic import make_run
 from tests.test_surface import commands
@@ -406,6 +410,30 @@ def experiment_again_out(place: Place) -> None:
     assert "x/small" in text
 
 
+def experiment_sample(place: Place) -> None:
+    """Two of the committed runs, and a table of what they came to beside their outcomes."""
+    path = Path("sampled.json")
+    settings = data(run={"policy": {"path": str(place.policy)}}, outcomes="kept.jsonl")
+    path.write_text(json.dumps(settings))
+    Path("kept.jsonl").touch()
+    cells = read_suite(str(path)).cells
+    made = [
+        dataclasses.replace(
+            make_outcome(c.name, seed, 0.5),
+            config_hash=config_hash(c.run_config(seed, ".")),
+            updates=c.config.updates,
+        )
+        for c in cells
+        for seed in c.seeds
+    ]
+    save_outcomes(Path("kept.jsonl"), made)
+    _, seen = experiment(place, "sampled.json", "--again", "--sample", 2)
+    assert len(seen["runs"]) == 2 and seen["again"] is True
+    words = ("experiment", "run", "sampled.json", "--sample")
+    assert "only --again reads it" in place.fails(*words, 2)
+    assert "expected 1 to 8" in place.fails(*words, 9, "--again")
+
+
 def experiment_quiet(place: Place) -> None:
     quiet = [
         experiment(place, "suite.json", *words)[1]["watcher"].quiet for words in ((), ("--quiet",))
@@ -464,6 +492,7 @@ OPTIONS: dict[str, dict[str, Callable[[Place], None]]] = {
         "on": experiment_on,
         "dry_run": experiment_dry_run,
         "again": experiment_again_out,
+        "sample": experiment_sample,
         "out": experiment_again_out,
         "quiet": experiment_quiet,
     },

@@ -244,6 +244,7 @@ def environment(run: RunData) -> dict[str, Any]:
         "python": str(told.get("python", "")),
         "machine": " ".join(str(told[k]) for k in ("system", "processor") if told.get(k)),
         "threads": threads if isinstance(threads, int) else None,
+        **({"capability": str(told["capability"])} if told.get("capability") else {}),
     }
 
 

@@ -107,6 +107,7 @@ def run_suite(
             keeps=keeps,
             problem=problem,
             compared=comparison(committed, found) if again else [],
+            outcomes=found,
         )
 
 

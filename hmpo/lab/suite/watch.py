@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hmpo.lab.study.outcomes import Outcome
 from hmpo.lab.suite.cells import Cell
 
 
@@ -52,3 +53,5 @@ class SuiteResult:
     """Why the suite could not go on; nothing that is done is lost."""
     compared: list[str] = field(default_factory=list)
     """Under `again`, the lines that say which final numbers equal the committed ones."""
+    outcomes: Mapping[tuple[str, int], Outcome] = field(default_factory=dict)
+    """By cell and seed, of the chosen runs that have one here."""
