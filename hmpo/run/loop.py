@@ -14,8 +14,7 @@ from typing import Any
 
 from hmpo.config import RunConfig
 from hmpo.config.places import located
-from hmpo.models import LoadedPolicy, load_policy, save_policy
-from hmpo.models.policy import is_adapted
+from hmpo.models import LoadedPolicy, load_policy
 from hmpo.models.source import whole_policy
 from hmpo.optim.state import clip_lists
 from hmpo.randomness import seed_everything
@@ -27,7 +26,6 @@ from hmpo.run.build import (
     trainer_config,
     use_machine,
 )
-from hmpo.run.card import describe_base, model_card
 from hmpo.run.consent import resume_command
 from hmpo.run.ending import failure_text
 from hmpo.run.evaluation import Evaluation, Evaluator
@@ -37,6 +35,7 @@ from hmpo.run.folder import Place
 from hmpo.run.inputs import changed_inputs, describe_inputs, refuse_changed
 from hmpo.run.notebook import default_observer
 from hmpo.run.observer import Audience, Observer, RunResult
+from hmpo.run.result import write_policy
 from hmpo.run.saving import Saver
 from hmpo.run.signals import Stopped, StopRequest
 from hmpo.run.source import described, pinned
@@ -123,9 +122,9 @@ class Run:
         self.loaded: LoadedPolicy = load_policy(config.policy, device=device)
         self.source = whole_policy(config.policy.path, config.policy.revision)
         load_start(self.loaded.model, config, place.path if resume else None)
-        model, tokenizer, length = self.loaded.model, self.loaded.tokenizer, config.trainer.max_length
-        options = ready_prompts(config, self.loaded, self.task)
-        check_prompts(self.task, tokenizer, model, length, options)
+        loaded, length = self.loaded, config.trainer.max_length
+        options = ready_prompts(config, loaded, self.task)
+        check_prompts(self.task, loaded.tokenizer, loaded.model, length, options)
         self.trainer = make_trainer(config, self.loaded, self.task, self.rewards, options)
         self.evaluator = Evaluator(
             policy=self.loaded.model,
@@ -376,9 +375,14 @@ class Run:
                 after = self._evaluate("after", final=True)
         if after is not None:
             self.files.check()
-            loaded, place = self.loaded, self.files.folder / "policy"
-            card = self._card(after)
-            save_policy(loaded.model, loaded.tokenizer, place, source=self.source, card=card)
+            write_policy(
+                self.files,
+                self.loaded,
+                self.source,
+                step=self.trainer.step,
+                before=self.saver.before,
+                measured=after.record(),
+            )
             done = self.trainer.step >= self.config.updates
             status = "completed" if done else "early_stop"
         warning = self._write_end(status)
@@ -392,16 +396,6 @@ class Run:
             after=after,
             signal=self.stop.signal if status == "interrupted" else None,
             warning=warning,
-        )
-
-    def _card(self, after: Evaluation) -> str:
-        return model_card(
-            self.files.config,
-            describe_base(self.files.config.policy.path, self.source),
-            step=self.trainer.step,
-            before=self.saver.before,
-            measured=after.record(),
-            adapter=is_adapted(self.loaded.model),
         )
 
     def _write_end(self, status: str, reason: str = "") -> str:
