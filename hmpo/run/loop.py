@@ -168,15 +168,8 @@ class Run:
         if saved is None:
             keep_start(self.loaded.model, self.config, files.folder)
             self.saver.inputs = describe_inputs(self.config, files.folder, self.task)
-        left_out = getattr(self.task, "told", {})
-        if left_out and saved is None:
-            files.publish(event_record(files.run_id, 0, "prompts_left_out", left_out))
-            self._tell("prompts_left_out", left_out)
-        if changed:
-            data = {"changed": changed}
-            step = self.trainer.step
-            files.publish(event_record(files.run_id, step, "inputs_changed", data))
-            self._tell("inputs_changed", data)
+            self._log("prompts_left_out", getattr(self.task, "told", {}))
+        self._log("inputs_changed", {"changed": changed} if changed else {})
         for name, why in saved.skipped if saved is not None else ():
             self._tell("checkpoint_skipped", {"checkpoint": name, "why": why})
 
@@ -323,6 +316,12 @@ class Run:
 
     def _report_events(self) -> None:
         self._tell_events(self._log_events())
+
+    def _log(self, name: str, data: dict[str, Any]) -> None:
+        """An event of the run, which is told as well; none where there is nothing to say."""
+        if data:
+            self.files.publish(event_record(self.files.run_id, self.trainer.step, name, data))
+            self._tell(name, data)
 
     def _tell(self, name: str, data: dict[str, Any]) -> None:
         """An event of this process alone (it would not occur in an undisturbed run)."""
