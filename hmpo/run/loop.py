@@ -32,7 +32,7 @@ from hmpo.run.evaluation import Evaluation, Evaluator
 from hmpo.run.evidence import Evidence
 from hmpo.run.files import RunFiles, check_folder, run_folder
 from hmpo.run.folder import Place
-from hmpo.run.inputs import changed_inputs, describe_inputs, refuse_changed
+from hmpo.run.inputs import describe_inputs
 from hmpo.run.notebook import default_observer
 from hmpo.run.observer import Audience, Observer, RunResult
 from hmpo.run.result import write_policy
@@ -162,7 +162,10 @@ class Run:
         self.steering.start(header)
         if saved is not None:
             self.saver.restore(saved.state)
-        changed = [] if saved is None else self._changed_inputs(saved.state["run"])
+        changed = []
+        if saved is not None:
+            found = describe_inputs(self.config, files.folder, self.task)
+            changed = self.saver.changed(found, saved.state["run"], allowed=self.allow_changed)
         files.open(stack, header, saved)
         self.saver.recall()
         if saved is None:
@@ -182,19 +185,6 @@ class Run:
             error.add_note(f"hmpo: saved after {self.trainer.step} updates; go on with: {again}")
         with contextlib.suppress(Exception):
             self._write_end("failed", reason=failure_text(error))
-
-    def _changed_inputs(self, own: dict[str, Any]) -> list[str]:
-        """What is not as it was when the checkpoint was made; refused unless it is allowed."""
-        folder = self.files.folder
-        self.saver.inputs = describe_inputs(self.config, folder, self.task)
-        if self.saver.before is None:  # nothing came of them yet: a reward that failed is mended
-            return []
-        changed = changed_inputs(own.get("inputs", self.saver.inputs), self.saver.inputs)
-        if own["before"] is None:  # nothing was asked or scored yet; the weights alone are kept
-            changed = [line for line in changed if line.startswith("policy")]
-        if not self.allow_changed:
-            refuse_changed(folder, changed)
-        return changed
 
     # ------------------------------------------------------------------------------- running
 
