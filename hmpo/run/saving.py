@@ -85,27 +85,6 @@ class Cadence:
         self.every, self._clock = every, clock
         self._next = -1.0
 
-    def changed(self, found: dict[str, str], own: Mapping[str, Any], *, allowed: bool) -> list[str]:
-        """What is not as it was when a checkpoint was made.
-
-        Args:
-            found: the inputs as they are; later checkpoints keep these.
-            own: the run's part of the checkpoint.
-            allowed: go on with other inputs; else that is refused.
-
-        Raises:
-            CheckpointError: one line that names them.
-        """
-        self.inputs = found
-        if self.before is None:  # nothing came of them yet: a reward that failed is mended
-            return []
-        changed = changed_inputs(own.get("inputs", found), found)
-        if own["before"] is None:  # nothing was asked or scored yet; the weights alone are kept
-            changed = [line for line in changed if line.startswith("policy")]
-        if not allowed:
-            refuse_changed(self.files.folder, changed)
-        return changed
-
     def due(self, step: int) -> bool:
         """Whether to save after `step` updates."""
         if self.every == "auto":
@@ -156,6 +135,27 @@ class Saver:
         """Where the run can be gone on from whatever happens next."""
         self._saved: Mark | None = None
         """The last mark that was saved, or could not be."""
+
+    def changed(self, found: dict[str, str], own: Mapping[str, Any], *, allowed: bool) -> list[str]:
+        """What is not as it was when a checkpoint was made.
+
+        Args:
+            found: the inputs as they are; later checkpoints keep these.
+            own: the run's part of the checkpoint.
+            allowed: go on with other inputs; else that is refused.
+
+        Raises:
+            CheckpointError: one line that names them.
+        """
+        self.inputs = found
+        if self.before is None:  # nothing came of them yet: a reward that failed is mended
+            return []
+        changed = changed_inputs(own.get("inputs", found), found)
+        if own["before"] is None:  # nothing was asked or scored yet; the weights alone are kept
+            changed = [line for line in changed if line.startswith("policy")]
+        if not allowed:
+            refuse_changed(self.files.folder, changed)
+        return changed
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue from a checkpoint's state."""
