@@ -81,11 +81,6 @@ class DataTask(RowTask):
         """Tokens that a prompt keeps at most; None where none is cut."""
         return self.max_prompt_length if self.overlong == "truncate_left" else None
 
-    @property
-    def fits(self) -> bool:
-        """Whether `fit` has anything to do."""
-        return self.max_prompt_length > 0
-
     def fit(self, count: Count) -> dict[str, int]:
         """Treat prompts of more than `max_prompt_length` tokens as `overlong` says.
 

@@ -24,7 +24,8 @@ class RowExample(Example):
     @property
     def key(self) -> str:
         """The prompt as text: what tells it from others, and what the split is taken on."""
-        return self.prompt if isinstance(self.prompt, str) else json.dumps(self.prompt)
+        prompt = self.prompt
+        return prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True)
 
 
 class RowTask:

@@ -273,7 +273,7 @@ def fit_prompts(task: Task, tokenizer: Any, options: PromptOptions) -> dict[str,
     """Let a task that limits the length of its prompts measure them.
 
     Args:
-        task: `fits` says whether it does; any other is left alone.
+        task: one with `fit`; any other is left alone.
         tokenizer: of the policy.
         options: how text and messages become ids.
 

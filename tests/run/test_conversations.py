@@ -159,6 +159,7 @@ def left_out(folder: Path) -> list[dict]:
 LINES = {
     "an option that the template does not read": (
         {"task__template_options": {"thinking": False}}, "template_options.thinking: the"),
+    "a prompt beyond the context": ({"trainer__max_length": 600}, "has 512 positions"),
     "a missing column": ({"rewards__functions": ["{root}/other.py:needs"]}, "parameter 'level'"),
     "an answer that a line lacks": ({"rewards__functions": []}, "line 41: no answer"),
     "a limit that all prompts exceed": (
