@@ -4,6 +4,7 @@ Every class is also a standard-library error, so callers may catch either. The c
 turns any `HmpoError` into one line on standard error and exit code 2.
 """
 
+import importlib.util
 import math
 
 
@@ -78,3 +79,9 @@ def byte_size(count: int) -> str:
         if count >= size:
             return f"{count / size:.1f} {unit}"
     raise AssertionError("some unit fits")
+
+
+def require_installed(package: str, what: str, extra: str) -> None:
+    """Raise `MissingDependencyError` unless an optional package is there; it is not imported."""
+    if importlib.util.find_spec(package) is None:
+        raise MissingDependencyError(f"{what} needs {package}: pip install 'hmpo[{extra}]'")

@@ -11,7 +11,7 @@ from hmpo.config import RunConfig, TaskConfig
 from hmpo.config.places import is_path_name, located
 from hmpo.config.unread import refuse_unread_mismatch, refuse_unread_objective
 from hmpo.config.unread_run import refuse_unread_run
-from hmpo.errors import ConfigError
+from hmpo.errors import ConfigError, require_installed
 from hmpo.models.paths import is_hub_name, resolve_policy_path
 from hmpo.rewards.loading import check_spec
 from hmpo.tasks import BUILT_IN, check_name, make_task
@@ -84,6 +84,8 @@ def refuse_parts(config: RunConfig, *, fresh: bool) -> None:
         if config.algorithm != "gspo":
             refuse_unread_objective(config.objective)
             refuse_unread_mismatch(config.mismatch)
+    if config.optimizer.name == "adamw8bit":
+        require_installed("bitsandbytes", 'optimizer.name = "adamw8bit"', "quant")
     config = located(config)
     check_name(config.task)
     columns = None

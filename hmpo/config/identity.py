@@ -14,6 +14,7 @@ LATER = {
     "policy.start": "",
     "policy.revision": "",
     "policy.dtype": "float32",
+    "policy.quantize": "none",
     "policy.lora_rslora": False,
     "policy.gradient_checkpointing": False,
     "eval.success": 1.0,

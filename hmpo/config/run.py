@@ -46,6 +46,9 @@ class PolicyConfig:
     """Precision of the weights in memory: float32, bfloat16 (half the memory and traffic), or auto,
     which is bfloat16 where they are stored so, else float32. The optimizer steps on float32 copies
     of bfloat16 weights; saving gives the precision that the policy came with."""
+    quantize: Literal["none", "4bit"] = "none"
+    """4bit keeps the frozen weights below LoRA adapters in 4 bits (QLoRA: NF4, scales quantized
+    too), computed with in `dtype`. Needs a GPU, adapters, and `pip install 'hmpo[quant]'`."""
     lora_rank: int = 0
     """Rank of LoRA adapters; 0 trains all weights. Needs `pip install 'hmpo[lora]'`."""
     lora_alpha: float = 16.0
@@ -142,9 +145,10 @@ class RewardConfig:
 class OptimizerConfig:
     """The optimizer around which QK-clip is wrapped."""
 
-    name: Literal["adamw", "muon", "sgd"] = "adamw"
-    """AdamW for all weights, Muon for hidden matrices and AdamW for the rest, or plain stochastic
-    gradient descent for all weights, the control without second moments."""
+    name: Literal["adamw", "muon", "sgd", "adamw8bit"] = "adamw"
+    """AdamW for all weights, Muon for hidden matrices and AdamW for the rest, plain stochastic
+    gradient descent for all weights, the control without second moments, or AdamW with 8-bit
+    moments (`pip install 'hmpo[quant]'`)."""
     lr: float = 1e-4
     """Base learning rate."""
     betas: tuple[float, float] = (0.9, 0.95)

@@ -25,6 +25,7 @@ from hmpo.models.paths import base_of, is_adapter, is_hub_name, resolve_policy_p
 from hmpo.models.policy import unwrap
 from hmpo.models.precision import Stored, remember_source, stored_precision, training_dtype
 from hmpo.models.probe import policy_facts
+from hmpo.models.quantized import quantization, refuse_quantized
 from hmpo.models.quiet import quiet_transformers
 from hmpo.models.saving import first_line
 from hmpo.models.tokens import remember_end_tokens
@@ -67,9 +68,15 @@ def load_policy(config: PolicyConfig, *, device: str = "cpu") -> LoadedPolicy:
         MissingDependencyError: LoRA without peft.
     """
     place = _device(device)
+    refuse_quantized(config, place)
     folder = resolve_policy_path(config.path, config.revision)
     if is_adapter(folder):
         return _load_adapter(config, folder, place)
+    if config.quantize != "none" and config.lora_rank == 0:
+        raise ModelError(
+            f"policy.quantize: got {config.quantize!r} without adapters, which alone can train "
+            "over 4-bit weights; set policy.lora_rank"
+        )
     with no_hub():
         return _load_whole(config, folder, place)
 
@@ -80,7 +87,7 @@ def _load_whole(config: PolicyConfig, folder: Path, place: torch.device) -> Load
     tokenizer = _load_tokenizer(folder, config.path)
     stored = _stored(folder, config.path)
     dtype = training_dtype(config, stored)
-    model = _load_model(folder, config, dtype)
+    model = _load_model(folder, config, dtype, place)
     remember_source(model, stored)
     _check_together(model, tokenizer, config.path)
     _tell_precision(stored, dtype, config.path)
@@ -138,13 +145,15 @@ def _stored(folder: Path, path: str) -> Stored:
         raise ModelError(f"policy {path!r}: cannot be loaded ({first_line(error)})") from error
 
 
-def _load_model(folder: Path, config: PolicyConfig, dtype: torch.dtype) -> nn.Module:
+def _load_model(
+    folder: Path, config: PolicyConfig, dtype: torch.dtype, place: torch.device
+) -> nn.Module:
     """The folder's causal language model; absent or misshapen weights are an error."""
-    path = config.path
+    path, options = config.path, {"dtype": dtype} | quantization(config, dtype, place)
     wanted = ("sdpa", "eager") if config.attention == "auto" else (config.attention,)
     try:
         with quiet_transformers():
-            model, report = _with_attention(folder, path, wanted, dtype)
+            model, report = _with_attention(folder, path, wanted, options)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"policy {path!r}: cannot be loaded ({first_line(error)})") from error
     for kind in ("missing_keys", "mismatched_keys"):
@@ -160,7 +169,7 @@ def _load_model(folder: Path, config: PolicyConfig, dtype: torch.dtype) -> nn.Mo
 
 
 def _with_attention(
-    folder: Path, path: str, wanted: tuple[str, ...], dtype: torch.dtype
+    folder: Path, path: str, wanted: tuple[str, ...], options: dict[str, Any]
 ) -> tuple[Any, Any]:
     """(model, report of its loading) with the first attention implementation that it has."""
     for attention in wanted:
@@ -170,7 +179,7 @@ def _with_attention(
                 local_files_only=True,
                 trust_remote_code=False,
                 use_safetensors=True,
-                dtype=dtype,
+                **options,
                 attn_implementation=attention,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # reported, and refused by the caller
@@ -257,7 +266,8 @@ def _load_adapter(config: PolicyConfig, folder: Path, place: torch.device) -> Lo
         )
     plain = {"path": name, "revision": revision, "gradient_checkpointing": False}
     base_config = dataclasses.replace(config, **plain)
-    base = load_policy(base_config, device=str(place))
+    with no_hub():
+        base = _load_whole(base_config, resolve_policy_path(name, revision), place)
     try:
         with no_hub(), _no_peft_deprecation():
             model = peft.PeftModel.from_pretrained(base.model, folder, is_trainable=True)

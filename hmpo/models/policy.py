@@ -1,5 +1,6 @@
 """The policy as a module: what may be asked of it, and the weights that a checkpoint keeps."""
 
+import re
 import sys
 from collections.abc import Mapping
 from typing import Any, cast
@@ -41,9 +42,14 @@ def load_trained_state(policy: nn.Module, state: Mapping[str, Any]) -> None:
 
 
 def _frozen(policy: nn.Module) -> set[str]:
-    """Names in the state of parameters that do not train, tied ones under each of their names."""
-    values = policy.state_dict(keep_vars=True).items()
-    return {n for n, v in values if isinstance(v, nn.Parameter) and not v.requires_grad}
+    """Names in the state of parameters that do not train, tied ones under each of their names.
+
+    What stands below such a name belongs to it: the scales of quantized weights.
+    """
+    values = policy.state_dict(keep_vars=True)
+    frozen = {n for n, v in values.items() if isinstance(v, nn.Parameter) and not v.requires_grad}
+    below = {n for n in values if any(n[: dot.start()] in frozen for dot in re.finditer(r"\.", n))}
+    return frozen | below
 
 
 def is_hugging_face(policy: nn.Module) -> bool:

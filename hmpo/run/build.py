@@ -17,6 +17,7 @@ from hmpo.models import LoadedPolicy, load_policy, stop_token_ids
 from hmpo.models.chat import PromptOptions, refuse_options
 from hmpo.models.policy import load_trained_state
 from hmpo.models.tokens import pad_token_id
+from hmpo.optim.eight_bit import adamw_8bit
 from hmpo.optim.masters import with_masters
 from hmpo.optim.param_groups import MuonWithAdamW, runs_fused, split_param_groups
 from hmpo.rewards import Rewards, load_reward
@@ -187,8 +188,9 @@ def frozen_copy(policy: nn.Module) -> nn.Module:
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """AdamW, SGD, or Muon for hidden matrices and AdamW for the rest, over trainable parameters.
+    """The optimizer that the settings name, over the trainable parameters.
 
+    AdamW (perhaps with 8-bit moments), SGD, or Muon for hidden matrices and AdamW for the rest.
     Vectors (norms, biases) are never decayed. SGD is torch's: its decay is part of the gradient,
     and without momentum it has no state. It steps on float32 copies of 16-bit weights. QK-clip is
     not part of it: the trainers wrap it.
@@ -196,6 +198,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
     Raises:
         ModelError: the model has no trainable parameter.
         ConfigError: `muon_per_head`, and no trained matrix is known to be one of heads.
+        MissingDependencyError: 8-bit moments without bitsandbytes.
     """
     return with_masters(_plain_optimizer(model, config))
 
@@ -235,5 +238,7 @@ def _plain_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.O
     filled = [group for group in groups if group["params"]]
     if config.name == "sgd":
         return torch.optim.SGD(filled, lr=config.lr, momentum=config.momentum)
+    if config.name == "adamw8bit":
+        return adamw_8bit(filled, lr=config.lr, betas=config.betas)
     fused = runs_fused(trainable)
     return torch.optim.AdamW(filled, lr=config.lr, betas=config.betas, fused=fused or None)

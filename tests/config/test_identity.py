@@ -19,6 +19,7 @@ OTHER = {
     "policy.start": "runs/a@3",
     "policy.revision": "v1",
     "policy.dtype": "bfloat16",
+    "policy.quantize": "4bit",
     "policy.lora_rslora": True,
     "policy.gradient_checkpointing": True,
     "optimizer.muon_dtype": "float32",

@@ -52,6 +52,7 @@ RUN: dict[str, Case] = {
     "policy.lora_rank": ({}, 2),
     "policy.lora_alpha": (LORA, 4.0),
     "policy.lora_targets": (LORA, ["q_proj"]),
+    "policy.quantize": (LORA, "4bit"),
     "policy.lora_rslora": (LORA, True),
     "policy.gradient_checkpointing": ({}, True),
     "policy.attention": ({}, "eager"),
