@@ -12,7 +12,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
@@ -26,9 +26,13 @@ from hmpo.cli.preflight import (
     refuse_unknown_command,
 )
 from hmpo.config import RunConfig
+from hmpo.config.places import located
 from hmpo.errors import ConfigError, HmpoError
 from hmpo.run.consent import resume_command
 from hmpo.telemetry.visible import writable
+
+if TYPE_CHECKING:
+    from hmpo.run.observer import RunResult
 
 app = tyro.extras.SubcommandApp()
 app.command(cli_agm.app, name="agm", help="Adaptive controllers over recorded runs.")
@@ -78,6 +82,7 @@ def train(
     overwrite: bool = False,
     allow_code: bool = False,
     allow_changed: bool = False,
+    dry_run: bool = False,
     report: bool = True,
     quiet: bool = False,
 ) -> int:
@@ -93,20 +98,31 @@ def train(
         allow_code: run the reward functions and the task that the folder of --resume or --from
             names; a folder may be a stranger's.
         allow_changed: with --resume, go on although prompts, reward code or policy have changed.
+        dry_run: load and check everything, sample and score one rollout and show it; nothing is
+            trained, and no folder is left.
         report: write report.html and plots at the end.
         quiet: only the result.
     """
     refuse_several_processes()
     if resume is None and allow_changed:
         raise ConfigError("train: --allow-changed is for --resume RUN; leave it out")
+    if resume is not None and dry_run:
+        raise ConfigError("train: --dry-run shows how a run begins; leave out it or --resume")
     settings = _settings(config, _all(set), resume, from_, overwrite, allow_code)
     refuse_parts(settings, fresh=resume is None)
 
-    from hmpo.cli.screen import Screen, outcome_table
+    from hmpo.cli.rehearsal import dry_run as rehearsed
+    from hmpo.cli.screen import Screen
     from hmpo.run.loop import train as run_train
+    from hmpo.run.memory import memory_line
 
     where = None if resume is None else Path(os.path.abspath(expanded(resume)))  # noqa: PTH100
+    line = memory_line(located(settings))
     with Screen(quiet=quiet) as screen:
+        if not quiet:
+            screen.say(line)
+        if dry_run:
+            return rehearsed(settings, screen, overwrite=overwrite)
         result = run_train(
             settings,
             resume=resume is not None,
@@ -115,18 +131,10 @@ def train(
             folder=where,
             allow_changed=allow_changed,
         )
-    screen.say(outcome_table(result))
-    if result.signal is not None:
-        screen.say(
-            f"stopped by a signal after {result.step} updates; everything is saved. "
-            f"Go on with: {resume_command(settings, result.folder)}"
-        )
-        screen.say(f"its policy so far: hmpo export {shlex.quote(str(result.folder))}")
-        return 128 + result.signal
-    screen.say(f"policy: {result.folder / 'policy'}")
-    if report:
+    code = _tell_end(result, settings, screen.say)
+    if report and not code:
         _write_report([result.folder], say=screen.say)
-    return 0
+    return code
 
 
 @app.command
@@ -224,10 +232,10 @@ def fetch_model(name: Positional[str] = "smollm2", /, *, folder: Path | None = N
 
 @app.command
 def doctor(model: Positional[str | None] = None, /, *, split: bool = False) -> int:
-    """Show versions and devices, and what MuonClip finds in a model.
+    """Show versions and devices, the memory of a run, and what MuonClip finds in a model.
 
     Args:
-        model: a Hugging Face folder, `tiny-sort` or `smollm2`.
+        model: a Hugging Face folder, `tiny-sort` or `smollm2`, or the TOML file of a run.
         split: also show which weights Muon would train, and which AdamW.
     """
     from hmpo.cli.doctor import show
@@ -278,6 +286,22 @@ def _lost(settings: list[str]) -> str:
     """A hint where `--set` swallowed the file."""
     swallowed = [item for item in settings if "=" not in item]
     return f"; put {swallowed[0]} before --set" if swallowed else ""
+
+
+def _tell_end(result: "RunResult", settings: RunConfig, say: Callable[..., None]) -> int:
+    """Say what a run came to and where its policy is; gives the exit code."""
+    from hmpo.cli.screen import outcome_table
+
+    say(outcome_table(result))
+    if result.signal is None:
+        say(f"policy: {result.folder / 'policy'}")
+        return 0
+    say(
+        f"stopped by a signal after {result.step} updates; everything is saved. "
+        f"Go on with: {resume_command(settings, result.folder)}"
+    )
+    say(f"its policy so far: hmpo export {shlex.quote(str(result.folder))}")
+    return 128 + result.signal
 
 
 def _write_report(

@@ -3,6 +3,8 @@
 import itertools
 import logging
 import re
+from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -13,11 +15,15 @@ from hmpo.attention.hooks import UNSEEN
 from hmpo.attention.sites import AttentionSite, ClipTarget, find_sites
 from hmpo.attention.tap import record_without_gradient
 from hmpo.attention.tracker import LogitTracker
-from hmpo.config import PolicyConfig
+from hmpo.config import PolicyConfig, RunConfig
+from hmpo.config.places import located
+from hmpo.config.reading import load_run_config
+from hmpo.errors import byte_size
 from hmpo.models import load_policy
 from hmpo.optim import describe_groups, split_param_groups
 from hmpo.optim.adapter_clip import adapter_target
 from hmpo.run.environment import describe_environment
+from hmpo.run.memory import PARTS, available_bytes, estimate_run
 
 logger = logging.getLogger(__name__)
 
@@ -26,11 +32,11 @@ def show(model: str | None, *, split: bool = False) -> int:
     """Print the tables; returns the exit code.
 
     Args:
-        model: what to load and look into; None leaves that out.
+        model: what to load and look into, or the file of a run; None leaves that out.
         split: also say which weights Muon would train, and which AdamW.
 
     Raises:
-        ModelError: the model cannot be loaded.
+        HmpoError: the model cannot be loaded, or the file is no run's.
     """
     console = Console()
     facts = describe_environment()
@@ -43,7 +49,10 @@ def show(model: str | None, *, split: bool = False) -> int:
     if model is None:
         console.print("give a model to see what QK-clip finds in it: hmpo doctor tiny-sort")
         return 0
-    loaded = load_policy(PolicyConfig(path=model)).model
+    config = _run_of(model)
+    for line in _memory(console, config):
+        console.print(line, markup=False, highlight=False)
+    loaded = load_policy(config.policy).model
     rows = attention_rows(loaded)
     if rows:
         titles = ("layer", "heads", "how it is clipped, or why not")
@@ -55,6 +64,32 @@ def show(model: str | None, *, split: bool = False) -> int:
         titles = ("weight", "shape", "trained by, under optimizer.name = muon")
         console.print(_table(f"weights of {model}", titles, weights))
     return 0
+
+
+def _run_of(model: str) -> RunConfig:
+    """The run in a file, or the usual one of a model."""
+    if model.endswith((".toml", ".json")):
+        return located(load_run_config(Path(model).expanduser()))
+    return RunConfig(policy=PolicyConfig(path=model))
+
+
+def _memory(console: Console, config: RunConfig) -> Iterator[str]:
+    """Print what a run would take of the memory, part by part; gives lines for below the table."""
+    found = estimate_run(config)
+    rows = [
+        (name.replace("_", " "), byte_size(found.parts[name]), PARTS[name])
+        for name in PARTS
+        if found.parts[name]
+    ]
+    titles = ("part", "about", "what")
+    console.print(_table(f"memory of a run of {config.policy.path}", titles, rows))
+    available = available_bytes(config)
+    yield (
+        f"updates take about {byte_size(found.update)}, sampling {byte_size(found.rollout)}; "
+        f"there are {'unknown' if available is None else byte_size(available)}"
+    )
+    if not found.measured:
+        yield "activations are a rule of thumb: this model ran no pass without memory"
 
 
 def _table(title: str, columns: tuple[str, ...], rows: list[tuple[str, str, str]]) -> Table:

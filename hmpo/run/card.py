@@ -160,6 +160,11 @@ def model_card(
         f"hmpo {__version__}.",
         "",
         f"Base model: {escaped(base.name)}, license: {escaped(base.license)}.",
+        *(
+            ["It began with the weights of another run's checkpoint."]
+            if config.policy.start
+            else []
+        ),
         "",
         *_measures(before, measured, config.eval.success),
         "## Settings",
@@ -194,6 +199,7 @@ def _measures(
         if after != "-":
             label = f"pass@{measured['eval/k']}" if kind == "pass_at_k" else name
             yield f"| {label} | {_rate(before or {}, kind)} | {after} |"
+    yield from ("", "Measured before the weights were rounded to the precision they are stored in.")
     yield ""
 
 

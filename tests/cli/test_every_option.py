@@ -173,6 +173,12 @@ def train_overwrite(place: Place) -> None:
     place.hmpo(*words, "--overwrite")
 
 
+def train_dry_run(place: Place) -> None:
+    text = place.hmpo("train", place.file, "--set", "name=dry", "--dry-run")
+    assert "nothing was trained" in text and "low_digits" in text
+    assert not (place.root / "dry").exists()
+
+
 # --- eval, report, fetch-model, doctor ---------------------------------------------------------
 
 
@@ -464,6 +470,7 @@ OPTIONS: dict[str, dict[str, Callable[[Place], None]]] = {
         "overwrite": train_overwrite,
         "allow_code": train_resume,
         "allow_changed": train_allow_changed,
+        "dry_run": train_dry_run,
     },
     "eval": {
         "target": eval_target_prompts_pass_at,

@@ -1,0 +1,56 @@
+"""`hmpo train --dry-run`: what a run would begin with, shown and not begun."""
+
+from rich.table import Table
+from rich.text import Text
+
+from hmpo.cli.samples import printable
+from hmpo.cli.screen import Screen
+from hmpo.config import RunConfig
+from hmpo.run.rehearsal import Rehearsal, rehearse
+
+SHOWN = 8
+"""Responses shown, evenly over the rollout."""
+WIDTH = 400
+"""Characters of a prompt or a completion that are shown."""
+
+
+def dry_run(config: RunConfig, screen: Screen, *, overwrite: bool) -> int:
+    """Sample and score one rollout, show it, and leave nothing behind; returns the exit code.
+
+    Args:
+        config: the run.
+        screen: where it is shown.
+        overwrite: whether the run would be started where another one is.
+    """
+    found = rehearse(config, observer=screen, overwrite=overwrite)
+    for table in sample_tables(found):
+        screen.say(table)
+    count = len(found.samples)
+    rewards = [sample["reward"] for sample in found.samples]
+    screen.say(
+        f"{count} responses of {sum(found.responses)} tokens to prompts of up to "
+        f"{max(found.prompts)} tokens; mean reward {sum(rewards) / count:.4g}, "
+        f"{len(set(rewards))} different rewards; nothing was trained or written"
+    )
+    return 0
+
+
+def sample_tables(found: Rehearsal) -> list[Table]:
+    """Some of the responses: prompt, completion, reward of each function, token ids."""
+    tables, count = [], len(found.samples)
+    for k in range(min(SHOWN, count)):
+        i = k * count // min(SHOWN, count)
+        sample = found.samples[i]
+        table = Table(title=f"response {i + 1} of {count}", title_justify="left", show_header=False)
+        parts = "; ".join(f"{name} {value}" for name, value in sample["rewards"].items())
+        ended = "" if sample["finished"] else ", cut at the limit"
+        rows = {
+            "prompt": f"{printable(str(sample['prompt']), WIDTH)} ({found.prompts[i]} ids)",
+            "completion": f"{printable(str(sample['completion']), WIDTH)} "
+            f"({found.responses[i]} ids{ended})",
+            "reward": f"{sample['reward']:.4g} ({printable(parts, WIDTH)})",
+        }
+        for name, text in rows.items():
+            table.add_row(name, Text(text))
+        tables.append(table)
+    return tables

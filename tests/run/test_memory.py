@@ -1,0 +1,154 @@
+"""What a run takes of the memory: the sum by hand, the machine's limit, and the remedy."""
+
+import dataclasses
+
+import pytest
+
+from hmpo.cli import main
+from hmpo.errors import ModelError
+from hmpo.models.memory import bytes_of, kept_by_forward, key_value_bytes, meta_policy
+from hmpo.run import memory
+from hmpo.run.memory import (
+    estimate,
+    logits_bytes,
+    machine_bytes,
+    memory_line,
+    optimizer_bytes,
+    resident_bytes,
+    sampler_bytes,
+)
+from tests.faults.micro import micro_config
+
+
+def made(policy, **changes):
+    config = micro_config(policy, policy.parent, **changes)
+    return config, meta_policy(config.policy)
+
+
+def test_the_two_heights_are_the_sums_of_their_parts(policy) -> None:
+    """One layer of 16, 17 words; 12 responses of 4 tokens, 6 an update, prompts of 5."""
+    config, model = made(policy)
+    weights = bytes_of([*model.parameters(), *model.buffers()])
+    trained = bytes_of(model.parameters())
+    found = estimate(model, config, 5, 1000)
+    one_layer = kept_by_forward(model, 6, 9).bytes
+    kept = 2 * one_layer + 2 * 6 * 4 * 16 * 4
+    logits, head = 6 * 4 * 17 * 4, 17 * 16 * 4
+    matrices = 4 * (4 * 16 * 16 + 3 * 16 * 32 + 17 * 16)
+    cached = key_value_bytes(model) * (3 * 5 + 12 * 4) + 12 * 17 * 4
+    assert found.parts == {
+        "process": 1000, "weights": weights, "reference": 0, "optimizer": 2 * trained,
+        "gradients": trained, "activations": kept, "logits": logits, "sampler": matrices,
+        "keys_values": cached,
+    }  # fmt: skip
+    always = 1000 + weights + 2 * trained
+    assert found.update == always + max(trained, head + kept + logits)
+    assert found.rollout == always + matrices + cached
+    assert found.peak == max(found.update, found.rollout) and found.measured
+
+
+def test_settings_take_what_they_say(policy) -> None:
+    config, model = made(policy)
+    plain = estimate(model, config, 5, 0)
+    changes = {
+        "reference": {"reference": "start"},
+        "activations": {"trainer__micro_batch_size": 1},
+        "optimizer": {"optimizer__name": "sgd"},
+        "keys_values": {"trainer__group_size": 8},
+        "sampler": {"trainer__decoder": "module"},
+    }
+    for part, change in changes.items():
+        other = estimate(model, made(policy, **change)[0], 5, 0)
+        grows = part in ("reference", "keys_values")
+        assert (other.parts[part] > plain.parts[part]) == grows, part
+        assert other.parts[part] != plain.parts[part], part
+    lag, _ = made(policy, rollout__lag=3)
+    assert estimate(model, lag, 5, 0).parts["reference"] == 3 * plain.parts["gradients"]
+    momentum, _ = made(policy, optimizer__name="sgd", optimizer__momentum=0.5)
+    assert optimizer_bytes(model, momentum) == plain.parts["gradients"]
+    muon, _ = made(policy, optimizer__name="muon")
+    hidden = 4 * (4 * 16 * 16 + 3 * 16 * 32)
+    assert optimizer_bytes(model, muon) == hidden + 2 * (plain.parts["gradients"] - hidden)
+    bfloat16, _ = made(policy, trainer__sampling_dtype="bfloat16")
+    assert sampler_bytes(model, bfloat16) * 2 == sampler_bytes(model, config)
+
+
+def test_large_logits_are_held_in_blocks(policy) -> None:
+    config, _ = made(policy, trainer__logprob_chunk=512)
+    assert logits_bytes(100, 1000, config) == 100 * 1000 * 4
+    assert logits_bytes(100_000, 1000, config) == 512 * 1000 * 4
+    assert logits_bytes(100_000, 100_000, config) == (64 << 20) // 400_000 * 400_000
+    small, _ = made(policy, trainer__logprob_chunk=64)
+    assert logits_bytes(100_000, 1000, small) == 64 * 1000 * 4
+    assert logits_bytes(0, 0, config) == 0
+
+
+def test_the_limit_is_the_least_of_the_machine_and_its_groups(tmp_path) -> None:
+    whole = machine_bytes(tmp_path)
+    assert whole is not None and whole > 2**28
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text("3:cpu:/a\n0::/outer/inner\n")
+    inner = tmp_path / "sys/fs/cgroup/outer/inner"
+    inner.mkdir(parents=True)
+    (inner / "memory.max").write_text("max\n")
+    assert machine_bytes(tmp_path) == whole
+    (inner.parent / "memory.max").write_text(f"{2**27}\n")
+    assert machine_bytes(tmp_path) == 2**27
+    (tmp_path / "proc/self/cgroup").write_text("9:cpu,memory:/old\n")
+    old = tmp_path / "sys/fs/cgroup/memory/old"
+    old.mkdir(parents=True)
+    (old / "memory.limit_in_bytes").write_text("9223372036854771712\n")
+    assert machine_bytes(tmp_path) == whole
+    (old / "memory.limit_in_bytes").write_text(f"{2**26}\n")
+    assert machine_bytes(tmp_path) == 2**26
+
+
+def test_what_cannot_fit_is_refused_with_the_setting_that_helps_most(policy, monkeypatch) -> None:
+    changes = {"trainer__max_length": 400, "task": {"name": "sort"}, "reference": "start"}
+    config, model = made(policy, **changes, trainer__group_size=64)
+    peak = estimate(model, config, 12, 0).peak
+    monkeypatch.setattr(memory, "resident_bytes", lambda: 0)
+    monkeypatch.setattr(memory, "prompt_tokens", lambda config: 12)
+    monkeypatch.setattr(memory, "machine_bytes", lambda: peak)
+    assert memory_line(config).startswith("memory: about ")
+    monkeypatch.setattr(memory, "machine_bytes", lambda: int(peak * memory.SURE) - 1000)
+    with pytest.raises(
+        ModelError, match=r"needs about .*, more than there is .* would take"
+    ) as told:
+        memory_line(config)
+    named = str(told.value).rpartition("; ")[2].partition(" would")[0]
+    others = {
+        "trainer.micro_batch_size = 1": {"trainer__micro_batch_size": 1},
+        "trainer.group_size = 2": {"trainer__group_size": 2},
+        'reference = "none"': {"reference": "none"},
+        "policy.lora_rank = 16": {"policy__lora_rank": 16},
+    }
+    peaks = {}
+    for name, change in others.items():
+        other = made(policy, **{"trainer__group_size": 64} | changes | change)
+        peaks[name] = estimate(other[1], other[0], 12, 0).peak
+    assert peaks[named] == min(peaks.values()) < peak
+
+
+def test_a_policy_without_a_configuration_does_not_stop_a_run(policy, monkeypatch) -> None:
+    config, _ = made(policy)
+    gone = dataclasses.replace(config.policy, path=str(policy.parent / "no"))
+    line = memory_line(dataclasses.replace(config, policy=gone))
+    assert line.startswith("memory: cannot be told before the policy is loaded (")
+
+
+def test_the_process_is_measured() -> None:
+    before = resident_bytes()
+    held = bytearray(64 << 20)
+    held[::4096] = b"x" * len(held[::4096])
+    assert before > 10 << 20 and resident_bytes() > before + (48 << 20)
+
+
+def test_doctor_shows_the_parts_of_a_model_and_of_a_run(policy, tmp_path, capsys) -> None:
+    assert main(["doctor", str(policy)]) == 0
+    text = capsys.readouterr().out
+    assert "memory of a run of" in text and "activations" in text and "updates take about" in text
+    file = tmp_path / "run.toml"
+    file.write_text(f'reference = "start"\n[policy]\npath = "{policy}"\n')
+    assert main(["doctor", str(file)]) == 0
+    assert "reference" in capsys.readouterr().out
