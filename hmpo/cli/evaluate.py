@@ -91,7 +91,13 @@ def measure(
     """
     from hmpo.models import load_policy, stop_token_ids
     from hmpo.models.tokens import pad_token_id
-    from hmpo.run.build import load_trained, make_rewards, trainer_config, use_machine
+    from hmpo.run.build import (
+        load_trained,
+        make_environments,
+        make_rewards,
+        trainer_config,
+        use_machine,
+    )
     from hmpo.run.evaluation import Evaluator
 
     config = located(config)
@@ -109,14 +115,16 @@ def measure(
         eos_token=stop_token_ids(loaded.tokenizer, task.stop, loaded.model),
         pad_token=pad_token_id(loaded.tokenizer, loaded.model),
     )
+    talks = make_environments(config, loaded.tokenizer)
     evaluator = Evaluator(
         policy=loaded.model,
         tokenizer=loaded.tokenizer,
         task=task,
-        rewards=make_rewards(config, task),
+        rewards=make_rewards(config, task, talks),
         config=settings,
         batch_size=config.eval.batch_size,
         seed=config.seed,
         success=config.eval.success,
+        environments=talks,
     )
     return evaluator.evaluate(prompts, pass_at=pass_at)

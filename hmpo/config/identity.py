@@ -16,6 +16,8 @@ LATER = {
     "objective.token_clamp": None,
     "objective.exponent.per": "update",
     "objective.segments": "response",
+    "task.environment": "",
+    "task.max_turns": 16,
     "rollout.lag": 0,
 }
 """Settings that came after runs had been made, each with the value that says nothing new: left out

@@ -32,7 +32,12 @@ def located(config: RunConfig) -> RunConfig:
         name: _found(value, folders) if isinstance(value, str) and _is_path(name, value) else value
         for name, value in config.task.options.items()
     }
-    task = dataclasses.replace(config.task, name=_code(config.task.name, folders), options=options)
+    task = dataclasses.replace(
+        config.task,
+        name=_code(config.task.name, folders),
+        environment=_code(config.task.environment, folders),
+        options=options,
+    )
     functions = tuple(_code(spec, folders) for spec in config.rewards.functions)
     rewards = dataclasses.replace(config.rewards, functions=functions)
     return dataclasses.replace(config, policy=policy, task=task, rewards=rewards)

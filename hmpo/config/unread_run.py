@@ -37,7 +37,9 @@ def refuse_unread_run(config: RunConfig) -> None:
 def _rules(config: RunConfig) -> Iterator[tuple[str, *Rule]]:
     policy, optimizer, trainer, agm = config.policy, config.optimizer, config.trainer, config.agm
     adapted = policy.lora_rank > 0
-    yield "objective", ("segments",), False, "no turns in a run"
+    talks = bool(config.task.environment)
+    yield "task", ("max_turns",), talks, "no task.environment"
+    yield "objective", ("segments",), talks, "no task.environment"
     yield "policy", ("lora_alpha", "lora_targets"), adapted, "policy.lora_rank = 0"
     yield "optimizer", MUON, optimizer.name == "muon", f'optimizer.name = "{optimizer.name}"'
     sgd, why = optimizer.name == "sgd", f'optimizer.name = "{optimizer.name}"'

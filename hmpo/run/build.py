@@ -12,6 +12,8 @@ from hmpo.checkpoint import load_checkpoint
 from hmpo.config import GSPOConfig, OptimizerConfig, PowerMeanConfig, RunConfig
 from hmpo.config.identity import has_schedule
 from hmpo.config.unread import GSPO_READS, refuse_unread_by_gspo
+from hmpo.environments import Environments, load_environment
+from hmpo.environments.pool import COLUMN
 from hmpo.errors import CheckpointError, ConfigError, ModelError, require
 from hmpo.models import LoadedPolicy, load_policy, stop_token_ids
 from hmpo.models.policy import load_trained_state
@@ -19,6 +21,7 @@ from hmpo.models.tokens import pad_token_id
 from hmpo.optim.param_groups import MuonWithAdamW, runs_fused, split_param_groups
 from hmpo.rewards import Rewards, load_reward
 from hmpo.tasks import Task
+from hmpo.trainer.conversation_rewards import with_environment
 from hmpo.trainer.gspo import GSPOTrainer
 from hmpo.trainer.power_mean import PowerMeanTrainer
 
@@ -34,23 +37,46 @@ def use_machine(config: RunConfig) -> str:
     return config.device
 
 
-def make_rewards(config: RunConfig, task: Task) -> Rewards:
-    """The configured reward functions, or the task's own check."""
+def make_environments(config: RunConfig, tokenizer: Any) -> Environments | None:
+    """What the policy of a run talks with; None for one turn a response."""
+    if not config.task.environment:
+        return None
+    return Environments(
+        load_environment(config.task.environment),
+        max_turns=config.task.max_turns,
+        tokenizer=tokenizer,
+    )
+
+
+def make_rewards(
+    config: RunConfig, task: Task, environments: Environments | None = None
+) -> Rewards:
+    """The environment's rewards, the configured reward functions, or the task's own check."""
     functions = {spec: load_reward(spec) for spec in config.rewards.functions}
     named = {spec.rpartition(":")[2]: fn for spec, fn in functions.items()}
     if len(named) < len(functions):
         raise ConfigError("rewards.functions: two functions share a name; rename one")
-    if not named and hasattr(task, "refuse_own_reward"):
+    given = with_environment(named, environments)
+    weights = config.rewards.weights
+    if weights and len(given) > len(named):
+        weights = (1.0, *weights)
+    if not given and environments is not None:
+        raise ConfigError(
+            f"rewards.functions: got none with task.environment = {config.task.environment!r}, "
+            "which gives no rewards, expected at least one, or a get_reward"
+        )
+    if not given and hasattr(task, "refuse_own_reward"):
         task.refuse_own_reward()
     rewards = Rewards(
-        named or {config.task.name.rpartition(":")[2]: task.reward},
-        config.rewards.weights,
+        given or {config.task.name.rpartition(":")[2]: task.reward},
+        weights,
         on_error=config.trainer.on_reward_error,
         timeout=config.trainer.reward_timeout,
         success=config.eval.success,
         max_steps=config.updates,
     )
-    rewards.refuse_missing(task.train(0).columns)
+    columns = [*task.train(0).columns, *([] if environments is None else [COLUMN])]
+    rewards.refuse_missing(columns)
     return rewards
 
 
@@ -99,7 +125,13 @@ def trainer_config(config: RunConfig, **changes: Any) -> PowerMeanConfig | GSPOC
     return PowerMeanConfig(objective=config.objective, mismatch=config.mismatch, **shared)
 
 
-def make_trainer(config: RunConfig, loaded: LoadedPolicy, task: Task, rewards: Rewards) -> Trainer:
+def make_trainer(
+    config: RunConfig,
+    loaded: LoadedPolicy,
+    task: Task,
+    rewards: Rewards,
+    environments: Environments | None = None,
+) -> Trainer:
     """The trainer of a run, with its optimizer and reference policy."""
     reference = None
     if config.reference == "start":
@@ -120,6 +152,7 @@ def make_trainer(config: RunConfig, loaded: LoadedPolicy, task: Task, rewards: R
         tokenizer=loaded.tokenizer,
         stop=task.stop,
         lag=config.rollout.lag,
+        environment=environments,
     )
 
 

@@ -12,12 +12,15 @@ from typing import Any
 from torch import nn
 
 from hmpo.config import TrainerConfig
+from hmpo.environments import Environments
 from hmpo.randomness import keyed_generator, keyed_seed
 from hmpo.rewards import Rewards
 from hmpo.stats import wilson_interval
 from hmpo.tasks import Example, Task
+from hmpo.trainer.conversation_rewards import environment_events
 from hmpo.trainer.prompts import with_tokens
-from hmpo.trainer.rollout import reward_events, sample_and_score, sampling_options
+from hmpo.trainer.responses import reward_events
+from hmpo.trainer.rollout import sample_and_score, sampling_options
 from hmpo.types import Event
 
 logger = logging.getLogger(__name__)
@@ -146,6 +149,8 @@ class Evaluator:
     seed: int = 0
     success: float = 1.0
     """A response succeeds when its total reward reaches this."""
+    environments: Environments | None = None
+    """What the policy talks with."""
 
     def evaluate(
         self,
@@ -252,9 +257,11 @@ class Evaluator:
                 tokenizer=self.tokenizer,
                 step=step,
                 reward_seed=keyed_seed(self.seed, "evaluation rewards", start),
+                environments=self.environments,
             )
             totals += scored.rewards.view(-1, samples).tolist()
             events += reward_events(scored.result, step)
+            events += environment_events(scored.conversations, step)
             scored_more(len(part) * samples)
         return totals
 

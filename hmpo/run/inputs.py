@@ -52,6 +52,7 @@ def describe_inputs(config: RunConfig, folder: Path) -> dict[str, str]:
             found[f"task.options.{name}: {path.name}"] = file_hash(path)
     for what, spec in (
         ("task.name", config.task.name),
+        ("task.environment", config.task.environment),
         *(("rewards.functions", spec) for spec in config.rewards.functions),
     ):
         if ":" in spec and not spec.startswith("reasoning-gym:"):

@@ -14,10 +14,17 @@ from typing import Any
 
 from hmpo.config import RunConfig
 from hmpo.config.places import located
+from hmpo.environments import load_environment
 from hmpo.models import LoadedPolicy, load_policy, save_policy
 from hmpo.optim.state import clip_lists
 from hmpo.randomness import seed_everything
-from hmpo.run.build import make_rewards, make_trainer, trainer_config, use_machine
+from hmpo.run.build import (
+    make_environments,
+    make_rewards,
+    make_trainer,
+    trainer_config,
+    use_machine,
+)
 from hmpo.run.consent import resume_command
 from hmpo.run.ending import failure_text
 from hmpo.run.evaluation import Evaluation, Evaluator, gather_columns
@@ -105,13 +112,20 @@ class _Run:
             config
         )  # what an algorithm does not read is refused before a model is loaded
         self.task: Task = make_task(config.task, config.seed)
-        self.rewards = make_rewards(config, self.task)
+        spoken = config.task.environment
+        if spoken:
+            load_environment(spoken)  # refused before a model is loaded, too
+        else:
+            self.rewards = make_rewards(config, self.task)
         self.audience.tell("on_loading", config, f"the policy {config.policy.path}")
         self.loaded: LoadedPolicy = load_policy(config.policy, device=device)
         load_start(self.loaded.model, config, place.path if resume else None)
+        talks = make_environments(config, self.loaded.tokenizer)
+        if talks is not None:
+            self.rewards = make_rewards(config, self.task, talks)
         length = config.trainer.max_length
         check_prompts(self.task, self.loaded.tokenizer, self.loaded.model, length)
-        self.trainer = make_trainer(config, self.loaded, self.task, self.rewards)
+        self.trainer = make_trainer(config, self.loaded, self.task, self.rewards, talks)
         self.evaluator = Evaluator(
             policy=self.loaded.model,
             tokenizer=self.loaded.tokenizer,
@@ -121,6 +135,7 @@ class _Run:
             batch_size=config.eval.batch_size,
             seed=config.seed,
             success=config.eval.success,
+            environments=talks,
         )
         self.steering = Steering(config, self.trainer, self.task)
         self.evidence = Evidence()

@@ -59,6 +59,10 @@ def check_name(config: TaskConfig) -> None:
         raise TaskError(f"task.shots: got {config.shots}, expected an integer >= 0")
     if any(text == "" for text in config.stop or ()):
         raise TaskError(f"task.stop: got {config.stop!r}, expected strings that are not empty")
+    if config.max_turns < 1:
+        raise TaskError(f"task.max_turns: got {config.max_turns}, expected an integer >= 1")
+    if config.environment:
+        check_object(config.environment, "task.environment", TaskError)
     if config.name in BUILT_IN or config.name.startswith(PREFIX):
         return
     if ":" not in config.name:

@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from hmpo.config import TrainerConfig
+from hmpo.environments import Environments
 from hmpo.errors import NonFiniteError, require
 from hmpo.models.evaluation import evaluating
 from hmpo.models.policy import bare_policy, load_trained_state, trained_state
@@ -25,6 +26,7 @@ from hmpo.optim.state import clip_metrics, join_clip_state, split_clip_state
 from hmpo.randomness import keyed_generator
 from hmpo.rewards import Rewards
 from hmpo.stopwatch import section
+from hmpo.trainer.conversation_rewards import environments_of, with_environment
 from hmpo.trainer.faults import (
     Fault,
     UpdateCheck,
@@ -60,11 +62,14 @@ class Trainer(ABC, Generic[C]):
         ref_model: nn.Module | None,
         optimizer: torch.optim.Optimizer,
         config: C,
-        reward_fn: Callable[..., Any] | Rewards,
+        reward_fn: Callable[..., Any] | Rewards | None,
         *,
         tokenizer: Any = None,
         stop: Sequence[str] = (),
         lag: int = 0,
+        environment: Callable[[], Any] | Environments | None = None,
+        tools: Sequence[Callable[..., Any]] = (),
+        max_turns: int = 16,
     ) -> None:
         policy_model = bare_policy(policy_model)
         ref_model = None if ref_model is None else bare_policy(ref_model)
@@ -73,9 +78,10 @@ class Trainer(ABC, Generic[C]):
         config = with_tokens(config, policy_model, tokenizer, stop)
         self.policy, self.ref, self.config = policy_model, ref_model, config
         self.device = next(policy_model.parameters()).device
+        talks = environments_of(environment, tools, max_turns, tokenizer)
         if not isinstance(reward_fn, Rewards):
             reward_fn = Rewards(
-                reward_fn,
+                with_environment(reward_fn, talks),
                 on_error=config.on_reward_error,
                 timeout=config.reward_timeout,
                 max_steps=config.total_updates or 0,
@@ -87,6 +93,7 @@ class Trainer(ABC, Generic[C]):
             rewards=reward_fn,
             tokenizer=tokenizer,
             stop=tuple(stop),
+            environments=talks,
             recompute=self.recomputes_logprobs,
         )
         config.lr_factor(0)  # an incomplete schedule is refused now, not at the first update

@@ -39,6 +39,8 @@ class GSPOTrainer(Trainer[GSPOConfig]):
         tokenizer: for prompts given as text.
         stop: strings that end a completion's text.
         lag: rollouts between the weights that sample and those that learn.
+        environment: as in `PowerMeanTrainer`, and so are `tools` and `max_turns`; a conversation
+            is one response, whose mean is over what was sampled.
     """
 
     def advantages(

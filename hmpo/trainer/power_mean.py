@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from hmpo.config import HMPOConfig, PowerMeanConfig
 from hmpo.config.objective import ObjectiveConfig
+from hmpo.environments import Environments
 from hmpo.errors import ConfigError
 from hmpo.objective.advantages import group_advantages, zero_variance_groups
 from hmpo.objective.in_force import ObjectiveInForce
@@ -43,6 +44,10 @@ class PowerMeanTrainer(Trainer[PowerMeanConfig]):
         stop: strings that end a response (where `config.eos_token` is None, so do tokens that
             hold one); a completion's text ends before the first of them.
         lag: rollouts between the weights that sample and those that learn (`RolloutConfig`).
+        environment: a class whose instances the policy talks with (`hmpo.environments`), or TRL's
+            `environment_factory`; `reward_fn` may be None where it gives the rewards.
+        tools: functions that the policy may call, as TRL's.
+        max_turns: most turns of a conversation.
 
     Example:
         trainer = HMPOTrainer(policy, None, optimizer, HMPOConfig(), reward_fn)
@@ -56,11 +61,14 @@ class PowerMeanTrainer(Trainer[PowerMeanConfig]):
         ref_model: nn.Module | None,
         optimizer: torch.optim.Optimizer,
         config: PowerMeanConfig,
-        reward_fn: Callable[..., Any] | Rewards,
+        reward_fn: Callable[..., Any] | Rewards | None,
         *,
         tokenizer: Any = None,
         stop: Sequence[str] = (),
         lag: int = 0,
+        environment: Callable[[], Any] | Environments | None = None,
+        tools: Sequence[Callable[..., Any]] = (),
+        max_turns: int = 16,
     ) -> None:
         device = next(policy_model.parameters()).device
         objective = config.resolved_objective
@@ -88,6 +96,9 @@ class PowerMeanTrainer(Trainer[PowerMeanConfig]):
             tokenizer=tokenizer,
             stop=stop,
             lag=lag,
+            environment=environment,
+            tools=tools,
+            max_turns=max_turns,
         )
 
     @property
@@ -185,7 +196,7 @@ class HMPOTrainer(PowerMeanTrainer):
         ref_model: nn.Module | None,
         optimizer: torch.optim.Optimizer,
         config: HMPOConfig,
-        reward_fn: Callable[..., Any] | Rewards,
+        reward_fn: Callable[..., Any] | Rewards | None,
         **keywords: Any,
     ) -> None:
         super().__init__(policy_model, ref_model, optimizer, config, reward_fn, **keywords)

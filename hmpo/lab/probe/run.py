@@ -42,7 +42,14 @@ from hmpo.models.policy import autocast
 from hmpo.objective.mismatch import join_weights, on_policy_rows
 from hmpo.optim import discard_qk_readings
 from hmpo.randomness import random_state_kept, restore_random_state, seed_everything
-from hmpo.run.build import Trainer, load_trained, make_rewards, make_trainer, use_machine
+from hmpo.run.build import (
+    Trainer,
+    load_trained,
+    make_environments,
+    make_rewards,
+    make_trainer,
+    use_machine,
+)
 from hmpo.run.consent import code_of, refuse_code
 from hmpo.run.evaluation import gather_columns
 from hmpo.run.folder import refuse_foreign, renamed
@@ -100,14 +107,15 @@ class _Replay:
         device = use_machine(config)
         seed_everything(config.seed)
         task = make_task(config.task, config.seed)
-        self.rewards = make_rewards(config, task)
         saved = load_checkpoint(folder / "checkpoints")
         if saved is None:
             loaded = load_trained(folder, config, device)
         else:
             loaded = load_policy(config.policy, device=device)
             load_start(loaded.model, config, folder)
-        self.trainer: Trainer = make_trainer(config, loaded, task, self.rewards)
+        talks = make_environments(config, loaded.tokenizer)
+        self.rewards = make_rewards(config, task, talks)
+        self.trainer: Trainer = make_trainer(config, loaded, task, self.rewards, talks)
         self.steering = Steering(config, self.trainer, task)
         self._restore(saved)
         self.checkpoint = None if saved is None else saved.step
