@@ -32,6 +32,10 @@ class RewardError(HmpoError, ValueError):
     """A reward function raised, timed out, or returned something unusable."""
 
 
+class ConversationError(HmpoError, ValueError):
+    """An environment or a tool raised, or returned something unusable."""
+
+
 class NonFiniteError(HmpoError, FloatingPointError):
     """NaN or infinity reached a place where it would corrupt the run."""
 

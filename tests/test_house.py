@@ -22,7 +22,7 @@ FLOORS = [
     "lab | adapters",
     "run",
     "trainer",
-    "sampling | logprobs",
+    "sampling | logprobs | environments",
     "optim | models | tasks",
     "agm | objective",
     "attention | rewards | checkpoint | telemetry | config",

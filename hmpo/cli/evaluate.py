@@ -105,6 +105,7 @@ def measure(
     from hmpo.models.tokens import pad_token_id
     from hmpo.run.build import (
         load_trained,
+        make_environments,
         make_rewards,
         ready_prompts,
         trainer_config,
@@ -128,15 +129,17 @@ def measure(
         eos_token=stop_token_ids(loaded.tokenizer, task.stop, loaded.model),
         pad_token=pad_token_id(loaded.tokenizer, loaded.model),
     )
+    talks = make_environments(config, loaded.tokenizer)
     evaluator = Evaluator(
         policy=loaded.model,
         tokenizer=loaded.tokenizer,
         task=task,
-        rewards=make_rewards(config, task),
+        rewards=make_rewards(config, task, talks),
         config=settings,
         batch_size=config.eval.batch_size,
         seed=config.seed,
         success=config.eval.success,
         prompt_options=options,
+        environments=talks,
     )
     return evaluator.evaluate(prompts, pass_at=pass_at)

@@ -21,6 +21,8 @@ LATER = {
     "objective.token_clamp": None,
     "objective.exponent.per": "update",
     "objective.segments": "response",
+    "task.environment": "",
+    "task.max_turns": 16,
     "rollout.lag": 0,
     "task.chat": False,
     "task.system": "",

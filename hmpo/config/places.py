@@ -37,7 +37,12 @@ def located(config: RunConfig) -> RunConfig:
         name: value if name in splits else _option(name, value, folders)
         for name, value in config.task.options.items()
     }
-    task = dataclasses.replace(config.task, name=_code(config.task.name, folders), options=options)
+    task = dataclasses.replace(
+        config.task,
+        name=_code(config.task.name, folders),
+        environment=_code(config.task.environment, folders),
+        options=options,
+    )
     functions = tuple(_code(spec, folders) for spec in config.rewards.functions)
     tables = {
         function: {

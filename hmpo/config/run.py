@@ -94,6 +94,12 @@ class TaskConfig:
     template does not mention is refused."""
     options: dict[str, Any] = field(default_factory=dict)
     """Further options of the task, such as `train` of `data` or a generator's sizes."""
+    environment: str = ""
+    """What the policy talks with: `module:Class` or `path/to/file.py:Class` with `reset` and
+    `step`, or with `reset` and methods that are tools. Its rewards count with those of
+    `rewards.functions`, in place of the task's own check. Empty: one turn a response."""
+    max_turns: int = 16
+    """environment: most turns of the policy in one conversation."""
     stop: tuple[str, ...] | None = None
     """Strings that end a response; unset takes the task's own (a newline, also for jsonl; none
     for `data` and for conversations), an empty list none: only an end token ends a response then.

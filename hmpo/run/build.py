@@ -12,6 +12,8 @@ from hmpo.checkpoint import load_checkpoint
 from hmpo.config import GSPOConfig, OptimizerConfig, PowerMeanConfig, RunConfig
 from hmpo.config.identity import has_schedule
 from hmpo.config.unread import GSPO_READS, refuse_unread_by_gspo
+from hmpo.environments import Environments, load_environment
+from hmpo.environments.pool import COLUMN
 from hmpo.errors import CheckpointError, ConfigError, ModelError, require
 from hmpo.models import LoadedPolicy, load_policy, stop_token_ids
 from hmpo.models.chat import PromptOptions, refuse_options
@@ -24,6 +26,7 @@ from hmpo.rewards import Rewards, load_reward
 from hmpo.run.place import Step, chosen_step
 from hmpo.run.source import pinned
 from hmpo.tasks import Task, is_chat
+from hmpo.trainer.conversation_rewards import with_environment
 from hmpo.trainer.gspo import GSPOTrainer
 from hmpo.trainer.power_mean import PowerMeanTrainer
 from hmpo.trainer.prompts import fit_prompts
@@ -40,8 +43,21 @@ def use_machine(config: RunConfig) -> str:
     return config.device
 
 
-def make_rewards(config: RunConfig, task: Task) -> Rewards:
-    """The configured reward functions, or the task's own check."""
+def make_environments(config: RunConfig, tokenizer: Any) -> Environments | None:
+    """What the policy of a run talks with; None for one turn a response."""
+    if not config.task.environment:
+        return None
+    return Environments(
+        load_environment(config.task.environment),
+        max_turns=config.task.max_turns,
+        tokenizer=tokenizer,
+    )
+
+
+def make_rewards(
+    config: RunConfig, task: Task, environments: Environments | None = None
+) -> Rewards:
+    """The environment's rewards, the configured reward functions, or the task's own check."""
     options = config.rewards.options
     functions = {spec: load_reward(spec, options.get(spec)) for spec in config.rewards.functions}
     named = {spec.rpartition(":")[2]: fn for spec, fn in functions.items()}
@@ -54,17 +70,27 @@ def make_rewards(config: RunConfig, task: Task) -> Rewards:
             )
     if len(named) < len(functions):
         raise ConfigError("rewards.functions: two functions share a name; rename one")
-    if not named and hasattr(task, "refuse_own_reward"):
+    given = with_environment(named, environments)
+    weights = config.rewards.weights
+    if weights and len(given) > len(named):
+        weights = (1.0, *weights)
+    if not given and environments is not None:
+        raise ConfigError(
+            f"rewards.functions: got none with task.environment = {config.task.environment!r}, "
+            "which gives no rewards, expected at least one, or a get_reward"
+        )
+    if not given and hasattr(task, "refuse_own_reward"):
         task.refuse_own_reward()
     rewards = Rewards(
-        named or {config.task.name.rpartition(":")[2]: task.reward},
-        config.rewards.weights,
+        given or {config.task.name.rpartition(":")[2]: task.reward},
+        weights,
         on_error=config.trainer.on_reward_error,
         timeout=config.trainer.reward_timeout,
         success=config.eval.success,
         max_steps=config.updates,
     )
-    rewards.refuse_missing(task.train(0).columns)
+    columns = [*task.train(0).columns, *([] if environments is None else [COLUMN])]
+    rewards.refuse_missing(columns)
     return rewards
 
 
@@ -155,6 +181,7 @@ def make_trainer(
     task: Task,
     rewards: Rewards,
     options: PromptOptions | None = None,
+    environments: Environments | None = None,
 ) -> Trainer:
     """The trainer of a run, with its optimizer and reference policy."""
     reference = frozen_copy(loaded.model) if config.reference == "start" else None
@@ -175,6 +202,7 @@ def make_trainer(
         stop=task.stop,
         lag=config.rollout.lag,
         prompt_options=options,
+        environment=environments,
     )
 
 

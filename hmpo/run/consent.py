@@ -1,8 +1,8 @@
 """Code that a run's folder names is run with consent only: the folder may be a stranger's.
 
-`rewards.functions` and `task.name` may name any attribute of any module, `subprocess:Popen` too,
-and a folder's prompts would be its arguments. The user's own file or command line is consent; a
-folder's config.json is not. No torch in here.
+`rewards.functions`, `task.name` and `task.environment` may name any attribute of any module,
+`subprocess:Popen` too, and a folder's prompts would be its arguments. The user's own file or
+command line is consent; a folder's config.json is not. No torch in here.
 """
 
 import shlex
@@ -29,6 +29,9 @@ def code_of(config: RunConfig, given: Collection[str] = ()) -> list[str]:
     task = config.task.name
     if ":" in task and not task.startswith(PREFIX) and not {"task", "task.name"} & {*given}:
         named.append(task)
+    environment = config.task.environment
+    if environment and not {"task", "task.environment"} & {*given}:
+        named.append(environment)
     return [spec for spec in named if not spec.startswith(OWN)]
 
 

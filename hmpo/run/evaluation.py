@@ -12,14 +12,17 @@ from typing import Any
 from torch import nn
 
 from hmpo.config import TrainerConfig
+from hmpo.environments import Environments
 from hmpo.models.chat import PromptOptions
 from hmpo.randomness import keyed_generator, keyed_seed
 from hmpo.rewards import Rewards
 from hmpo.stats import wilson_interval
 from hmpo.tasks import Example, Task
 from hmpo.tasks.base import gather_columns
+from hmpo.trainer.conversation_rewards import environment_events
 from hmpo.trainer.prompts import with_tokens
-from hmpo.trainer.rollout import reward_events, sample_and_score, sampling_options
+from hmpo.trainer.responses import reward_events
+from hmpo.trainer.rollout import sample_and_score, sampling_options
 from hmpo.types import Event
 
 logger = logging.getLogger(__name__)
@@ -150,6 +153,8 @@ class Evaluator:
     """A response succeeds when its total reward reaches this."""
     prompt_options: PromptOptions | None = None
     """How prompts become token ids."""
+    environments: Environments | None = None
+    """What the policy talks with."""
 
     def evaluate(
         self,
@@ -258,9 +263,11 @@ class Evaluator:
                 step=step,
                 reward_seed=keyed_seed(self.seed, "evaluation rewards", start),
                 prompt_options=self.prompt_options,
+                environments=self.environments,
             )
             totals += scored.rewards.view(-1, samples).tolist()
             events += reward_events(scored.result, step)
+            events += environment_events(scored.conversations, step)
             scored_more(len(part) * samples)
         return totals
 

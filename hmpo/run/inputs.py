@@ -62,6 +62,7 @@ def describe_inputs(config: RunConfig, folder: Path, task: object = None) -> dic
                 found |= _policy(value, "", f"rewards.options.{function}.{name}")
     for what, spec in (
         ("task.name", config.task.name),
+        ("task.environment", config.task.environment),
         *(("rewards.functions", spec) for spec in config.rewards.functions),
     ):
         if ":" in spec and not spec.startswith("reasoning-gym:"):

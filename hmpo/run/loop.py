@@ -14,12 +14,14 @@ from typing import Any
 
 from hmpo.config import RunConfig
 from hmpo.config.places import located
+from hmpo.environments import load_environment
 from hmpo.models import LoadedPolicy, load_policy
 from hmpo.models.source import whole_policy
 from hmpo.optim.state import clip_lists
 from hmpo.randomness import seed_everything
 from hmpo.run.best import ON_THE_WAY
 from hmpo.run.build import (
+    make_environments,
     make_rewards,
     make_trainer,
     ready_prompts,
@@ -115,7 +117,11 @@ class Run:
         seed_everything(config.seed)
         trainer_config(config)  # refuses what is not read before a model is loaded
         self.task: Task = make_task(config.task, config.seed)
-        self.rewards = make_rewards(config, self.task)
+        spoken = config.task.environment
+        if spoken:
+            load_environment(spoken)  # refused before a model is loaded, too
+        else:
+            self.rewards = make_rewards(config, self.task)
         self.audience.tell("on_loading", config, f"the policy {config.policy.path}")
         config = self.config = pinned(config, place.path if resume else None)
         self.files.source = described(self.files.config, config)
@@ -123,9 +129,12 @@ class Run:
         self.source = whole_policy(config.policy.path, config.policy.revision)
         load_start(self.loaded.model, config, place.path if resume else None)
         loaded, length = self.loaded, config.trainer.max_length
+        talks = make_environments(config, loaded.tokenizer)
+        if talks is not None:
+            self.rewards = make_rewards(config, self.task, talks)
         options = ready_prompts(config, loaded, self.task)
         check_prompts(self.task, loaded.tokenizer, loaded.model, length, options)
-        self.trainer = make_trainer(config, self.loaded, self.task, self.rewards, options)
+        self.trainer = make_trainer(config, loaded, self.task, self.rewards, options, talks)
         self.evaluator = Evaluator(
             policy=self.loaded.model,
             tokenizer=self.loaded.tokenizer,
@@ -136,6 +145,7 @@ class Run:
             seed=config.seed,
             success=config.eval.success,
             prompt_options=options,
+            environments=talks,
         )
         self.steering = Steering(config, self.trainer, self.task)
         self.evidence = Evidence()

@@ -11,7 +11,7 @@ between are cut afterwards, and the tokens are the same.
 
 import warnings
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Int
@@ -36,6 +36,16 @@ GRAPH_SHARE = 0.5
 """The same where the step is a CUDA graph, which has to be captured again then."""
 CHECK_EVERY = 8
 """Steps between two checks for finished rows where a check waits for the device: not on a CPU."""
+
+
+class Noise(NamedTuple):
+    """The random numbers of some rows of a larger batch: what each draws depends on no other.
+
+    Example: `Noise((0, 2), 4)`: two rows, the first and third of four.
+    """
+
+    rows: tuple[int, ...]
+    width: int
 
 
 def sample_responses(
@@ -109,6 +119,7 @@ def sample_rollout(
     group_size: int = 1,
     generator: torch.Generator | None = None,
     tokenizer: Any = None,
+    noise: Noise | None = None,
 ) -> Rollout:
     """`sample_responses` with its options in one record.
 
@@ -120,6 +131,8 @@ def sample_rollout(
         group_size: G, responses per prompt; rows of one prompt are adjacent.
         generator: source of randomness, for repeatable rollouts.
         tokenizer: from token ids to text, for `options.stop`.
+        noise: which of the generator's random numbers the rows take; None takes as many as there
+            are rows.
     """
     if prompt_mask is None:
         prompt_mask = torch.ones_like(prompt_ids, dtype=torch.bool)
@@ -143,7 +156,7 @@ def sample_rollout(
         if options.stop:
             responses.strings = StopStrings(tokenizer, options.stop, len(responses.rows))
         with arithmetic(prompt_ids.device, fast=fast):
-            _make_tokens(engine, responses, generator, options)
+            _make_tokens(engine, responses, generator, options, noise)
     return responses.as_rollout(prompt_ids, prompt_mask, group_size, fast=fast)
 
 
@@ -157,6 +170,7 @@ def _make_tokens(
     responses: "_Responses",
     generator: torch.Generator | None,
     options: SamplingOptions,
+    columns: Noise | None,
 ) -> None:
     """Draw token after token until every row has ended or is full."""
     rows, length = responses.tokens.shape
@@ -167,7 +181,9 @@ def _make_tokens(
     for step in range(length):
         if step % every == 0:
             ahead = min(every, length - step)
-            noise = torch.rand(ahead, rows, dtype=torch.float64, generator=generator).to(device)
+            width = rows if columns is None else columns.width
+            noise = torch.rand(ahead, width, dtype=torch.float64, generator=generator)
+            noise = (noise if columns is None else noise[:, list(columns.rows)]).to(device)
         uniform = noise[step % every]
         if len(responses.rows) < rows:
             uniform = uniform[responses.rows]

@@ -77,6 +77,10 @@ def check_name(config: TaskConfig) -> None:
             'task.chat: got true, expected false: jsonl asks texts; task.name = "data" with '
             "task.options.train asks them as conversations"
         )
+    if config.max_turns < 1:
+        raise TaskError(f"task.max_turns: got {config.max_turns}, expected an integer >= 1")
+    if config.environment:
+        check_object(config.environment, "task.environment", TaskError)
     if config.name in BUILT_IN or config.name.startswith(PREFIX):
         return
     if ":" not in config.name:

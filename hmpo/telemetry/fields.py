@@ -279,6 +279,15 @@ _REWARD = (
             "rollout/fast", "1 where the fast decoder sampled, 0 where the policy's modules did."
         ),
     ),
+    *produced_by(
+        "trainer.conversation",
+        number("turns/mean", "1", "Mean turns of the policy in a conversation.", 0.0),
+        number("turns/max", "1", "Most turns of one.", 0.0),
+        share("turns/limit_frac", "Conversations that ended at `task.max_turns`."),
+        number("environment/errors", "1", "Conversations whose environment failed.", 0.0),
+        number("tools/mean", "1", "Mean tool calls of a conversation, where there are tools.", 0.0),
+        share("tools/failed_frac", "Of these calls, those that failed or could not be read."),
+    ),
 )
 
 _QK = produced_by(

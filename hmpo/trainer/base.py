@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from hmpo.config import TrainerConfig
+from hmpo.environments import Environments
 from hmpo.errors import NonFiniteError, require
 from hmpo.models.chat import PromptOptions
 from hmpo.models.evaluation import evaluating
@@ -27,6 +28,7 @@ from hmpo.randomness import keyed_generator
 from hmpo.rewards import Rewards
 from hmpo.stopwatch import section
 from hmpo.tasks import Task
+from hmpo.trainer.conversation_rewards import environments_of, with_environment
 from hmpo.trainer.faults import (
     Fault,
     UpdateCheck,
@@ -64,12 +66,15 @@ class Trainer(ABC, Generic[C]):
         ref_model: nn.Module | None,
         optimizer: torch.optim.Optimizer,
         config: C,
-        reward_fn: Callable[..., Any] | Rewards,
+        reward_fn: Callable[..., Any] | Rewards | None,
         *,
         tokenizer: Any = None,
         stop: Sequence[str] = (),
         lag: int = 0,
         prompt_options: PromptOptions | None = None,
+        environment: Callable[[], Any] | Environments | None = None,
+        tools: Sequence[Callable[..., Any]] = (),
+        max_turns: int = 16,
     ) -> None:
         policy_model = bare_policy(policy_model)
         ref_model = None if ref_model is None else bare_policy(ref_model)
@@ -78,9 +83,10 @@ class Trainer(ABC, Generic[C]):
         config = with_tokens(config, policy_model, tokenizer, stop)
         self.policy, self.ref, self.config = policy_model, ref_model, config
         self.device = next(policy_model.parameters()).device
+        talks = environments_of(environment, tools, max_turns, tokenizer)
         if not isinstance(reward_fn, Rewards):
             reward_fn = Rewards(
-                reward_fn,
+                with_environment(reward_fn, talks),
                 on_error=config.on_reward_error,
                 timeout=config.reward_timeout,
                 max_steps=config.total_updates or 0,
@@ -93,6 +99,7 @@ class Trainer(ABC, Generic[C]):
             tokenizer=tokenizer,
             stop=tuple(stop),
             prompt_options=prompt_options,
+            environments=talks,
             recompute=self.recomputes_logprobs,
         )
         config.lr_factor(0)  # an incomplete schedule is refused now, not at the first update

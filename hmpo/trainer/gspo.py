@@ -40,6 +40,8 @@ class GSPOTrainer(Trainer[GSPOConfig]):
         stop: strings that end a completion's text.
         lag: rollouts between the weights that sample and those that learn.
         prompt_options: how text and messages become token ids.
+        environment: as in `PowerMeanTrainer`, and so are `tools` and `max_turns`; a conversation
+            is one response, whose mean is over what was sampled.
     """
 
     def advantages(

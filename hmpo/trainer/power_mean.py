@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from hmpo.config import HMPOConfig, PowerMeanConfig
 from hmpo.config.objective import ObjectiveConfig
+from hmpo.environments import Environments
 from hmpo.errors import ConfigError
 from hmpo.models.chat import PromptOptions
 from hmpo.objective.advantages import group_advantages, zero_variance_groups
@@ -46,6 +47,10 @@ class PowerMeanTrainer(Trainer[PowerMeanConfig]):
         lag: rollouts between the weights that sample and those that learn (`RolloutConfig`).
         prompt_options: how text and messages become token ids: variables of the chat template, and
             a limit of length.
+        environment: a class whose instances the policy talks with (`hmpo.environments`), or TRL's
+            `environment_factory`; `reward_fn` may be None where it gives the rewards.
+        tools: functions that the policy may call, as TRL's.
+        max_turns: most turns of a conversation.
 
     Example:
         trainer = HMPOTrainer(policy, None, optimizer, HMPOConfig(), reward_fn)
@@ -59,12 +64,15 @@ class PowerMeanTrainer(Trainer[PowerMeanConfig]):
         ref_model: nn.Module | None,
         optimizer: torch.optim.Optimizer,
         config: PowerMeanConfig,
-        reward_fn: Callable[..., Any] | Rewards,
+        reward_fn: Callable[..., Any] | Rewards | None,
         *,
         tokenizer: Any = None,
         stop: Sequence[str] = (),
         lag: int = 0,
         prompt_options: PromptOptions | None = None,
+        environment: Callable[[], Any] | Environments | None = None,
+        tools: Sequence[Callable[..., Any]] = (),
+        max_turns: int = 16,
     ) -> None:
         device = next(policy_model.parameters()).device
         objective = config.resolved_objective
@@ -93,6 +101,9 @@ class PowerMeanTrainer(Trainer[PowerMeanConfig]):
             stop=stop,
             lag=lag,
             prompt_options=prompt_options,
+            environment=environment,
+            tools=tools,
+            max_turns=max_turns,
         )
 
     @property
@@ -190,7 +201,7 @@ class HMPOTrainer(PowerMeanTrainer):
         ref_model: nn.Module | None,
         optimizer: torch.optim.Optimizer,
         config: HMPOConfig,
-        reward_fn: Callable[..., Any] | Rewards,
+        reward_fn: Callable[..., Any] | Rewards | None,
         **keywords: Any,
     ) -> None:
         super().__init__(policy_model, ref_model, optimizer, config, reward_fn, **keywords)

@@ -12,9 +12,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from hmpo.config import TrainerConfig
-from hmpo.errors import ConfigError
+from hmpo.environments import Environments
 from hmpo.logprobs.responses import token_logprobs
-from hmpo.models import decode_responses
 from hmpo.models.chat import PromptOptions
 from hmpo.models.policy import autocast
 from hmpo.models.probe import policy_facts
@@ -23,7 +22,10 @@ from hmpo.rewards import RewardResult, Rewards
 from hmpo.sampling.options import SamplingOptions
 from hmpo.sampling.responses import sample_rollout
 from hmpo.stopwatch import section
+from hmpo.trainer.conversation import Conversations, converse
+from hmpo.trainer.conversation_rewards import environment_events, scored_parts
 from hmpo.trainer.prompts import EncodedPrompts, Prompts, prompts_for
+from hmpo.trainer.responses import completions_of, repeated_columns, reward_events
 from hmpo.types import Event, Metrics, Rollout
 
 logger = logging.getLogger(__name__)
@@ -48,6 +50,8 @@ class ScoredResponses:
     """By name, a value for each response."""
     result: RewardResult
     """Rewards by function, and faults."""
+    conversations: Conversations | None = None
+    """Where the policy talked with environments."""
 
 
 def sample_and_score(
@@ -64,6 +68,7 @@ def sample_and_score(
     step: int = 0,
     reward_seed: int | None = None,
     prompt_options: PromptOptions | None = None,
+    environments: Environments | None = None,
 ) -> ScoredResponses:
     """Sample responses and score them, for a rollout or an evaluation.
 
@@ -80,11 +85,47 @@ def sample_and_score(
         step: updates done, for messages and events.
         reward_seed: of random numbers that time-limited reward functions draw; None takes `step`.
         prompt_options: how prompts given as text or messages become ids.
+        environments: what the policy talks with; None for one turn a response.
 
     Raises:
         ConfigError: no prompts, text without a tokenizer, or a column of another length.
         RewardError: a reward function gave something unusable, and that is not to be skipped.
+        ConversationError: an environment did.
     """
+    shared = (policy, prompts, config, options, group_size, generator)
+    if environments is not None:
+        talked = _talked(*shared, columns, environments)
+        with section("rewards"):
+            by_response = repeated_columns(columns, len(talked.openings) // group_size, group_size)
+            parts = scored_parts(talked, by_response, rewards, step=step, seed=reward_seed)
+        return ScoredResponses(**parts)
+    rollout, asked = _sampled(*shared, tokenizer, prompt_options)
+    with section("rewards"):
+        repeated = [prompt for prompt in asked.given for _ in range(group_size)]
+        completions, token_ids = completions_of(rollout, tokenizer, options.stop, asked)
+        by_response = repeated_columns(columns, len(asked.given), group_size)
+        result = rewards(repeated, completions, token_ids, by_response, step=step, seed=reward_seed)
+    return ScoredResponses(
+        rollout=rollout,
+        rewards=torch.tensor(result.total, device=rollout.finished.device),
+        prompts=repeated,
+        completions=completions,
+        columns=by_response,
+        result=result,
+    )
+
+
+def _sampled(
+    policy: nn.Module,
+    prompts: Prompts,
+    config: TrainerConfig,
+    options: SamplingOptions,
+    group_size: int,
+    generator: torch.Generator,
+    tokenizer: Any,
+    prompt_options: PromptOptions | None,
+) -> tuple[Rollout, EncodedPrompts]:
+    """One turn for each response, and the prompts that were asked."""
     device = next(policy.parameters()).device
     with section("sampling"), autocast(device, config):
         asked = prompts_for(policy, prompts, tokenizer, config, prompt_options)
@@ -97,18 +138,29 @@ def sample_and_score(
             generator=generator,
             tokenizer=tokenizer,
         )
-    with section("rewards"):
-        repeated = [prompt for prompt in asked.given for _ in range(group_size)]
-        completions, token_ids = _completions(rollout, tokenizer, options.stop, asked)
-        by_response = _repeated(columns, len(asked.given), group_size)
-        result = rewards(repeated, completions, token_ids, by_response, step=step, seed=reward_seed)
-    return ScoredResponses(
-        rollout=rollout,
-        rewards=torch.tensor(result.total, device=device),
-        prompts=repeated,
-        completions=completions,
-        columns=by_response,
-        result=result,
+    return rollout, asked
+
+
+def _talked(
+    policy: nn.Module,
+    prompts: Any,
+    config: TrainerConfig,
+    options: SamplingOptions,
+    group_size: int,
+    generator: torch.Generator,
+    columns: Mapping[str, Sequence[Any]],
+    environments: Environments,
+) -> Conversations:
+    """A conversation for each response."""
+    return converse(
+        policy,
+        list(prompts),
+        columns,
+        environments=environments,
+        config=config,
+        options=options,
+        group_size=group_size,
+        generator=generator,
     )
 
 
@@ -170,6 +222,8 @@ class Collector:
     tokenizer: Any = None
     stop: tuple[str, ...] = ()
     prompt_options: PromptOptions | None = None
+    environments: Environments | None = None
+    """What the policy talks with."""
     recompute: bool = False
     """Whether old log-probs come from the policy's own forward pass even where the sampler's are
     exact to float32 rounding."""
@@ -230,6 +284,7 @@ class Collector:
             step=step,
             reward_seed=keyed_seed(config.seed, "rewards", index),
             prompt_options=self.prompt_options,
+            environments=self.environments,
         )
         rollout, rewards = scored.rollout, scored.rewards
         if self.recomputes:
@@ -244,9 +299,10 @@ class Collector:
             rewards=rewards,
             valid=valid,
             ref_logprobs=None if self.ref is None else self._logprobs(self.ref, rollout),
-            metrics=self._describe(rollout, rewards, scored.result),
+            metrics=self._describe(rollout, rewards, scored),
             samples=_samples(scored),
-            events=reward_events(scored.result, step),
+            events=reward_events(scored.result, step)
+            + environment_events(scored.conversations, step),
         )
 
     def _logprobs(self, model: nn.Module, rollout: Rollout) -> Tensor:
@@ -268,7 +324,7 @@ class Collector:
             ]
         return torch.cat(parts)
 
-    def _describe(self, rollout: Rollout, total: Tensor, result: RewardResult) -> Metrics:
+    def _describe(self, rollout: Rollout, total: Tensor, scored: ScoredResponses) -> Metrics:
         """Metrics of a whole rollout: the same for each of its updates."""
         rewards = total.double()
         finite = rewards[rewards.isfinite()]
@@ -290,43 +346,13 @@ class Collector:
             "len/trunc_frac": (~rollout.finished).double().mean(),
             "rollout/fast": float(rollout.fast),
         }
+        result, talked = scored.result, scored.conversations
+        metrics |= {} if talked is None else talked.metrics
         metrics |= {f"logged/{name}": value for name, value in result.metrics.items()}
         for name, values in result.by_function.items():
             column = torch.tensor(values, dtype=torch.float64)
             metrics[f"reward/{name}/mean"] = _mean(column[column.isfinite()])
         return {name: float(value) for name, value in metrics.items()}
-
-
-def _completions(
-    rollout: Rollout, tokenizer: Any, stop: Sequence[str], asked: EncodedPrompts
-) -> tuple[list[Any], list[list[int]]]:
-    """(texts, messages of the assistant, or token ids; token ids) of the responses."""
-    token_ids = [
-        row[: int(length)].tolist()
-        for row, length in zip(rollout.response_ids.cpu(), rollout.lengths.cpu())
-    ]
-    if tokenizer is None:
-        return token_ids, token_ids
-    mask = rollout.response_mask
-    if asked.ends:  # the end of a turn is no part of it, also where its token is not special
-        ends = torch.tensor(asked.ends, device=mask.device)
-        mask = mask & ~torch.isin(rollout.response_ids, ends)
-    texts = decode_responses(tokenizer, rollout.response_ids, mask, stop)
-    if not asked.chat:
-        return texts, token_ids
-    return [[{"role": "assistant", "content": text}] for text in texts], token_ids
-
-
-def _repeated(
-    columns: Mapping[str, Sequence[Any]], prompts: int, group_size: int
-) -> dict[str, list[Any]]:
-    """Per-prompt columns, with a value for each response."""
-    for name, values in columns.items():
-        if len(values) != prompts:
-            raise ConfigError(
-                f"column {name}: got {len(values)} values, expected {prompts} (one a prompt)"
-            )
-    return {k: [v for v in values for _ in range(group_size)] for k, values in columns.items()}
 
 
 def _samples(scored: ScoredResponses) -> list[dict[str, Any]]:
@@ -349,18 +375,6 @@ def _samples(scored: ScoredResponses) -> list[dict[str, Any]]:
                 sample[key] = {name: column[i] for name, column in table.items()}
         samples.append(sample)
     return samples
-
-
-def reward_events(result: RewardResult, step: int) -> list[Event]:
-    """Reward faults as events of the run."""
-    return [
-        Event(
-            name=event.name,
-            step=step,
-            data={"function": event.function, "sample": event.sample, "detail": event.detail},
-        )
-        for event in result.events
-    ]
 
 
 def _fast_at_bfloat16(device: torch.device) -> bool:

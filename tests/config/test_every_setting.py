@@ -18,7 +18,6 @@ ROOT = Path(__file__).parents[2]
 REFUSED = {
     "device": "device: got 'cuda:77', but there are ",
     "objective.name": "objective: got 'mine', expected member = \"gspo\"",
-    "objective.segments": "objective.segments: got 'turn', expected 'response', as with no turns",
     "trainer.eos_token": "trainer.eos_token: got 7, expected nothing: the run decides it",
     "trainer.pad_token": "trainer.pad_token: got 3, expected nothing: the run decides it",
     "trainer.seed": "trainer.seed: got 3, expected nothing: the run decides it",

@@ -27,6 +27,8 @@ OTHER = {
     "objective.token_clamp": 0.1,
     "objective.exponent.per": "rollout",
     "objective.segments": "turn",
+    "task.environment": "a.py:A",
+    "task.max_turns": 3,
     "eval.success": 0.5,
     "rollout.lag": 2,
     "trainer.eos_token": [7],

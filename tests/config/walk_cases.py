@@ -15,6 +15,8 @@ REWARDS = "tests.faults.rewards"
 LOW, DRAWS, FAILS, SLOW = (
     f"{REWARDS}:{name}" for name in ("low_digits", "draws", "often_fails", "slow")
 )
+GAMES = "tests.environments.games"
+TALKS = {"task__environment": f"{GAMES}:Endless", "trainer__max_length": 24}
 MUON = {"optimizer__name": "muon"}
 SGD = {"optimizer__name": "sgd", "optimizer__lr": 0.5}
 LORA = {"policy__lora_rank": 2, "optimizer__lr": 0.05}
@@ -59,6 +61,8 @@ RUN: dict[str, Case] = {
     "task.name": ({}, "sort"),
     "task.level": ({}, 1),
     "task.shots": ({}, 1),
+    "task.environment": ({}, f"{GAMES}:OneTurn"),
+    "task.max_turns": (TALKS, 1),
     "task.options": (FROM_FILE, {"path": "others.jsonl"}),
     "task.stop": ({}, ["9"]),
     "task.chat": ({}, True),
@@ -92,6 +96,7 @@ RUN: dict[str, Case] = {
 """Settings of the run itself and of its small tables."""
 
 NEEDED: dict[str, dict[str, Any]] = {
+    "objective.segments": TALKS,
     "objective.ahm_weight": {"objective__mean": "ahm"},
     "objective.gate": {"objective__clip_level": "token"},
     "objective.gate_positive": {"objective__member": "sapo"},
@@ -198,6 +203,8 @@ THE_SAME = {
 }
 """What changes nothing on such a path, and why that is right."""
 UNREAD: dict[str, Case] = {
+    "task.max_turns": ({}, 2),
+    "objective.segments": ({}, "turn"),
     "optimizer.betas": (SGD, [0.5, 0.9]),
     "optimizer.momentum": ({}, 0.5),
     "tracker.project": ({}, "other"),

@@ -45,6 +45,7 @@ from hmpo.randomness import random_state_kept, restore_random_state, seed_everyt
 from hmpo.run.build import (
     Trainer,
     load_trained,
+    make_environments,
     make_rewards,
     make_trainer,
     ready_prompts,
@@ -108,7 +109,6 @@ class _Replay:
         device = use_machine(config)
         seed_everything(config.seed)
         task = make_task(config.task, config.seed)
-        self.rewards = make_rewards(config, task)
         saved = load_checkpoint(folder / "checkpoints")
         if saved is None:
             loaded = load_trained(folder, config, device)
@@ -116,7 +116,9 @@ class _Replay:
             loaded = load_policy(pinned(config, folder).policy, device=device)
             load_start(loaded.model, config, folder)
         options = ready_prompts(config, loaded, task)
-        self.trainer: Trainer = make_trainer(config, loaded, task, self.rewards, options)
+        talks = make_environments(config, loaded.tokenizer)
+        self.rewards = make_rewards(config, task, talks)
+        self.trainer: Trainer = make_trainer(config, loaded, task, self.rewards, options, talks)
         self.steering = Steering(config, self.trainer, task)
         self._restore(saved)
         self.checkpoint = None if saved is None else saved.step

@@ -1,0 +1,211 @@
+"""Environments for the conversations of a rollout: made once, reset often."""
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+from hmpo.environments.protocol import Message, Opening, answer, chosen, number, opening
+from hmpo.environments.tools import (
+    call_form,
+    parse_calls,
+    run_call,
+    template_calls,
+    tool_schemas,
+)
+from hmpo.errors import ConfigError, ConversationError, require
+from hmpo.models.tokens import special_tokens
+from hmpo.rewards.loading import load_object
+from hmpo.rewards.values import EventLoop, one_line, shown
+
+REWARD = "environment"
+"""Name of the reward that environments give."""
+COLUMN = "environment_reward"
+"""The column that holds it."""
+OWN = ("reset", "step", "get_reward", "close")
+"""Methods of an environment that are no tools."""
+
+
+def environment_reward(environment_reward: Sequence[float], **_: Any) -> list[float]:
+    """The reward function that hands on what environments gave."""
+    return list(environment_reward)
+
+
+def load_environment(spec: str) -> Callable[[], Any]:
+    """The class, or other maker of environments, that `module:name` or `file.py:name` names.
+
+    Raises:
+        ConfigError: one line that says what could not be found.
+    """
+    factory = load_object(spec, "environment", ConfigError)
+    require(callable(factory), "task.environment", spec, "a class with reset and step")
+    return factory
+
+
+class Environments:
+    """Makes an environment for each conversation of a rollout and keeps it for the next.
+
+    Args:
+        factory: a class or function without arguments. What it makes has `reset` and `step`
+            (`hmpo.environments.Environment`), or `reset` and methods that are tools, as TRL's
+            `environment_factory`; with `tools` alone there is none.
+        tools: functions with type hints and docstrings that the policy may call.
+        max_turns: most turns of the policy in one conversation.
+        tokenizer: of the policy.
+
+    Raises:
+        ConfigError: no tokenizer, or something that makes no environment.
+        ConversationError: tools that cannot be shown to this policy.
+    """
+
+    def __init__(
+        self,
+        factory: Any = None,
+        *,
+        tools: Sequence[Callable[..., Any]] = (),
+        max_turns: int = 16,
+        tokenizer: Any = None,
+    ) -> None:
+        require(max_turns >= 1, "max_turns", max_turns, "an integer >= 1")
+        if isinstance(factory, Mapping) or not (factory is None or callable(factory)):
+            raise ConfigError(
+                f"environment: got {shown(factory, 60)}, expected one class with reset and step"
+            )
+        if tokenizer is None:
+            raise ConfigError("environment: got no tokenizer, expected one, as turns are text")
+        self.tokenizer, self.max_turns, self.factory = tokenizer, max_turns, factory
+        self.common = tuple(tools)
+        self.loop = EventLoop()
+        self.pool: list[Any] = []
+        first = None if factory is None else self._made()
+        self.steps = callable(getattr(first, "step", None))
+        self.rewards = self.steps or callable(getattr(first, "get_reward", None))
+        """Whether its environments give rewards."""
+        methods = () if self.steps else self._methods(first)
+        self.schemas = tool_schemas([*self.common, *methods])
+        """Of the tools, as the chat template shows them."""
+        if self.steps and self.common:
+            raise ConfigError(
+                f"tools: got {len(self.common)} beside an environment with step, which answers "
+                "every turn itself; expected one of the two"
+            )
+        if not self.steps and not self.schemas:
+            raise ConfigError(
+                f"environment: {type(first).__name__} has neither step nor a method that is a "
+                "tool, expected one"
+            )
+        self.form = call_form(tokenizer) if self.schemas else None
+
+    def take(self, count: int) -> list["Session"]:
+        """A session for each conversation of a rollout, at its beginning."""
+        while self.factory is not None and len(self.pool) < count:
+            self._made()
+        instances = self.pool[:count] if self.factory is not None else [None] * count
+        return [Session(self, instance) for instance in instances]
+
+    def tools_of(self, instance: Any) -> dict[str, Callable[..., Any]]:
+        """The tools of one conversation by name."""
+        methods = () if self.steps else self._methods(instance)
+        return {tool.__name__: tool for tool in (*self.common, *methods)}
+
+    def _made(self) -> Any:
+        assert self.factory is not None
+        try:
+            instance = self.factory()
+        except Exception as error:
+            name = getattr(self.factory, "__name__", "environment")
+            raise ConfigError(
+                f"environment: {name}() raised {type(error).__name__}: {one_line(error)}"
+            ) from error
+        if not callable(getattr(instance, "reset", None)):
+            raise ConfigError(
+                f"environment: {type(instance).__name__} has no reset, expected reset and step, "
+                "or reset and methods that are tools"
+            )
+        self.pool.append(instance)
+        return instance
+
+    @staticmethod
+    def _methods(instance: Any) -> tuple[Callable[..., Any], ...]:
+        """Public methods that are tools; looked for on the class, whose properties stay unread."""
+        names = [name for name, _ in inspect.getmembers(type(instance), inspect.isfunction)]
+        if instance is None:
+            return ()
+        return tuple(
+            getattr(instance, name) for name in names if name[0] != "_" and name not in OWN
+        )
+
+
+class Session:
+    """One conversation with one environment. What that raises becomes a `ConversationError`."""
+
+    def __init__(self, environments: Environments, instance: Any) -> None:
+        self.all, self.instance = environments, instance
+        self.tools = environments.tools_of(instance)
+        self.chat = False
+        self.calls = self.failed = 0
+        """Tool calls, and those that failed."""
+
+    def open(self, prompt: Any, columns: Mapping[str, Any]) -> Opening:
+        """How the conversation begins."""
+        told = None
+        if self.instance is not None:
+            reset = self.instance.reset
+            values = {"prompt": prompt, **columns}
+            told = self._guarded("reset", reset, **chosen(reset, values, self._name("reset")))
+        begin = opening(prompt, told, chat=bool(self.all.schemas))
+        self.chat = not isinstance(begin, str)
+        return begin
+
+    def step(
+        self, text: str, prefix: list[int], ids: list[int]
+    ) -> tuple[list[dict[str, Any]] | str, float, bool]:
+        """(what the environment adds, reward, over) behind a turn.
+
+        Args:
+            text: of the turn, as environments see it.
+            prefix: ids before the turn.
+            ids: of the turn.
+        """
+        if self.all.steps:
+            returned = self._guarded("step", self.instance.step, text)
+            return answer(returned, chat=self.chat)
+        calls = self._calls(prefix, ids)
+        added: list[Message] = []
+        for call in calls:
+            content, failed = run_call(self.tools, call, self.all.loop)
+            self.calls, self.failed = self.calls + 1, self.failed + failed
+            added.append({"role": "tool", "name": call.name or "unknown", "content": content})
+        return [dict(message) for message in added], 0.0, not calls
+
+    def end(self) -> float:
+        """What the environment gives for the conversation as a whole."""
+        get_reward = getattr(self.instance, "get_reward", None)
+        if not callable(get_reward):
+            return 0.0
+        value = self._guarded("get_reward", get_reward)
+        return number(value, self._name("get_reward"))
+
+    def _calls(self, prefix: list[int], ids: list[int]) -> list[Any]:
+        tokenizer, form = self.all.tokenizer, self.all.form
+        if form == "template":
+            return template_calls(tokenizer, prefix, ids, self.all.schemas)
+        kind: Literal["tags", "json"] = "tags" if form == "tags" else "json"
+        text = tokenizer.decode(ids, skip_special_tokens=False)
+        if kind == "tags":  # an end token inside an unclosed call is no part of its JSON
+            for name in special_tokens(tokenizer).values():
+                text = text if "tool_call" in name else text.replace(name, "")
+        return parse_calls(text, kind)
+
+    def _guarded(self, what: str, function: Callable[..., Any], *given: Any, **named: Any) -> Any:
+        try:
+            result = function(*given, **named)
+            return self.all.loop.run(result) if inspect.isawaitable(result) else result
+        except ConversationError:
+            raise
+        except Exception as error:
+            raise ConversationError(
+                f"{self._name(what)}: raised {type(error).__name__}: {one_line(error)}"
+            ) from error
+
+    def _name(self, what: str) -> str:
+        return f"{type(self.instance).__name__}.{what}"
