@@ -54,6 +54,18 @@ def make_environments(config: RunConfig, tokenizer: Any) -> Environments | None:
     )
 
 
+def early_rewards(config: RunConfig, task: Task) -> Rewards | None:
+    """The rewards, refused before a model is loaded; None where an environment has a say in them.
+
+    Raises:
+        HmpoError: one line: reward functions, or the environment, that cannot be used.
+    """
+    if not config.task.environment:
+        return make_rewards(config, task)
+    load_environment(config.task.environment)
+    return None
+
+
 def make_rewards(
     config: RunConfig, task: Task, environments: Environments | None = None
 ) -> Rewards:

@@ -14,13 +14,13 @@ from typing import Any
 
 from hmpo.config import RunConfig
 from hmpo.config.places import located
-from hmpo.environments import load_environment
 from hmpo.models import LoadedPolicy, load_policy
 from hmpo.models.source import whole_policy
 from hmpo.optim.state import clip_lists
 from hmpo.randomness import seed_everything
 from hmpo.run.best import ON_THE_WAY
 from hmpo.run.build import (
+    early_rewards,
     make_environments,
     make_rewards,
     make_trainer,
@@ -86,8 +86,7 @@ def train(
     """
     place = Place(run_folder(config) if folder is None else folder)
     check_folder(config, place.path, resume=resume, exist_ok=exist_ok, overwrite=overwrite)
-    observer = observer or default_observer()
-    stop = StopRequest(observer.on_stop)
+    stop = StopRequest((observer := observer or default_observer()).on_stop)
     with contextlib.ExitStack() as stack:
         stack.enter_context(stop.listening())
         with stop.at_once():
@@ -117,11 +116,7 @@ class Run:
         seed_everything(config.seed)
         trainer_config(config)  # refuses what is not read before a model is loaded
         self.task: Task = make_task(config.task, config.seed)
-        spoken = config.task.environment
-        if spoken:
-            load_environment(spoken)  # refused before a model is loaded, too
-        else:
-            self.rewards = make_rewards(config, self.task)
+        rewards = early_rewards(config, self.task)
         self.audience.tell("on_loading", config, f"the policy {config.policy.path}")
         config = self.config = pinned(config, place.path if resume else None)
         self.files.source = described(self.files.config, config)
@@ -130,8 +125,7 @@ class Run:
         load_start(self.loaded.model, config, place.path if resume else None)
         loaded, length = self.loaded, config.trainer.max_length
         talks = make_environments(config, loaded.tokenizer)
-        if talks is not None:
-            self.rewards = make_rewards(config, self.task, talks)
+        self.rewards = rewards or make_rewards(config, self.task, talks)
         options = ready_prompts(config, loaded, self.task)
         check_prompts(self.task, loaded.tokenizer, loaded.model, length, options)
         self.trainer = make_trainer(config, loaded, self.task, self.rewards, options, talks)

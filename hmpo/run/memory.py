@@ -20,12 +20,12 @@ from transformers import AutoTokenizer
 from hmpo.config import RunConfig
 from hmpo.errors import HmpoError, ModelError, byte_size
 from hmpo.logprobs.head import BUFFER, GPU_ROWS, LEAST_ROWS, STORE
+from hmpo.models.chat import PromptOptions, prompt_rows
 from hmpo.models.hub import no_hub
 from hmpo.models.memory import FLOAT, bytes_of, kept_by_forward, key_value_bytes, meta_policy
 from hmpo.models.policy import unwrap
 from hmpo.models.quiet import quiet_transformers
 from hmpo.models.source import whole_policy
-from hmpo.models.tokens import encode_prompts
 from hmpo.optim.param_groups import split_param_groups
 from hmpo.sampling.decoder import FAMILIES, GROWTH
 from hmpo.tasks import BUILT_IN, make_task
@@ -225,17 +225,19 @@ def prompt_tokens(config: RunConfig) -> int:
     Raises:
         HmpoError: no such task, or no tokenizer.
     """
-    if config.task.name not in BUILT_IN or config.task.options.get("path"):
+    files = any(name in config.task.options for name in ("path", "train", "dataset"))
+    if config.task.name not in BUILT_IN or files:
         return GUESS  # code or a file of others, which the run itself reads once
     task = make_task(config.task, config.seed)
-    folder = whole_policy(config.policy.path)
+    folder = whole_policy(config.policy.path, config.policy.revision)
     try:
         with no_hub(), quiet_transformers():
             tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelError(f"policy {config.policy.path!r}: no usable tokenizer") from error
     prompts = [task.train(index).prompt for index in range(PROMPTS)]
-    return int(encode_prompts(tokenizer, prompts)[0].shape[1])
+    options = PromptOptions(template=config.task.template_options)
+    return max(map(len, prompt_rows(tokenizer, prompts, options)))
 
 
 # --- the machine -------------------------------------------------------------------------------

@@ -27,7 +27,6 @@ from hmpo.optim.state import clip_metrics, join_clip_state, split_clip_state
 from hmpo.randomness import keyed_generator
 from hmpo.rewards import Rewards
 from hmpo.stopwatch import section
-from hmpo.tasks import Task
 from hmpo.trainer.conversation_rewards import environments_of, with_environment
 from hmpo.trainer.faults import (
     Fault,
@@ -145,9 +144,7 @@ class Trainer(ABC, Generic[C]):
         merged["update_skipped"] = sum(record["update_skipped"] for record in records)
         return merged
 
-    def fit(self, task: Task, updates: int, **options: Any) -> list[Metrics]:
-        """Train on a task's prompts without a run around it: `hmpo.trainer.fit.fit`."""
-        return fit(self, task, updates, **options)
+    fit = fit
 
     @differentiable()
     @section("rewards")  # less the sections inside: sampling and log-probs

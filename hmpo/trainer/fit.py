@@ -20,7 +20,7 @@ def fit(
     prompts_per_rollout: int = 16,
     on_update: Callable[[Metrics], object] | None = None,
 ) -> list[Metrics]:
-    """Train on the prompts of a task; `Trainer.fit` is this.
+    """Train on the prompts of a task without a run around it; a method of every trainer.
 
     Args:
         trainer: any trainer, with a tokenizer where prompts are text.
