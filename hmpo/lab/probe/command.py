@@ -34,7 +34,7 @@ def run_probe(
         clip: half-width (nat) of the token clip that they share.
         updates: of the whole run that a recorded batch is of, where its facts do not tell.
         json_file: file for everything, as JSON.
-        out: folder for the heat maps, `probe.svg` and `probe.png`.
+        out: folder for the heat maps, `probe.svg` and `.png`, and token weights, `weights.svg`.
         allow_code: run the code that a run's folder names.
 
     Raises:
@@ -50,10 +50,12 @@ def run_probe(
         text = json.dumps(probe.to_dict(), indent=1, allow_nan=False) + "\n"
         write_atomic(json_file, text, make_folder=True)
     if out is not None:
-        from hmpo.lab.probe.figure import heat_map  # matplotlib is slow to import
+        # matplotlib is slow to import
+        from hmpo.lab.probe.figure import heat_map, weight_histograms
 
-        write_atomic(out / "probe.svg", heat_map(probe, "svg"), make_folder=True)
-        write_atomic(out / "probe.png", heat_map(probe, "png"))
+        for name, draw in (("probe", heat_map), ("weights", weight_histograms)):
+            write_atomic(out / f"{name}.svg", draw(probe, "svg"), make_folder=True)
+            write_atomic(out / f"{name}.png", draw(probe, "png"))
     Console().print(probe_text(probe))
     return 0
 

@@ -1,7 +1,7 @@
-"""Heat maps of the angles between objectives, in the style of the report's plots."""
+"""Angles between objectives and token weights, in the style of the report's plots."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import matplotlib
@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from hmpo.lab.plots import COLOURS, INK, plain, save, style
 from hmpo.lab.probe.core import Probe
+from hmpo.lab.probe.measures import EDGES, Spread
 
 LEAST, MOST = 1e-6, 1.0
 """Ends of the colour scale, the same in every figure, so that two figures compare."""
@@ -51,6 +52,65 @@ def heat_map(probe: Probe, form: Literal["svg", "png"] = "svg") -> bytes:
         )
         text.set_parse_math(False)
         return save(figure, form)
+
+
+def weight_histograms(probe: Probe, form: Literal["svg", "png"] = "svg") -> bytes:
+    """Token weights of each exponent without a clip, by the advantage's sign, stalest update.
+
+    A weight is a token's share in its response's gradient over an equal share, on a log2 scale;
+    beside it stands the effective sample size. The bytes are the same for the same probe.
+    """
+    shown = [
+        (variant.name, spread)
+        for variant, spread in zip(probe.variants, probe.stalest.spreads, strict=True)
+        if variant.kind == "exponent"
+    ]
+    columns = min(len(shown), 4)
+    rows = -(-len(shown) // columns)
+    with matplotlib.rc_context(style(form)):
+        size = (1.0 + 2.3 * columns, 1.1 + 1.9 * rows)
+        figure = Figure(figsize=size, layout="constrained")
+        grid = figure.subplots(rows, columns, squeeze=False, sharex=True)
+        every = [axes for row in grid for axes in row]
+        for axes in every[len(shown) :]:
+            axes.remove()
+        for place, (axes, (name, spread)) in enumerate(zip(every, shown)):
+            _draw_weights(axes, name, spread)
+            axes.tick_params(labelbottom=place + columns >= len(shown))
+            if place + columns >= len(shown):
+                axes.set_xlabel("weight / equal weight")
+            if place % columns == 0:
+                axes.set_ylabel("share of tokens")
+        handles, labels = every[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower left", ncols=2)
+        text = figure.suptitle(
+            f"Token weights by exponent, no clip ({plain(probe.source)})",
+            x=0.01,
+            ha="left",
+            fontsize=11,
+            fontweight="bold",
+        )
+        text.set_parse_math(False)
+        return save(figure, form)
+
+
+def _draw_weights(axes: Axes, name: str, spread: Mapping[str, Spread]) -> None:
+    """Both signs of one exponent, each a share of its own tokens."""
+    for sign, colour, high in (("positive", COLOURS[0], 0.96), ("negative", COLOURS[1], 0.82)):
+        own = spread[sign]
+        total = sum(own.histogram)
+        if total:
+            shares = [count / total for count in own.histogram]
+            axes.stairs(shares, EDGES, color=colour, label=f"{sign} advantages", linewidth=1.3)
+            axes.stairs(shares, EDGES, color=colour, alpha=0.15, fill=True)
+        ess = "-" if own.ess is None else f"{own.ess:.3f}"
+        axes.text(
+            0.03, high, f"ESS {ess}", color=colour, fontsize=8, va="top", transform=axes.transAxes
+        )
+    title = axes.set_title(name, loc="left", fontsize=9.5)
+    title.set_parse_math(False)
+    axes.set_ylim(0, 1.35 * max(axes.get_ylim()[1], 0.05))  # room for the two sizes
+    axes.set_xticks([-4, -2, 0, 2, 4], ["1/16", "1/4", "1", "4", "16"])
 
 
 def _draw(

@@ -11,6 +11,9 @@ from hmpo.checkpoint import RecordedBatch
 from hmpo.lab.probe.directions import cosine_distances, token_direction
 from hmpo.lab.probe.variants import Variant, alike, plain, without_limits
 
+EDGES = tuple((2 * k - 1) / 8 for k in range(-16, 18))
+"""Of the histogram's bins: log2 of a token's share over an equal one, which lies within a bin."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Spread:
@@ -30,6 +33,9 @@ class Spread:
     """Share of their tokens whose gradient the clip took; None of no token."""
     silent: float | None
     """Share of them that lost the gradient of every token."""
+    histogram: tuple[int, ...] = ()
+    """Tokens by log2(L u), where 0 is an equal share, in bins between `EDGES`; the first and the
+    last bin take what lies beyond, and tokens without a gradient are in none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,10 +118,14 @@ def _spread(batch: RecordedBatch, direction: Tensor, of_sign: Tensor) -> Spread:
     most = lengths[moving].log()
     entropy = torch.special.entr(shares).sum(1)
     entropy = torch.where(most > 0, entropy / most.masked_fill(most == 0, 1), 1)
+    equal = (lengths[moving].unsqueeze(1) * shares)[shares > 0]
+    edges = torch.tensor(EDGES[1:-1], dtype=torch.float64)
+    bins = torch.bucketize(equal.log2(), edges, right=True)
     return Spread(
         rows=int(rows.sum()),
         ess=finite(ess.mean()),
         entropy=finite(entropy.mean()),
         clipped=int(((size == 0) & mask).sum()) / tokens,
         silent=float((~moving).double().mean()),
+        histogram=tuple(torch.bincount(bins, minlength=len(EDGES) - 1).tolist()),
     )

@@ -2,7 +2,8 @@
 
 * "better" and "worse": the interval excludes 0, p (adjusted by Holm within the block) is below
   alpha, and the mean difference is at least the smallest that matters.
-* "no difference": the two one-sided tests show that it is smaller than that.
+* "no difference": the two one-sided tests show that it is smaller than that, with their p (adjusted
+  by Holm within the block, a family of its own) below alpha.
 * else "undecided", with the seeds that would decide.
 """
 
@@ -43,6 +44,7 @@ def verdict(
     adjusted_p: float | None = None,
     alpha: float = 0.05,
     *,
+    adjusted_equivalence: float | None = None,
     method: str = "the method",
     baseline: str = "the baseline",
     unit: str = "points of success",
@@ -54,6 +56,7 @@ def verdict(
         differences: score of the method less that of the baseline on each shared seed, shape [n].
         smallest: smallest difference that matters, > 0, in the unit of the score.
         adjusted_p: Holm's p where several comparisons were made; None takes the test's own.
+        adjusted_equivalence: the same of the two one-sided tests, a family of their own.
         alpha: error; the interval has level 1 - alpha, the equivalence 1 - 2 alpha.
         method: name for the sentence.
         baseline: name for the sentence.
@@ -68,17 +71,26 @@ def verdict(
     d, smallest = vector("differences", differences), number("smallest", smallest)
     estimate = paired_t(d, 1 - level_of("alpha", alpha))
     equivalence = two_one_sided(d, smallest, alpha)
+    given = {"adjusted_p": adjusted_p, "adjusted_equivalence": adjusted_equivalence}
+    for name, value in given.items():
+        if value is not None and not 0 <= value <= 1:
+            raise StatisticsError(f"{name}: got {value}, expected a number in [0, 1]")
     p = estimate.p_value if adjusted_p is None or d.size == 1 else float(adjusted_p)
-    if adjusted_p is not None and not 0 <= adjusted_p <= 1:
-        raise StatisticsError(f"adjusted_p: got {adjusted_p}, expected a number in [0, 1]")
-    word = _word(estimate, equivalence, p, smallest, alpha)
+    equal = equivalence.p_value
+    if adjusted_equivalence is not None and d.size > 1:
+        equal = float(adjusted_equivalence)
+    word = _word(estimate, equal, p, smallest, alpha)
     visible = more = None
     if d.size > 1:
         visible = seeds_and_power.detectable(float(d.std(ddof=1)), d.size, WANTED, alpha)
         if word == "undecided":
-            more = _more(estimate, float(d.std(ddof=1)), smallest, p, alpha)
+            own = (_strict(alpha, estimate.p_value, p), _strict(alpha, equivalence.p_value, equal))
+            more = _more(estimate, float(d.std(ddof=1)), smallest, *own)
     text = _Text(method, baseline, unit, scale)
-    sentence = text.sentence(word, estimate, equivalence, p, adjusted_p is not None, more, alpha)
+    shown = None if adjusted_equivalence is None else equal
+    sentence = text.sentence(
+        word, estimate, equivalence, p, adjusted_p is not None, more, alpha, shown
+    )
     return Verdict(word, sentence, estimate, equivalence, visible, more)
 
 
@@ -96,22 +108,33 @@ def direction(
 
 
 def _word(
-    estimate: Estimate, equivalence: Equivalence, p: float | None, smallest: float, alpha: float
+    estimate: Estimate, equal: float | None, p: float | None, smallest: float, alpha: float
 ) -> str:
     if p is not None:
         mean, low, high, chance = np.array([estimate.value, estimate.low, estimate.high, p], float)
         sign = int(direction(mean, low, high, chance, smallest, alpha))
         if sign:
             return "better" if sign > 0 else "worse"
-    return "no difference" if equivalence.equivalent else "undecided"
+    return "no difference" if equal is not None and equal < alpha else "undecided"
+
+
+def _strict(alpha: float, own: float | None, adjusted: float | None) -> float:
+    """The level that a test of its own p must pass so that the adjusted one passes `alpha`."""
+    return min(alpha, alpha * own / adjusted) if own and adjusted else alpha
 
 
 def _more(
-    estimate: Estimate, sd: float, smallest: float, p: float | None, alpha: float
+    estimate: Estimate, sd: float, smallest: float, strict: float, alpha: float
 ) -> int | None:
-    """Further seeds that would decide; None beyond `MOST` in all."""
-    own = estimate.p_value or 0.0
-    strict = min(alpha, alpha * own / p) if p and own else alpha  # of this test, in its family
+    """Further seeds that would decide; None beyond `MOST` in all.
+
+    Args:
+        estimate: of the mean difference.
+        sd: of the differences.
+        smallest: difference that matters.
+        strict: level of the test of a difference, in its family.
+        alpha: level of the two one-sided tests, in theirs.
+    """
     see = seeds_and_power.seeds_needed(sd, smallest, WANTED, strict)
     show = seeds_and_power.seeds_for_equivalence(sd, smallest, 0.0, WANTED, alpha)
     if see is None or show is None:
@@ -144,6 +167,7 @@ class _Text:
         adjusted: bool,
         more: int | None,
         alpha: float,
+        equal: float | None,
     ) -> str:
         """The verdict in one sentence."""
         if estimate.low is None or estimate.high is None or p is None:
@@ -158,15 +182,18 @@ class _Text:
             return f"{self.method} is {word} than {self.baseline} by {size} {by}"
         margin = f"{equivalence.margin * self.scale:.1f}"
         if word == "no difference":
+            why = "" if equal is None else f", Holm-adjusted p {p_text(equal)}"
             return (
                 f"no difference between {self.method} and {self.baseline} as large as {margin} "
-                f"{self.unit} ({self.interval(equivalence.interval)}, {estimate.n} seeds)"
+                f"{self.unit} ({self.interval(equivalence.interval)}, {estimate.n} seeds{why})"
             )
         why = ""
         if p < alpha and abs(estimate.value) < equivalence.margin:
             why = f", there is a difference, which may be less than the {margin} that matter"
         elif estimate.excludes_zero:
             why = ", not after correction for the number of comparisons"
+        elif equivalence.equivalent:
+            why = ", equivalent, but not after correction for the number of comparisons"
         return (
             f"undecided: {self.method} differs from {self.baseline} by "
             f"{self.points(estimate.value)} {self.unit} {by}{why}; {self.further(more)}"

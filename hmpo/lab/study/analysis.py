@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from hmpo.lab.statistics.equivalence import two_one_sided
 from hmpo.lab.statistics.intervals import Estimate, holm, paired_t, welch
 from hmpo.lab.statistics.resampling import two_level_bootstrap
 from hmpo.lab.statistics.verdicts import Verdict, verdict
@@ -199,7 +200,7 @@ def _others(plan: Plan, runs: Mapping[str, Mapping[int, Run]]) -> list[Contrast]
     for cell in plan.cells:
         base = plan.cell(cell.against)
         if base is not None and cell.name in runs and base.name in runs:
-            found.append(_judged(plan, _contrast(plan, runs, cell, base, ()), runs, None))
+            found.append(_judged(plan, _contrast(plan, runs, cell, base, ()), runs))
     return found
 
 
@@ -244,28 +245,50 @@ def _contrast(
 def _adjusted(
     plan: Plan, block: Sequence[Contrast], runs: Mapping[str, Mapping[int, Run]]
 ) -> list[Contrast]:
-    tested = [c.estimate.p_value for c in block if c.estimate and c.estimate.p_value is not None]
-    raised = iter([float(p) for p in holm(tested)] if tested else [])
-    found = []
-    for contrast in block:
-        has = contrast.estimate is not None and contrast.estimate.p_value is not None
-        found.append(_judged(plan, contrast, runs, next(raised) if has else None))
-    return found
+    """Holm over the tests of a block, and over its two one-sided tests: two families."""
+    apart = [c.estimate.p_value if c.estimate else None for c in block]
+    equal = [
+        two_one_sided(gaps, plan.smallest, plan.alpha).p_value if gaps else None
+        for gaps in (_gaps(contrast, runs) for contrast in block)
+    ]
+    return [
+        _judged(plan, contrast, runs, *adjusted)
+        for contrast, *adjusted in zip(block, _holm(apart), _holm(equal), strict=True)
+    ]
+
+
+def _holm(chances: Sequence[float | None]) -> list[float | None]:
+    """Holm's p of those that there are, in their places."""
+    known = [p for p in chances if p is not None]
+    raised = iter(float(p) for p in holm(known)) if known else iter(())
+    return [None if p is None else next(raised) for p in chances]
+
+
+def _gaps(contrast: Contrast, runs: Mapping[str, Mapping[int, Run]]) -> list[float]:
+    """Differences of the endpoint on the shared seeds."""
+    one, other = endpoints(runs[contrast.cell]), endpoints(runs[contrast.against])
+    return [one[seed] - other[seed] for seed in contrast.seeds]
 
 
 def _judged(
     plan: Plan,
     contrast: Contrast,
     runs: Mapping[str, Mapping[int, Run]],
-    adjusted: float | None,
+    adjusted: float | None = None,
+    equal: float | None = None,
 ) -> Contrast:
     """With the word that the numbers allow; unpaired runs get an interval alone."""
     if not contrast.seeds:
         return contrast
-    one, other = endpoints(runs[contrast.cell]), endpoints(runs[contrast.against])
-    differences = [one[seed] - other[seed] for seed in contrast.seeds]
-    names = {"method": contrast.cell, "baseline": contrast.against}
-    word = verdict(differences, plan.smallest, adjusted, plan.alpha, **names)
+    word = verdict(
+        _gaps(contrast, runs),
+        plan.smallest,
+        adjusted,
+        plan.alpha,
+        adjusted_equivalence=equal,
+        method=contrast.cell,
+        baseline=contrast.against,
+    )
     both = _over_prompts(plan, contrast, runs)
     return replace(contrast, adjusted=adjusted, verdict=word, resampled=both)
 

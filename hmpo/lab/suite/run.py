@@ -61,8 +61,8 @@ def run_suite(
 ) -> SuiteResult:
     """Make the runs of a suite that have no outcome yet.
 
-    Every run is a run folder below `out/NAME/runs`, and goes on where it was; so does the suite,
-    whatever was killed. The outcomes depend on nothing but the cells and seeds.
+    Every run is a run folder below `out/NAME/runs` and goes on where it was, as does the suite. The
+    outcomes depend on nothing but cells and seeds.
 
     Args:
         suite: from `read_suite`.
@@ -70,15 +70,14 @@ def run_suite(
         out: folder that holds the suite's folder.
         jobs: runs at once.
         maker: what makes the runs; None takes `local(jobs)`.
-        keeps: whether `maker` leaves runs that are stopped in the suite's folder.
+        keeps: whether `maker` leaves stopped runs in the folder.
         again: make also those whose outcome is committed, and compare.
         watcher: told of everything.
 
     Raises:
         HmpoError: one line; nothing that is done is lost.
     """
-    watcher = watcher or Watcher()
-    place = SuiteFolder(suite, out)
+    watcher, place = watcher or Watcher(), SuiteFolder(suite, out)
     committed = committed_outcomes(suite, place)
     skipped = {(c.name, s) for c, s in runs if (c.name, s) in committed and not again}
     wanted = [(cell, seed) for cell, seed in runs if (cell.name, seed) not in skipped]

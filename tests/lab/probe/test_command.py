@@ -9,7 +9,7 @@ import torch
 from hmpo.checkpoint import write_batch
 from hmpo.errors import CheckpointError, ConfigError, RunFolderError
 from hmpo.lab.probe import probe_batch, run_probe
-from hmpo.lab.probe.figure import heat_map
+from hmpo.lab.probe.figure import heat_map, weight_histograms
 from tests.lab.probe.recorded import recorded
 
 
@@ -39,8 +39,10 @@ def test_a_recorded_batch_is_shown_and_written(file: Path, tmp_path: Path, capsy
     found = json.loads((tmp_path / "new/p.json").read_text())
     assert found["verdict"]["updates"] == 40 and found["source"] == str(file)
     assert (tmp_path / "plots/probe.png").read_bytes().startswith(b"\x89PNG")
-    svg = (tmp_path / "plots/probe.svg").read_text()
-    assert svg.startswith("<?xml") and "<script" not in svg
+    assert (tmp_path / "plots/weights.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("probe", "weights"):
+        svg = (tmp_path / f"plots/{name}.svg").read_text()
+        assert svg.startswith("<?xml") and "<script" not in svg
 
 
 def test_a_number_of_updates_may_be_told(tmp_path: Path, capsys) -> None:
@@ -64,6 +66,14 @@ def test_figures_are_the_same_bytes_for_the_same_probe_and_take_missing_gradient
     assert heat_map(probe_batch(batch)) == heat_map(probe_batch(batch))
     flat = recorded(advantages=torch.zeros(9, dtype=torch.float64))
     assert heat_map(probe_batch(flat, source="$x_1$ <script>")).startswith(b"<?xml")
+
+
+def test_weights_are_drawn_alike_and_without_any_gradient_too() -> None:
+    batch = recorded(rows=24)
+    assert weight_histograms(probe_batch(batch)) == weight_histograms(probe_batch(batch))
+    flat = recorded(advantages=torch.zeros(9, dtype=torch.float64))
+    found = weight_histograms(probe_batch(flat, source="$x_1$ <script>"))
+    assert found.startswith(b"<?xml") and b"<script>" not in found
 
 
 def test_what_is_wrong_is_refused_in_one_line(file: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import torch
 
 from hmpo.config import members
 from hmpo.lab.probe.directions import token_direction
-from hmpo.lab.probe.measures import measure_parts, measure_spreads, token_sigma
+from hmpo.lab.probe.measures import EDGES, measure_parts, measure_spreads, token_sigma
 from hmpo.lab.probe.variants import Variant, plain
 from hmpo.objective.metrics import objective_metrics
 from tests.lab.probe.recorded import recorded, rows_of
@@ -36,6 +36,12 @@ def test_sizes_and_entropies_are_those_of_the_slow_loop(p: float, clip: float | 
         assert mine.entropy == pytest.approx(sum(e for _, e in moving) / len(moving), rel=1e-12)
         assert mine.clipped == pytest.approx(sum(zeros) / len(zeros), abs=1e-15)
         assert mine.silent == pytest.approx(1 - len(moving) / len(rows), abs=1e-15)
+        counts = [0] * (len(EDGES) - 1)
+        for row in rows:
+            for v in filter(None, row):
+                share = abs(v) * len(row) / sum(map(abs, row))
+                counts[min(16, max(-16, math.floor(4 * math.log2(share) + 0.5))) + 16] += 1
+        assert list(mine.histogram) == counts
 
 
 def test_the_spread_of_normal_ratios_has_the_size_that_theory_gives() -> None:

@@ -6,9 +6,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 
 from hmpo.errors import StatisticsError
 from hmpo.lab.statistics import power
+from hmpo.lab.statistics.equivalence import two_one_sided
+from hmpo.lab.statistics.intervals import holm
 from hmpo.lab.statistics.verdicts import direction, verdict
 
 DIFFERENCES = st.lists(st.integers(-64, 64).map(lambda k: k / 512), min_size=1, max_size=12)
@@ -108,3 +111,32 @@ def test_direction_works_on_arrays():
 def test_numbers_without_a_verdict_are_refused(call, match):
     with pytest.raises(StatisticsError, match=match):
         call()
+
+
+def test_equivalence_in_a_family_is_adjusted_as_a_hand_computation_says():
+    """Margin 2; five seeds each, t of four degrees of freedom from a table's quantiles."""
+    # standard errors by hand: sd 1.0 / sqrt(5); room 2 - |mean|
+    base = np.array([-1.2649110640673518, -0.6324555320336759, 0.0, 0.6324555320336759,
+                     1.2649110640673518])  # fmt: skip
+    assert base.std(ddof=1) == pytest.approx(1.0)
+    means = (0.0, 0.8, 0.95)
+    ts = [(2 - mean) * math.sqrt(5) for mean in means]  # 4.472, 2.683, 2.348
+    own = [stats.t.sf(t, 4) for t in ts]  # 0.00553, 0.0275, 0.0393
+    assert [round(p, 4) for p in own] == [0.0055, 0.0275, 0.0393]
+    by_hand = [3 * own[0], 2 * own[1], max(2 * own[1], own[2])]  # 0.0166, 0.0551, 0.0551
+    found = holm([two_one_sided(base + mean, 2.0).p_value for mean in means])
+    assert found == pytest.approx(by_hand)
+    words = [
+        verdict(base + mean, 2.0, adjusted_equivalence=p).word
+        for mean, p in zip(means, found, strict=True)
+    ]
+    assert words == ["no difference", "undecided", "undecided"]
+    alone = [verdict(base + mean, 2.0).word for mean in means]
+    assert alone == ["no difference"] * 3
+    late = verdict(base + 0.8, 2.0, adjusted_equivalence=found[1])
+    assert "equivalent, but not after correction" in late.sentence
+    assert late.seeds_needed is not None and late.seeds_needed > 0
+    first = verdict(base, 2.0, adjusted_equivalence=found[0])
+    assert "Holm-adjusted p = 0.017" in first.sentence
+    with pytest.raises(StatisticsError, match="adjusted_equivalence"):
+        verdict(base, 2.0, adjusted_equivalence=1.5)

@@ -8,8 +8,8 @@ from scipy import stats
 
 from hmpo.lab.study.analysis import Study
 from hmpo.lab.study.outcomes import LATE, collect, read_outcomes, save_outcomes
-from hmpo.lab.study.plan import read_plan
-from tests.lab.study.suites import make_suite, study_of
+from hmpo.lab.study.plan import Cell, Plan, read_plan
+from tests.lab.study.suites import make_outcome, make_suite, study_of
 
 
 def test_pairs_are_runs_of_one_seed_and_the_interval_is_that_of_scipy(study: Study) -> None:
@@ -36,6 +36,24 @@ def test_holm_corrects_within_a_block_and_not_across(study: Study) -> None:
         doubled = min(1.0, 2 * raw[smaller])
         assert block[smaller].adjusted == pytest.approx(doubled, rel=1e-9)
         assert block[1 - smaller].adjusted == pytest.approx(max(doubled, raw[1 - smaller]))
+
+
+def test_equivalence_is_corrected_within_a_block_too() -> None:
+    spread = [-0.012649, -0.006325, 0.0, 0.006325, 0.012649]  # sd .01; t = 2.68, p = .0275
+
+    def words(*members: str) -> list[str]:
+        cells = [Cell(name=m, levels={"member": m}, seeds=(1, 2, 3, 4, 5)) for m in members]
+        plan = Plan(name="s", cells=tuple(cells), factor="member", to=("grpo",))
+        outcomes = [
+            make_outcome(m, seed, 0.5 + (0.008 + spread[seed - 1]) * (m != "grpo"))
+            for m in members
+            for seed in range(1, 6)
+        ]
+        found = Study.of(plan, outcomes).contrasts
+        return [c.verdict.word for c in found if c.verdict is not None]
+
+    assert words("grpo", "gspo") == ["no difference"]
+    assert words("grpo", "gspo", "hmpo") == ["undecided", "undecided"]
 
 
 def test_a_run_without_a_partner_is_left_out_and_counted(study: Study) -> None:
