@@ -71,15 +71,12 @@ def make_rewards(
 ) -> Rewards:
     """The environment's rewards, the configured reward functions, or the task's own check."""
     options = config.rewards.options
+    for name, table in options.items():
+        own = config.trainer.reward_timeout is None or table.get("device", "cpu") == "cpu"
+        expected = "cpu with trainer.reward_timeout: a forked process cannot use a GPU"
+        require(own, f"rewards.options.{name}.device", table.get("device"), expected)
     functions = {spec: load_reward(spec, options.get(spec)) for spec in config.rewards.functions}
     named = {spec.rpartition(":")[2]: fn for spec, fn in functions.items()}
-    for name, function in named.items():
-        device = getattr(function, "device", "cpu")
-        if config.trainer.reward_timeout is not None and str(device) != "cpu":
-            raise ConfigError(
-                f"rewards.options.{name}.device: got {device!r} with trainer.reward_timeout, "
-                "expected cpu: a forked process cannot use a GPU; unset one of them"
-            )
     if len(named) < len(functions):
         raise ConfigError("rewards.functions: two functions share a name; rename one")
     given = with_environment(named, environments)

@@ -31,12 +31,16 @@ OTHER = {
     "task.max_turns": 3,
     "eval.success": 0.5,
     "rollout.lag": 2,
+    "rewards.options": {"exact.casefold": True},
     "trainer.eos_token": [7],
     "trainer.pad_token": 3,
     "task.stop": [],
 }
 """For each setting that came or changed later, a value that is somebody's choice."""
-NEEDED = {"objective.token_clamp": ["objective.clip_level=sequence"]}
+NEEDED = {
+    "objective.token_clamp": ["objective.clip_level=sequence"],
+    "rewards.options": ["rewards.functions=['exact']"],
+}
 """What else is set for it."""
 
 
@@ -46,8 +50,10 @@ def test_the_default_configuration_has_the_hash_that_it_always_had() -> None:
 
 @pytest.mark.parametrize("path", [*LATER, *RESOLVED])
 def test_a_choice_in_a_later_setting_changes_the_hash(path: str) -> None:
-    hashes = []
-    for value in ([], [f"{path}={json.dumps(OTHER[path])}"]):
+    hashes, other = [], OTHER[path]
+    tables = other.items() if isinstance(other, dict) else ()
+    given = [f"{path}.{name}={json.dumps(value)}" for name, value in tables]
+    for value in ([], given or [f"{path}={json.dumps(other)}"]):
         hashes.append(config_hash(run_config({}, [*NEEDED.get(path, []), *value])))
     assert hashes[0] != hashes[1] and (path in NEEDED or hashes[0] == BEFORE)
 

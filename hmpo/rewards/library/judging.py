@@ -77,21 +77,8 @@ def judge(
         budget_tokens: the same for tokens, of prompts and replies; calls under way are finished.
     """
     require_package("judge", "openai", "judge")
-    require_option(bool(model), "judge.model", model, "the name of a model")
     _check_url(base_url, key_variable)
-    ordered = math.isfinite(low) and math.isfinite(high) and low < high
-    require_option(ordered, "judge.high", high, f"a finite number above low = {low:g}")
-    for name, value, least in (
-        ("concurrency", concurrency, 1),
-        ("retries", retries, 0),
-        ("budget_calls", budget_calls, 0),
-        ("budget_tokens", budget_tokens, 0),
-    ):
-        require_option(value >= least, f"judge.{name}", value, f"an integer >= {least}")
-    require_option(0 < timeout <= 86400, "judge.timeout", timeout, "seconds in (0, 86400]")
-    taken = sorted({"model", "messages", "stream", "n"} & (parameters or {}).keys())
-    require_option(not taken, "judge.parameters", taken, "no field that the judge itself sets")
-    return Judge(
+    return _checked(
         model=model,
         base_url=base_url,
         template=_template(template, template_file),
@@ -104,6 +91,27 @@ def judge(
         timeout=timeout,
         budget=(budget_calls, budget_tokens),
     )
+
+
+def _checked(**settings: Any) -> "Judge":
+    """The judge, its settings within their ranges."""
+    require_option(bool(settings["model"]), "judge.model", settings["model"], "a model's name")
+    low, high = settings["scale"]
+    ordered = math.isfinite(low) and math.isfinite(high) and low < high
+    require_option(ordered, "judge.high", high, f"a finite number above low = {low:g}")
+    calls, tokens = settings["budget"]
+    for name, value, least in (
+        ("concurrency", settings["concurrency"], 1),
+        ("retries", settings["retries"], 0),
+        ("budget_calls", calls, 0),
+        ("budget_tokens", tokens, 0),
+    ):
+        require_option(value >= least, f"judge.{name}", value, f"an integer >= {least}")
+    timeout = settings["timeout"]
+    require_option(0 < timeout <= 86400, "judge.timeout", timeout, "seconds in (0, 86400]")
+    taken = sorted({"model", "messages", "stream", "n"} & settings["parameters"].keys())
+    require_option(not taken, "judge.parameters", taken, "no field that the judge itself sets")
+    return Judge(**settings)
 
 
 def _check_url(base_url: str, key_variable: str) -> None:
