@@ -26,6 +26,9 @@ OTHER = {
     "trainer.eos_token": [7],
     "trainer.pad_token": 3,
     "task.stop": [],
+    "task.chat": True,
+    "task.system": "Be brief.",
+    "task.template_options": {"enable_thinking": False},
 }
 """For each setting that came or changed later, a value that is somebody's choice."""
 NEEDED = {"objective.token_clamp": ["objective.clip_level=sequence"]}
@@ -39,7 +42,8 @@ def test_the_default_configuration_has_the_hash_that_it_always_had() -> None:
 @pytest.mark.parametrize("path", [*LATER, *RESOLVED])
 def test_a_choice_in_a_later_setting_changes_the_hash(path: str) -> None:
     hashes = []
-    for value in ([], [f"{path}={json.dumps(OTHER[path])}"]):
+    other = json.dumps(OTHER[path]).replace('": ', '" = ')  # a table as TOML has it
+    for value in ([], [f"{path}={other}"]):
         hashes.append(config_hash(run_config({}, [*NEEDED.get(path, []), *value])))
     assert hashes[0] != hashes[1] and (path in NEEDED or hashes[0] == BEFORE)
 
