@@ -35,6 +35,9 @@ OTHER = {
     "trainer.eos_token": [7],
     "trainer.pad_token": 3,
     "task.stop": [],
+    "task.chat": True,
+    "task.system": "Be brief.",
+    "task.template_options": {"enable_thinking": False},
 }
 """For each setting that came or changed later, a value that is somebody's choice."""
 NEEDED = {

@@ -122,9 +122,9 @@ def test_a_run_of_before_its_inputs_were_kept_resumes(out, monkeypatch):
     config = micro_config(policy, out, updates=4)
     save = run.RunFiles.save
 
-    def without(self, step, state):
+    def without(self, step, state, best):
         own = {k: v for k, v in state["run"].items() if k not in ("inputs", "every")}
-        save(self, step, {**state, "run": own})
+        save(self, step, {**state, "run": own}, best)
 
     with monkeypatch.context() as patch:
         patch.setattr(run.RunFiles, "save", without)
