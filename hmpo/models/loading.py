@@ -259,7 +259,8 @@ def _load_adapter(config: PolicyConfig, folder: Path, place: torch.device) -> Lo
             f"policy {config.path!r}: has LoRA adapters of its own; set lora_rank to 0"
         )
     name, revision = base_of(folder)
-    if not name or is_adapter(resolve_policy_path(name, revision)):
+    below = resolve_policy_path(name, revision) if name else None
+    if below is None or is_adapter(below):
         raise ModelError(
             f"policy {config.path!r}: adapter_config.json gives {name or None!r} as "
             "base_model_name_or_path, expected a whole policy"
@@ -267,7 +268,7 @@ def _load_adapter(config: PolicyConfig, folder: Path, place: torch.device) -> Lo
     plain = {"path": name, "revision": revision, "gradient_checkpointing": False}
     base_config = dataclasses.replace(config, **plain)
     with no_hub():
-        base = _load_whole(base_config, resolve_policy_path(name, revision), place)
+        base = _load_whole(base_config, below, place)
     try:
         with no_hub(), _no_peft_deprecation():
             model = peft.PeftModel.from_pretrained(base.model, folder, is_trainable=True)
