@@ -32,14 +32,6 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "eval": {"final_prompts": 1},
         },
     ),
-    "30M, micro-batches and a reference": (
-        "30M",
-        {
-            "reference": "start",
-            "prompts_per_rollout": 4,
-            "trainer": {"group_size": 8, "max_length": 64, "micro_batch_size": 2},
-        },
-    ),
 }
 """Name: shape of the policy, settings."""
 

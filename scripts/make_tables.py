@@ -39,6 +39,7 @@ MAKERS: dict[str, Callable[[], str]] = {
     "growth": performance_tables.growth,
     "start": performance_tables.start,
     "memory_flat": performance_tables.memory_flat,
+    "memory": performance_tables.memory,
     "statistics_coverage": lab_tables.statistics_coverage,
     **study_tables.TABLES,
     "probe_prediction": lab_tables.probe_prediction,

@@ -219,3 +219,14 @@ def memory_flat() -> str:
     change = f"From the first to the last look: {last['growth_mib']:+} MiB, "
     change += f"{last['growth_tensors']:+} tensors."
     return "\n".join([*lines, "", change, source(result)])
+
+
+def memory() -> str:
+    """Peak memory of real runs beside the estimate made before them."""
+    result = load("memory")
+    lines = ["| run | estimate, MB | peak, MB | estimate / peak |", "|---|---|---|---|"]
+    for row in result["rows"]:
+        sizes = (round(row[name] / 1e6) for name in ("estimate", "peak"))
+        cells = [row["case"], *(f"{size:,}" for size in sizes), f"{row['ratio']:.2f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", source(result)])

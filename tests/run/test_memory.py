@@ -1,6 +1,8 @@
 """What a run takes of the memory: the sum by hand, the machine's limit, and the remedy."""
 
 import dataclasses
+import json
+from pathlib import Path
 
 import pytest
 
@@ -18,6 +20,8 @@ from hmpo.run.memory import (
     sampler_bytes,
 )
 from tests.faults.micro import micro_config
+
+ROOT = Path(__file__).parents[2]
 
 
 def made(policy, **changes):
@@ -142,6 +146,14 @@ def test_the_process_is_measured() -> None:
     held = bytearray(64 << 20)
     held[::4096] = b"x" * len(held[::4096])
     assert before > 10 << 20 and resident_bytes() > before + (48 << 20)
+
+
+def test_estimates_were_within_15_percent_of_real_runs() -> None:
+    result = json.loads((ROOT / "benchmarks/results/memory.json").read_text())
+    assert {row["case"] for row in result["rows"]} >= {"5M", "30M", "135M"}
+    for row in result["rows"]:
+        assert row["estimate"] == max(row["update"], row["rollout"])
+        assert abs(row["estimate"] / row["peak"] - 1) <= 0.15, row["case"]
 
 
 def test_doctor_shows_the_parts_of_a_model_and_of_a_run(policy, tmp_path, capsys) -> None:
