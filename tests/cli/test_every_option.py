@@ -188,7 +188,8 @@ def eval_target_prompts_pass_at(place: Place) -> None:
     assert "pass@2" in place.hmpo("eval", place.run, "--allow-code", "--prompts", 5, "--pass-at", 2)
     assert "is a model, not a run" in place.fails("eval", place.policy)
     target = f"{place.run}@3"
-    assert "run" in place.hmpo("eval", target, "--allow-code", "--prompts", 5)
+    shown = place.hmpo("eval", target, "--allow-code", "--prompts", 5)
+    assert "first@3" in "".join(shown.split())
     line = place.fails("eval", f"{place.run}@2", "--allow-code")
     assert "got step 2, expected one of the saved" in line
     assert "leave out @3" in place.fails("eval", f"{place.policy}@3", "--task", "sort")
