@@ -30,6 +30,7 @@ import hmpo.lab.suite.run
 import hmpo.models
 import hmpo.run.loop
 from hmpo.config import EvalConfig, RunConfig, TrainerConfig
+from hmpo.config.places import located
 from hmpo.config.reading import run_config
 from hmpo.lab.report import write_report
 from hmpo.lab.suite.reading import read_suite
@@ -118,7 +119,7 @@ def shorten(monkeypatch, demo: RunResult) -> None:
     def train(config, **_):
         trainer_config(config)
         if not config.task.name.startswith("reasoning-gym:"):
-            make_task(config.task, config.seed)
+            make_task(located(config).task, config.seed)
         return demo
 
     def evaluate(target, *, settings, **options):

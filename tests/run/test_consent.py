@@ -80,6 +80,8 @@ def test_any_attribute_of_any_module_needs_consent():
         assert code_of(config, ["rewards.functions"]) == []
         assert code_of(config, ["task.name", "rewards.weights"]) == [spec]
     assert code_of(run_config({"task": {"name": "subprocess:Popen"}})) == ["subprocess:Popen"]
+    talks = run_config({"task": {"environment": "a.py:Game"}})
+    assert code_of(talks) == ["a.py:Game"] and code_of(talks, ["task.environment"]) == []
     for own in ("sort", "reasoning-gym:chain_sum", "hmpo.tasks.digits:sort_task"):
         assert code_of(run_config({"task": {"name": own}})) == []
 

@@ -23,7 +23,7 @@ from hmpo.config.members import gspo
 from hmpo.config.objective import ObjectiveConfig
 from hmpo.config.places import located
 from hmpo.config.reading import load_run_config
-from hmpo.errors import CheckpointError, RunFolderError
+from hmpo.errors import CheckpointError, RunFolderError, require
 from hmpo.lab.folder import load_run
 from hmpo.lab.probe.core import (
     BEYOND,
@@ -313,6 +313,8 @@ def _settings(folder: Path, allow_code: bool) -> RunConfig:
         raise CheckpointError(f"{folder}: has no checkpoint yet; let the run save one first")
     config = load_run_config(folder / "config.json", ())
     refuse_masked(config, folder)
+    segments, whole = config.objective.segments, '"response", as its predictions are of responses'
+    require(segments == "response", "objective.segments (in a probe)", segments, whole)
     if not allow_code:
         refuse_code(folder, code_of(config))
     return renamed(config, folder)
