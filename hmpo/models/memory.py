@@ -21,13 +21,16 @@ from hmpo.errors import ModelError
 from hmpo.models.hub import no_hub
 from hmpo.models.loading import _with_lora
 from hmpo.models.policy import unwrap
+from hmpo.models.precision import stored_precision, training_dtype
 from hmpo.models.quiet import quiet_transformers
 from hmpo.models.source import whole_policy
 
 logger = logging.getLogger(__name__)
 
 FLOAT = 4
-"""Bytes of a float32, in which a run trains."""
+"""Bytes of a float32."""
+FOUR_BITS = 0.5 + 1 / 64 + 4 / (64 * 256)
+"""Bytes of a weight in NF4: half a byte, a byte of scale for 64 weights, four for 256 scales."""
 
 
 def meta_policy(config: PolicyConfig) -> nn.Module:
@@ -37,12 +40,13 @@ def meta_policy(config: PolicyConfig) -> nn.Module:
         ModelError: there is no such policy, or its configuration makes no model.
         MissingDependencyError: LoRA without peft.
     """
-    folder = whole_policy(config.path)
+    folder = whole_policy(config.path, config.revision)
     attention = "eager" if config.attention == "eager" else "sdpa"
     try:
         with no_hub(), quiet_transformers(), torch.device("meta"):
             settings = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-            model = _made(settings, attention)
+            dtype = training_dtype(config, stored_precision(folder))
+            model = _made(settings, attention, dtype)
             if config.lora_rank > 0:
                 model = _with_lora(model, config, folder)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
@@ -51,8 +55,8 @@ def meta_policy(config: PolicyConfig) -> nn.Module:
     return model.eval()  # as the log-probs of an update are taken: without dropout
 
 
-def _made(settings: Any, attention: str) -> nn.Module:
-    options = {"trust_remote_code": False, "dtype": torch.float32}
+def _made(settings: Any, attention: str, dtype: torch.dtype) -> nn.Module:
+    options = {"trust_remote_code": False, "dtype": dtype}
     try:
         return AutoModelForCausalLM.from_config(settings, attn_implementation=attention, **options)
     except ValueError:  # it has no sdpa
@@ -63,6 +67,23 @@ def bytes_of(tensors: Iterable[Tensor]) -> int:
     """Bytes of tensors, those that share memory counted once."""
     held = {_key(tensor): tensor for tensor in tensors}
     return sum(tensor.untyped_storage().nbytes() for tensor in held.values())
+
+
+def weight_bytes(model: nn.Module, config: PolicyConfig) -> int:
+    """Bytes of all weights and buffers as a run holds them, frozen matrices in 4 bits where asked.
+
+    Args:
+        model: as `meta_policy` makes it.
+        config: the policy.
+    """
+    whole = bytes_of([*model.parameters(), *model.buffers()])
+    if config.quantize == "none":
+        return whole
+    core: Any = unwrap(model)
+    head = core.get_output_embeddings()
+    linear = [m.weight for m in core.modules() if isinstance(m, nn.Linear) and m is not head]
+    frozen = [weight for weight in linear if not weight.requires_grad]
+    return whole - bytes_of(frozen) + round(FOUR_BITS * sum(w.numel() for w in frozen))
 
 
 def _key(tensor: Tensor) -> int:
@@ -165,4 +186,4 @@ def key_value_bytes(model: nn.Module) -> int:
     layers = int(getattr(shape, "num_hidden_layers", 0))
     if kinds:
         layers = sum("attention" in kind and "linear" not in kind for kind in kinds)
-    return 2 * layers * int(key_heads) * int(size) * FLOAT
+    return 2 * layers * int(key_heads) * int(size) * next(model.parameters()).element_size()

@@ -8,7 +8,7 @@ and all that they import) is measured. `benchmarks/memory.py` compares the sum w
 import contextlib
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,14 @@ from hmpo.errors import HmpoError, ModelError, byte_size
 from hmpo.logprobs.head import BUFFER, GPU_ROWS, LEAST_ROWS, STORE
 from hmpo.models.chat import PromptOptions, prompt_rows
 from hmpo.models.hub import no_hub
-from hmpo.models.memory import FLOAT, bytes_of, kept_by_forward, key_value_bytes, meta_policy
+from hmpo.models.memory import (
+    FLOAT,
+    bytes_of,
+    kept_by_forward,
+    key_value_bytes,
+    meta_policy,
+    weight_bytes,
+)
 from hmpo.models.policy import unwrap
 from hmpo.models.quiet import quiet_transformers
 from hmpo.models.source import whole_policy
@@ -41,7 +48,7 @@ PARTS = {
     "weights": "the policy",
     "reference": "frozen reference and the weights of stale rollouts",
     "optimizer": "state of the optimizer",
-    "gradients": "of what trains",
+    "gradients": "of what trains, and of float32 copies while they step",
     "activations": "of one micro-batch, kept for its backward pass, and one layer's gradients",
     "logits": "a block of the vocabulary projection",
     "sampler": "the fast decoder's copy of the weights",
@@ -108,18 +115,24 @@ def estimate(model: nn.Module, config: RunConfig, prompt: int, process: int) -> 
     """
     trainer = config.trainer
     core: Any = unwrap(model)
-    whole = bytes_of([*model.parameters(), *model.buffers()])
+    whole = weight_bytes(model, config.policy)
     trained = [p for p in model.parameters() if p.requires_grad]
-    gradients = bytes_of(trained)
+    moving = bytes_of(trained)
+    gradients = moving + sum(_numel(p) for p in _narrow(trained)) * FLOAT
     head = core.get_output_embeddings()
     vocabulary, hidden = head.weight.shape if head is not None else (0, 0)
     rows = config.prompts_per_rollout * trainer.group_size
     minibatch = -(-rows // trainer.minibatches)
     micro = min(trainer.micro_batch_size or minibatch, minibatch)
     kept = kept_by_forward(model, micro, prompt + trainer.max_length)
+    one = kept.bytes // _layers(core)  # of one layer
+    held = kept.bytes
+    if config.policy.gradient_checkpointing:  # the input of each layer, and one layer made anew
+        inputs = _layers(core) * micro * (prompt + trainer.max_length) * hidden
+        held = min(held, one + inputs * next(model.parameters()).element_size())
     states = micro * trainer.max_length * hidden * FLOAT
     logits = logits_bytes(micro * trainer.max_length, vocabulary, config)
-    copies = whole * (config.reference != "none") + gradients * config.rollout.lag
+    copies = moving * ((config.reference != "none") + config.rollout.lag)
     optimizer = optimizer_bytes(model, config)
     fast = type(core).__name__ in FAMILIES and core is model and trainer.decoder == "auto"
     sampler = sampler_bytes(core, config) if fast else 0
@@ -133,7 +146,7 @@ def estimate(model: nn.Module, config: RunConfig, prompt: int, process: int) -> 
         "reference": copies,
         "optimizer": optimizer,
         "gradients": gradients,
-        "activations": kept.bytes + kept.bytes // _layers(core) + 2 * states,
+        "activations": held + one + 2 * states,
         "logits": logits,
         "sampler": sampler,
         "keys_values": cache,
@@ -182,22 +195,39 @@ def logits_bytes(rows: int, vocabulary: int, config: RunConfig) -> int:
 
 
 def optimizer_bytes(model: nn.Module, config: RunConfig) -> int:
-    """Of the optimizer's state: two numbers a weight for AdamW, one for Muon and momentum."""
+    """Of the optimizer's state: two numbers a weight for AdamW, one for Muon and momentum.
+
+    They are float32, or one byte each for adamw8bit; 16-bit weights have float32 copies besides.
+    """
     trained = [p for p in model.parameters() if p.requires_grad]
     settings = config.optimizer
+    copies = FLOAT * sum(_numel(p) for p in _narrow(trained))
+    count = sum(_numel(p) for p in trained)
     if settings.name == "sgd":
-        return bytes_of(trained) * bool(settings.momentum)
-    if settings.name == "adamw":
-        return 2 * bytes_of(trained)
+        return copies + FLOAT * count * bool(settings.momentum)
+    if settings.name in ("adamw", "adamw8bit"):
+        return copies + 2 * count * (1 if settings.name == "adamw8bit" else FLOAT)
     groups = split_param_groups(model, lr=1.0, weight_decay=0.0, adamw_lr=1.0)
-    return sum((1 if g["algorithm"] == "muon" else 2) * bytes_of(g["params"]) for g in groups)
+    return copies + FLOAT * sum(
+        (1 if group["algorithm"] == "muon" else 2) * sum(map(_numel, group["params"]))
+        for group in groups
+    )
+
+
+def _narrow(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    """Those that train on float32 copies."""
+    return [p for p in parameters if p.element_size() < FLOAT]
+
+
+def _numel(parameter: nn.Parameter) -> int:
+    return parameter.numel()
 
 
 def sampler_bytes(core: Any, config: RunConfig) -> int:
     """Of the fast decoder's copies: all products, the vocabulary's among them."""
     matrices = [m.weight for m in core.modules() if isinstance(m, nn.Linear)]
-    size = 2 if config.trainer.sampling_dtype == "bfloat16" else FLOAT
-    return sum(weight.numel() for weight in matrices) * size
+    half = config.trainer.sampling_dtype == "bfloat16"
+    return sum(w.numel() * (2 if half else w.element_size()) for w in matrices)
 
 
 def _cached(

@@ -8,7 +8,13 @@ import pytest
 
 from hmpo.cli import main
 from hmpo.errors import ModelError
-from hmpo.models.memory import bytes_of, kept_by_forward, key_value_bytes, meta_policy
+from hmpo.models.memory import (
+    bytes_of,
+    kept_by_forward,
+    key_value_bytes,
+    meta_policy,
+    weight_bytes,
+)
 from hmpo.run import memory
 from hmpo.run.memory import (
     estimate,
@@ -75,6 +81,45 @@ def test_settings_take_what_they_say(policy) -> None:
     assert optimizer_bytes(model, muon) == hidden + 2 * (plain.parts["gradients"] - hidden)
     bfloat16, _ = made(policy, trainer__sampling_dtype="bfloat16")
     assert sampler_bytes(model, bfloat16) * 2 == sampler_bytes(model, config)
+
+
+def test_half_precision_takes_half_the_weights_and_float32_copies(policy) -> None:
+    """Sums by hand: with n weights 2 n, copies 4 n, two moments 8 n; gradients 2 n, and 4 n."""
+    config, wide = made(policy)
+    _, model = made(policy, policy__dtype="bfloat16")
+    count = sum(p.numel() for p in wide.parameters())
+    assert optimizer_bytes(wide, config) == 8 * count
+    assert optimizer_bytes(model, config) == 12 * count
+    eight, _ = made(policy, optimizer__name="adamw8bit")
+    assert optimizer_bytes(wide, eight) == 2 * count
+    plain, half = estimate(wide, config, 5, 0).parts, estimate(model, config, 5, 0).parts
+    buffers = bytes_of(wide.buffers())
+    assert plain["weights"] == 4 * count + buffers and half["weights"] == 2 * count + buffers
+    assert plain["gradients"] == 4 * count and half["gradients"] == 6 * count
+    assert half["activations"] < plain["activations"]
+    assert key_value_bytes(model) * 2 == key_value_bytes(wide)
+
+
+def test_checkpointing_holds_the_inputs_of_layers_and_one_layer(policy) -> None:
+    config, model = made(policy)
+    saving, _ = made(policy, policy__gradient_checkpointing=True)
+    plain, less = (estimate(model, c, 400, 0).parts["activations"] for c in (config, saving))
+    one = kept_by_forward(model, 6, 404).bytes  # of the one layer there is
+    assert plain == 2 * one + 2 * 6 * 4 * 16 * 4
+    assert less == min(plain, one + one + 6 * 404 * 16 * 4 + 2 * 6 * 4 * 16 * 4)
+
+
+def test_adapters_copy_what_moves_and_four_bits_hold_what_does_not(policy) -> None:
+    adapted = {"policy__lora_rank": 2, "reference": "start"}
+    config, model = made(policy, **adapted)
+    moving = bytes_of(p for p in model.parameters() if p.requires_grad)
+    assert estimate(model, config, 5, 0).parts["reference"] == moving
+    policy_config = dataclasses.replace(config.policy, quantize="4bit")
+    whole = bytes_of([*model.parameters(), *model.buffers()])
+    frozen = 4 * 16 * 16 + 3 * 16 * 32
+    expected = whole - 4 * frozen + round((0.5 + 1 / 64 + 4 / 16384) * frozen)
+    assert weight_bytes(model, policy_config) == expected
+    assert weight_bytes(model, config.policy) == whole
 
 
 def test_large_logits_are_held_in_blocks(policy) -> None:
