@@ -81,7 +81,7 @@ def describe_base(path: str, folder: Path) -> Base:
     """What is known of the policy in a folder.
 
     Args:
-        path: `policy.path` as it was given.
+        path: `policy.path` of the run as it is found, so that no folder passes for a hub's name.
         folder: where it was found.
     """
     if path in KNOWN or folder == TINY_SORT:
@@ -199,7 +199,8 @@ def _measures(
         if after != "-":
             label = f"pass@{measured['eval/k']}" if kind == "pass_at_k" else name
             yield f"| {label} | {_rate(before or {}, kind)} | {after} |"
-    yield from ("", "Measured before the weights were rounded to the precision they are stored in.")
+    yield ""
+    yield "Measured as trained, before storing the weights in the precision of the base model."
     yield ""
 
 

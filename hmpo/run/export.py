@@ -20,7 +20,7 @@ from hmpo.models.policy import is_adapted
 from hmpo.models.source import whole_policy
 from hmpo.run.best import logged_evaluations
 from hmpo.run.build import trained_policy
-from hmpo.run.card import describe_base, model_card
+from hmpo.run.card import Base, describe_base, model_card
 from hmpo.run.place import Step
 from hmpo.run.source import pinned
 
@@ -91,7 +91,8 @@ def export_policy(
         loaded = merged(loaded)
     adapter = is_adapted(loaded.model)
     done = _last(run) if done is None else done
-    card = _card(run, config, source, done, adapter=adapter)
+    base = describe_base(used.policy.path, source)
+    card = _card(run, config, base, done, adapter=adapter)
     save_policy(loaded.model, loaded.tokenizer, out, source=source, card=card)
     return Exported(folder=out, step=done, adapter=adapter)
 
@@ -124,13 +125,13 @@ def _evaluations(run: Path) -> list[Mapping[str, Any]]:
         return []
 
 
-def _card(run: Path, config: RunConfig, source: Path, step: int | None, *, adapter: bool) -> str:
+def _card(run: Path, config: RunConfig, base: Base, step: int | None, *, adapter: bool) -> str:
     records = _evaluations(run)
     before = [r for r in records if r.get("eval/name") == "before"]
     measured = [r for r in records if r["step"] == step and r.get("eval/name") != "before"]
     return model_card(
         config,
-        describe_base(config.policy.path, source),
+        base,
         step=step,
         before=before[0] if before else None,
         measured=measured[-1] if measured else None,

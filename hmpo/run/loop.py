@@ -368,14 +368,9 @@ class Run:
                 after = self._evaluate("after", final=True)
         if after is not None:
             self.files.check()
-            write_policy(
-                self.files,
-                self.loaded,
-                self.source,
-                step=self.trainer.step,
-                before=self.saver.before,
-                measured=after.record(),
-            )
+            known = {"path": self.config.policy.path, "step": self.trainer.step}
+            measured = {"before": self.saver.before, "measured": after.record()}
+            write_policy(self.files, self.loaded, self.source, **known, **measured)
             done = self.trainer.step >= self.config.updates
             status = "completed" if done else "early_stop"
         warning = self._write_end(status)

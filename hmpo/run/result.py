@@ -15,6 +15,7 @@ def write_policy(
     loaded: LoadedPolicy,
     source: Path,
     *,
+    path: str,
     step: int,
     before: Mapping[str, Any] | None,
     measured: Mapping[str, Any],
@@ -25,13 +26,14 @@ def write_policy(
         files: of the run.
         loaded: its policy.
         source: folder of the whole policy that it began with.
+        path: what the run calls that, as it is found.
         step: updates done.
         before: record of the evaluation before the first update.
         measured: record of the evaluation after the last.
     """
     card = model_card(
         files.config,
-        describe_base(files.config.policy.path, source),
+        describe_base(path, source),
         step=step,
         before=before,
         measured=measured,

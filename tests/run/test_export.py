@@ -173,3 +173,17 @@ def test_the_command_needs_no_consent_and_says_where_the_policy_is(failed, out, 
         assert text in capsys.readouterr().err
     assert main(["export", str(out / "model")]) == 2
     assert "is a model's folder, not a run's" in capsys.readouterr().err
+
+
+def test_a_folder_below_the_settings_file_is_not_taken_for_a_hubs_name(policy, tmp_path) -> None:
+    """`policies/small` counts from `relative_to`; elsewhere it looks like organisation/name."""
+    shutil.copytree(policy, tmp_path / "files" / "policies" / "small")
+    changes = {"policy__path": "policies/small", "updates": 2, "eval__every": 1}
+    config = micro_config(policy, tmp_path / "out", **changes)
+    config = dataclasses.replace(config, relative_to=(str(tmp_path / "files"),))
+    train(config)
+    run = tmp_path / "out" / "run"
+    export_policy(run, config, tmp_path / "exported")
+    for folder in (run / "policy", tmp_path / "exported"):
+        card = (folder / "README.md").read_text(encoding="utf-8")
+        assert "base_model:" not in card and "Base model: small," in card
