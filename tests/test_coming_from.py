@@ -12,7 +12,15 @@ from trl import GRPOConfig
 from hmpo.config import RunConfig, members
 from tests.side_by_side import PAGE, has_field, rows
 
-ELSEWHERE = {"train_dataset", "eval_dataset", "reward_funcs", "peft_config", "model", "train()"}
+ELSEWHERE = {
+    "train_dataset",
+    "eval_dataset",
+    "reward_funcs",
+    "peft_config",
+    "model",
+    "train()",
+    "environment_factory",
+}
 """Arguments of TRL's trainer and of its `train`, not fields of its configuration."""
 
 
