@@ -118,19 +118,13 @@ def train(
 
     where = None if resume is None else Path(os.path.abspath(expanded(resume)))  # noqa: PTH100
     line = memory_line(located(settings))
+    ways = {"resume": resume is not None, "overwrite": overwrite, "allow_changed": allow_changed}
     with Screen(quiet=quiet) as screen:
         if not quiet:
             screen.say(line)
         if dry_run:
             return rehearsed(settings, screen, overwrite=overwrite)
-        result = run_train(
-            settings,
-            resume=resume is not None,
-            observer=screen,
-            overwrite=overwrite,
-            folder=where,
-            allow_changed=allow_changed,
-        )
+        result = run_train(settings, observer=screen, folder=where, **ways)
     code = _tell_end(result, settings, screen.say)
     if report and not code:
         _write_report([result.folder], say=screen.say)

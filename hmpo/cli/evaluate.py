@@ -103,18 +103,11 @@ def measure(
     """
     from hmpo.models import load_policy, stop_token_ids
     from hmpo.models.tokens import pad_token_id
-    from hmpo.run.build import (
-        load_trained,
-        make_environments,
-        make_rewards,
-        ready_prompts,
-        trainer_config,
-        use_machine,
-    )
+    from hmpo.run import build
     from hmpo.run.evaluation import Evaluator
 
     config = located(config)
-    device = use_machine(config)
+    device = build.use_machine(config)
     task = make_task(config.task, config.seed)
     if not own_length:
         trainer = dataclasses.replace(config.trainer, max_length=task.max_new_tokens)
@@ -122,19 +115,19 @@ def measure(
     if run is None:
         loaded = load_policy(config.policy, device=device)
     else:
-        loaded = load_trained(run, config, device, step=step)
-    options = ready_prompts(config, loaded, task)
-    settings = trainer_config(
+        loaded = build.load_trained(run, config, device, step=step)
+    options = build.ready_prompts(config, loaded, task)
+    settings = build.trainer_config(
         config,
         eos_token=stop_token_ids(loaded.tokenizer, task.stop, loaded.model),
         pad_token=pad_token_id(loaded.tokenizer, loaded.model),
     )
-    talks = make_environments(config, loaded.tokenizer)
+    talks = build.make_environments(config, loaded.tokenizer)
     evaluator = Evaluator(
         policy=loaded.model,
         tokenizer=loaded.tokenizer,
         task=task,
-        rewards=make_rewards(config, task, talks),
+        rewards=build.make_rewards(config, task, talks),
         config=settings,
         batch_size=config.eval.batch_size,
         seed=config.seed,

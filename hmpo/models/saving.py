@@ -44,9 +44,8 @@ def save_policy(
         tokenizer: saved beside it.
         folder: where; parents are made.
         source: folder of the whole policy that model and tokenizer were loaded from, where only
-            weights have changed since: all but their values is then as it is there, the precision
-            in which they are stored too (see `hmpo.models.source`). None writes what model and
-            tokenizer say now.
+            weights have changed since: all but their values is then as it is there (see
+            `hmpo.models.source`). None writes what model and tokenizer say now.
         card: a model card, for README.md; empty leaves it out.
 
     Returns:

@@ -146,25 +146,21 @@ def model_card(
     }
     if base.hub:
         front["base_model"] = base.hub
+    dumped = yaml.safe_dump(front, sort_keys=True, allow_unicode=True)
     objective = config.algorithm if config.algorithm == "gspo" else config.objective.name
     lines = [
         "---",
-        yaml.safe_dump(front, sort_keys=True, allow_unicode=True).rstrip(),
+        dumped.rstrip(),
         "---",
         "",
         f"# {escaped(base.name)}, trained on {escaped(config.task.name)}",
         "",
         f"{escaped(base.name)} after {'' if step is None else f'{step} updates of '}"
         f"reinforcement learning on the task {escaped(config.task.name)} (objective "
-        f"{escaped(objective)}), made with "
-        f"hmpo {__version__}.",
+        f"{escaped(objective)}), made with hmpo {__version__}.",
         "",
         f"Base model: {escaped(base.name)}, license: {escaped(base.license)}.",
-        *(
-            ["It began with the weights of another run's checkpoint."]
-            if config.policy.start
-            else []
-        ),
+        *(["It began with the weights of another run's checkpoint."] * bool(config.policy.start)),
         "",
         *_measures(before, measured, config.eval.success),
         "## Settings",

@@ -183,7 +183,7 @@ def logits_bytes(rows: int, vocabulary: int, config: RunConfig) -> int:
     """
     cuda = _on_cuda(config)
     if cuda:
-        total = torch.cuda.get_device_properties(config.device).total_memory
+        total = gpu_bytes(config)
         buffer, store, factor = total // 32, total // 16, GPU_ROWS
     else:
         buffer, store, factor = BUFFER, STORE, 1
@@ -323,16 +323,20 @@ def _cgroup_limits(root: Path) -> Iterator[int]:
 
 
 def _on_cuda(config: RunConfig) -> bool:
-    auto = config.device == "auto" and torch.cuda.is_available()
-    return auto or config.device.startswith("cuda")
+    """Whether the run is on a GPU; one that is not there is refused when the policy is loaded."""
+    return config.device.startswith(("auto", "cuda")) and torch.cuda.is_available()
 
 
 def available_bytes(config: RunConfig) -> int | None:
     """Memory of the device that a run is on; None where it is not known."""
-    if _on_cuda(config):
-        device = "cuda" if config.device == "auto" else config.device
-        return torch.cuda.get_device_properties(device).total_memory
-    return machine_bytes()
+    return gpu_bytes(config) if _on_cuda(config) else machine_bytes()
+
+
+def gpu_bytes(config: RunConfig) -> int:
+    """Memory of the GPU that a run is on; of the first where there is no such GPU."""
+    _, _, index = config.device.partition(":")
+    there = index.isdecimal() and int(index) < torch.cuda.device_count()
+    return torch.cuda.get_device_properties(int(index) if there else 0).total_memory
 
 
 def memory_line(config: RunConfig) -> str:

@@ -74,7 +74,7 @@ FILES = {
         "no reasoning-gym task 'nix'; expected one of",
     ),
     "no model": ('[policy]\npath = "no/such/folder"', "no such folder"),
-    "hub name": ('[policy]\npath = "org/model"', "only local folders are loaded; download it fi"),
+    "hub name": ('[policy]\npath = "org/model"', "no such folder here, and not whole in the"),
     "file as model": ('[policy]\npath = "pyproject.toml"', "is a file, expected a folder"),
     "no weights": ('[policy]\npath = "tests"', "has no config.json"),
     "no module": ('[rewards]\nfunctions = ["nix.da:f"]', "cannot import nix.da"),

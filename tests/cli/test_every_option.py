@@ -568,6 +568,8 @@ ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "tests/lab/suite/test_on_ray.py",
     "HF_HUB_OFFLINE": "tests/models/test_hub.py",
     "TOKENIZERS_PARALLELISM": "tests/cli/test_cli.py",
+    "OPENAI_BASE_URL": "tests/rewards/library/test_judging.py",
+    "OMP_NUM_THREADS": "tests/lab/suite/test_again.py",
 }
 """Variables of the environment that the package reads or sets, and who looks at each."""
 READ = re.compile(r'environ(?:\.get|\.setdefault|\.pop)?[(\[]\s*"(\w+)"')

@@ -7,6 +7,7 @@ import logging
 import os
 import pickle
 import random
+import re
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -395,6 +396,11 @@ FORBIDDEN_MODULES = {
 }  # fmt: skip
 FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__"}
 FORBIDDEN_ATTRIBUTES = {"torch.load", "os.system", "os.popen"}
+ALLOWED = {
+    "run/card.py": r"yaml(\.safe_load|\.safe_dump|\.YAMLError)?",
+    "rewards/library/programs_child.py": "exec|compile",
+}
+"""YAML by its safe functions alone; and the child whose whole task is to run a policy's program."""
 
 
 def unsafe(source: str) -> list[str]:
@@ -429,7 +435,9 @@ PACKAGE = Path(hmpo.__file__).parent
     "path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE))
 )
 def test_no_module_can_run_code_from_data(path):
-    assert unsafe(path.read_text(encoding="utf-8")) == []
+    allowed = ALLOWED.get(path.relative_to(PACKAGE).as_posix(), "")
+    found = unsafe(path.read_text(encoding="utf-8"))
+    assert [line for line in found if not re.fullmatch(rf"\d+: ({allowed})", line)] == []
 
 
 @pytest.mark.parametrize(

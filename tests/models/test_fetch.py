@@ -77,9 +77,9 @@ def test_nothing_that_could_run_is_downloaded_and_weights_once(hub, made):
         "model.gguf": b"x",
         "consolidated.safetensors": b"the same again",
         "onnx/model.onnx": b"x",
-        "README.md": b"x",
     }
-    files = {p.name: p.read_bytes() for p in made.iterdir()}
+    card = {"README.md": b"---\nlicense: mit\n---\n", "LICENSE": b"MIT"}
+    files = {p.name: p.read_bytes() for p in made.iterdir()} | card
     hub.push(NAME, files | others)
     resolve_policy_path(NAME)
     resolve_policy_path(NAME)
