@@ -91,7 +91,10 @@ RUN: dict[str, Case] = {
     "eval.success": ({}, 0.1),
     "checkpoint.every": ({"checkpoint__keep": 9}, 2),
     "checkpoint.keep": ({"checkpoint__every": 1}, 3),
-    "checkpoint.keep_best": ({"checkpoint__keep": 1, "eval__every": 5}, False),
+    "checkpoint.keep_best": (
+        {"checkpoint__every": 1, "checkpoint__keep": 1, "eval__every": 3},
+        False,
+    ),
 }
 """Settings of the run itself and of its small tables."""
 
