@@ -16,7 +16,6 @@ from hmpo.checkpoint import write_atomic
 from hmpo.errors import ConfigError, TelemetryError
 from hmpo.lab.study.outcomes import Outcome
 from hmpo.lab.study.plan import Plan, plan_of
-from hmpo.lab.study.scores import score
 from hmpo.lab.suite.cells import Cell
 from hmpo.lab.suite.folder import Key, SuiteFolder, plan_value
 from hmpo.lab.suite.job import final_success
@@ -120,6 +119,8 @@ def table_of(
 
 
 def _row(plan: Plan, was: Outcome, now: Outcome) -> Row:
+    from hmpo.lab.study.scores import score  # needs scipy, which making runs does not
+
     before, after = (score(outcome, plan).success for outcome in (was, now))
     known = before is not None and after is not None
     return {
