@@ -104,7 +104,7 @@ def measure(
     from hmpo.models import load_policy, stop_token_ids
     from hmpo.models.tokens import pad_token_id
     from hmpo.run import build
-    from hmpo.run.evaluation import Evaluator
+    from hmpo.run.evaluation import make_evaluator
 
     config = located(config)
     device = build.use_machine(config)
@@ -123,16 +123,6 @@ def measure(
         pad_token=pad_token_id(loaded.tokenizer, loaded.model),
     )
     talks = build.make_environments(config, loaded.tokenizer)
-    evaluator = Evaluator(
-        policy=loaded.model,
-        tokenizer=loaded.tokenizer,
-        task=task,
-        rewards=build.make_rewards(config, task, talks),
-        config=settings,
-        batch_size=config.eval.batch_size,
-        seed=config.seed,
-        success=config.eval.success,
-        prompt_options=options,
-        environments=talks,
-    )
+    rewards = build.make_rewards(config, task, talks)
+    evaluator = make_evaluator(config, loaded, task, rewards, settings, options, talks)
     return evaluator.evaluate(prompts, pass_at=pass_at)

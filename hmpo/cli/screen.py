@@ -22,6 +22,7 @@ from hmpo.config import RunConfig
 from hmpo.rewards.messages import as_text
 from hmpo.run.evaluation import Evaluation, Rate
 from hmpo.run.observer import Observer, RunResult
+from hmpo.run.shown import ROWS
 from hmpo.types import Event
 
 ASCII_BARS = " .:-=+*#"
@@ -30,19 +31,6 @@ LINES = 3
 """Lines of a terminal that a completion may take."""
 WARNED = ("nonfinite",)
 """Events that a warning of the library's log tells in more words."""
-
-# label, telemetry name, format, and how to read it
-ROWS = (
-    ("reward", "reward/mean", "{:.3f}", "mean over the rollout"),
-    ("KL to the start", "kl/ref", "{:.4f}", "nats a token"),
-    ("KL old to new", "kl/k3", "{:.5f}", "nats a token, since sampling"),
-    ("clipped, advantage > 0", "clip/frac_pos", "{:.4f}", "share of tokens"),
-    ("clipped, advantage < 0", "clip/frac_neg", "{:.4f}", "share of tokens"),
-    ("entropy", "entropy", "{:.3f}", "nats a token"),
-    ("gradient norm", "grad_norm", "{:.3f}", "before clipping"),
-    ("largest attention logit", "qk/max_logit", "{:.1f}", "QK-clip acts above its threshold"),
-    ("groups without signal", "adv/zero_frac", "{:.2f}", "all rewards equal"),
-)
 
 
 def spark(values: deque[float], bars: str) -> str:

@@ -11,8 +11,9 @@ from typing import Any
 
 from torch import nn
 
-from hmpo.config import TrainerConfig
+from hmpo.config import RunConfig, TrainerConfig
 from hmpo.environments import Environments
+from hmpo.models import LoadedPolicy
 from hmpo.models.chat import PromptOptions
 from hmpo.randomness import keyed_generator, keyed_seed
 from hmpo.rewards import Rewards
@@ -281,3 +282,37 @@ def hex_bits(passed: Sequence[bool]) -> str:
 def hash_prompts(prompts: Sequence[Any]) -> str:
     """SHA-256 (hex) of prompts in their order: of the JSON list of them, in ASCII."""
     return hashlib.sha256(json.dumps(list(prompts)).encode("ascii")).hexdigest()
+
+
+def make_evaluator(
+    config: RunConfig,
+    loaded: LoadedPolicy,
+    task: Task,
+    rewards: Rewards,
+    settings: TrainerConfig,
+    options: PromptOptions,
+    environments: Environments | None,
+) -> Evaluator:
+    """What measures a run's policy, in the run itself and afterwards.
+
+    Args:
+        config: the run.
+        loaded: its policy.
+        task: where prompts come from.
+        rewards: what scores responses.
+        settings: the trainer's, with token ids.
+        options: how prompts become token ids.
+        environments: what the policy talks with; None for one turn a response.
+    """
+    return Evaluator(
+        policy=loaded.model,
+        tokenizer=loaded.tokenizer,
+        task=task,
+        rewards=rewards,
+        config=settings,
+        batch_size=config.eval.batch_size,
+        seed=config.seed,
+        success=config.eval.success,
+        prompt_options=options,
+        environments=environments,
+    )

@@ -30,7 +30,7 @@ from hmpo.run.build import (
 )
 from hmpo.run.consent import resume_command
 from hmpo.run.ending import failure_text
-from hmpo.run.evaluation import Evaluation, Evaluator
+from hmpo.run.evaluation import Evaluation, make_evaluator
 from hmpo.run.evidence import Evidence
 from hmpo.run.files import RunFiles, check_folder, run_folder
 from hmpo.run.folder import Place
@@ -86,7 +86,8 @@ def train(
     """
     place = Place(run_folder(config) if folder is None else folder)
     check_folder(config, place.path, resume=resume, exist_ok=exist_ok, overwrite=overwrite)
-    stop = StopRequest((observer := observer or default_observer()).on_stop)
+    observer = observer or default_observer()
+    stop = StopRequest(observer.on_stop)
     with contextlib.ExitStack() as stack:
         stack.enter_context(stop.listening())
         with stop.at_once():
@@ -129,17 +130,9 @@ class Run:
         options = ready_prompts(config, loaded, self.task)
         check_prompts(self.task, loaded.tokenizer, loaded.model, length, options)
         self.trainer = make_trainer(config, loaded, self.task, self.rewards, options, talks)
-        self.evaluator = Evaluator(
-            policy=self.loaded.model,
-            tokenizer=self.loaded.tokenizer,
-            task=self.task,
-            rewards=self.rewards,
-            config=self.trainer.config,
-            batch_size=config.eval.batch_size,
-            seed=config.seed,
-            success=config.eval.success,
-            prompt_options=options,
-            environments=talks,
+        settings = self.trainer.config
+        self.evaluator = make_evaluator(
+            config, loaded, self.task, self.rewards, settings, options, talks
         )
         self.steering = Steering(config, self.trainer, self.task)
         self.evidence = Evidence()
@@ -368,9 +361,15 @@ class Run:
                 after = self._evaluate("after", final=True)
         if after is not None:
             self.files.check()
-            known = {"path": self.config.policy.path, "step": self.trainer.step}
-            measured = {"before": self.saver.before, "measured": after.record()}
-            write_policy(self.files, self.loaded, self.source, **known, **measured)
+            write_policy(
+                self.files,
+                self.loaded,
+                self.source,
+                path=self.config.policy.path,
+                step=self.trainer.step,
+                before=self.saver.before,
+                measured=after.record(),
+            )
             done = self.trainer.step >= self.config.updates
             status = "completed" if done else "early_stop"
         warning = self._write_end(status)

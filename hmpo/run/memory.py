@@ -118,7 +118,7 @@ def estimate(model: nn.Module, config: RunConfig, prompt: int, process: int) -> 
     whole = weight_bytes(model, config.policy)
     trained = [p for p in model.parameters() if p.requires_grad]
     moving = bytes_of(trained)
-    gradients = moving + sum(_numel(p) for p in _narrow(trained)) * FLOAT
+    gradients = moving + sum(p.numel() for p in _narrow(trained)) * FLOAT
     head = core.get_output_embeddings()
     vocabulary, hidden = head.weight.shape if head is not None else (0, 0)
     rows = config.prompts_per_rollout * trainer.group_size
@@ -201,15 +201,15 @@ def optimizer_bytes(model: nn.Module, config: RunConfig) -> int:
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     settings = config.optimizer
-    copies = FLOAT * sum(_numel(p) for p in _narrow(trained))
-    count = sum(_numel(p) for p in trained)
+    copies = FLOAT * sum(p.numel() for p in _narrow(trained))
+    count = sum(p.numel() for p in trained)
     if settings.name == "sgd":
         return copies + FLOAT * count * bool(settings.momentum)
     if settings.name in ("adamw", "adamw8bit"):
         return copies + 2 * count * (1 if settings.name == "adamw8bit" else FLOAT)
     groups = split_param_groups(model, lr=1.0, weight_decay=0.0, adamw_lr=1.0)
     return copies + FLOAT * sum(
-        (1 if group["algorithm"] == "muon" else 2) * sum(map(_numel, group["params"]))
+        (1 if group["algorithm"] == "muon" else 2) * sum(p.numel() for p in group["params"])
         for group in groups
     )
 
@@ -217,10 +217,6 @@ def optimizer_bytes(model: nn.Module, config: RunConfig) -> int:
 def _narrow(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
     """Those that train on float32 copies."""
     return [p for p in parameters if p.element_size() < FLOAT]
-
-
-def _numel(parameter: nn.Parameter) -> int:
-    return parameter.numel()
 
 
 def sampler_bytes(core: Any, config: RunConfig) -> int:

@@ -10,20 +10,10 @@ from typing import Any
 from hmpo.config import RunConfig
 from hmpo.run.evaluation import Evaluation
 from hmpo.run.observer import Observer
+from hmpo.run.shown import ROWS
 from hmpo.telemetry.visible import visible
 from hmpo.types import Event
 
-ROWS = (
-    ("reward", "reward/mean", "{:.3f}"),
-    ("KL old to new", "kl/k3", "{:.5f}"),
-    ("clipped, advantage > 0", "clip/frac_pos", "{:.4f}"),
-    ("clipped, advantage < 0", "clip/frac_neg", "{:.4f}"),
-    ("entropy", "entropy", "{:.3f}"),
-    ("gradient norm", "grad_norm", "{:.3f}"),
-    ("largest attention logit", "qk/max_logit", "{:.1f}"),
-    ("groups without signal", "adv/zero_frac", "{:.2f}"),
-)
-"""Label, telemetry name and format of what is shown of an update."""
 REFRESH_S = 0.5
 """Seconds between two pictures."""
 SHOWN = 300
@@ -126,12 +116,12 @@ class Notebook(Observer):
         if self.doing:
             parts.append(f"<div>{_text(self.doing)} ...</div>")
         numbers = [
-            (label, form.format(self.record[name]))
-            for label, name, form in ROWS
+            (label, form.format(self.record[name]), meaning)
+            for label, name, form, meaning in ROWS
             if name in self.record
         ]
         if numbers:
-            parts.append(_table(("last update", ""), numbers))
+            parts.append(_table(("last update", "", ""), numbers))
         if self.measured:
             rows = [(str(step), str(found.sampled)) for step, found in self.measured]
             parts.append(_table(("updates", "held-out success, sampled"), rows))

@@ -43,14 +43,9 @@ def heat_map(probe: Probe, form: Literal["svg", "png"] = "svg") -> bytes:
             names = [plain(probe.variants[i].name) for i in rows]
             part = [[matrix[i][j] for j in rows] for i in rows]
             _draw(figure.add_subplot(place), title, names, part)
-        text = figure.suptitle(
-            f"Cosine distance of gradients in the space of {space} ({plain(probe.source)})",
-            x=0.01,
-            ha="left",
-            fontsize=11,
-            fontweight="bold",
+        _title(
+            figure, f"Cosine distance of gradients in the space of {space} ({plain(probe.source)})"
         )
-        text.set_parse_math(False)
         return save(figure, form)
 
 
@@ -83,15 +78,14 @@ def weight_histograms(probe: Probe, form: Literal["svg", "png"] = "svg") -> byte
                 axes.set_ylabel("share of tokens")
         handles, labels = every[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower left", ncols=2)
-        text = figure.suptitle(
-            f"Token weights by exponent, no clip ({plain(probe.source)})",
-            x=0.01,
-            ha="left",
-            fontsize=11,
-            fontweight="bold",
-        )
-        text.set_parse_math(False)
+        _title(figure, f"Token weights by exponent, no clip ({plain(probe.source)})")
         return save(figure, form)
+
+
+def _title(figure: Figure, text: str) -> None:
+    """A heading over the whole figure; a user's name in it is no formula."""
+    heading = figure.suptitle(text, x=0.01, ha="left", fontsize=11, fontweight="bold")
+    heading.set_parse_math(False)
 
 
 def _draw_weights(axes: Axes, name: str, spread: Mapping[str, Spread]) -> None:

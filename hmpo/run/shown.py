@@ -1,0 +1,14 @@
+"""Which numbers of an update a person is shown while a run goes, in a terminal or a notebook."""
+
+ROWS = (
+    ("reward", "reward/mean", "{:.3f}", "mean over the rollout"),
+    ("KL to the start", "kl/ref", "{:.4f}", "nats a token"),
+    ("KL old to new", "kl/k3", "{:.5f}", "nats a token, since sampling"),
+    ("clipped, advantage > 0", "clip/frac_pos", "{:.4f}", "share of tokens"),
+    ("clipped, advantage < 0", "clip/frac_neg", "{:.4f}", "share of tokens"),
+    ("entropy", "entropy", "{:.3f}", "nats a token"),
+    ("gradient norm", "grad_norm", "{:.3f}", "before clipping"),
+    ("largest attention logit", "qk/max_logit", "{:.1f}", "QK-clip acts above its threshold"),
+    ("groups without signal", "adv/zero_frac", "{:.2f}", "all rewards equal"),
+)
+"""Label, telemetry name, format, and how to read it."""
