@@ -11,10 +11,11 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from hmpo.errors import ConfigError, RewardError
-from hmpo.rewards.library.base import LibraryReward, content_of, require_option
+from hmpo.rewards.library.base import LibraryReward, require_option
 from hmpo.rewards.library.extras import require_package
 from hmpo.rewards.library.reply_cache import Ledger, OpenCache, Reply, ReplyCache, hash_of
 from hmpo.rewards.library.text import number_in
+from hmpo.rewards.messages import content_text
 from hmpo.rewards.values import one_line
 
 TEMPLATE = """\
@@ -334,8 +335,8 @@ def conversation(prompt: Any) -> str:
     """A prompt as one text: itself, its only message, or each message behind its role."""
     if isinstance(prompt, list | tuple) and all(isinstance(one, Mapping) for one in prompt):
         if len(prompt) == 1:
-            return content_of(prompt[0])
-        return "\n\n".join(f"{one.get('role', 'user')}: {content_of(one)}" for one in prompt)
+            return content_text(prompt[0])
+        return "\n\n".join(f"{one.get('role', 'user')}: {content_text(one)}" for one in prompt)
     return str(prompt)
 
 
