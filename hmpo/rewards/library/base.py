@@ -183,8 +183,3 @@ def require_column(function: str, column: str) -> None:
     """Refuse a column's name that no column can have."""
     fits = isinstance(column, str) and column not in (*TAKEN, "")
     require(fits, f"reward {function}.column", column, "the name of a column")
-
-
-def require_option(holds: bool, name: str, received: object, expected: str) -> None:
-    """Raise a one-line ConfigError unless the option `function.option` holds."""
-    require(holds, f"reward {name}", received, expected)
