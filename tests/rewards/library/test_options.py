@@ -152,6 +152,7 @@ def test_ids_for_text_and_columns_that_do_not_fit_end_the_run(given, words, on_e
         ("exact", {"colum": "a"}, "rewards.options.exact.colum: unknown; did you mean column?"),
         ("exact", {"casefold": 1}, "rewards.options.exact.casefold: got 1, expected true or false"),
         ("last_number", {"tolerance": "x"}, "expected a number"),
+        ("last_number", {"tolerance": 10**400}, "00..., expected a number"),
         ("length", {"max_length": 4.0, "cache": 1}, "got 4.0, expected an integer"),
         ("length", {"cache": 1}, "rewards.options.length.max_length: not given, expected an int"),
         ("format_tags", {"tags": "think"}, "got 'think', expected a list of strings"),
