@@ -15,6 +15,7 @@ import whole_runs
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from hmpo.config.places import located
 from hmpo.config.reading import load_run_config
 from hmpo.models.chat import render
 from hmpo.tasks import make_task
@@ -26,7 +27,7 @@ PROMPTS = 64
 
 def questions() -> list[list[dict[str, str]]]:
     """Conversations that were held out, as the policy is asked them."""
-    task = make_task(load_run_config(EXAMPLE).task)
+    task = make_task(located(load_run_config(EXAMPLE)).task)
     return [task.heldout(index).prompt for index in range(PROMPTS)]
 
 
@@ -45,11 +46,10 @@ def greedy(model: Any, tokenizer: Any, asked: list[list[dict[str, str]]]) -> lis
     return answers
 
 
-def exported(run: Path, out: Path) -> dict[str, Any]:
+def exported(run: Path, out: Path, asked: list[list[dict[str, str]]]) -> dict[str, Any]:
     """Export a run both ways; answers of the adapters over their base and of the whole model."""
     whole_runs.run(["export", str(run), "--out", str(out / "adapters")])
     whole_runs.run(["export", str(run), "--merge", "--out", str(out / "merged")])
-    asked = questions()
     base = json.loads((out / "adapters" / "adapter_config.json").read_text())
     start = AutoModelForCausalLM.from_pretrained(
         base["base_model_name_or_path"], dtype=torch.float32
@@ -72,14 +72,14 @@ def main() -> None:
     """Train, export both ways, and write benchmarks/results/chat_math.json."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=0)
-    seed = parser.parse_args().seed
+    seed, asked = parser.parse_args().seed, questions()
     with tempfile.TemporaryDirectory() as temporary:
         out = Path(temporary)
         arguments = ["train", str(EXAMPLE), "--no-report"]
         arguments += ["--set", f"out={out / 'runs'}", f"name={NAME}", f"seed={seed}"]
         run = out / "runs" / NAME
         row = {"seed": seed} | whole_runs.measure(NAME, arguments, run, NAME)
-        row["exported"] = exported(run, out)
+        row["exported"] = exported(run, out, asked)
     common.save(NAME, f"python benchmarks/chat_math.py --seed {seed}", [row])
     print(json.dumps(row, indent=2))
 
