@@ -56,6 +56,8 @@ def keep_records(folder: Path, kept: Path) -> None:
     for file in KEPT:
         shutil.copy(folder / file, kept / file)
     config = json.loads((kept / "config.json").read_text()) | {"out": "runs"}
+    if "relative_to" in config:
+        config["relative_to"] = ["examples"]
     (kept / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 

@@ -186,7 +186,52 @@ def trl_versions() -> str:
     return "\n".join([*lines, "", source(result)])
 
 
+def calculator() -> str:
+    """The tool that a tiny policy learns to call."""
+    result = load("calculator")
+    lines = [
+        "| seed | sampled, before | sampled, after | greedy, before | greedy, after "
+        "| calls a conversation | CPU seconds |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        first, last = row["evaluations"][0], row["evaluations"][-1]
+        calls = " to ".join(f"{value:.2f}" for value in row["tools/mean"])
+        shown = [
+            f"{of[f'eval/{kind}']:.3f}" for kind in ("sampled", "greedy") for of in (first, last)
+        ]
+        lines.append(
+            f"| {row['seed']} | {' | '.join(shown)} | {calls} | {row['cpu_seconds']:.0f} |"
+        )
+    trials = result["rows"][0]["evaluations"][-1]["eval/n"]
+    updates = result["rows"][0]["evaluations"][-1]["step"]
+    return "\n".join(
+        [*lines, "", f"{updates} updates, {trials} held-out prompts. {source(result)}"]
+    )
+
+
+def chat_math() -> str:
+    """A chat model on word problems, trained, exported and merged."""
+    result = load("chat_math")
+    (row,) = result["rows"]
+    lines = ["| | before | after |", "|---|---|---|"]
+    lines += [
+        f"| {kind} | {rate(row['before'], kind)} | {rate(row['after'], kind)} |"
+        for kind in ("sampled", "greedy")
+    ]
+    trials, exported = row["after"]["eval/sampled_n"], row["exported"]
+    note = (
+        f"{row['updates']} updates, {row['cpu_s']:.0f} CPU seconds, seed {row['seed']}, {trials} "
+        f"held-out prompts, 95 % intervals over prompts. Of {exported['prompts']} held-out "
+        f"conversations plain transformers answers {exported['equal_greedy_answers']} alike, word "
+        f"for word, with the exported adapters over their base and with the merged model. "
+    )
+    return "\n".join([*lines, "", note + source(result)])
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "calculator": calculator,
+    "chat_math": chat_math,
     "demo": demo,
     "smollm2": smollm2,
     "agm_demos": agm_demos,

@@ -9,6 +9,7 @@ from hmpo.errors import ConfigError
 from hmpo.lab.study import estimate_figures as estimates
 from hmpo.lab.study.analysis import Study
 from hmpo.lab.study.controls import Control, controls
+from hmpo.lab.study.decision_figure import decision_figure
 from hmpo.lab.study.figures import Picture, curve_figure, draw, signal_figure
 from hmpo.lab.study.further import sentence
 from hmpo.lab.study.further_tables import foretold_table, further_table
@@ -47,13 +48,16 @@ PICTURES = (
             "matter.", estimates.sigma),
     Picture("envelope", "Learning rates", "Left: the tuning grid. Right: the best of k tried "
             "rates, chosen on other seeds than it is scored on.", estimates.envelope),
+    Picture("decisions", "Decisions of controllers", "Regime (above) and phase (below) of each run; "
+            "a triangle is an emergency, rollback or stop that was applied, a cross where a stop was "
+            "decided. Then what moved.", decision_figure),
     Picture("qk", "Attention logits", "Largest scaled logit by updates, and QK-clip's threshold.",
             curve_figure("max_qk")),
 )  # fmt: skip
 """Every figure that there may be."""
 OF_THE_CHART = ("reward", "signals", "qk")
 """Figures whose curves the page's chart shows anyway."""
-WIDE = ("success", "times", "weights", "sigma")
+WIDE = ("success", "times", "weights", "sigma", "decisions")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -57,6 +57,20 @@ def write_plan(folder: Path, cells: Sequence[Mapping[str, Any]], **changes: Any)
     return folder
 
 
+DECIDED = {
+    "mode": "apply",
+    "count": 320,
+    "applied": 3,
+    "end": 320,
+    "actions": {"learning_rate": 2, "rollback": 1},
+    "marks": [[200, "rollback"]],
+    "stop": [[310, "stalled"]],
+    "regime": [[0, "initialization"], [40, "stable_learning"], [190, "unstable"]],
+    "phase": [[0, "exploration"], [160, "plateau"]],
+}
+"""Of a run with controllers."""
+
+
 def make_outcome(
     cell: str,
     seed: int,
@@ -71,6 +85,7 @@ def make_outcome(
     n: int = 256,
     metrics: Mapping[str, float | None] | None = None,
     curves: bool = True,
+    decisions: Mapping[str, Any] | None = None,
 ) -> Outcome:
     """A run whose success rises from .2 to `end`, reached in the last three evaluations."""
     rng = random.Random(f"{cell} {seed}")
@@ -90,6 +105,8 @@ def make_outcome(
         "clip_neg": [0.05 * x for x in part],
         "entropy": [0.6 * math.exp(-x) for x in part],
         "max_qk": [40 + 70 * x for x in part],
+        "lr": [1e-4 * (1 - x) for x in part],
+        "p": [-1.0 for _ in part],
     }
     known = {
         "entropy_end": 0.22, "kl3_mean": 0.004, "g_mean": 0.02, "g_max": 0.05, "clip_frac": 0.03,
@@ -128,6 +145,7 @@ def make_outcome(
         metrics={**known, **(metrics or {})},
         reward={"step": grid, "mean": [0.2 + (end - 0.2) * x for x in part]},
         curves=wave if curves else {},
+        decisions=dict(decisions or {}),
         cost={"cpu_s": 30 + rng.random(), "wall_s": 31.0, "tokens_per_s": 4000.0},
         environment={"torch": "2.13.0", "python": "3.11.7", "machine": "Linux", "threads": 1},
     )
@@ -157,7 +175,10 @@ def make_suite(folder: Path, seeds: Sequence[int] = (1, 2, 3, 4), **changes: Any
             for seed in seeds:
                 own = random.Random(f"{name} {seed}").gauss(0, 0.004)
                 end = 0.6 + 0.02 * (seed % 3) + own + (gain if regime == "stale" else 0)
-                outcomes.append(make_outcome(name, seed, end, levels=levels, role=role))
+                told = DECIDED if name == "gspo+dense+stale" else None
+                outcomes.append(
+                    make_outcome(name, seed, end, levels=levels, role=role, decisions=told)
+                )
     base = "grpo+dense+stale"
     ends = {o.seed: o.evals["sampled"][-1] for o in outcomes if o.cell == base}
     others = {

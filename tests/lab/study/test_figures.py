@@ -9,6 +9,7 @@ import pytest
 
 from hmpo.lab.study import estimate_figures as estimates
 from hmpo.lab.study.analysis import Study
+from hmpo.lab.study.decision_figure import decision_figure
 from hmpo.lab.study.figures import curve_figure, draw, joined, look, signal_figure
 from hmpo.lab.study.report import PICTURES
 from hmpo.lab.study.series import QUANTITIES, blocks, curves_of
@@ -91,6 +92,23 @@ def test_the_forest_has_every_difference_and_the_band_that_does_not_matter(study
     assert names == [f"{c.cell} - {c.against}" for c in compared]
     band = axes.patches[0].get_extents().transformed(axes.transData.inverted())
     assert (band.x0, band.x1) == pytest.approx((-2, 2))
+
+
+def test_decisions_are_strips_by_seed_above_what_was_moved(study: Study) -> None:
+    figure = decision_figure(study)
+    assert figure is not None
+    states, rate = figure.axes  # p was the same throughout
+    assert [label.get_text() for label in states.get_yticklabels()] == ["4", "3", "2", "1"]
+    spans = sorted(
+        (path.vertices[:, 0].min(), path.vertices[:, 0].max())
+        for bars in states.collections
+        for path in bars.get_paths()
+        if path.vertices[:, 1].max() < 1  # of the lowest row
+    )
+    assert spans == [(0, 40), (0, 160), (40, 190), (160, 320), (190, 320)]
+    marks = {line.get_marker(): list(line.get_xdata()) for line in states.lines}
+    assert marks == {"v": [200], "x": [310]}
+    assert rate.get_ylabel() == "learning rate" and len(rate.lines) == 4
 
 
 def test_exploratory_differences_are_hollow(tmp_path: Path) -> None:

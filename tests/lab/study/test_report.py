@@ -18,7 +18,7 @@ from hmpo.lab.study.interactive import chart_data, script_json
 from hmpo.lab.study.markdown import escape, render_markdown
 from hmpo.lab.study.outcomes import collect, read_outcomes
 from hmpo.lab.study.page import render_page
-from hmpo.lab.study.report import Written, report_suite
+from hmpo.lab.study.report import PICTURES, Written, report_suite
 from tests.lab.payloads import PAYLOADS
 from tests.lab.study.suites import PROTOCOL, cell, make_suite, study_of, write_plan
 
@@ -77,7 +77,7 @@ def test_there_is_a_file_for_each_table_and_two_for_each_figure(written: Written
         "T6.csv",
         "T7.csv",
     ]
-    assert len(written.plots) == 22
+    assert len(written.plots) == 2 * len(PICTURES)
     assert all(path.stat().st_size > 100 for path in (*written.tables, *written.plots))
 
 
