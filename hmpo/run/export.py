@@ -17,6 +17,7 @@ from hmpo.models import LoadedPolicy, save_policy
 from hmpo.models.evaluation import evaluating
 from hmpo.models.paths import is_adapter
 from hmpo.models.policy import is_adapted
+from hmpo.models.saving import refuse_irreplaceable
 from hmpo.models.source import whole_policy
 from hmpo.run.best import logged_evaluations
 from hmpo.run.build import trained_policy
@@ -70,10 +71,11 @@ def export_policy(
         overwrite: replace a policy that is there.
 
     Raises:
-        RunFolderError: `out` is there and may not be replaced.
+        RunFolderError: `out` is there and may not be replaced, or the export is made of it.
         CheckpointError: no such checkpoint.
         ConfigError: `merge` where there are no adapters.
-        ModelError: the policy below cannot be loaded, or the folded model is not the same.
+        ModelError: `out` holds anything but a policy, the policy below cannot be loaded, or the
+            folded model is not the same.
         StorageError: it cannot be written.
     """
     out = run / FOLDER if out is None else out
@@ -82,11 +84,13 @@ def export_policy(
             f"{out}: is there already; choose another folder with --out, or replace it with "
             "--overwrite"
         )
+    refuse_irreplaceable(out)
     used = pinned(located(config), run)
     if merge and not (used.policy.lora_rank or _adapts(used)):
         raise ConfigError("--merge: the run has no LoRA adapters, its weights are whole; leave it")
     loaded, done = trained_policy(run, used, step=step)
     source = _source(run, used)
+    _refuse_own(out, run, source, Path(used.policy.path).expanduser())
     if merge:
         loaded = merged(loaded)
     adapter = is_adapted(loaded.model)
@@ -95,6 +99,17 @@ def export_policy(
     card = _card(run, config, base, done, adapter=adapter)
     save_policy(loaded.model, loaded.tokenizer, out, source=source, card=card)
     return Exported(folder=out, step=done, adapter=adapter)
+
+
+def _refuse_own(out: Path, *own: Path) -> None:
+    """Refuse to write over what the export is made of, or over a folder around it."""
+    place = out.resolve()
+    for path in own:
+        if path.resolve().is_relative_to(place):
+            raise RunFolderError(
+                f"{out}: holds {path}, which the policy is made of; choose another folder with "
+                "--out"
+            )
 
 
 def _adapts(config: RunConfig) -> bool:

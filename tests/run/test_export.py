@@ -107,6 +107,24 @@ def test_what_is_there_is_replaced_only_where_that_is_said_and_only_a_policy(fai
     assert (out / "mine" / "text.txt").read_text() == "mine"
 
 
+def test_neither_a_run_nor_what_an_export_is_made_of_is_replaced(policy, out, capsys) -> None:
+    base = out / "base"
+    shutil.copytree(policy, base)
+    run = train(micro_config(base, out / "runs", updates=2)).folder
+    victim = out / "victim"
+    shutil.copytree(run, victim)
+    project = out / "project"
+    project.mkdir()
+    (project / "config.json").write_text("{}")
+    (project / "notes.txt").write_text("years of work")
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    for place in (victim, run, project, run.parent, base):
+        assert main(["export", str(run), "--out", str(place), "--overwrite"]) == 2, place
+        error = capsys.readouterr().err
+        assert "choose another" in error and error.count("\n") == 1
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
 def test_adapters_name_their_base_wherever_the_run_was_started(policy, out, monkeypatch) -> None:
     pytest.importorskip("peft")
     monkeypatch.chdir(policy.parent)
