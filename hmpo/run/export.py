@@ -1,5 +1,6 @@
 """A run's policy as a model folder of its own, whatever became of the run."""
 
+import dataclasses
 import logging
 import os
 from collections.abc import Mapping
@@ -15,7 +16,6 @@ from hmpo.config.places import located
 from hmpo.errors import ConfigError, HmpoError, ModelError, RunFolderError
 from hmpo.models import LoadedPolicy, save_policy
 from hmpo.models.evaluation import evaluating
-from hmpo.models.paths import is_adapter
 from hmpo.models.policy import is_adapted
 from hmpo.models.saving import refuse_irreplaceable
 from hmpo.models.source import whole_policy
@@ -67,7 +67,8 @@ def export_policy(
         out: where to; None is `export` in the run's folder.
         step: a checkpoint, the best one, or what the run has come to: its newest checkpoint, or
             `policy/` where there is none any more.
-        merge: fold LoRA adapters into the weights, so that the folder is a whole model.
+        merge: fold LoRA adapters into the weights, so that the folder is a whole model. They are
+            folded in float32 into weights that were never quantized.
         overwrite: replace a policy that is there.
 
     Raises:
@@ -86,9 +87,9 @@ def export_policy(
         )
     refuse_irreplaceable(out)
     used = pinned(located(config), run)
-    if merge and not (used.policy.lora_rank or _adapts(used)):
+    loaded, done = trained_policy(run, _readable(used, merge=merge), step=step)
+    if merge and not is_adapted(loaded.model):
         raise ConfigError("--merge: the run has no LoRA adapters, its weights are whole; leave it")
-    loaded, done = trained_policy(run, used, step=step)
     source = _source(run, used)
     _refuse_own(out, run, source, Path(used.policy.path).expanduser())
     if merge:
@@ -112,9 +113,13 @@ def _refuse_own(out: Path, *own: Path) -> None:
             )
 
 
-def _adapts(config: RunConfig) -> bool:
-    """Whether the policy that the run began with is a folder of adapters."""
-    return is_adapter(Path(config.policy.path).expanduser())
+def _readable(config: RunConfig, *, merge: bool) -> RunConfig:
+    """The run with a policy that can be written: unquantized, and in float32 to be folded into.
+
+    Saving gives the precision of the source back.
+    """
+    changes = {"quantize": "none"} | ({"dtype": "float32"} if merge else {})
+    return dataclasses.replace(config, policy=dataclasses.replace(config.policy, **changes))
 
 
 def _source(run: Path, config: RunConfig) -> Path:
