@@ -35,10 +35,14 @@ class PolicyConfig:
 
     path: str = "tiny-sort"
     """A local Hugging Face folder, a hub's `organisation/name` (downloaded; a folder that is here
-    wins), `tiny-sort` (bundled), or `smollm2` (see `hmpo fetch-model smollm2`)."""
+    wins where no revision is named), `tiny-sort` (bundled), or `smollm2` (see
+    `hmpo fetch-model smollm2`)."""
     revision: str = ""
     """Branch, tag or commit of a policy that comes from a hub; empty takes the main branch. A run
     keeps the commit that it found in environment.json, and a resume takes the same."""
+    base_revision: str = ""
+    """Branch, tag or commit of the hub's policy below adapters that `path` names; empty takes what
+    the adapters name, or else the main branch. A run keeps the commit, as of `revision`."""
     start: str = ""
     """A checkpoint whose weights the policy starts with, as `RUN` (its newest) or `RUN@STEP`; empty
     starts with those of `path`. `hmpo train --from` sets it. The run keeps a copy of them."""

@@ -96,7 +96,8 @@ def _name_bases(model: nn.Module) -> None:
     """Let adapters name the policy below them so that it is found from anywhere."""
     for settings in getattr(model, "peft_config", {}).values():
         name = settings.base_model_name_or_path
-        settings.base_model_name_or_path = name and lasting_name(name)
+        if name and not settings.revision:  # else it is a hub's, whatever folder is here
+            settings.base_model_name_or_path = lasting_name(name)
 
 
 @contextlib.contextmanager
@@ -167,7 +168,7 @@ def _foreign(folder: Path) -> str:
         return ""
     try:
         settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return "it has no config.json of a model"
     if not isinstance(settings, dict) or "model_type" not in settings:
         return "its config.json names no model_type"

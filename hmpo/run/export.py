@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hmpo.config import RunConfig
+from hmpo.config import PolicyConfig, RunConfig
 from hmpo.config.places import located
 from hmpo.errors import ConfigError, HmpoError, ModelError, RunFolderError
 from hmpo.models import LoadedPolicy, save_policy
@@ -23,7 +23,7 @@ from hmpo.run.best import logged_evaluations
 from hmpo.run.build import trained_policy
 from hmpo.run.card import Base, describe_base, model_card
 from hmpo.run.place import Step
-from hmpo.run.source import pinned
+from hmpo.run.source import pinned, with_commits
 
 logger = logging.getLogger(__name__)
 
@@ -96,8 +96,8 @@ def export_policy(
         loaded = merged(loaded)
     adapter = is_adapted(loaded.model)
     done = _last(run) if done is None else done
-    base = describe_base(used.policy.path, source)
-    card = _card(run, config, base, done, adapter=adapter)
+    base = describe_base(used.policy, source)
+    card = _card(run, with_commits(config, used), base, done, adapter=adapter)
     save_policy(loaded.model, loaded.tokenizer, out, source=source, card=card)
     return Exported(folder=out, step=done, adapter=adapter)
 
@@ -118,16 +118,16 @@ def _readable(config: RunConfig, *, merge: bool) -> RunConfig:
 
     Saving gives the precision of the source back.
     """
-    changes = {"quantize": "none"} | ({"dtype": "float32"} if merge else {})
+    changes: dict[str, Any] = {"quantize": "none"} | ({"dtype": "float32"} if merge else {})
     return dataclasses.replace(config, policy=dataclasses.replace(config.policy, **changes))
 
 
 def _source(run: Path, config: RunConfig) -> Path:
     """The whole policy below: the run's own source, or its `policy/` where that is gone."""
     try:
-        return whole_policy(config.policy.path, config.policy.revision)
+        return whole_policy(config.policy)
     except ModelError:
-        return whole_policy(str(run / "policy"))
+        return whole_policy(PolicyConfig(path=str(run / "policy")))
 
 
 def _last(run: Path) -> int | None:
