@@ -201,6 +201,12 @@ def refuse_no_run(folder: Path) -> None:
             f"--set policy.path={folder}"
         )
     if not (folder / "config.json").is_file():
+        run, step = split_place(str(folder))
+        if step is not None and run.is_dir():
+            raise RunFolderError(
+                f"{folder}: names a checkpoint, expected a run; give {run} (`hmpo export` takes "
+                f"--step {step})"
+            )
         what = (
             "holds no run (no config.json)" if folder.is_dir() else "holds no run (no such folder)"
         )

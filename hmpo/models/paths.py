@@ -71,6 +71,12 @@ def resolve_policy_path(path: str, revision: str = "") -> Path:
         reason = getattr(error, "strerror", None) or error
         raise ModelError(f"policy {path[:100]!r}: cannot be looked for ({reason})") from None
     if not there:
+        run, at, step = path.rpartition("@")
+        if at and (step.isdigit() or step == "best") and Path(run).expanduser().is_dir():
+            raise ModelError(
+                f"policy {path!r}: names a checkpoint of a run, expected a policy; begin with it "
+                "by policy.start (or --from), or write its policy with `hmpo export`"
+            )
         raise ModelError(
             f"policy {path!r}: no such folder; expected a local folder, a hub's "
             "organisation/name, 'tiny-sort' or 'smollm2'"
