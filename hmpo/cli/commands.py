@@ -109,15 +109,15 @@ def train(
     if resume is not None and dry_run:
         raise ConfigError("train: --dry-run shows how a run begins; leave out it or --resume")
     settings = _settings(config, _all(set), resume, from_, overwrite, allow_code)
-    refuse_parts(settings, fresh=resume is None)
+    where = None if resume is None else Path(os.path.abspath(expanded(resume)))  # noqa: PTH100
+    refuse_parts(settings, fresh=resume is None, run=where)
 
     from hmpo.cli.rehearsal import dry_run as rehearsed
     from hmpo.cli.screen import Screen
     from hmpo.run.loop import train as run_train
     from hmpo.run.memory import memory_line
 
-    where = None if resume is None else Path(os.path.abspath(expanded(resume)))  # noqa: PTH100
-    line = memory_line(located(settings))
+    line = memory_line(located(settings), where)
     ways = {"resume": resume is not None, "overwrite": overwrite, "allow_changed": allow_changed}
     with Screen(quiet=quiet) as screen:
         if not quiet:

@@ -1,5 +1,6 @@
 """`hmpo doctor`: versions and devices, and what MuonClip finds in a model."""
 
+import dataclasses
 import itertools
 import logging
 import re
@@ -52,7 +53,7 @@ def show(model: str | None, *, split: bool = False) -> int:
     config = _run_of(model)
     for line in _memory(console, config):
         console.print(line, markup=False, highlight=False)
-    loaded = load_policy(config.policy).model
+    loaded = load_policy(dataclasses.replace(config.policy, quantize="none")).model
     rows = attention_rows(loaded)
     if rows:
         titles = ("layer", "heads", "how it is clipped, or why not")

@@ -54,7 +54,7 @@ def evaluate_target(
             raise ConfigError(f"{target}: {place} is a model, not a run; leave out @{step}")
         config, run = measured_model(place, task, settings), None
     refuse_unread(settings, run, task)
-    refuse_parts(config, fresh=False)
+    refuse_parts(config, fresh=False, run=run)
     chosen = "trainer.max_length" in overridden(settings)
     own_length = run is not None or chosen
     evaluation = measure(

@@ -14,6 +14,7 @@ from hmpo.config.unread_run import refuse_unread_run
 from hmpo.errors import ConfigError, require_installed
 from hmpo.models.paths import is_hub_name, resolve_policy_path
 from hmpo.rewards.loading import check_spec
+from hmpo.run.source import kept_commits
 from hmpo.tasks import BUILT_IN, check_name, make_task
 from hmpo.telemetry.secrets import mask_credentials
 
@@ -69,12 +70,13 @@ def refuse_several_processes() -> None:
         )
 
 
-def refuse_parts(config: RunConfig, *, fresh: bool) -> None:
+def refuse_parts(config: RunConfig, *, fresh: bool, run: Path | None = None) -> None:
     """Refuse a policy, task or reward that is not there; nothing of the user's own code is run.
 
     Args:
         config: the run.
         fresh: a new run, whose settings must all be read.
+        run: its folder where it has begun, which keeps what its policy is.
 
     Raises:
         HmpoError: one line that names it.
@@ -95,8 +97,8 @@ def refuse_parts(config: RunConfig, *, fresh: bool) -> None:
         options = config.rewards.options.get(spec, {})
         _refuse_credentials(spec, options)
         check_spec(spec, options, columns)
-    policy = config.policy
-    if policy.path not in FETCHED and not is_hub_name(policy.path):
+    policy = (config if run is None else kept_commits(config, run)).policy
+    if policy.path not in FETCHED and not is_hub_name(policy.path, policy.revision):
         resolve_policy_path(policy.path, policy.revision)
 
 

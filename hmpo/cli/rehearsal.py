@@ -6,6 +6,7 @@ from rich.text import Text
 from hmpo.cli.samples import printable
 from hmpo.cli.screen import Screen
 from hmpo.config import RunConfig
+from hmpo.rewards.messages import as_text
 from hmpo.run.rehearsal import Rehearsal, rehearse
 
 SHOWN = 8
@@ -26,13 +27,23 @@ def dry_run(config: RunConfig, screen: Screen, *, overwrite: bool) -> int:
     for table in sample_tables(found):
         screen.say(table)
     count = len(found.samples)
-    rewards = [sample["reward"] for sample in found.samples]
     screen.say(
         f"{count} responses of {sum(found.responses)} tokens to prompts of up to "
-        f"{max(found.prompts)} tokens; mean reward {sum(rewards) / count:.4g}, "
-        f"{len(set(rewards))} different rewards; nothing was trained or written"
+        f"{max(found.prompts)} tokens; {rewards_line(found)}; nothing was trained or written"
     )
     return 0
+
+
+def rewards_line(found: Rehearsal) -> str:
+    """Mean and variety of the rewards; responses that got none are left out, which is told."""
+    rewards = [sample["reward"] for sample in found.samples]
+    scored = [reward for reward in rewards if reward == reward]
+    if not scored:
+        return "no response got a reward"
+    dropped = len(rewards) - len(scored)
+    rest = f", {dropped} responses without a reward left out" if dropped else ""
+    mean, kinds = sum(scored) / len(scored), len(set(scored))
+    return f"mean reward {mean:.4g}, {kinds} different rewards{rest}"
 
 
 def sample_tables(found: Rehearsal) -> list[Table]:
@@ -44,11 +55,13 @@ def sample_tables(found: Rehearsal) -> list[Table]:
         table = Table(title=f"response {i + 1} of {count}", title_justify="left", show_header=False)
         parts = "; ".join(f"{name} {value}" for name, value in sample["rewards"].items())
         ended = "" if sample["finished"] else ", cut at the limit"
+        prompt, completion = (str(as_text(sample[name])) for name in ("prompt", "completion"))
+        reward = sample["reward"]
+        total = f"{reward:.4g}" if reward == reward else "none"
         rows = {
-            "prompt": f"{printable(str(sample['prompt']), WIDTH)} ({found.prompts[i]} ids)",
-            "completion": f"{printable(str(sample['completion']), WIDTH)} "
-            f"({found.responses[i]} ids{ended})",
-            "reward": f"{sample['reward']:.4g} ({printable(parts, WIDTH)})",
+            "prompt": f"{printable(prompt, WIDTH)} ({found.prompts[i]} ids)",
+            "completion": f"{printable(completion, WIDTH)} ({found.responses[i]} ids{ended})",
+            "reward": f"{total} ({printable(parts, WIDTH)})",
         }
         for name, text in rows.items():
             table.add_row(name, Text(text))

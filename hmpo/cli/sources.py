@@ -8,6 +8,7 @@ from pathlib import Path
 
 from hmpo.config import RunConfig
 from hmpo.config.overrides import overridden
+from hmpo.config.places import BUNDLED
 from hmpo.config.reading import load_run_config, read_tables, run_config
 from hmpo.errors import ConfigError, RunFolderError
 from hmpo.models.paths import is_hub_name
@@ -15,10 +16,8 @@ from hmpo.run.consent import code_of, refuse_code
 from hmpo.run.folder import refuse_foreign, renamed
 from hmpo.run.masked import refuse_masked
 from hmpo.run.place import found_place, split_place
-from hmpo.run.source import kept_commit
+from hmpo.run.source import kept_commits
 
-BUNDLED = ("tiny-sort", "smollm2")
-"""Policies that are found by their names."""
 READ_TABLES = ("policy", "task", "rewards")
 """Tables of which an evaluation reads everything."""
 READ = (
@@ -99,7 +98,7 @@ def new_run(
         out = config.out if "out" in given else str(run.parent)
         name = config.name if "name" in given else free_name(Path(out), run.name)
         config = dataclasses.replace(config, out=out, name=name)
-    config = kept_commit(config, run)
+    config = kept_commits(config, run)
     policy = dataclasses.replace(config.policy, start=f"{run}@{step}")
     return dataclasses.replace(config, policy=policy)
 
@@ -202,6 +201,12 @@ def refuse_no_run(folder: Path) -> None:
             f"--set policy.path={folder}"
         )
     if not (folder / "config.json").is_file():
+        run, step = split_place(str(folder))
+        if step is not None and run.is_dir():
+            raise RunFolderError(
+                f"{folder}: names a checkpoint, expected a run; give {run} (`hmpo export` takes "
+                f"--step {step})"
+            )
         what = (
             "holds no run (no config.json)" if folder.is_dir() else "holds no run (no such folder)"
         )

@@ -13,6 +13,7 @@ LATER = {
     "policy.attention": "auto",
     "policy.start": "",
     "policy.revision": "",
+    "policy.base_revision": "",
     "policy.dtype": "float32",
     "policy.quantize": "none",
     "policy.lora_rslora": False,

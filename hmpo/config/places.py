@@ -25,7 +25,7 @@ def located(config: RunConfig) -> RunConfig:
     if not folders:
         return config
     policy = config.policy
-    if policy.path not in BUNDLED:
+    if policy.path not in BUNDLED and not policy.revision:  # which a hub's has alone
         policy = dataclasses.replace(policy, path=_found(policy.path, folders))
     if policy.start:
         run, at, step = policy.start.rpartition("@")

@@ -35,13 +35,18 @@ class PolicyConfig:
 
     path: str = "tiny-sort"
     """A local Hugging Face folder, a hub's `organisation/name` (downloaded; a folder that is here
-    wins), `tiny-sort` (bundled), or `smollm2` (see `hmpo fetch-model smollm2`)."""
+    wins where no revision is named), `tiny-sort` (bundled), or `smollm2` (see
+    `hmpo fetch-model smollm2`)."""
     revision: str = ""
     """Branch, tag or commit of a policy that comes from a hub; empty takes the main branch. A run
     keeps the commit that it found in environment.json, and a resume takes the same."""
+    base_revision: str = ""
+    """Branch, tag or commit of the hub's policy below adapters that `path` names; empty takes what
+    the adapters name, or else the main branch. A run keeps the commit, as of `revision`."""
     start: str = ""
-    """A checkpoint whose weights the policy starts with, as `RUN` (its newest) or `RUN@STEP`; empty
-    starts with those of `path`. `hmpo train --from` sets it. The run keeps a copy of them."""
+    """A checkpoint whose weights the policy starts with, as `RUN` (its newest), `RUN@STEP` or
+    `RUN@best`; empty starts with those of `path`. `hmpo train --from` sets it. The run keeps a copy
+    of them."""
     dtype: Literal["auto", "float32", "bfloat16"] = "float32"
     """Precision of the weights in memory: float32, bfloat16 (half the memory and traffic), or auto,
     which is bfloat16 where they are stored so, else float32. The optimizer steps on float32 copies

@@ -120,9 +120,9 @@ def check_architecture(folder: Path, path: str) -> None:
     try:
         settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         kind = settings["model_type"]
-    except (ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
         raise ModelError(f"policy {path!r}: config.json names no model_type") from None
-    if kind not in CONFIG_MAPPING:
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         raise ModelError(
             f"policy {path!r}: model_type {kind!r} is not one of transformers {__version__}; "
             "code that comes with a model is never run"
@@ -141,7 +141,7 @@ def _parts(folder: Path, name: str) -> list[str]:
     try:
         parts = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         fits = all(part.endswith(".safetensors") and ".." not in part for part in parts)
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         parts, fits = [], False
     if not parts or not fits:
         raise ModelError(f"policy {name!r}: {index.name} names no safetensors files")
@@ -180,6 +180,7 @@ def _status(error: BaseException) -> int | None:
 def _why(causes: Sequence[BaseException], status: int | None, revision: str) -> str:
     """What a download failed for, and the remedy."""
     hub = constants.ENDPOINT
+    here = "" if revision else "no such folder here, and "
 
     def is_a(*kinds: type[BaseException]) -> bool:
         return any(isinstance(cause, kinds) for cause in causes)
@@ -190,15 +191,12 @@ def _why(causes: Sequence[BaseException], status: int | None, revision: str) -> 
     if is_a(GatedRepoError):
         return f"is gated at {hub}; accept its terms on its page there and {token}"
     if is_a(RepositoryNotFoundError):
-        return (
-            f"no such folder here, and no such model at {hub}; check the name, or {token} where "
-            "it is private"
-        )
+        return f"{here}no such model at {hub}; check the name, or {token} where it is private"
     if is_a(RevisionNotFoundError):
         return f"has no revision {revision!r} at {hub}; set policy.revision to one that it has"
     if is_a(OfflineModeIsEnabled) or constants.HF_HUB_OFFLINE:
         return (
-            f"no such folder here, and not whole in the cache {constants.HF_HUB_CACHE}, while "
+            f"{here}not whole in the cache {constants.HF_HUB_CACHE}, while "
             "HF_HUB_OFFLINE keeps from asking a hub; unset it, or name a local folder"
         )
     if status in (401, 403):
@@ -210,6 +208,6 @@ def _why(causes: Sequence[BaseException], status: int | None, revision: str) -> 
     last = causes[-1]
     said = (str(last).strip().splitlines() or [""])[0][:200]
     return (
-        f"no such folder here, and it could not be downloaded from {hub} "
+        f"{here}it could not be downloaded from {hub} "
         f"({type(last).__name__}: {said}); try again, or name a local folder"
     )

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -21,7 +20,7 @@ from transformers import (
 from hmpo.config import PolicyConfig
 from hmpo.errors import MissingDependencyError, ModelError
 from hmpo.models.hub import check_architecture, no_hub
-from hmpo.models.paths import base_of, is_adapter, is_hub_name, resolve_policy_path
+from hmpo.models.paths import base_of, is_hub_name, policy_folders
 from hmpo.models.policy import unwrap
 from hmpo.models.precision import Stored, remember_source, stored_precision, training_dtype
 from hmpo.models.probe import policy_facts
@@ -69,9 +68,9 @@ def load_policy(config: PolicyConfig, *, device: str = "cpu") -> LoadedPolicy:
     """
     place = _device(device)
     refuse_quantized(config, place)
-    folder = resolve_policy_path(config.path, config.revision)
-    if is_adapter(folder):
-        return _load_adapter(config, folder, place)
+    folder, whole = policy_folders(config.path, config.revision, config.base_revision)
+    if folder != whole:
+        return _load_adapter(config, folder, whole, place)
     if config.quantize != "none" and config.lora_rank == 0:
         raise ModelError(
             f"policy.quantize: got {config.quantize!r} without adapters, which alone can train "
@@ -123,7 +122,7 @@ def _load_tokenizer(folder: Path, path: str) -> PreTrainedTokenizerBase:
             tokenizer: Any = AutoTokenizer.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False
             )
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # what reads damaged files raises of many kinds
         raise ModelError(f"policy {path!r}: no usable tokenizer ({first_line(error)})") from error
     for name in LOADING:
         tokenizer.init_kwargs.pop(name, None)  # else it would be saved as the tokenizer's own
@@ -141,7 +140,7 @@ def _stored(folder: Path, path: str) -> Stored:
     """What the folder's weights are stored as."""
     try:
         return stored_precision(folder)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except Exception as error:  # an index of weights may be anything
         raise ModelError(f"policy {path!r}: cannot be loaded ({first_line(error)})") from error
 
 
@@ -154,7 +153,7 @@ def _load_model(
     try:
         with quiet_transformers():
             model, report = _with_attention(folder, path, wanted, options)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # a configuration may be anything
         raise ModelError(f"policy {path!r}: cannot be loaded ({first_line(error)})") from error
     for kind in ("missing_keys", "mismatched_keys"):
         if report[kind]:
@@ -243,41 +242,66 @@ def _with_lora(model: nn.Module, config: PolicyConfig, folder: Path) -> nn.Modul
     except ValueError as error:
         remedy = 'name layers that it has, or "all-linear"'
         raise ModelError(f"lora_targets: {first_line(error)}; {remedy}") from error
-    # What a saved adapter says it sits on: peft and transformers know no name of ours, and a
-    # relative path means another folder elsewhere.
-    own, hub = wrapped.peft_config["default"], is_hub_name(config.path)
-    own.base_model_name_or_path = config.path if hub else str(folder.resolve())
-    own.revision = folder.name if hub else None
+    _name_base(wrapped, config.path, config.revision, folder)
     return wrapped
 
 
-def _load_adapter(config: PolicyConfig, folder: Path, place: torch.device) -> LoadedPolicy:
-    """A folder of LoRA adapters, on the base policy that it names."""
+def _name_base(wrapped: Any, name: str, revision: str, folder: Path) -> None:
+    """What a saved adapter says that it sits on: a folder, or a hub's commit.
+
+    peft and transformers know no name of ours, and a relative path means another folder elsewhere.
+    """
+    hub = is_hub_name(name, revision)
+    for own in wrapped.peft_config.values():
+        own.base_model_name_or_path = name if hub else str(folder.resolve())
+        own.revision = folder.name if hub else None
+
+
+def _load_adapter(
+    config: PolicyConfig, folder: Path, below: Path, place: torch.device
+) -> LoadedPolicy:
+    """A folder of LoRA adapters, on the base policy that it names, which is in `below`."""
     peft = _import_peft()
-    if config.lora_rank > 0:
-        raise ModelError(
-            f"policy {config.path!r}: has LoRA adapters of its own; set lora_rank to 0"
-        )
-    name, revision = base_of(folder)
-    below = resolve_policy_path(name, revision) if name else None
-    if below is None or is_adapter(below):
-        raise ModelError(
-            f"policy {config.path!r}: adapter_config.json gives {name or None!r} as "
-            "base_model_name_or_path, expected a whole policy"
-        )
-    plain = {"path": name, "revision": revision, "gradient_checkpointing": False}
-    base_config = dataclasses.replace(config, **plain)
+    refuse_two_adapters(config)
+    name, own = base_of(folder)
+    revision = config.base_revision or own
+    plain = {"path": name, "revision": revision, "base_revision": "", "lora_rank": 0}
+    base_config = dataclasses.replace(config, **plain, gradient_checkpointing=False)
     with no_hub():
         base = _load_whole(base_config, below, place)
     try:
         with no_hub(), _no_peft_deprecation():
             model = peft.PeftModel.from_pretrained(base.model, folder, is_trainable=True)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # what reads damaged files raises of many kinds
         raise ModelError(f"policy {config.path!r}: adapters ({first_line(error)})") from error
+    _name_base(model, name, revision, below)
     if config.gradient_checkpointing:
         checkpoint_layers(unwrap(model))
     model.to(place).train()
     return LoadedPolicy(model=model, tokenizer=base.tokenizer, source=config.path)
+
+
+def with_adapters_of(model: nn.Module, folder: Path) -> nn.Module:
+    """`model` with trainable adapters as those in a folder, their weights left out."""
+    peft = _import_peft()
+    settings: Any = peft.PeftConfig.from_pretrained(str(folder))
+    settings.inference_mode = False
+    if hasattr(settings, "init_lora_weights"):
+        settings.init_lora_weights = True  # others look at the values of the weights
+    with _no_peft_deprecation():
+        return peft.get_peft_model(model, settings)
+
+
+def refuse_two_adapters(config: PolicyConfig) -> None:
+    """Refuse adapters on a policy that is adapters already.
+
+    Raises:
+        ModelError: one line.
+    """
+    if config.lora_rank > 0:
+        raise ModelError(
+            f"policy {config.path!r}: has LoRA adapters of its own; set lora_rank to 0"
+        )
 
 
 @contextmanager

@@ -17,13 +17,13 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hmpo.config import PolicyConfig
-from hmpo.errors import ModelError
+from hmpo.errors import HmpoError, ModelError
 from hmpo.models.hub import no_hub
-from hmpo.models.loading import _with_lora
+from hmpo.models.loading import _with_lora, refuse_two_adapters, with_adapters_of
+from hmpo.models.paths import policy_folders
 from hmpo.models.policy import unwrap
 from hmpo.models.precision import stored_precision, training_dtype
 from hmpo.models.quiet import quiet_transformers
-from hmpo.models.source import whole_policy
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,9 @@ def meta_policy(config: PolicyConfig) -> nn.Module:
         ModelError: there is no such policy, or its configuration makes no model.
         MissingDependencyError: LoRA without peft.
     """
-    folder = whole_policy(config.path, config.revision)
+    given, folder = policy_folders(config.path, config.revision, config.base_revision)
+    if given != folder:
+        refuse_two_adapters(config)
     attention = "eager" if config.attention == "eager" else "sdpa"
     try:
         with no_hub(), quiet_transformers(), torch.device("meta"):
@@ -49,7 +51,11 @@ def meta_policy(config: PolicyConfig) -> nn.Module:
             model = _made(settings, attention, dtype)
             if config.lora_rank > 0:
                 model = _with_lora(model, config, folder)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+            elif given != folder:
+                model = with_adapters_of(model, given)
+    except HmpoError:
+        raise
+    except Exception as error:  # a configuration may be anything
         text = " ".join(str(error).split())[:300]
         raise ModelError(f"policy {config.path!r}: no model can be made of it ({text})") from error
     return model.eval()  # as the log-probs of an update are taken: without dropout

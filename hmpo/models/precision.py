@@ -21,7 +21,12 @@ from hmpo.models.policy import unwrap
 
 logger = logging.getLogger(__name__)
 
-KNOWN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+KNOWN = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
 """Precisions that are given back when saving; weights of another one are saved as trained."""
 
 
@@ -94,11 +99,12 @@ def as_in_source(model: nn.Module) -> dict[str, Tensor] | None:
     if stored is None or stored.main is None:
         return None
     state, shared = model.state_dict(), {}
+    named = {_place(v): stored.by_name[n] for n, v in state.items() if n in stored.by_name}
     changed = False
     for name, value in state.items():
-        wanted = stored.by_name.get(name, stored.main)
+        wanted = stored.by_name.get(name) or named.get(_place(value), stored.main)
         if value.is_floating_point() and value.dtype in KNOWN.values() and value.dtype != wanted:
-            key = (value.data_ptr(), value.shape, wanted)
+            key = (*_place(value), wanted)
             narrow = shared.setdefault(key, value.to(wanted))
             if value.isfinite().all() and not narrow.isfinite().all():
                 logger.warning(
@@ -108,6 +114,11 @@ def as_in_source(model: nn.Module) -> dict[str, Tensor] | None:
             state[name] = narrow
             changed = True
     return dict(state) if changed else None
+
+
+def _place(value: Tensor) -> tuple[int, torch.Size]:
+    """The same for weights that are tied: the source has one name of them."""
+    return value.data_ptr(), value.shape
 
 
 def name_precision(folder: Path, model: nn.Module) -> None:

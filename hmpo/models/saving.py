@@ -1,6 +1,7 @@
 """Writing a policy's folder so that a crash leaves the old one or the new one, never half."""
 
 import contextlib
+import json
 import logging
 import os
 import tempfile
@@ -21,6 +22,11 @@ from hmpo.models.quiet import quiet_transformers
 from hmpo.models.source import keep_source, lasting_name
 
 logger = logging.getLogger(__name__)
+
+FOLDERS = ("additional_chat_templates",)
+"""Folders inside a policy's own."""
+OTHERS = ("checkpoints", "telemetry.jsonl", "telemetry.jsonl.gz", "trainer_state.json")
+"""What a run's folder holds and a policy's does not."""
 
 
 @no_hub()
@@ -90,7 +96,8 @@ def _name_bases(model: nn.Module) -> None:
     """Let adapters name the policy below them so that it is found from anywhere."""
     for settings in getattr(model, "peft_config", {}).values():
         name = settings.base_model_name_or_path
-        settings.base_model_name_or_path = name and lasting_name(name)
+        if name and not settings.revision:  # else it is a hub's, whatever folder is here
+            settings.base_model_name_or_path = lasting_name(name)
 
 
 @contextlib.contextmanager
@@ -108,11 +115,10 @@ def replace_folder(folder: Path, write: Callable[[Path], None]) -> Path:
     """Let `write` fill a new folder beside `folder`, then rename it into place.
 
     Raises:
-        ModelError: `folder` exists and is not a policy.
+        ModelError: `folder` exists and is not a policy, nor empty.
         StorageError: nothing could be written; what was there is still there.
     """
-    if folder.exists() and not _replaceable(folder):
-        raise ModelError(f"{folder}: exists and is not a policy's folder; choose another one")
+    refuse_irreplaceable(folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as work:
@@ -134,11 +140,40 @@ def replace_folder(folder: Path, write: Callable[[Path], None]) -> Path:
     return folder
 
 
-def _replaceable(folder: Path) -> bool:
-    """An empty folder or an older policy."""
+def refuse_irreplaceable(folder: Path) -> None:
+    """Refuse a place that holds anything but an older policy: replacing deletes what was there.
+
+    Raises:
+        ModelError: one line.
+    """
+    try:
+        there, why = os.path.lexists(folder), _foreign(folder)
+    except OSError as error:
+        raise StorageError(f"{folder}: cannot be looked at ({first_line(error)})") from None
+    if there and why:
+        raise ModelError(
+            f"{folder}: exists and is not a policy's folder ({why}); choose another one"
+        )
+
+
+def _foreign(folder: Path) -> str:
+    """What tells a folder from a policy that was saved; empty for one, and for an empty folder."""
     if not folder.is_dir():
-        return False
-    return (folder / "config.json").is_file() or is_adapter(folder) or not any(folder.iterdir())
+        return "no folder"
+    entries = sorted(folder.iterdir())
+    for path in entries:
+        if path.name in OTHERS or (path.is_dir() and path.name not in FOLDERS):
+            return f"it holds {path.name}"
+    if not entries or is_adapter(folder):
+        return ""
+    try:
+        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return "it has no config.json of a model"
+    if not isinstance(settings, dict) or "model_type" not in settings:
+        return "its config.json names no model_type"
+    weights = any((folder / f"model.safetensors{end}").is_file() for end in ("", ".index.json"))
+    return "" if weights else "it has no model.safetensors"
 
 
 def _flush(folder: Path) -> None:

@@ -11,8 +11,10 @@ from pathlib import Path
 
 from torch import nn
 
-from hmpo.errors import HmpoError, ModelError
-from hmpo.models.paths import base_of, is_adapter, resolve_policy_path
+from hmpo.config import PolicyConfig
+from hmpo.config.places import BUNDLED
+from hmpo.errors import HmpoError
+from hmpo.models.paths import policy_folders, resolve_policy_path
 from hmpo.models.policy import unwrap
 
 logger = logging.getLogger(__name__)
@@ -43,46 +45,23 @@ BESIDE = (
 where a configuration names it, and never run."""
 
 
-def whole_policy(path: str, revision: str = "") -> Path:
-    """Folder of the policy that `path` names, or of the one below its adapters.
-
-    Args:
-        path: as `PolicyConfig.path`.
-        revision: of a hub's policy.
+def whole_policy(config: PolicyConfig) -> Path:
+    """Folder of the policy that a configuration names, or of the one below its adapters.
 
     Raises:
         ModelError: it is not there, or the adapters name no policy.
     """
-    folder = resolve_policy_path(path, revision)
-    if not is_adapter(folder):
-        return folder
-    return resolve_policy_path(base_name(folder), base_of(folder)[1])
-
-
-def base_name(folder: Path) -> str:
-    """What an adapter's folder says that it sits on.
-
-    Raises:
-        ModelError: it says nothing that can be read.
-    """
-    try:
-        settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        name = settings["base_model_name_or_path"]
-    except (OSError, ValueError, KeyError, TypeError):
-        name = None
-    if not isinstance(name, str) or not name:
-        raise ModelError(f"{folder}: adapter_config.json names no base_model_name_or_path")
-    return name
+    return policy_folders(config.path, config.revision, config.base_revision)[1]
 
 
 def lasting_name(name: str) -> str:
     """A base policy's name as it is found from anywhere: a folder's absolute path, a hub's name.
 
     Args:
-        name: a folder, `tiny-sort`, `smollm2` or a name on the hub.
+        name: a folder, a bundled policy or a name on the hub, which no revision pins.
     """
     try:
-        if Path(name).expanduser().is_dir() or name in ("tiny-sort", "smollm2"):
+        if Path(name).expanduser().is_dir() or name in BUNDLED:
             return str(resolve_policy_path(name).resolve())
     except (OSError, RuntimeError, HmpoError):
         pass
@@ -106,7 +85,7 @@ def keep_source(model: nn.Module, source: Path, folder: Path, *, adapter: bool) 
         patterns = (*BESIDE, *(MODEL_FILES if whole and not adapter else ()))
         found = [path for pattern in patterns for path in sorted(source.glob(pattern))]
         contents = {p.relative_to(source): p.read_bytes() for p in found if p.is_file()}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         text = " ".join(str(error).split())
         logger.warning("%s: nothing is copied from the policy's source (%s)", source, text)
         return

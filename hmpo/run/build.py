@@ -150,7 +150,8 @@ def trained_policy(
         written = folder / "policy"
         if not written.is_dir():
             raise CheckpointError(f"{folder}: has no checkpoint yet; let the run save one first")
-        policy = dataclasses.replace(config.policy, path=str(written), revision="", lora_rank=0)
+        plain = {"path": str(written), "revision": "", "base_revision": "", "lora_rank": 0}
+        policy = dataclasses.replace(config.policy, **plain)
         return load_policy(policy, device=device), None
     loaded = load_policy(config.policy, device=device)
     load_trained_state(loaded.model, saved.state["model"])

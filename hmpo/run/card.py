@@ -14,14 +14,22 @@ from typing import Any
 import yaml
 
 from hmpo import __version__
-from hmpo.config import RunConfig, to_dict
-from hmpo.models.paths import TINY_SORT
-from hmpo.models.source import base_name
+from hmpo.config import PolicyConfig, RunConfig, to_dict
+from hmpo.errors import ModelError
+from hmpo.models.paths import (
+    HUB_NAME,
+    SMOLLM2_FOLDER,
+    TINY_SORT,
+    base_of,
+    cache_folder,
+    is_adapter,
+    is_hub_name,
+    resolve_policy_path,
+)
 from hmpo.run.evaluation import Rate
 from hmpo.run.masked import as_stored
 from hmpo.telemetry.visible import visible
 
-HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}")
 KNOWN = {
     "tiny-sort": ("", "apache-2.0"),
     "smollm2": ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0"),
@@ -75,32 +83,59 @@ class Base:
     """Its name on the hub; "" where none is known."""
     license: str
     """As its README.md or config.json has it, else `unknown`."""
+    revision: str = ""
+    """The hub's commit; "" where it is no hub's or the commit is not known."""
+    adapters: str = ""
+    """The trained adapters on it that the run began with; "" where there were none."""
 
 
-def describe_base(path: str, folder: Path) -> Base:
-    """What is known of the policy in a folder.
+def describe_base(policy: PolicyConfig, folder: Path) -> Base:
+    """What is known of the whole policy that a run began with.
 
     Args:
-        path: `policy.path` of the run as it is found, so that no folder passes for a hub's name.
-        folder: where it was found.
+        policy: of the run, its path as it is found and with the hub's commits.
+        folder: of the whole policy; the run's own `policy/` where that is gone.
     """
-    if path in KNOWN or folder == TINY_SORT:
-        hub, license_name = KNOWN.get(path, KNOWN["tiny-sort"])
-        return Base(name=hub or path, hub=hub, license=license_name)
+    path, revision, adapters = _below(policy, folder)
+    known = {TINY_SORT: "tiny-sort", cache_folder() / SMOLLM2_FOLDER: "smollm2"}
+    path = known.get(folder, path)
+    if path in KNOWN:
+        hub, license_name = KNOWN[path]
+        return Base(name=hub or path, hub=hub, license=license_name, adapters=adapters)
     settings, front = _config(folder), _front_matter(folder / "README.md")
-    hub = path if HUB_NAME.fullmatch(path) and not Path(path).is_dir() else ""
-    said = settings.get("_name_or_path")
-    if not hub and isinstance(said, str) and HUB_NAME.fullmatch(said):
-        hub = said
+    gone = not is_hub_name(path, revision) and not Path(path).expanduser().is_dir()
+    said = [front.get("base_model") if gone else None, settings.get("_name_or_path")]
+    names = [path] if is_hub_name(path, revision) else [s for s in said if isinstance(s, str)]
+    hub = next((name for name in names if HUB_NAME.fullmatch(name)), "")
     licenses = [source.get("license") for source in (front, settings)]
     named = next((text for text in licenses if isinstance(text, str) and text.strip()), UNKNOWN)
-    return Base(name=hub or folder.name, hub=hub, license=named.strip()[:100])
+    return Base(
+        name=hub or (Path(path).name if gone else folder.name),
+        hub=hub,
+        license=named.strip()[:100],
+        revision=revision,
+        adapters=adapters,
+    )
+
+
+def _below(policy: PolicyConfig, whole: Path) -> tuple[str, str, str]:
+    """Name and revision of the whole policy, and the name of the adapters on it, if it has any."""
+    hub = is_hub_name(policy.path, policy.revision)
+    if hub and policy.revision in ("", whole.name):
+        return policy.path, policy.revision, ""
+    try:
+        folder = resolve_policy_path(policy.path, policy.revision)
+        if is_adapter(folder):
+            name, own = base_of(folder)
+            adapters = policy.path if hub else folder.name
+            return name, policy.base_revision or own, adapters
+    except ModelError:  # it is gone
+        pass
+    return policy.path, policy.revision, ""
 
 
 def _config(folder: Path) -> dict[str, Any]:
     try:
-        if (folder / "adapter_config.json").is_file():
-            return {"_name_or_path": base_name(folder)}
         found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
@@ -159,8 +194,7 @@ def model_card(
         f"reinforcement learning on the task {escaped(config.task.name)} (objective "
         f"{escaped(objective)}), made with hmpo {__version__}.",
         "",
-        f"Base model: {escaped(base.name)}, license: {escaped(base.license)}.",
-        *(["It began with the weights of another run's checkpoint."] * bool(config.policy.start)),
+        *_origin(base, config),
         "",
         *_measures(before, measured, config.eval.success),
         "## Settings",
@@ -179,6 +213,16 @@ def model_card(
         "",
     ]
     return "\n".join(lines)
+
+
+def _origin(base: Base, config: RunConfig) -> Iterator[str]:
+    """What the run began with."""
+    at = f" (revision {escaped(base.revision)})" if base.revision else ""
+    yield f"Base model: {escaped(base.name)}{at}, license: {escaped(base.license)}."
+    if base.adapters:
+        yield f"It began from trained adapters on it: {escaped(base.adapters)}."
+    if config.policy.start:
+        yield "It began with the weights of another run's checkpoint."
 
 
 def _measures(
@@ -231,18 +275,23 @@ def settings_toml(config: RunConfig) -> str:
 def _flat(data: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
     """Dotted names and values; the options of a task are one value."""
     for key, value in data.items():
-        name = f"{path}{key}"
-        if isinstance(value, Mapping) and name != "task.options":
+        name = f"{path}{_key(key)}"
+        if isinstance(value, Mapping) and value and name != "task.options":
             yield from _flat(value, f"{name}.")
         else:
             yield name, value
+
+
+def _key(key: str) -> str:
+    """A key in TOML's notation: quoted where it is not bare."""
+    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key, re.ASCII) else _toml(key)
 
 
 def _toml(value: Any) -> str:
     """A plain value in TOML's notation; what holds nothing stands for nothing."""
     if isinstance(value, Mapping):
         pairs = ((k, v) for k, v in value.items() if v is not None)
-        return "{" + ", ".join(f"{_toml(str(k))} = {_toml(v)}" for k, v in pairs) + "}"
+        return "{" + ", ".join(f"{_key(str(k))} = {_toml(v)}" for k, v in pairs) + "}"
     if isinstance(value, list):
         return "[" + ", ".join(map(_toml, value)) + "]"
     if isinstance(value, str):

@@ -1,5 +1,6 @@
 """A run's policy as a model folder of its own, whatever became of the run."""
 
+import dataclasses
 import logging
 import os
 from collections.abc import Mapping
@@ -10,19 +11,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from hmpo.config import RunConfig
+from hmpo.config import PolicyConfig, RunConfig
 from hmpo.config.places import located
 from hmpo.errors import ConfigError, HmpoError, ModelError, RunFolderError
 from hmpo.models import LoadedPolicy, save_policy
 from hmpo.models.evaluation import evaluating
-from hmpo.models.paths import is_adapter
 from hmpo.models.policy import is_adapted
+from hmpo.models.saving import refuse_irreplaceable
 from hmpo.models.source import whole_policy
 from hmpo.run.best import logged_evaluations
 from hmpo.run.build import trained_policy
 from hmpo.run.card import Base, describe_base, model_card
 from hmpo.run.place import Step
-from hmpo.run.source import pinned
+from hmpo.run.source import pinned, with_commits
 
 logger = logging.getLogger(__name__)
 
@@ -66,14 +67,16 @@ def export_policy(
         out: where to; None is `export` in the run's folder.
         step: a checkpoint, the best one, or what the run has come to: its newest checkpoint, or
             `policy/` where there is none any more.
-        merge: fold LoRA adapters into the weights, so that the folder is a whole model.
+        merge: fold LoRA adapters into the weights, so that the folder is a whole model. They are
+            folded in float32 into weights that were never quantized.
         overwrite: replace a policy that is there.
 
     Raises:
-        RunFolderError: `out` is there and may not be replaced.
+        RunFolderError: `out` is there and may not be replaced, or the export is made of it.
         CheckpointError: no such checkpoint.
         ConfigError: `merge` where there are no adapters.
-        ModelError: the policy below cannot be loaded, or the folded model is not the same.
+        ModelError: `out` holds anything but a policy, the policy below cannot be loaded, or the
+            folded model is not the same.
         StorageError: it cannot be written.
     """
     out = run / FOLDER if out is None else out
@@ -82,32 +85,49 @@ def export_policy(
             f"{out}: is there already; choose another folder with --out, or replace it with "
             "--overwrite"
         )
+    refuse_irreplaceable(out)
     used = pinned(located(config), run)
-    if merge and not (used.policy.lora_rank or _adapts(used)):
+    loaded, done = trained_policy(run, _readable(used, merge=merge), step=step)
+    if merge and not is_adapted(loaded.model):
         raise ConfigError("--merge: the run has no LoRA adapters, its weights are whole; leave it")
-    loaded, done = trained_policy(run, used, step=step)
     source = _source(run, used)
+    _refuse_own(out, run, source, Path(used.policy.path).expanduser())
     if merge:
         loaded = merged(loaded)
     adapter = is_adapted(loaded.model)
     done = _last(run) if done is None else done
-    base = describe_base(used.policy.path, source)
-    card = _card(run, config, base, done, adapter=adapter)
+    base = describe_base(used.policy, source)
+    card = _card(run, with_commits(config, used), base, done, adapter=adapter)
     save_policy(loaded.model, loaded.tokenizer, out, source=source, card=card)
     return Exported(folder=out, step=done, adapter=adapter)
 
 
-def _adapts(config: RunConfig) -> bool:
-    """Whether the policy that the run began with is a folder of adapters."""
-    return is_adapter(Path(config.policy.path).expanduser())
+def _refuse_own(out: Path, *own: Path) -> None:
+    """Refuse to write over what the export is made of, or over a folder around it."""
+    place = out.resolve()
+    for path in own:
+        if path.resolve().is_relative_to(place):
+            raise RunFolderError(
+                f"{out}: holds {path}, which the policy is made of; choose another folder with "
+                "--out"
+            )
+
+
+def _readable(config: RunConfig, *, merge: bool) -> RunConfig:
+    """The run with a policy that can be written: unquantized, and in float32 to be folded into.
+
+    Saving gives the precision of the source back.
+    """
+    changes: dict[str, Any] = {"quantize": "none"} | ({"dtype": "float32"} if merge else {})
+    return dataclasses.replace(config, policy=dataclasses.replace(config.policy, **changes))
 
 
 def _source(run: Path, config: RunConfig) -> Path:
     """The whole policy below: the run's own source, or its `policy/` where that is gone."""
     try:
-        return whole_policy(config.policy.path, config.policy.revision)
+        return whole_policy(config.policy)
     except ModelError:
-        return whole_policy(str(run / "policy"))
+        return whole_policy(PolicyConfig(path=str(run / "policy")))
 
 
 def _last(run: Path) -> int | None:

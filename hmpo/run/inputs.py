@@ -48,7 +48,9 @@ def describe_inputs(config: RunConfig, folder: Path, task: object = None) -> dic
     Returns:
         A hash for each `what: file`, such as `task.options.path: prompts.jsonl`; no folders.
     """
-    found = _policy(config.policy.path, config.policy.revision, "policy.path")
+    found = _policy(
+        config.policy.path, config.policy.revision, "policy.path", config.policy.base_revision
+    )
     for name, value in config.task.options.items():
         for text in value if isinstance(value, list | tuple) else [value]:
             if isinstance(text, str) and (path := _file(text)) is not None:
@@ -129,10 +131,10 @@ def _file(text: str) -> Path | None:
         return None
 
 
-def _policy(name: str, revision: str, what: str) -> dict[str, str]:
+def _policy(name: str, revision: str, what: str, base_revision: str = "") -> dict[str, str]:
     """The files of a policy's folder, and of the policy below its adapters; a hub's commit."""
     folder = resolve_policy_path(name, revision)
-    if is_hub_name(name):
+    if is_hub_name(name, revision):
         found = {f"{what}: commit": folder.name}
     else:
         found = {
@@ -142,7 +144,8 @@ def _policy(name: str, revision: str, what: str) -> dict[str, str]:
         }
     if is_adapter(folder):
         with contextlib.suppress(HmpoError):  # loading it says what is wrong
-            found |= _policy(*base_of(folder), f"{what}, base")
+            base, own = base_of(folder)
+            found |= _policy(base, base_revision or own, f"{what}, base")
     return found
 
 

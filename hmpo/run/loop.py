@@ -122,7 +122,7 @@ class Run:
         config = self.config = pinned(config, place.path if resume else None)
         self.files.source = described(self.files.config, config)
         self.loaded: LoadedPolicy = load_policy(config.policy, device=device)
-        self.source = whole_policy(config.policy.path, config.policy.revision)
+        self.source = whole_policy(config.policy)
         load_start(self.loaded.model, config, place.path if resume else None)
         loaded, length = self.loaded, config.trainer.max_length
         talks = make_environments(config, loaded.tokenizer)
@@ -365,7 +365,7 @@ class Run:
                 self.files,
                 self.loaded,
                 self.source,
-                path=self.config.policy.path,
+                used=self.config,
                 step=self.trainer.step,
                 before=self.saver.before,
                 measured=after.record(),

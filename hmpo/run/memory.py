@@ -18,7 +18,7 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from hmpo.config import RunConfig
-from hmpo.errors import HmpoError, ModelError, byte_size
+from hmpo.errors import ModelError, byte_size
 from hmpo.logprobs.head import BUFFER, GPU_ROWS, LEAST_ROWS, STORE
 from hmpo.models.chat import PromptOptions, prompt_rows
 from hmpo.models.hub import no_hub
@@ -34,6 +34,7 @@ from hmpo.models.policy import unwrap
 from hmpo.models.quiet import quiet_transformers
 from hmpo.models.source import whole_policy
 from hmpo.optim.param_groups import split_param_groups
+from hmpo.run.source import kept_commits
 from hmpo.sampling.decoder import FAMILIES, GROWTH
 from hmpo.tasks import BUILT_IN, make_task
 
@@ -96,7 +97,12 @@ def estimate_run(config: RunConfig) -> Estimate:
     Raises:
         HmpoError: no such policy or task.
     """
-    return estimate(meta_policy(config.policy), config, prompt_tokens(config), _process(config))
+    model, prompt = meta_policy(config.policy), prompt_tokens(config)
+    try:
+        return estimate(model, config, prompt, _process(config))
+    except Exception as error:  # a configuration may be anything
+        text = " ".join(str(error).split())[:300]
+        raise ModelError(f"policy {config.policy.path!r}: its memory: {text}") from error
 
 
 def _process(config: RunConfig) -> int:
@@ -255,11 +261,11 @@ def prompt_tokens(config: RunConfig) -> int:
     if config.task.name not in BUILT_IN or files:
         return GUESS  # code or a file of others, which the run itself reads once
     task = make_task(config.task, config.seed)
-    folder = whole_policy(config.policy.path, config.policy.revision)
+    folder = whole_policy(config.policy)
     try:
         with no_hub(), quiet_transformers():
             tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # what reads damaged files raises of many kinds
         raise ModelError(f"policy {config.policy.path!r}: no usable tokenizer") from error
     prompts = [task.train(index).prompt for index in range(PROMPTS)]
     options = PromptOptions(template=config.task.template_options)
@@ -335,22 +341,25 @@ def gpu_bytes(config: RunConfig) -> int:
     return torch.cuda.get_device_properties(int(index) if there else 0).total_memory
 
 
-def memory_line(config: RunConfig) -> str:
+def memory_line(config: RunConfig, folder: Path | None = None) -> str:
     """One line on what a run will take of the machine's memory.
 
     Args:
         config: the run, paths as they are found.
+        folder: of the run where it has begun, which keeps the commits of a hub's policy.
 
     Raises:
         ModelError: it does not fit; the line names the setting that helps most.
     """
+    config = config if folder is None else kept_commits(config, folder)
     try:
         prompt, model = prompt_tokens(config), meta_policy(config.policy)
         process = _process(config)
         whole = estimate(model, config, prompt, process)
-    except HmpoError as error:
-        return f"memory: cannot be told before the policy is loaded ({error})"
-    available = available_bytes(config)
+        available = available_bytes(config)
+    except Exception as error:  # loading says what is wrong, and it alone ends a run
+        text = " ".join(str(error).split())[:300] or type(error).__name__
+        return f"memory: cannot be told before the policy is loaded ({text})"
     at_most = "" if available is None else f" of {byte_size(available)}"
     if available is not None and whole.peak * SURE > available:
         raise ModelError(
@@ -371,7 +380,7 @@ def _remedy(config: RunConfig, prompt: int, process: int, peak: int) -> str:
             changed = _changed(config, changes)
             model = meta_policy(changed.policy)
             found.append((estimate(model, changed, prompt, process).peak, name))
-        except HmpoError:  # a setting that others forbid, or peft is not there
+        except Exception:  # a setting that others forbid, or peft is not there
             continue
     least, name = min(found, default=(peak, ""))
     if least >= peak:

@@ -22,7 +22,8 @@ class Rehearsal:
     """
 
     samples: list[dict[str, Any]]
-    """Prompt, completion, reward, the reward of each function, finished, of each response."""
+    """Prompt, completion, reward (NaN where it got none), the reward of each function, finished, of
+    each response."""
     prompts: list[int]
     """Token ids of each prompt."""
     responses: list[int]

@@ -4,10 +4,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hmpo.config import RunConfig
 from hmpo.models import LoadedPolicy, save_policy
 from hmpo.models.policy import is_adapted
 from hmpo.run.card import describe_base, model_card
 from hmpo.run.files import RunFiles
+from hmpo.run.source import with_commits
 
 
 def write_policy(
@@ -15,7 +17,7 @@ def write_policy(
     loaded: LoadedPolicy,
     source: Path,
     *,
-    path: str,
+    used: RunConfig,
     step: int,
     before: Mapping[str, Any] | None,
     measured: Mapping[str, Any],
@@ -26,14 +28,14 @@ def write_policy(
         files: of the run.
         loaded: its policy.
         source: folder of the whole policy that it began with.
-        path: what the run calls that, as it is found.
+        used: the run, its paths as they are found and its commits.
         step: updates done.
         before: record of the evaluation before the first update.
         measured: record of the evaluation after the last.
     """
     card = model_card(
-        files.config,
-        describe_base(path, source),
+        with_commits(files.config, used),
+        describe_base(used.policy, source),
         step=step,
         before=before,
         measured=measured,

@@ -78,3 +78,11 @@ def test_lora_over_a_frozen_base_says_that_the_adapter_alone_is_scaled():
     how = "LoRA's B alone, as far as the frozen base allows: rows of q and k, head by head"
     assert said["llama"][0][2] == how
     assert said["qwen3"][0][2] == "not clippable: the q norm.weight is frozen"
+
+
+def test_a_run_over_4_bits_is_looked_into_without_a_gpu(tmp_path, capsys):
+    lines = ("path = 'tiny-sort'", "quantize = '4bit'", "lora_rank = 2")
+    text = "[policy]\n" + "\n".join(lines) + "\n[task]\nname = 'sort'\n"
+    (tmp_path / "run.toml").write_text(text)
+    assert show(str(tmp_path / "run.toml")) == 0
+    assert "attention of" in capsys.readouterr().out

@@ -23,6 +23,7 @@ REFUSED = {
     "trainer.seed": "trainer.seed: got 3, expected nothing: the run decides it",
     "trainer.on_nonfinite": "update 1: not finite at site ",
     "policy.revision": "policy.revision: got 'v1', expected nothing",
+    "policy.base_revision": "policy.base_revision: got 'v1', expected nothing",
     "policy.quantize": "policy.quantize: got '4bit' on cpu, expected 'none'",
     "trainer.max_nonfinite": "update 3: not finite at site ",
 }

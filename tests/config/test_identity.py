@@ -18,6 +18,7 @@ OTHER = {
     "policy.attention": "eager",
     "policy.start": "runs/a@3",
     "policy.revision": "v1",
+    "policy.base_revision": "v1",
     "policy.dtype": "bfloat16",
     "policy.quantize": "4bit",
     "policy.lora_rslora": True,

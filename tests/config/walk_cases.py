@@ -50,6 +50,7 @@ RUN: dict[str, Case] = {
     "policy.path": ({}, "tiny-sort"),
     "policy.start": ({}, "0/run"),
     "policy.revision": ({}, "v1"),
+    "policy.base_revision": ({}, "v1"),
     "policy.dtype": ({}, "bfloat16"),
     "policy.lora_rank": ({}, 2),
     "policy.lora_alpha": (LORA, 4.0),

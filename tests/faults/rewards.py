@@ -29,6 +29,11 @@ def not_a_number(prompts, completions, completion_ids, **columns):
     return [float("nan") if i == 3 else i / 7 for i in range(len(prompts))]
 
 
+def half(prompts, completions, completion_ids, **columns):
+    """Every second response gets no reward."""
+    return [None if i % 2 else 1.0 for i in range(len(prompts))]
+
+
 def all_none(prompts, completions, completion_ids, **columns):
     return [None] * len(prompts)
 

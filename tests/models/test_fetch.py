@@ -11,12 +11,11 @@ import pytest
 import torch
 from huggingface_hub import constants
 
-import hmpo.models.hub as hub_module
 from hmpo.config import PolicyConfig
 from hmpo.errors import ModelError
 from hmpo.models import load_policy, resolve_policy_path
 from tests.faults.micro import micro_config, micro_policy
-from tests.models.hub_server import serving
+from tests.models.hub_server import fresh_hub
 
 NAME = "someone/small"
 
@@ -28,21 +27,7 @@ def made(tmp_path_factory):
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """A hub, an empty cache, and nobody's token."""
-    for name in ("HF_HUB_OFFLINE", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
-    monkeypatch.setattr(hub_module, "WAITS", (0.0, 0.0))
-    for module in ("utils._http", "file_download"):
-        monkeypatch.setattr(f"huggingface_hub.{module}.time.sleep", lambda seconds: None)
-    monkeypatch.chdir(tmp_path)
-    with serving() as server:
-        monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    with fresh_hub(monkeypatch, tmp_path) as server:
         yield server
 
 
@@ -119,7 +104,15 @@ def test_a_folder_that_is_here_wins_and_asks_no_hub(hub, made, tmp_path):
     load_policy(PolicyConfig(path=NAME))
     load_policy(PolicyConfig(path="tiny-sort"))
     assert hub.asked == []
-    assert "policy.revision: got 'v1', expected nothing" in refusal(NAME, "v1")
+    assert "policy.revision: got 'v1', expected nothing" in refusal("./" + NAME, "v1")
+
+
+def test_what_has_a_revision_comes_from_a_hub_whatever_is_here(hub, made, tmp_path):
+    commit = hub.push_folder(NAME, made)
+    (tmp_path / "someone" / "small").mkdir(parents=True)
+    assert resolve_policy_path(NAME, "main").name == commit
+    assert "has no config.json" in refusal(NAME)
+    assert "policy 'someone/gone': no such model at http" in refusal("someone/gone", "main")
 
 
 def test_a_model_that_cannot_be_used_is_refused_before_its_weights_are_fetched(hub, made):

@@ -256,7 +256,7 @@ def test_lora_errors(small, tmp_path, monkeypatch):
     shutil.rmtree(small)
     assert "no such folder" in error_line(folder)
     (folder / "adapter_config.json").write_text("{}")
-    assert "gives None as base_model_name_or_path" in error_line(folder)
+    assert "names no base_model_name_or_path" in error_line(folder)
     (folder / "adapter_model.safetensors").unlink()
     assert error_line(folder) == f"policy '{folder}': has no adapter_model.safetensors"
     monkeypatch.setitem(sys.modules, peft.__name__, None)

@@ -13,7 +13,12 @@ from hmpo.models import character_tokenizer, load_policy, save_policy, tiny_llam
 from hmpo.tasks import ALPHABET
 from tests.models.families import family
 
-NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+NAMES = {
+    torch.float64: "float64",
+    torch.float32: "float32",
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+}
 
 
 def folder(place, dtype: torch.dtype, *, norm: torch.dtype | None = None, tied: bool = False):
@@ -71,6 +76,21 @@ def test_single_weights_of_another_precision_keep_it(tmp_path):
     assert saved["model.norm.weight"].dtype == torch.float32
     assert (saved["model.norm.weight"] == 1 + 2**-12).all()
     assert saved["model.embed_tokens.weight"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("setting", ["float32", "bfloat16", "auto"])
+def test_a_tied_head_is_stored_once_whatever_precision_its_embedding_has(tmp_path, setting):
+    """The files of a tied model have the embedding alone; here in another precision than most."""
+    path = folder(tmp_path / "a", torch.bfloat16, tied=True)
+    weights = load_file(path / "model.safetensors")
+    name = "model.embed_tokens.weight"
+    assert "lm_head.weight" not in weights
+    weights[name] = weights[name].float()
+    save_file(weights, path / "model.safetensors", {"format": "pt"})
+    loaded = load_policy(PolicyConfig(path=str(path), dtype=setting))
+    saved = save_policy(loaded.model, loaded.tokenizer, tmp_path / "b")
+    found = load_file(saved / "model.safetensors")
+    assert {n: v.dtype for n, v in found.items()} == {n: v.dtype for n, v in weights.items()}
 
 
 def test_recomputing_layers_is_refused_where_there_are_none_in_one_line(tmp_path):

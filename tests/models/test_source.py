@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from hmpo.config import PolicyConfig
 from hmpo.errors import ModelError
 from hmpo.models import load_policy, save_policy
-from hmpo.models.source import base_name, lasting_name, whole_policy
+from hmpo.models.paths import base_of
+from hmpo.models.source import lasting_name, whole_policy
 from tests.models.families import family
 
 LLAMA = ("<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>")
@@ -239,7 +240,8 @@ def test_adapters_get_the_tokenizer_of_their_base_and_no_configuration_of_a_mode
         found.pop(name)
     beside = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "LICENSE")
     assert found == {name: expected[name] for name in beside}
-    assert base_name(saved) == str(source.resolve()) and whole_policy(str(saved)) == source
+    assert base_of(saved) == (str(source.resolve()), "")
+    assert whole_policy(PolicyConfig(path=str(saved))) == source
 
 
 def test_a_base_is_named_so_that_it_is_found_from_anywhere(tmp_path, monkeypatch) -> None:
@@ -250,5 +252,7 @@ def test_a_base_is_named_so_that_it_is_found_from_anywhere(tmp_path, monkeypatch
     assert lasting_name("source") == str(source.resolve())
     assert lasting_name("someone/some-model") == "someone/some-model"
     assert lasting_name("tiny-sort").startswith("/") and lasting_name("tiny-sort") != "tiny-sort"
-    with pytest.raises(ModelError, match="names no base_model_name_or_path"):
-        base_name(source)
+    for text, why in (("{}", "names no base_model_name_or_path"), ("[]", "is no JSON object")):
+        (source / "adapter_config.json").write_text(text)
+        with pytest.raises(ModelError, match=why):
+            base_of(source)

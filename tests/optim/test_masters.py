@@ -1,8 +1,10 @@
 """Float32 copies of bfloat16 weights: what a step does to them, clips, checkpoints, closures."""
 
 import copy
+import gc
 import io
 import math
+import weakref
 
 import pytest
 import torch
@@ -181,3 +183,86 @@ def test_a_closure_is_refused_in_one_line():
             call()
         assert "\n" not in str(caught.value)
     assert weight.dtype == torch.bfloat16 and math.isclose(weight.sum().item(), 2.0)
+
+
+class Breaks(torch.optim.SGD):
+    """Steps on its first parameter, and fails."""
+
+    broken = True
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        first, *_ = self.param_groups[0]["params"]
+        first.add_(2**-12)
+        if self.broken:
+            raise RuntimeError("half-way")
+
+
+def test_a_step_that_fails_leaves_the_parameters_their_own_as_far_as_it_came():
+    weights = [nn.Parameter(torch.full((2,), 0.125, dtype=torch.bfloat16)) for _ in range(2)]
+    optimizer = with_masters(Breaks(weights, lr=1.0))
+    gradients = [torch.full_like(weight, 3.0) for weight in weights]
+    for weight, gradient in zip(weights, gradients):
+        weight.grad = gradient
+    with pytest.raises(RuntimeError, match="half-way"):
+        optimizer.step()
+    for weight, gradient in zip(weights, gradients):
+        assert weight.dtype == torch.bfloat16 and weight.grad is gradient
+    masters = masters_of(optimizer)
+    assert masters(weights[0]).tolist() == [0.125 + 2**-12] * 2
+    assert weights[0].tolist() == masters(weights[0]).bfloat16().tolist()
+    assert weights[1].tolist() == [0.125] * 2
+    optimizer.broken = False
+    optimizer.step()
+    assert masters(weights[0]).tolist() == [0.125 + 2**-11] * 2
+
+
+def test_a_state_that_does_not_load_leaves_parameters_copies_and_state_as_they_were():
+    model = narrow()
+    optimizer = build_optimizer(model, OPTIMIZERS["adamw"])
+    set_gradients(model, 0)
+    optimizer.step()
+    before = copy.deepcopy(optimizer.state_dict())
+    set_gradients(model, 1)
+    optimizer.step()
+    after = optimizer.state_dict()
+    weights = [p.detach().clone() for p in model.parameters()]
+    held = {i: value.clone() for i, value in after["masters"].items()}
+    for state in (before | {"param_groups": []}, {"state": {}, "param_groups": []}):
+        with pytest.raises(ValueError, match="parameter group"):
+            optimizer.load_state_dict(state)
+        for p, own in zip(model.parameters(), weights):
+            assert p.dtype == p.grad.dtype == torch.bfloat16 and torch.equal(p, own)
+        now = optimizer.state_dict()["masters"]
+        assert all(torch.equal(now[i], value) for i, value in held.items())
+    other = before["masters"] | {0: before["masters"][0][:1]}
+    with pytest.raises(CheckpointError, match="float32 copies of weights"):
+        optimizer.load_state_dict(before | {"masters": other})
+    optimizer.load_state_dict(before)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for i, value in before["masters"].items():
+        assert torch.equal(masters_of(optimizer)(parameters[i]), value)
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_learning_rate_schedulers_step_with_copies_and_the_memory_is_freed_at_once(early):
+    weight = nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR
+    if early:
+        rates = schedule(optimizer, lambda step: 2.0**-step)
+        with_masters(optimizer)
+    else:
+        rates = schedule(with_masters(optimizer), lambda step: 2.0**-step)
+    for _ in range(2):
+        weight.grad = torch.ones_like(weight)
+        optimizer.step()
+        rates.step()
+    assert weight.tolist() == [-0.5, -0.5] and optimizer._opt_called
+    gone = weakref.ref(optimizer)
+    gc.disable()
+    try:
+        del optimizer, rates
+        assert gone() is None
+    finally:
+        gc.enable()

@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from hmpo.cli import main
-from hmpo.errors import CheckpointError
+from hmpo.errors import CheckpointError, ModelError
 from hmpo.run.best import best_evaluation, logged_evaluations
 from hmpo.run.evaluation import Evaluation, Rate, hex_bits
 from hmpo.run.loop import train
@@ -96,7 +96,7 @@ def scored(monkeypatch):
             heldout="0" * 64,
         )
 
-    monkeypatch.setattr("hmpo.run.loop.Evaluator.evaluate", evaluate)
+    monkeypatch.setattr("hmpo.run.evaluation.Evaluator.evaluate", evaluate)
 
 
 @pytest.mark.parametrize(
@@ -149,3 +149,37 @@ def test_a_last_evaluation_that_is_best_is_found_in_the_last_checkpoint(
     monkeypatch.setitem(SCORES, 8, 6)
     run = train(micro_config(policy, out, **KEPT)).folder
     assert found_place(f"{run}@best") == (run, 8)
+
+
+def test_a_checkpoints_name_is_read_where_a_run_is_begun_and_else_refused_in_one_line(
+    scored, policy, out, capsys, monkeypatch
+) -> None:
+    monkeypatch.setitem(SCORES, 1, 0)
+    run = train(micro_config(policy, out, **KEPT)).folder
+    began = micro_config(policy, out, "began", updates=1, policy__start=f"{run}@best")
+    assert train(began).step == 1
+    began = micro_config(f"{run}@best", out, "none")
+    with pytest.raises(
+        ModelError, match=r"names a checkpoint of a run, .* by policy.start"
+    ) as told:
+        train(began)
+    assert "\n" not in str(told.value)
+    for command in (["export"], ["train", "--resume"]):
+        assert main([*command, f"{run}@best"]) == 2
+        error = capsys.readouterr().err
+        assert f"names a checkpoint, expected a run; give {run} " in error
+        assert "--step best" in error and error.count("\n") == 1
+    run.rename(out / "run@best")
+    assert found_place(str(out / "run@best")) == (out / "run@best", 8)
+
+
+def test_a_best_that_was_not_kept_is_refused_by_name_though_the_best_since_is_kept(
+    scored, policy, out, monkeypatch
+) -> None:
+    monkeypatch.setitem(SCORES, 10, 2)
+    train(micro_config(policy, out, updates=6, **KEPT | {"checkpoint__keep_best": False}))
+    run = train(micro_config(policy, out, updates=10, **KEPT), resume=True).folder
+    assert saved_steps(run) == [8, 10]
+    with pytest.raises(CheckpointError, match=r"update 4 did best, and has no .* only 8, 10$"):
+        found_place(f"{run}@best")
+    assert found_place(f"{run}@8") == (run, 8)

@@ -1,12 +1,13 @@
 """A model card says what was measured and how to make it again, whatever texts it is given."""
 
+import dataclasses
 import tomllib
 
 import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from hmpo.config import RunConfig, to_dict
+from hmpo.config import PolicyConfig, RunConfig, to_dict
 from hmpo.config.reading import run_config
 from hmpo.run.card import PLACES, Base, describe_base, escaped, model_card, settings_toml
 from hmpo.run.evaluation import Evaluation, Rate
@@ -36,12 +37,25 @@ ODD = {
             "more": {"x y": "\x7f\t<|"},
         },
         "stop": [],
+        "template_options": {"a b": 1, "c.d": {"e": True}},
     },
-    "rewards": {"functions": ["mine.py:f", "mine.py:g"], "weights": [1.0, 1e-9]},
+    "rewards": {
+        "functions": ["mine.py:f", "exact one", "r.1", "math"],
+        "weights": [1.0, 1e-9, 1.0, 1.0],
+        "options": {
+            "exact one": {"function": "exact"},
+            "r.1": {"function": "exact"},
+            "math": {},
+        },
+    },
     "objective": {"member": "gspo", "p": -0.5},
     "optimizer": {"lr": 3e-5, "muon_lr": 0.02, "name": "muon"},
     "agm": {"mode": "advise"},
 }
+
+
+def based(path: str, folder) -> Base:
+    return describe_base(PolicyConfig(path=path), folder)
 
 
 def card(config: RunConfig | None = None, base: Base = BASE, **more) -> str:
@@ -108,14 +122,12 @@ def test_name_and_license_are_read_from_the_source(tmp_path) -> None:
     source = tmp_path / "model"
     source.mkdir()
     (source / "config.json").write_text('{"_name_or_path": "org/other"}')
-    assert describe_base(str(source), source) == Base(
-        name="org/other", hub="org/other", license="unknown"
-    )
+    assert based(str(source), source) == Base(name="org/other", hub="org/other", license="unknown")
     (source / "config.json").write_text('{"_name_or_path": "/home/me/x", "license": "mit"}')
-    assert describe_base(str(source), source) == Base(name="model", hub="", license="mit")
+    assert based(str(source), source) == Base(name="model", hub="", license="mit")
     readme = source / "README.md"
     readme.write_text("---\nlicense: gemma\ntags: [a]\n---\n# text\nlicense: no\n")
-    assert describe_base(str(source), source).license == "gemma"
+    assert based(str(source), source).license == "gemma"
     for broken in (
         "---\nlicense: [\n---\n",
         "no front matter",
@@ -123,12 +135,33 @@ def test_name_and_license_are_read_from_the_source(tmp_path) -> None:
         "---\nlicense: 3\n---\n",
     ):
         readme.write_text(broken)
-        assert describe_base(str(source), source).license == "mit"
+        assert based(str(source), source).license == "mit"
     (source / "config.json").write_text("[")
     readme.unlink()
-    assert describe_base(str(source), source) == Base(name="model", hub="", license="unknown")
-    assert describe_base("org/name", source).hub == "org/name"
-    assert describe_base("smollm2", source).hub == "HuggingFaceTB/SmolLM2-135M-Instruct"
-    assert describe_base("tiny-sort", source) == Base(
-        name="tiny-sort", hub="", license="apache-2.0"
-    )
+    assert based(str(source), source) == Base(name="model", hub="", license="unknown")
+    assert based("org/name", source).hub == "org/name"
+    assert based("smollm2", source).hub == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert based("tiny-sort", source) == Base(name="tiny-sort", hub="", license="apache-2.0")
+
+
+def test_a_base_whose_folder_is_gone_keeps_its_name_and_what_the_policys_card_says(
+    tmp_path,
+) -> None:
+    """The run's own `policy/` is all that is left of it."""
+    policy = tmp_path / "policy"
+    policy.mkdir()
+    (policy / "config.json").write_text("{}")
+    gone = based(str(tmp_path / "mine"), policy)
+    assert gone == Base(name="mine", hub="", license="unknown")
+    (policy / "README.md").write_text(card())
+    assert based(str(tmp_path / "mine"), policy) == BASE
+    there = tmp_path / "mine"
+    there.mkdir()
+    assert based(str(there), there).name == "mine"
+
+
+def test_what_it_began_with_is_named_with_its_commit() -> None:
+    text = card(base=dataclasses.replace(BASE, revision="c0ffee", adapters="org/a_b"))
+    assert "Base model: org/base-1 (revision c0ffee), license: apache-2.0." in text
+    assert "It began from trained adapters on it: org/a\\_b." in text
+    assert "adapters on it" not in card() and "(revision" not in card()

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hmpo.checkpoint import load_checkpoint
@@ -107,6 +107,24 @@ def test_what_is_there_is_replaced_only_where_that_is_said_and_only_a_policy(fai
     assert (out / "mine" / "text.txt").read_text() == "mine"
 
 
+def test_neither_a_run_nor_what_an_export_is_made_of_is_replaced(policy, out, capsys) -> None:
+    base = out / "base"
+    shutil.copytree(policy, base)
+    run = train(micro_config(base, out / "runs", updates=2)).folder
+    victim = out / "victim"
+    shutil.copytree(run, victim)
+    project = out / "project"
+    project.mkdir()
+    (project / "config.json").write_text("{}")
+    (project / "notes.txt").write_text("years of work")
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    for place in (victim, run, project, run.parent, base):
+        assert main(["export", str(run), "--out", str(place), "--overwrite"]) == 2, place
+        error = capsys.readouterr().err
+        assert "choose another" in error and error.count("\n") == 1
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
 def test_adapters_name_their_base_wherever_the_run_was_started(policy, out, monkeypatch) -> None:
     pytest.importorskip("peft")
     monkeypatch.chdir(policy.parent)
@@ -142,6 +160,67 @@ def test_a_merged_model_answers_as_the_adapters_do_and_loads_without_peft(policy
     assert greedy(plain, tokenizer) != greedy(start, tokenizer)
     names = load_file(policy / "model.safetensors").keys()
     assert load_file(folded.folder / "model.safetensors").keys() == names
+
+
+@pytest.fixture(scope="module")
+def narrow(policy, tmp_path_factory):
+    """The policy stored in bfloat16."""
+    folder = tmp_path_factory.mktemp("narrow") / "policy"
+    shutil.copytree(policy, folder)
+    weights = load_file(folder / "model.safetensors")
+    kept = {name: value.bfloat16() for name, value in weights.items()}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    settings = json.loads((folder / "config.json").read_text()) | {"dtype": "bfloat16"}
+    (folder / "config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def folded(policy, adapters, scale: float) -> dict:
+    """The weights with their adapters added by hand in float64, as their source stores them."""
+    whole = load_file(policy / "model.safetensors")
+    parts = load_file(adapters / "adapter_model.safetensors")
+    for name, up in parts.items():
+        if ".lora_B." in name:
+            down = parts[name.replace(".lora_B.", ".lora_A.")]
+            own = name.removeprefix("base_model.model.").replace(".lora_B", "")
+            value = whole[own].double() + scale * up.double() @ down.double()
+            whole[own] = value.to(whole[own].dtype)
+    return whole
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16", "float32"])
+def test_a_bfloat16_policy_is_merged_in_float32_and_stored_as_it_was(narrow, out, dtype) -> None:
+    pytest.importorskip("peft")
+    changes = {"policy__dtype": dtype, "eval__every": 1, "checkpoint__keep": 9}
+    config = micro_config(narrow, out, **LORA | changes)
+    run = train(config).folder
+    scale = config.policy.lora_alpha / config.policy.lora_rank
+    for step in (None, "best", "policy"):
+        if step == "policy":
+            shutil.rmtree(run / "checkpoints")
+            step = None
+        adapters = export_policy(run, config, out / "adapters", step=step, overwrite=True)
+        done = export_policy(run, config, out / "merged", step=step, merge=True, overwrite=True)
+        assert adapters.adapter and not done.adapter and adapters.step == done.step
+        found = load_file(done.folder / "model.safetensors")
+        wanted = folded(narrow, adapters.folder, scale)
+        assert found.keys() == wanted.keys()
+        for name, value in wanted.items():  # float32 sums, rounded: one step of bfloat16 at most
+            assert found[name].dtype == value.dtype == torch.bfloat16
+            torch.testing.assert_close(found[name], value, rtol=2**-7, atol=1e-6)
+        settings = json.loads((done.folder / "config.json").read_text())
+        assert settings["dtype"] == "bfloat16"
+
+
+def test_a_run_over_4_bits_is_exported_over_the_unquantized_base(policy, out) -> None:
+    pytest.importorskip("peft")
+    config = micro_config(policy, out, **LORA)
+    run = train(config).folder
+    four = dataclasses.replace(config, policy=dataclasses.replace(config.policy, quantize="4bit"))
+    for merge, name in ((False, "adapter_model.safetensors"), (True, "model.safetensors")):
+        wanted = export_policy(run, config, out / "plain", merge=merge, overwrite=True).folder
+        found = export_policy(run, four, out / "four", merge=merge, overwrite=True).folder
+        assert (found / name).read_bytes() == (wanted / name).read_bytes()
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # peft's own, of the same

@@ -1,13 +1,17 @@
 """What a run takes of the memory: the sum by hand, the machine's limit, and the remedy."""
 
+import contextlib
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 from hmpo.cli import main
+from hmpo.config import PolicyConfig
 from hmpo.errors import ModelError
+from hmpo.models import load_policy, save_policy
 from hmpo.models.memory import (
     bytes_of,
     kept_by_forward,
@@ -18,6 +22,7 @@ from hmpo.models.memory import (
 from hmpo.run import memory
 from hmpo.run.memory import (
     estimate,
+    estimate_run,
     logits_bytes,
     machine_bytes,
     memory_line,
@@ -184,6 +189,78 @@ def test_a_policy_without_a_configuration_does_not_stop_a_run(policy, monkeypatc
     gone = dataclasses.replace(config.policy, path=str(policy.parent / "no"))
     line = memory_line(dataclasses.replace(config, policy=gone))
     assert line.startswith("memory: cannot be told before the policy is loaded (")
+
+
+DAMAGED = {
+    "weights": ("model.safetensors", b"\xff" * 100),
+    "a pointer in place of weights": ("model.safetensors", b"version https://git-lfs.github.com"),
+    "an index that is no table": ("model.safetensors.index.json", b"[]"),
+    "an index of numbers": ("model.safetensors.index.json", b'{"weight_map": {"a": 3}}'),
+    "a size that is a text": ("config.json", b'"hidden_size": "x"'),
+    "no heads": ("config.json", b'"num_attention_heads": 0'),
+    "a configuration nested too deep": ("config.json", b"[" * 100_000),
+    "a kind that is a list": ("config.json", b'"model_type": []'),
+    "tokens": ("tokenizer.json", b"[]"),
+    "words": ("tokenizer.json", b'{"model": 3}'),
+    "settings of tokens": ("tokenizer_config.json", b"[]"),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGED)
+def test_damaged_files_are_one_line_when_they_are_loaded_and_end_no_estimate(
+    what, policy, tmp_path
+) -> None:
+    place = shutil.copytree(policy, tmp_path / "damaged")
+    name, content = DAMAGED[what]
+    if content.startswith(b'"'):
+        key, value = json.loads(b"{%s}" % content).popitem()
+        settings = json.loads((place / name).read_text()) | {key: value}
+        content = json.dumps(settings).encode()
+    if name.endswith("index.json"):
+        (place / "model.safetensors").unlink()
+    (place / name).write_bytes(content)
+    config = micro_config(place, tmp_path)
+    assert memory_line(config).startswith("memory: ") and "\n" not in memory_line(config)
+    with pytest.raises(ModelError) as told:
+        load_policy(config.policy)
+    assert "\n" not in str(told.value)
+    with contextlib.suppress(ModelError):
+        estimate_run(config)
+
+
+@pytest.mark.parametrize("text", ["[]", '{"base_model_name_or_path": 3}', "{}", "typeless", "["])
+def test_damaged_adapters_are_one_line_and_end_no_estimate(text, policy, tmp_path) -> None:
+    pytest.importorskip("peft")
+    loaded = load_policy(PolicyConfig(path=str(policy), lora_rank=2))
+    place = save_policy(loaded.model, loaded.tokenizer, tmp_path / "adapters")
+    if text == "typeless":
+        text = json.dumps({"base_model_name_or_path": str(policy)})
+    (place / "adapter_config.json").write_text(text)
+    config = micro_config(place, tmp_path)
+    assert memory_line(config).startswith("memory: cannot be told before the policy is loaded (")
+    with pytest.raises(ModelError) as told:
+        load_policy(config.policy)
+    assert "\n" not in str(told.value)
+
+
+def test_a_policy_of_trained_adapters_takes_what_new_adapters_take(
+    policy, tmp_path, monkeypatch
+) -> None:
+    pytest.importorskip("peft")
+    config = micro_config(policy, tmp_path, policy__lora_rank=2)
+    loaded = load_policy(config.policy)
+    place = save_policy(loaded.model, loaded.tokenizer, tmp_path / "adapters")
+    monkeypatch.setattr(memory, "resident_bytes", lambda: 0)
+    on_adapters = micro_config(place, tmp_path)
+    assert estimate_run(on_adapters) == estimate_run(config)
+    real = load_policy(on_adapters.policy).model
+    trained = {n: p.shape for n, p in real.named_parameters() if p.requires_grad}
+    model = meta_policy(on_adapters.policy)
+    assert {n: p.shape for n, p in model.named_parameters() if p.requires_grad} == trained
+    monkeypatch.setattr(memory, "machine_bytes", lambda: 1000)
+    with pytest.raises(ModelError, match="needs about") as told:
+        memory_line(on_adapters)
+    assert "lora_rank" not in str(told.value)
 
 
 def test_the_process_is_measured() -> None:
