@@ -13,6 +13,7 @@ from hmpo.environments.tools import (
     tool_schemas,
 )
 from hmpo.errors import ConfigError, ConversationError, require
+from hmpo.models.chat import turn_end_ids
 from hmpo.models.tokens import special_tokens
 from hmpo.rewards.loading import load_object
 from hmpo.rewards.values import EventLoop, one_line, shown
@@ -190,7 +191,8 @@ class Session:
         if form == "template":
             return template_calls(tokenizer, prefix, ids, self.all.schemas)
         kind: Literal["tags", "json"] = "tags" if form == "tags" else "json"
-        text = tokenizer.decode(ids, skip_special_tokens=False)
+        ends = turn_end_ids(tokenizer)  # also one that is not special is no part of a call
+        text = tokenizer.decode([i for i in ids if i not in ends], skip_special_tokens=False)
         if kind == "tags":  # an end token inside an unclosed call is no part of its JSON
             for name in special_tokens(tokenizer).values():
                 text = text if "tool_call" in name else text.replace(name, "")
