@@ -1,10 +1,20 @@
 """Environments for the conversations of a rollout: made once, reset often."""
 
 import inspect
+import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-from hmpo.environments.protocol import Message, Opening, answer, chosen, number, opening
+from hmpo.environments.protocol import (
+    Message,
+    Opening,
+    answer,
+    chosen,
+    encodable,
+    number,
+    opening,
+)
 from hmpo.environments.tools import (
     call_form,
     parse_calls,
@@ -14,8 +24,9 @@ from hmpo.environments.tools import (
 )
 from hmpo.errors import ConfigError, ConversationError, require
 from hmpo.models.chat import turn_end_ids
-from hmpo.models.tokens import special_tokens
+from hmpo.models.tokens import special_tokens, unknown_id
 from hmpo.rewards.loading import load_object
+from hmpo.rewards.messages import content_text
 from hmpo.rewards.values import EventLoop, one_line, shown
 
 REWARD = "environment"
@@ -26,9 +37,9 @@ OWN = ("reset", "step", "get_reward", "close")
 """Methods of an environment that are no tools."""
 
 
-def environment_reward(environment_reward: Sequence[float], **_: Any) -> list[float]:
-    """The reward function that hands on what environments gave."""
-    return list(environment_reward)
+def environment_reward(environment_reward: Sequence[float], **_: Any) -> list[float | None]:
+    """The reward function that hands on what environments gave; None where one failed."""
+    return [None if math.isnan(value) else value for value in environment_reward]
 
 
 def load_environment(spec: str) -> Callable[[], Any]:
@@ -95,6 +106,17 @@ class Environments:
                 "tool, expected one"
             )
         self.form = call_form(tokenizer) if self.schemas else None
+        marks = {*special_tokens(tokenizer), *turn_end_ids(tokenizer)}
+        self.marks = marks - {unknown_id(tokenizer)}
+        """Ids that messages of an environment must not hold."""
+
+    def unfit(self, text: str) -> str:
+        """Why a message with this text would not be read as one; empty where it would."""
+        if not encodable(text):
+            return "holds a lone surrogate, no character"
+        ids = self.tokenizer(text, add_special_tokens=False).input_ids if text else []
+        named = [str(self.tokenizer.decode([i])) for i in ids if i in self.marks]
+        return f"holds the special token {named[0]!r}" if named else ""
 
     def take(self, count: int) -> list["Session"]:
         """A session for each conversation of a rollout, at its beginning."""
@@ -155,6 +177,8 @@ class Session:
             told = self._guarded("reset", reset, **chosen(reset, values, self._name("reset")))
         begin = opening(prompt, told, chat=bool(self.all.schemas))
         self.chat = not isinstance(begin, str)
+        if self.chat and told:
+            self._refuse_unfit("reset", told if isinstance(told, str) else begin)
         return begin
 
     def step(
@@ -169,13 +193,19 @@ class Session:
         """
         if self.all.steps:
             returned = self._guarded("step", self.instance.step, text)
-            return answer(returned, chat=self.chat)
+            told, reward, done = answer(returned, chat=self.chat)
+            if self.chat and not done:
+                self._refuse_unfit("step", told)
+            return told, reward, done
         calls = self._calls(prefix, ids)
         added: list[Message] = []
         for call in calls:
             content, failed = run_call(self.tools, call, self.all.loop)
+            if self.all.unfit(content):
+                content, failed = json.dumps({"error": "the result holds special tokens"}), True
             self.calls, self.failed = self.calls + 1, self.failed + failed
-            added.append({"role": "tool", "name": call.name or "unknown", "content": content})
+            name = call.name if call.name in self.tools else "unknown"
+            added.append({"role": "tool", "name": name, "content": content})
         return [dict(message) for message in added], 0.0, not calls
 
     def end(self) -> float:
@@ -197,6 +227,14 @@ class Session:
             for name in special_tokens(tokenizer).values():
                 text = text if "tool_call" in name else text.replace(name, "")
         return parse_calls(text, kind)
+
+    def _refuse_unfit(self, what: str, told: Any) -> None:
+        """Refuse text of which the chat template would make something else than a message."""
+        for text in [told] if isinstance(told, str) else map(content_text, told):
+            if fault := self.all.unfit(text):
+                raise ConversationError(
+                    f"{self._name(what)}: got {shown(text, 60)}, which {fault}; take it out"
+                )
 
     def _guarded(self, what: str, function: Callable[..., Any], *given: Any, **named: Any) -> Any:
         try:

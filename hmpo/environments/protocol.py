@@ -113,8 +113,13 @@ def messages_of(told: Any, what: str) -> list[dict[str, Any]]:
     return [dict(message) for message in told]
 
 
+def encodable(text: str) -> bool:
+    """Whether text is free of lone surrogates."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
 def _refuse_surrogates(text: str, what: str) -> None:
-    if any("\ud800" <= character <= "\udfff" for character in text):
+    if not encodable(text):
         raise ConversationError(
             f"{what}: got {text[:60]!a}, which holds a lone surrogate, no character; remove it"
         )
@@ -145,7 +150,7 @@ def answer(returned: Any, *, chat: bool) -> tuple[list[dict[str, Any]] | str, fl
                 "return messages to have one of messages"
             )
         return messages_of(told, "step"), value, False
-    if not told:
+    if not (told or chat):
         raise ConversationError(
             "step: got '', expected text that the policy is told, or that the conversation is over"
         )

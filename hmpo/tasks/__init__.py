@@ -47,19 +47,16 @@ def make_task(config: TaskConfig, seed: int = 0) -> Task:
         TaskError: an unknown name, level or option, in one line with a hint.
     """
     check_name(config)
-    if config.name == "data":
-        return as_configured(DataTask(config, seed), config, seed)
     inner = config
-    if config.chat:  # the template ends a turn, and solved examples are turns
+    if config.chat and config.name != "data":
+        # the template ends a turn, and solved examples are turns
         stop = () if config.stop is None else config.stop
         inner = dataclasses.replace(config, shots=0, stop=stop)
     if config.name in BUILT_IN:
-        task = BUILT_IN[config.name](inner, seed)
-    elif config.name.startswith(PREFIX):
-        task = gym_task(inner, seed)
+        make = BUILT_IN[config.name]
     else:
-        task = _own_task(inner, seed)
-    return as_configured(task, config, seed)
+        make = gym_task if config.name.startswith(PREFIX) else _own_task
+    return as_configured(make(inner, seed), config, seed, lambda: make(inner, 0))
 
 
 def check_name(config: TaskConfig) -> None:

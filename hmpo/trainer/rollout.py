@@ -23,7 +23,7 @@ from hmpo.sampling.options import SamplingOptions
 from hmpo.sampling.responses import sample_rollout
 from hmpo.stopwatch import section
 from hmpo.trainer.conversation import Conversations, converse
-from hmpo.trainer.conversation_rewards import environment_events, scored_parts
+from hmpo.trainer.conversation_rewards import environment_events, refuse_given, scored_parts
 from hmpo.trainer.prompts import EncodedPrompts, Prompts, prompts_for
 from hmpo.trainer.responses import completions_of, repeated_columns, reward_events, with_ends
 from hmpo.types import Event, Metrics, Rollout
@@ -153,6 +153,7 @@ def _talked(
     prompt_options: PromptOptions | None,
 ) -> Conversations:
     """A conversation for each response."""
+    refuse_given(columns, environments, prompt_options)
     return converse(
         policy,
         list(prompts),

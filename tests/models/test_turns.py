@@ -137,7 +137,7 @@ def test_an_unknown_token_that_doubles_as_the_turns_end_is_no_unknown_character(
 
 
 def test_a_variable_that_the_template_does_not_mention_is_refused_between_turns_too():
-    with pytest.raises(ModelError, match="template_options.mood: the tokenizer's chat template"):
+    with pytest.raises(ModelError, match=r"template_options.mood: the tokenizer's chat template"):
         ids_behind(byte_tokenizer(CHATML), [], USER, options={"mood": True})
 
 

@@ -1,13 +1,19 @@
 """Conversations of messages through a trainer: ends, openings, faults, and their rewards."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
 
-from hmpo.errors import ConversationError
+from hmpo.environments import Environments
+from hmpo.environments.pool import environment_reward
+from hmpo.errors import ConfigError, ConversationError, ModelError, RewardError
 from hmpo.models.chat import PromptOptions, render, turn_end_ids
+from hmpo.rewards import Rewards
 from hmpo.trainer import PowerMeanTrainer
+from hmpo.trainer.conversation_rewards import with_environment
+from tests.environments.games import add
 from tests.models.templates import CHATML, SPECIAL, byte_tokenizer
 from tests.trainer.test_conversation import CONFIG, Scripted
 
@@ -91,8 +97,10 @@ def test_prompt_options_reach_the_opening_and_what_stands_between_turns():
     assert "hi!<|im_end|>" in prompt and "again!<|im_end|>" in response
     cut, _ = begun(talking(tokenizer, prompt_options=PromptOptions(max_tokens=5)))
     assert cut == begun(talking(tokenizer))[0][-5:] != ""
-    with pytest.raises(ConversationError, match="template_options.mood: .*does not mention it"):
-        begun(talking(tokenizer, prompt_options=PromptOptions(template={"mood": 1})))
+    for kind in ("raise", "skip"):  # no fault of the environment, so never dropped
+        wrong = {"prompt_options": PromptOptions(template={"mood": 1}), "on_reward_error": kind}
+        with pytest.raises(ModelError, match=r"^template_options.mood: .*does not mention it"):
+            begun(talking(tokenizer, **wrong))
 
 
 class RaisesAtReset(Twice):
@@ -122,27 +130,50 @@ class SpeaksAsThePolicy(RaisesAtReset):
         return [{"role": "assistant", "content": "x"}] if self.odd else told, reward, done
 
 
-class SaysNothing(SpeaksAsThePolicy):
+class EndsTheTurn(SpeaksAsThePolicy):
     def step(self, completion):
         told, reward, done = Twice.step(self, completion)
-        return "" if self.odd and not done else told, reward, done
+        return "so<|im_end|>" if self.odd and not done else told, reward, done
 
 
-FAULTY = (RaisesAtReset, OpensWithSurrogate, SpeaksAsThePolicy, SaysNothing)
+class OpensWithEnd(RaisesAtReset):
+    def reset(self, **columns):
+        type(self).made += 1
+        self.turns = 0
+        return "<|im_end|>" if type(self).made % 2 else None
 
 
+class GivesNoNumber(SpeaksAsThePolicy):
+    def step(self, completion):
+        told, reward, done = Twice.step(self, completion)
+        return told, math.nan if self.odd else reward, done
+
+
+FAULTY = (
+    RaisesAtReset,
+    OpensWithSurrogate,
+    SpeaksAsThePolicy,
+    EndsTheTurn,
+    OpensWithEnd,
+    GivesNoNumber,
+)
+
+
+@pytest.mark.parametrize("reward", [None, zero, Rewards(zero)], ids=["none", "one", "Rewards"])
 @pytest.mark.parametrize("environment", FAULTY)
-def test_whatever_an_environment_does_wrong_can_be_dropped_and_counted(environment):
+def test_whatever_an_environment_does_wrong_can_be_dropped_and_counted(environment, reward):
     tokenizer = byte_tokenizer(CHATML)
     environment.made = 0
-    with pytest.raises(ConversationError, match="conversation 0, turn [01] .*skip'") as info:
+    with pytest.raises(ConversationError, match=r"conversation 0, turn [01] .*skip'") as info:
         begun(talking(tokenizer, environment=environment))
     assert "\n" not in str(info.value)
     environment.made = 0
-    trainer = talking(tokenizer, zero, environment=environment, on_reward_error="skip")
+    trainer = talking(tokenizer, reward, environment=environment, on_reward_error="skip")
     begun(trainer)
     assert trainer.batch.valid.tolist() == [False, True]
     assert trainer.rollout_metrics["environment/errors"] == 1
+    assert trainer.rollout_metrics["reward/dropped"] == 1
+    assert [event.name for event in trainer.drain_events()] == ["environment_error"]
     assert trainer.batch.rollout.response_mask.any(1).all(), "every row has a token"
     assert trainer.next_update()["update_skipped"] == 0
 
@@ -155,3 +186,96 @@ def test_a_rollout_of_which_no_conversation_began_is_dropped_as_a_whole():
     trainer = talking(byte_tokenizer(CHATML), environment=Never, on_reward_error="skip")
     trainer.begin_rollout(["hi"], {})
     assert not trainer.batch.valid.any() and trainer.rollout_metrics["environment/errors"] == 2
+
+
+def of_length(prompts, completions, **_):
+    return [float(len(completion)) for completion in completions]
+
+
+GIVEN = {
+    "a function": zero,
+    "Rewards": Rewards(zero),
+    "weighted Rewards": Rewards({"zero": zero, "length": of_length}, (1.0, 0.5)),
+    "in a worker": Rewards(zero, timeout=60.0),
+    "Rewards that have it": Rewards({"own": environment_reward, "zero": zero}, (0.5, 1.0)),
+}
+
+
+@pytest.mark.parametrize("name", GIVEN)
+def test_the_environments_rewards_are_added_whatever_form_functions_are_given_in(name):
+    given = GIVEN[name]
+    before = dict(given.functions) if isinstance(given, Rewards) else None
+    trainer = talking(byte_tokenizer(CHATML), given)
+    begun(trainer)
+    messages = 3  # two turns, and what was told between them
+    more = {"weighted Rewards": 0.5 * messages, "Rewards that have it": -1.0}
+    assert [sample["reward"] for sample in trainer.samples] == [2.0 + more.get(name, 0.0)] * 2
+    if before is not None:
+        assert given.functions == before, "the caller's own are left alone"
+    trainer.collector.rewards.close()
+
+
+def test_a_conversation_that_failed_has_no_reward_where_only_functions_give_some():
+    """An environment of tools without get_reward: nothing of its own is summed up."""
+
+    class Tooled(RaisesAtReset):
+        step = None
+
+        def look(self, at: int) -> int:
+            """Look.
+
+            Args:
+                at: where.
+            """
+            return at
+
+    Tooled.made = 0
+    tokenizer = byte_tokenizer(CHATML)
+    tokenizer.chat_template += "{#- <tool_call> #}"
+    trainer = talking(tokenizer, zero, environment=Tooled, on_reward_error="skip")
+    begun(trainer)
+    assert not trainer.collector.environments.rewards
+    assert trainer.batch.valid.tolist() == [False, True]
+    assert math.isnan(trainer.samples[0]["reward"]) and trainer.samples[1]["reward"] == 0.0
+
+
+def test_settings_beside_an_environment_that_has_its_own_are_refused():
+    tokenizer = byte_tokenizer(CHATML)
+    made = Environments(Twice, tokenizer=tokenizer, max_turns=3)
+    for given, name in (({"max_turns": 1}, "max_turns"), ({"tools": [add]}, "tools")):
+        with pytest.raises(ConfigError, match=f"^{name}: got it beside Environments") as info:
+            talking(tokenizer, environment=made, **given)
+        assert "\n" not in str(info.value)
+    with pytest.raises(ConfigError, match=r"^max_turns: got 4 without environment or tools"):
+        talking(tokenizer, zero, environment=None, max_turns=4)
+    assert talking(tokenizer, environment=made).collector.environments.max_turns == 3
+    assert talking(tokenizer).collector.environments.max_turns == 16
+
+
+def test_a_column_or_a_function_by_a_name_of_the_environments_is_refused():
+    tokenizer = byte_tokenizer(CHATML)
+    for name in ("environment_reward", "prompt"):
+        with pytest.raises(ConfigError, match=f"^column {name}: the name is taken"):
+            begun(talking(tokenizer), columns={name: ["mine"]})
+    with pytest.raises(ConfigError, match=r"^reward 'environment': the name"):
+        with_environment({"environment": zero}, Environments(Twice, tokenizer=tokenizer))
+    with pytest.raises(RewardError, match=r"^reward 'environment': the name is taken"):
+        talking(tokenizer, Rewards({"environment": zero}))
+
+
+def test_a_trainer_without_any_reward_is_refused_in_one_line():
+    tokenizer = byte_tokenizer(CHATML)
+    tokenizer.chat_template += "{#- <tool_call> #}"
+    for environment, tools in ((None, ()), (None, [add])):
+        with pytest.raises(ConfigError, match=r"^reward_fn: got None, and .*no reward;") as info:
+            talking(tokenizer, environment=environment, tools=tools)
+        assert "\n" not in str(info.value)
+
+
+def test_an_empty_message_is_told_as_one():
+    class Silent(Twice):
+        def step(self, completion):
+            return "", *super().step(completion)[1:]
+
+    _, response = begun(talking(byte_tokenizer(CHATML), environment=Silent))
+    assert "<|im_start|>user\n<|im_end|>" in response
