@@ -21,7 +21,16 @@ from hmpo.tasks.jsonl import JsonlTask
 from hmpo.tasks.key import key_task
 from hmpo.tasks.largest import largest_task
 
-__all__ = ["ALPHABET", "BUILT_IN", "Example", "Task", "check_name", "is_chat", "make_task"]
+__all__ = [
+    "ALPHABET",
+    "BUILT_IN",
+    "Example",
+    "Task",
+    "check_name",
+    "is_chat",
+    "made_from",
+    "make_task",
+]
 
 BUILT_IN: dict[str, Callable[[TaskConfig, int], Task]] = {
     "sort": sort_task,
@@ -34,6 +43,8 @@ BUILT_IN: dict[str, Callable[[TaskConfig, int], Task]] = {
     "data": DataTask,
 }
 """Built-in tasks by name."""
+MADE_FROM = "_hmpo_made_from"
+"""Attribute of a task that holds its settings."""
 
 
 def make_task(config: TaskConfig, seed: int = 0) -> Task:
@@ -56,7 +67,16 @@ def make_task(config: TaskConfig, seed: int = 0) -> Task:
         make = BUILT_IN[config.name]
     else:
         make = gym_task if config.name.startswith(PREFIX) else _own_task
-    return as_configured(make(inner, seed), config, seed, lambda: make(inner, 0))
+    task = as_configured(make(inner, seed), config, seed, lambda: make(inner, 0))
+    with contextlib.suppress(AttributeError):  # one of a user's own may have no room for it
+        object.__setattr__(task, MADE_FROM, config)
+    return task
+
+
+def made_from(task: Task) -> TaskConfig | None:
+    """The settings that a task was made from, where `make_task` made it."""
+    found = getattr(task, MADE_FROM, None)
+    return found if isinstance(found, TaskConfig) else None
 
 
 def check_name(config: TaskConfig) -> None:
