@@ -106,8 +106,7 @@ class Environments:
                 "tool, expected one"
             )
         self.form = call_form(tokenizer) if self.schemas else None
-        marks = {*special_tokens(tokenizer), *turn_end_ids(tokenizer)}
-        self.marks = marks - {unknown_id(tokenizer)}
+        self.marks = {*special_tokens(tokenizer), *turn_end_ids(tokenizer)}
         """Ids that messages of an environment must not hold."""
 
     def unfit(self, text: str) -> str:
@@ -115,6 +114,8 @@ class Environments:
         if not encodable(text):
             return "holds a lone surrogate, no character"
         ids = self.tokenizer(text, add_special_tokens=False).input_ids if text else []
+        if unknown_id(self.tokenizer) in ids:
+            return "holds characters the tokenizer does not know"
         named = [str(self.tokenizer.decode([i])) for i in ids if i in self.marks]
         return f"holds the special token {named[0]!r}" if named else ""
 
@@ -202,7 +203,8 @@ class Session:
         for call in calls:
             content, failed = run_call(self.tools, call, self.all.loop)
             if self.all.unfit(content):
-                content, failed = json.dumps({"error": "the result holds special tokens"}), True
+                why = "the result holds special tokens or unknown characters"
+                content, failed = json.dumps({"error": why}), True
             self.calls, self.failed = self.calls + 1, self.failed + failed
             name = call.name if call.name in self.tools else "unknown"
             added.append({"role": "tool", "name": name, "content": content})

@@ -150,10 +150,6 @@ def answer(returned: Any, *, chat: bool) -> tuple[list[dict[str, Any]] | str, fl
                 "return messages to have one of messages"
             )
         return messages_of(told, "step"), value, False
-    if not (told or chat):
-        raise ConversationError(
-            "step: got '', expected text that the policy is told, or that the conversation is over"
-        )
     _refuse_surrogates(told, "step")
     return ([{"role": "user", "content": told}] if chat else told), value, False
 

@@ -7,6 +7,7 @@ import pytest
 from hmpo.environments import Environments
 from hmpo.environments.tools import Call, call_form, parse_calls, run_call, tool_schemas
 from hmpo.errors import ConfigError, ConversationError
+from hmpo.models import character_tokenizer
 from hmpo.models.turns import ids_behind
 from hmpo.rewards.values import EventLoop
 from tests.environments.games import Chat, Counter, add, broken
@@ -189,3 +190,17 @@ def test_a_result_that_cannot_be_shown_is_told_as_an_error():
 
     content, failed = run_call({"fetch": fetch}, Call(name="fetch"), EventLoop())
     assert failed and "no text" in json.loads(content)["error"]
+
+
+def test_a_result_of_unknown_characters_is_told_as_an_error():
+    def fetch() -> str:
+        """Fetch."""
+        return "\u00df"
+
+    letters = "".join(map(chr, range(32, 127))) + "\n"
+    tokenizer = character_tokenizer(letters)
+    tokenizer.chat_template = tagged().chat_template
+    found = session(tokenizer, tools=[fetch])
+    call = '<tool_call>{"name": "fetch", "arguments": {}}</tool_call>'
+    ((told,), _, _) = found.step("", [], tokenizer(call, add_special_tokens=False).input_ids)
+    assert "unknown characters" in json.loads(told["content"])["error"] and found.failed == 1
