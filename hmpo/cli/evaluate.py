@@ -15,7 +15,7 @@ from hmpo.config.overrides import overridden
 from hmpo.config.places import located
 from hmpo.errors import ConfigError
 from hmpo.run.place import Step, split_place
-from hmpo.tasks import make_task
+from hmpo.tasks import is_chat, make_task
 
 if TYPE_CHECKING:
     from hmpo.run.evaluation import Evaluation
@@ -98,7 +98,8 @@ def measure(
         run: a run's folder.
         prompts: held-out prompts.
         pass_at: k of pass@k; 0 leaves it out.
-        own_length: responses are as long as `trainer.max_length` says, else as the task hints.
+        own_length: responses are as long as `trainer.max_length` says, else as the task hints;
+            conversations have room for both.
         step: of the run's checkpoint; None is what it has come to.
     """
     from hmpo.models import load_policy, stop_token_ids
@@ -110,7 +111,10 @@ def measure(
     device = build.use_machine(config)
     task = make_task(config.task, config.seed)
     if not own_length:
-        trainer = dataclasses.replace(config.trainer, max_length=task.max_new_tokens)
+        length = task.max_new_tokens
+        if config.task.environment or is_chat(task):  # more is said there than the answer
+            length = max(length, config.trainer.max_length)
+        trainer = dataclasses.replace(config.trainer, max_length=length)
         config = dataclasses.replace(config, trainer=trainer)
     if run is None:
         loaded = load_policy(config.policy, device=device)

@@ -248,7 +248,12 @@ def _drawn(suite: Suite, runs: Runs, out: Path, count: int, *, again: bool) -> R
     Raises:
         ConfigError: without --again, or the folder holds the committed runs themselves.
     """
-    from hmpo.lab.suite.again import drawn, refuse_committed_runs
+    from hmpo.lab.suite.again import (
+        again_file,
+        drawn,
+        refuse_committed_runs,
+        refuse_other_suite,
+    )
     from hmpo.lab.suite.folder import SuiteFolder
     from hmpo.lab.suite.run import committed_outcomes
 
@@ -258,6 +263,7 @@ def _drawn(suite: Suite, runs: Runs, out: Path, count: int, *, again: bool) -> R
     committed = committed_outcomes(suite, place)
     chosen = drawn(suite, runs, committed, count)
     refuse_committed_runs(place, chosen, committed)
+    refuse_other_suite(again_file(suite), suite)
     return chosen
 
 

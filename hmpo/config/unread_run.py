@@ -40,8 +40,6 @@ def _rules(config: RunConfig) -> Iterator[tuple[str, *Rule]]:
     talks = bool(config.task.environment)
     yield "task", ("max_turns",), talks, "no task.environment"
     yield "objective", ("segments",), talks, "no task.environment"
-    template = ("template_options",)
-    yield "task", template, not talks, "task.environment, whose turns take the template as it is"
     lora = ("lora_alpha", "lora_targets", "lora_rslora")
     yield "policy", lora, adapted, "policy.lora_rank = 0"
     yield "optimizer", MUON, optimizer.name == "muon", f'optimizer.name = "{optimizer.name}"'

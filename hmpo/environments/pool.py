@@ -1,10 +1,20 @@
 """Environments for the conversations of a rollout: made once, reset often."""
 
 import inspect
+import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-from hmpo.environments.protocol import Message, Opening, answer, chosen, number, opening
+from hmpo.environments.protocol import (
+    Message,
+    Opening,
+    answer,
+    chosen,
+    encodable,
+    number,
+    opening,
+)
 from hmpo.environments.tools import (
     call_form,
     parse_calls,
@@ -13,8 +23,10 @@ from hmpo.environments.tools import (
     tool_schemas,
 )
 from hmpo.errors import ConfigError, ConversationError, require
-from hmpo.models.tokens import special_tokens
+from hmpo.models.chat import turn_end_ids
+from hmpo.models.tokens import special_tokens, unknown_id
 from hmpo.rewards.loading import load_object
+from hmpo.rewards.messages import content_text
 from hmpo.rewards.values import EventLoop, one_line, shown
 
 REWARD = "environment"
@@ -25,9 +37,9 @@ OWN = ("reset", "step", "get_reward", "close")
 """Methods of an environment that are no tools."""
 
 
-def environment_reward(environment_reward: Sequence[float], **_: Any) -> list[float]:
-    """The reward function that hands on what environments gave."""
-    return list(environment_reward)
+def environment_reward(environment_reward: Sequence[float], **_: Any) -> list[float | None]:
+    """The reward function that hands on what environments gave; None where one failed."""
+    return [None if math.isnan(value) else value for value in environment_reward]
 
 
 def load_environment(spec: str) -> Callable[[], Any]:
@@ -94,6 +106,18 @@ class Environments:
                 "tool, expected one"
             )
         self.form = call_form(tokenizer) if self.schemas else None
+        self.marks = {*special_tokens(tokenizer), *turn_end_ids(tokenizer)}
+        """Ids that messages of an environment must not hold."""
+
+    def unfit(self, text: str) -> str:
+        """Why a message with this text would not be read as one; empty where it would."""
+        if not encodable(text):
+            return "holds a lone surrogate, no character"
+        ids = self.tokenizer(text, add_special_tokens=False).input_ids if text else []
+        if unknown_id(self.tokenizer) in ids:
+            return "holds characters the tokenizer does not know"
+        named = [str(self.tokenizer.decode([i])) for i in ids if i in self.marks]
+        return f"holds the special token {named[0]!r}" if named else ""
 
     def take(self, count: int) -> list["Session"]:
         """A session for each conversation of a rollout, at its beginning."""
@@ -154,6 +178,8 @@ class Session:
             told = self._guarded("reset", reset, **chosen(reset, values, self._name("reset")))
         begin = opening(prompt, told, chat=bool(self.all.schemas))
         self.chat = not isinstance(begin, str)
+        if self.chat and told:
+            self._refuse_unfit("reset", told if isinstance(told, str) else begin)
         return begin
 
     def step(
@@ -168,13 +194,20 @@ class Session:
         """
         if self.all.steps:
             returned = self._guarded("step", self.instance.step, text)
-            return answer(returned, chat=self.chat)
+            told, reward, done = answer(returned, chat=self.chat)
+            if self.chat and not done:
+                self._refuse_unfit("step", told)
+            return told, reward, done
         calls = self._calls(prefix, ids)
         added: list[Message] = []
         for call in calls:
             content, failed = run_call(self.tools, call, self.all.loop)
+            if self.all.unfit(content):
+                why = "the result holds special tokens or unknown characters"
+                content, failed = json.dumps({"error": why}), True
             self.calls, self.failed = self.calls + 1, self.failed + failed
-            added.append({"role": "tool", "name": call.name or "unknown", "content": content})
+            name = call.name if call.name in self.tools else "unknown"
+            added.append({"role": "tool", "name": name, "content": content})
         return [dict(message) for message in added], 0.0, not calls
 
     def end(self) -> float:
@@ -190,11 +223,20 @@ class Session:
         if form == "template":
             return template_calls(tokenizer, prefix, ids, self.all.schemas)
         kind: Literal["tags", "json"] = "tags" if form == "tags" else "json"
-        text = tokenizer.decode(ids, skip_special_tokens=False)
+        ends = turn_end_ids(tokenizer)  # also one that is not special is no part of a call
+        text = tokenizer.decode([i for i in ids if i not in ends], skip_special_tokens=False)
         if kind == "tags":  # an end token inside an unclosed call is no part of its JSON
             for name in special_tokens(tokenizer).values():
                 text = text if "tool_call" in name else text.replace(name, "")
         return parse_calls(text, kind)
+
+    def _refuse_unfit(self, what: str, told: Any) -> None:
+        """Refuse text of which the chat template would make something else than a message."""
+        for text in [told] if isinstance(told, str) else map(content_text, told):
+            if fault := self.all.unfit(text):
+                raise ConversationError(
+                    f"{self._name(what)}: got {shown(text, 60)}, which {fault}; take it out"
+                )
 
     def _guarded(self, what: str, function: Callable[..., Any], *given: Any, **named: Any) -> Any:
         try:

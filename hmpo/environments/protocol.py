@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from hmpo.errors import ConversationError
+from hmpo.rewards.messages import is_conversation, refuse_messages
 from hmpo.rewards.values import shown
 
 Message = Mapping[str, Any]
@@ -85,6 +86,7 @@ def opening(prompt: Any, told: Any, *, chat: bool) -> Opening:
             f"reset: got {shown(told, 60)}, expected messages, text to put behind the prompt, or "
             "None"
         )
+    _refuse_surrogates(told or "", "reset")
     if isinstance(prompt, str):
         text = prompt + (told or "")
         return [{"role": "user", "content": text}] if chat else text
@@ -103,16 +105,24 @@ def messages_of(told: Any, what: str) -> list[dict[str, Any]]:
     Raises:
         ConversationError: they are of another form.
     """
-    given = list(told) if isinstance(told, Sequence) and not isinstance(told, str) else []
-    for message in given:
-        if not (isinstance(message, Mapping) and "role" in message and "content" in message):
-            given = []
-            break
-    if not given:
+    if not is_conversation(told):
         raise ConversationError(
             f"{what}: got {shown(told, 60)}, expected at least one message with role and content"
         )
-    return [dict(message) for message in given]
+    refuse_messages(told, what, ConversationError)
+    return [dict(message) for message in told]
+
+
+def encodable(text: str) -> bool:
+    """Whether text is free of lone surrogates."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def _refuse_surrogates(text: str, what: str) -> None:
+    if not encodable(text):
+        raise ConversationError(
+            f"{what}: got {text[:60]!a}, which holds a lone surrogate, no character; remove it"
+        )
 
 
 def answer(returned: Any, *, chat: bool) -> tuple[list[dict[str, Any]] | str, float, bool]:
@@ -140,6 +150,7 @@ def answer(returned: Any, *, chat: bool) -> tuple[list[dict[str, Any]] | str, fl
                 "return messages to have one of messages"
             )
         return messages_of(told, "step"), value, False
+    _refuse_surrogates(told, "step")
     return ([{"role": "user", "content": told}] if chat else told), value, False
 
 

@@ -146,9 +146,9 @@ def run_call(tools: Mapping[str, Callable[..., Any]], call: Call, loop: EventLoo
     try:
         result = tools[call.name](**(call.arguments or {}))
         result = loop.run(result) if inspect.isawaitable(result) else result
+        return result if isinstance(result, str) else str(result), False
     except Exception as error:
         return _failed(f"{type(error).__name__}: {one_line(error)}")
-    return result if isinstance(result, str) else str(result), False
 
 
 def _failed(why: str) -> tuple[str, bool]:

@@ -5,6 +5,7 @@ whatever starts a text, so nothing is put before it. A last message of the assis
 policy goes on with. Where an assistant's turn ends is read off the template too.
 """
 
+import functools
 import inspect
 import weakref
 from collections.abc import Mapping, Sequence
@@ -47,9 +48,19 @@ class PromptOptions:
 
 
 def prompt_rows(
-    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Any], options: PromptOptions
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Any],
+    options: PromptOptions,
+    *,
+    tools: Sequence[Any] | None = None,
 ) -> list[list[int]]:
     """Token ids of each prompt, text or messages, without padding.
+
+    Args:
+        tokenizer: with a chat template where there are messages.
+        prompts: texts, or conversations.
+        options: variables of the template, and a limit of length.
+        tools: that the template shows, as `render` takes them.
 
     Raises:
         ModelError: one line: a prompt cannot be encoded, or texts and messages stand side by side.
@@ -58,7 +69,8 @@ def prompt_rows(
     if any(asked) and not all(asked):
         raise ModelError("prompts: got texts beside messages, expected one form for all of them")
     if any(asked):
-        rows = [render(tokenizer, prompt, options=options.template) for prompt in prompts]
+        shown_with = {"tools": tools, "options": options.template}
+        rows = [render(tokenizer, prompt, **shown_with) for prompt in prompts]
     else:
         rows = text_rows(tokenizer, prompts)
     limit = options.max_tokens
@@ -99,24 +111,17 @@ def render(
             does not mention, or what the template itself says of these messages.
     """
     refuse_messages(messages)
-    refuse_options(tokenizer, options or {})
     open_turn = messages[-1]["role"] == "assistant"
-    try:
-        found: Any = tokenizer.apply_chat_template(
-            [dict(message) for message in messages],
-            tools=list(tools) if tools else None,
-            add_generation_prompt=not open_turn,
-            continue_final_message=open_turn,
-            tokenize=True,
-            return_dict=True,
-            **(options or {}),
-        )
-        ids = found["input_ids"]
-    except Exception as error:  # a template may do and raise anything
-        raise ModelError(
-            f"chat template: refuses {shown(messages, 80)} ({one_line(error)}); change the "
-            "messages, or take a model whose template accepts them"
-        ) from error
+    ids = applied(
+        tokenizer,
+        messages,
+        tools,
+        options,
+        add_generation_prompt=not open_turn,
+        continue_final_message=open_turn,
+        tokenize=True,
+        return_dict=True,
+    )["input_ids"]
     ids = [int(index) for index in (ids.tolist() if hasattr(ids, "tolist") else ids)]
     if not ids:
         raise ModelError(f"chat template: makes no token of {shown(messages, 80)}")
@@ -126,6 +131,41 @@ def render(
             f"prompt {shown(messages, 80)}: holds characters the tokenizer does not know"
         )
     return ids
+
+
+def applied(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Any],
+    tools: Sequence[Any] | None,
+    options: Mapping[str, Any] | None,
+    **how: Any,
+) -> Any:
+    """What the tokenizer's chat template makes of messages, which are taken as they are.
+
+    Args:
+        tokenizer: with a chat template.
+        messages: each with `role` and `content`.
+        tools: JSON schemas or functions, as transformers takes them.
+        options: further variables of the template.
+        how: what is made: arguments of `apply_chat_template`.
+
+    Raises:
+        ModelError: one line: no template, an option that it does not mention, or what the template
+            itself says of these messages.
+    """
+    refuse_options(tokenizer, options or {})
+    try:
+        return tokenizer.apply_chat_template(
+            [dict(message) for message in messages],
+            tools=list(tools) if tools else None,
+            **how,
+            **(options or {}),
+        )
+    except Exception as error:  # a template may do and raise anything
+        raise ModelError(
+            f"chat template: refuses {shown(messages, 80)} ({one_line(error)}); change the "
+            "messages, or take a model whose template accepts them"
+        ) from error
 
 
 def refuse_options(tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]) -> None:
@@ -199,6 +239,7 @@ def _templates(tokenizer: Any) -> list[str]:
     return [text for text in found if isinstance(text, str)]
 
 
+@functools.lru_cache(maxsize=64)
 def _names(template: str) -> set[str]:
     """Every name in the code of a template; its text and comments do not count."""
     try:

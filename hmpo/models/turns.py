@@ -14,41 +14,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hmpo.errors import ModelError
-from hmpo.models.tokens import ANCHOR
+from hmpo.models.chat import MARK, applied
+from hmpo.models.tokens import ANCHOR, unknown_id
 
 Message = Mapping[str, Any]
-MARKS = ("hmpo0turn", "hmpo1turn")
+MARKS = (MARK, "hmpo1turn")
 """Stand-ins for what the policy wrote: letters that no template treats in its own way."""
 THINKING = "<think>\nhmpo0thought\n</think>\n\n"
 """Put before them where the template knows of thinking."""
 _whole: weakref.WeakKeyDictionary[Any, set[Any]] = weakref.WeakKeyDictionary()
 """By tokenizer: templates and roles whose parts have been seen to be the whole."""
-
-
-def has_template(tokenizer: Any) -> bool:
-    """Whether messages can be rendered."""
-    return bool(getattr(tokenizer, "chat_template", None))
-
-
-def opening_ids(
-    tokenizer: Any,
-    messages: Sequence[Message],
-    *,
-    tools: Sequence[Any] | None = None,
-    options: Mapping[str, Any] | None = None,
-) -> list[int]:
-    """Token ids of a conversation up to where the policy writes its first turn.
-
-    Args:
-        tokenizer: with a chat template.
-        messages: each with `role` and `content`.
-        tools: JSON schemas or functions, as transformers takes them.
-        options: further variables of the template.
-
-    Raises:
-        ModelError: no template, or one that refuses these messages.
-    """
-    return _ids(tokenizer, _text(tokenizer, messages, tools, options, opens=True))
 
 
 def ids_behind(
@@ -68,7 +43,7 @@ def ids_behind(
         tokenizer: with a chat template.
         sampled: the turn's own ids.
         added: messages of the environment, at least one; none of the assistant.
-        tools: as for `opening_ids`, the same for the whole conversation.
+        tools: as for `hmpo.models.chat.render`, the same for the whole conversation.
         options: likewise.
 
     Raises:
@@ -111,7 +86,7 @@ def text_ids_behind(tokenizer: Any, text: str) -> list[int]:
 
 
 def _refuse_unknown(tokenizer: Any, ids: Sequence[int], what: Any) -> None:
-    unknown = getattr(tokenizer, "unk_token_id", None)
+    unknown = unknown_id(tokenizer)
     if unknown is not None and unknown in ids:
         raise ModelError(
             f"environment: {str(what)[:120]!r} holds characters the tokenizer does not know"
@@ -120,7 +95,7 @@ def _refuse_unknown(tokenizer: Any, ids: Sequence[int], what: Any) -> None:
 
 def _check_parts(tokenizer: Any, added: Sequence[Message], tools: Any, options: Any) -> None:
     """Refuse a template that does not write a conversation as its parts one after the other."""
-    template = tokenizer.chat_template if has_template(tokenizer) else None
+    template = getattr(tokenizer, "chat_template", None)
     roles = tuple(str(message.get("role")) for message in added)
     key = (str(template), roles, bool(tools), repr(sorted((options or {}).items())))
     if key in _whole.setdefault(tokenizer, set()):
@@ -177,26 +152,9 @@ def _ids(tokenizer: Any, text: str) -> list[int]:
     return [int(index) for index in tokenizer(text, add_special_tokens=False).input_ids]
 
 
-def _text(tokenizer: Any, messages: Sequence[Message], tools: Any, options: Any, *, opens: bool):
-    """The rendered conversation.
-
-    Raises:
-        ModelError: no template, or what the template itself says.
-    """
-    if not has_template(tokenizer):
-        raise ModelError(
-            "tokenizer: has no chat template, so messages cannot be asked; let the environment "
-            "give text, or put the model's chat_template.jinja into its folder"
-        )
-    try:
-        return tokenizer.apply_chat_template(
-            [dict(message) for message in messages],
-            tools=list(tools) if tools else None,
-            add_generation_prompt=opens,
-            tokenize=False,
-            **(options or {}),
-        )
-    except Exception as error:  # a template may do and raise anything
-        roles = [str(message.get("role")) for message in messages]
-        why = " ".join(str(error).split())[:200]
-        raise ModelError(f"chat template: refuses messages of {roles} ({why})") from error
+def _text(
+    tokenizer: Any, messages: Sequence[Message], tools: Any, options: Any, *, opens: bool
+) -> str:
+    """The rendered conversation."""
+    how = {"add_generation_prompt": opens, "tokenize": False}
+    return applied(tokenizer, messages, tools, options, **how)

@@ -1,5 +1,6 @@
 """Several weighted reward functions over one rollout, and what happens to faulty returns."""
 
+import copy
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -94,18 +95,22 @@ class Rewards:
     ) -> None:
         self.success = success
         self.max_steps = max_steps
-        self.functions = _by_name(functions)
-        self.weights = _check_weights(weights, len(self.functions))
         if on_error not in ("raise", "skip"):
             raise RewardError(f"on_error: got {on_error!r}, expected 'raise' or 'skip'")
         if timeout is not None and not (math.isfinite(timeout) and timeout > 0):
             raise RewardError(f"timeout: got {timeout!r}, expected seconds > 0, or None")
         self.on_error = on_error
         self.timeout = timeout
+        self._take(_by_name(functions), weights)
+
+    def _take(self, functions: dict[str, RewardFn], weights: Sequence[float]) -> None:
+        """Call these functions from now on."""
+        self.functions = functions
+        self.weights = _check_weights(weights, len(functions))
         self.calling = False
         """Whether a function is being called at this moment."""
-        self._parameters = {name: Parameters(name, f) for name, f in self.functions.items()}
-        self._worker = Worker(self.functions) if timeout is not None else None
+        self._parameters = {name: Parameters(name, f) for name, f in functions.items()}
+        self._worker = Worker(functions) if self.timeout is not None else None
         self._loop = EventLoop()
 
     def __call__(
@@ -155,6 +160,22 @@ class Rewards:
             ]
             outcomes[name] = outcome
         return self._sum_up(outcomes, events, count, step)
+
+    def joined(self, before: Mapping[str, RewardFn]) -> "Rewards":
+        """New rewards: further functions, each of weight 1, before these, which stay as they are.
+
+        Args:
+            before: by name.
+
+        Raises:
+            RewardError: a name that one of these has.
+        """
+        for name in before:
+            if name in self.functions:
+                raise RewardError(f"reward {name!r}: the name is taken; rename the function")
+        both = copy.copy(self)
+        both._take({**before, **self.functions}, (1.0,) * len(before) + self.weights)
+        return both
 
     def refuse_missing(self, columns: Iterable[str]) -> None:
         """Refuse, before anything is sampled, functions that need more than will be given.

@@ -26,7 +26,7 @@ from hmpo.rewards import Rewards, load_reward
 from hmpo.run.place import Step, chosen_step
 from hmpo.run.source import pinned
 from hmpo.tasks import Task, is_chat
-from hmpo.trainer.conversation_rewards import with_environment
+from hmpo.trainer.conversation_rewards import refuse_columns, with_environment
 from hmpo.trainer.gspo import GSPOTrainer
 from hmpo.trainer.power_mean import PowerMeanTrainer
 from hmpo.trainer.prompts import fit_prompts
@@ -63,6 +63,7 @@ def early_rewards(config: RunConfig, task: Task) -> Rewards | None:
     if not config.task.environment:
         return make_rewards(config, task)
     load_environment(config.task.environment)
+    refuse_columns(task.train(0).columns)
     return None
 
 

@@ -21,7 +21,16 @@ from hmpo.tasks.jsonl import JsonlTask
 from hmpo.tasks.key import key_task
 from hmpo.tasks.largest import largest_task
 
-__all__ = ["ALPHABET", "BUILT_IN", "Example", "Task", "check_name", "is_chat", "make_task"]
+__all__ = [
+    "ALPHABET",
+    "BUILT_IN",
+    "Example",
+    "Task",
+    "check_name",
+    "is_chat",
+    "made_from",
+    "make_task",
+]
 
 BUILT_IN: dict[str, Callable[[TaskConfig, int], Task]] = {
     "sort": sort_task,
@@ -34,6 +43,8 @@ BUILT_IN: dict[str, Callable[[TaskConfig, int], Task]] = {
     "data": DataTask,
 }
 """Built-in tasks by name."""
+MADE_FROM = "_hmpo_made_from"
+"""Attribute of a task that holds its settings."""
 
 
 def make_task(config: TaskConfig, seed: int = 0) -> Task:
@@ -47,19 +58,25 @@ def make_task(config: TaskConfig, seed: int = 0) -> Task:
         TaskError: an unknown name, level or option, in one line with a hint.
     """
     check_name(config)
-    if config.name == "data":
-        return as_configured(DataTask(config, seed), config, seed)
     inner = config
-    if config.chat:  # the template ends a turn, and solved examples are turns
+    if config.chat and config.name != "data":
+        # the template ends a turn, and solved examples are turns
         stop = () if config.stop is None else config.stop
         inner = dataclasses.replace(config, shots=0, stop=stop)
     if config.name in BUILT_IN:
-        task = BUILT_IN[config.name](inner, seed)
-    elif config.name.startswith(PREFIX):
-        task = gym_task(inner, seed)
+        make = BUILT_IN[config.name]
     else:
-        task = _own_task(inner, seed)
-    return as_configured(task, config, seed)
+        make = gym_task if config.name.startswith(PREFIX) else _own_task
+    task = as_configured(make(inner, seed), config, seed, lambda: make(inner, 0))
+    with contextlib.suppress(AttributeError):  # one of a user's own may have no room for it
+        object.__setattr__(task, MADE_FROM, config)
+    return task
+
+
+def made_from(task: Task) -> TaskConfig | None:
+    """The settings that a task was made from, where `make_task` made it."""
+    found = getattr(task, MADE_FROM, None)
+    return found if isinstance(found, TaskConfig) else None
 
 
 def check_name(config: TaskConfig) -> None:

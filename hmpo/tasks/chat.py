@@ -1,8 +1,9 @@
 """Prompts as conversations: a system turn, solved examples as turns, text as a user's turn."""
 
 import dataclasses
+import functools
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from hmpo.config import TaskConfig
@@ -54,9 +55,14 @@ class ChatTask:
         inner: the task, without solved examples of its own.
         config: system turn and number of solved examples.
         seed: of the solved examples.
+        unseeded: makes the task of seed 0, whose training examples held-out ones are shown,
+            whatever the seed.
     """
 
-    def __init__(self, inner: Task, config: TaskConfig, seed: int) -> None:
+    def __init__(
+        self, inner: Task, config: TaskConfig, seed: int, unseeded: Callable[[], Task]
+    ) -> None:
+        self.unseeded = functools.cache(unseeded)
         self.inner, self.system, self.shots, self.seed = inner, config.system, config.shots, seed
         self.name, self.level, self.levels = inner.name, inner.level, inner.levels
         self.stop, self.max_new_tokens = inner.stop, inner.max_new_tokens
@@ -75,11 +81,12 @@ class ChatTask:
 
     def train(self, index: int) -> Example:
         """Training example number `index` >= 0: a function of (seed, index) alone."""
-        return self._asked(self.inner.train(index), f"{self.seed}/{index}")
+        return self._asked(self.inner.train(index), f"{self.seed}/{index}", self.inner)
 
     def heldout(self, index: int) -> Example:
         """Held-out example number `index` >= 0: the same for every seed."""
-        return self._asked(self.inner.heldout(index), f"heldout/{index}")
+        shown = self.unseeded() if self.shots and self.seed else self.inner
+        return self._asked(self.inner.heldout(index), f"heldout/{index}", shown)
 
     def reward(
         self, prompts: list, completions: list, completion_ids: list, **columns: Any
@@ -90,19 +97,20 @@ class ChatTask:
             completions = list(map(last_text, completions))
         return self.inner.reward(prompts, completions, completion_ids, **columns)
 
-    def _asked(self, example: Example, key: str) -> Example:
-        solved = [(shot.prompt, str(shot.columns["answer"])) for shot in self._solved(example, key)]
+    def _asked(self, example: Example, key: str, shown: Task) -> Example:
+        shots = self._solved(example, key, shown)
+        solved = [(shot.prompt, str(shot.columns["answer"])) for shot in shots]
         prompt = conversation(example.prompt, solved, self.system)
         return dataclasses.replace(example, prompt=prompt)
 
-    def _solved(self, example: Example, key: str) -> Iterator[Example]:
-        """Solved examples, all different, none of them the example itself."""
+    def _solved(self, example: Example, key: str, shown: Task) -> Iterator[Example]:
+        """Solved examples of a task, all different, none of them the example itself."""
         rng = random.Random(f"chat/shots/{self.name}/{key}")
         seen = [example.prompt]
         for _ in range(100 * self.shots):
             if len(seen) > self.shots:
                 return
-            shot = self.inner.train(FAR + rng.randrange(FAR))
+            shot = shown.train(FAR + rng.randrange(FAR))
             if shot.prompt not in seen:
                 seen.append(shot.prompt)
                 yield shot
@@ -112,13 +120,14 @@ class ChatTask:
             )
 
 
-def as_configured(task: Task, config: TaskConfig, seed: int) -> Task:
+def as_configured(task: Task, config: TaskConfig, seed: int, unseeded: Callable[[], Task]) -> Task:
     """The task, asked as conversations where `config` says so.
 
     Args:
         task: made without solved examples where `config.chat`.
         config: `chat`, `system` and `template_options`.
         seed: of solved examples.
+        unseeded: makes the task as it is with seed 0.
 
     Raises:
         TaskError: a setting that nothing would read.
@@ -139,7 +148,7 @@ def as_configured(task: Task, config: TaskConfig, seed: int) -> Task:
         return task
     if asks:
         config = dataclasses.replace(config, shots=0)  # they are the task's own
-    return ChatTask(task, config, seed)
+    return ChatTask(task, config, seed, unseeded)
 
 
 def is_chat(task: Task) -> bool:

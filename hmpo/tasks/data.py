@@ -96,7 +96,7 @@ class DataTask(RowTask):
         limit = self.max_prompt_length
         for split in ("train", "heldout") if limit else ():
             rows: list[RowExample] = getattr(self, f"_{split}")
-            tokens = count([self._with_shots(row, "").prompt for row in rows])
+            tokens = count([self._with_shots(row, split).prompt for row in rows])
             over = [n for n, length in enumerate(tokens) if length > limit]
             if over and self.overlong == "error":
                 raise TaskError(
@@ -123,8 +123,12 @@ class DataTask(RowTask):
             yield "task.options.dataset: rows", self.content
 
     def _with_shots(self, row: RowExample, key: str) -> Example:
-        """The example as it is asked; it has the same solved ones each time."""
-        solved = self._solved(self._pool, row, f"{self.seed}/{row.place}") if self.shots else []
+        """The example as it is asked; it has the same solved ones each time.
+
+        Wherever its file is, and a held-out one (`key` says so) for whatever seed.
+        """
+        who = "heldout" if key.startswith("heldout") else self.seed
+        solved = self._solved(self._pool, row, f"{who}/{row.key}") if self.shots else []
         if not self.chat:
             end = (self.stop or ("\n",))[0]
             text = "".join(f"{o.prompt}{o.columns['answer']}{end}" for o in solved)

@@ -53,8 +53,11 @@ class RowTask:
         self._has_answers = None not in answers
         if self.shots and not self._has_answers:
             raise TaskError("task.shots: got solved examples, expected an answer in every line")
-        if self.shots >= len(train):
-            raise TaskError(f"task.shots: got {self.shots}, expected < {len(train)} prompts")
+        different = len({row.key for row in train}) if self.shots else 0
+        if self.shots and self.shots >= different:
+            raise TaskError(
+                f"task.shots: got {self.shots}, expected < {different} prompts that differ"
+            )
         longest = max((len(str(answer)) for answer in answers), default=0)
         self.max_new_tokens = longest + 2 if self._has_answers else 256
         self._order: tuple[int, list[int]] = (-1, [])
@@ -124,9 +127,14 @@ class RowTask:
         return dataclasses.replace(row, prompt=f"{text}{row.prompt}")
 
     def _solved(self, rows: list[RowExample], row: RowExample, key: str) -> list[RowExample]:
-        """As many of these as there are shots, none of them the example itself."""
-        others = random.Random(f"jsonl/shots/{key}").sample(rows, self.shots + 1)
-        return [other for other in others if other.key != row.key][: self.shots]
+        """As many of these as there are shots, all different, none of them the example itself."""
+        rng = random.Random(f"jsonl/shots/{key}")
+        drawn = {other.key: other for other in rng.sample(rows, self.shots + 1)}
+        found = [other for key, other in drawn.items() if key != row.key][: self.shots]
+        if len(found) < self.shots:  # some are in the file more than once
+            rest = {o.key: o for o in rows if o.key not in drawn and o.key != row.key}
+            found += rng.sample(list(rest.values()), self.shots - len(found))
+        return found
 
 
 def square(examples: Sequence[Example]) -> None:

@@ -27,7 +27,7 @@ from hmpo.optim.state import clip_metrics, join_clip_state, split_clip_state
 from hmpo.randomness import keyed_generator
 from hmpo.rewards import Rewards
 from hmpo.stopwatch import section
-from hmpo.trainer.conversation_rewards import environments_of, with_environment
+from hmpo.trainer.conversation_rewards import environments_of, rewards_of
 from hmpo.trainer.faults import (
     Fault,
     UpdateCheck,
@@ -73,7 +73,7 @@ class Trainer(ABC, Generic[C]):
         prompt_options: PromptOptions | None = None,
         environment: Callable[[], Any] | Environments | None = None,
         tools: Sequence[Callable[..., Any]] = (),
-        max_turns: int = 16,
+        max_turns: int | None = None,
     ) -> None:
         policy_model = bare_policy(policy_model)
         ref_model = None if ref_model is None else bare_policy(ref_model)
@@ -83,18 +83,11 @@ class Trainer(ABC, Generic[C]):
         self.policy, self.ref, self.config = policy_model, ref_model, config
         self.device = next(policy_model.parameters()).device
         talks = environments_of(environment, tools, max_turns, tokenizer)
-        if not isinstance(reward_fn, Rewards):
-            reward_fn = Rewards(
-                with_environment(reward_fn, talks),
-                on_error=config.on_reward_error,
-                timeout=config.reward_timeout,
-                max_steps=config.total_updates or 0,
-            )
         self.collector = Collector(
             policy=policy_model,
             ref=ref_model,
             config=config,
-            rewards=reward_fn,
+            rewards=rewards_of(reward_fn, talks, config),
             tokenizer=tokenizer,
             stop=tuple(stop),
             prompt_options=prompt_options,

@@ -21,17 +21,19 @@ from torch import Tensor, nn
 from hmpo.config import TrainerConfig
 from hmpo.environments.pool import Environments, Session
 from hmpo.environments.protocol import Opening
-from hmpo.errors import ConversationError
+from hmpo.environments.protocol import opening as opening_of
+from hmpo.errors import ConversationError, ModelError
+from hmpo.models.chat import PromptOptions, prompt_rows, turn_end_ids
 from hmpo.models.policy import autocast
 from hmpo.models.probe import policy_facts
-from hmpo.models.tokens import decode_responses, left_padded
-from hmpo.models.turns import ids_behind, opening_ids, text_ids_behind
+from hmpo.models.tokens import left_padded
+from hmpo.models.turns import ids_behind, text_ids_behind
 from hmpo.randomness import keyed_generator
 from hmpo.rewards.values import shown
 from hmpo.sampling.options import SamplingOptions
 from hmpo.sampling.responses import Noise, sample_rollout
 from hmpo.stopwatch import section
-from hmpo.trainer.prompts import prompts_for
+from hmpo.trainer.responses import texts_of, with_ends
 from hmpo.types import Metrics, Rollout
 
 
@@ -41,7 +43,7 @@ class Conversation:
 
     session: Session
     opening: Opening
-    prompt: list[int]
+    prompt: list[int] = field(default_factory=list)
     """Ids of the opening."""
     ids: list[int] = field(default_factory=list)
     """Everything behind it."""
@@ -115,6 +117,7 @@ def converse(
     options: SamplingOptions,
     group_size: int,
     generator: torch.Generator,
+    prompt_options: PromptOptions | None = None,
 ) -> Conversations:
     """Have a conversation for each response to these prompts.
 
@@ -127,13 +130,17 @@ def converse(
         options: how turns are drawn.
         group_size: G, conversations per prompt.
         generator: of the first turn; those of the others are made from its seed.
+        prompt_options: variables of the chat template, and a limit of the openings' length.
 
     Raises:
         ConversationError: an environment failed, and that is not to be skipped.
     """
     tokenizer, device = environments.tokenizer, next(policy.parameters()).device
+    asked = prompt_options or PromptOptions()
     with section("rewards"):
-        talks = _begin(policy, prompts, columns, environments, config, group_size)
+        talks = _begin(prompts, columns, environments, config, group_size, asked)
+    ends = turn_end_ids(tokenizer) if any(talk.session.chat for talk in talks) else ()
+    options = with_ends(options, ends)
     rounds, drawn = 0, None
     while active := [i for i, talk in enumerate(talks) if not talk.over]:
         for part in _parts(policy, talks, active, options.max_length):
@@ -141,10 +148,10 @@ def converse(
             with section("sampling"), autocast(device, config):
                 drawn = _sample(policy, talks, part, options, group_size, draw, tokenizer)
             with section("rewards"):
-                _take(talks, part, drawn, options, tokenizer)
+                _take(talks, part, drawn, options, tokenizer, ends)
         with section("rewards"):
             for i in active:
-                _answer(talks[i], environments, options.max_length)
+                _answer(talks[i], environments, options.max_length, asked)
                 _stop_at(talks[i], i, config)
         rounds += 1
     assert drawn is not None, "a rollout has conversations"
@@ -159,29 +166,43 @@ def converse(
 
 
 def _begin(
-    policy: nn.Module,
     prompts: Sequence[Any],
     columns: Mapping[str, Sequence[Any]],
     environments: Environments,
     config: TrainerConfig,
     group_size: int,
+    options: PromptOptions,
 ) -> list[Conversation]:
-    """The conversations as their environments open them."""
-    talks, tokenizer = [], environments.tokenizer
+    """The conversations as their environments open them.
+
+    One that could not be opened begins with the prompt, in the form of the others, and ends at its
+    first turn: a row of a rollout has at least a token.
+    """
+    talks: list[Conversation] = []
     sessions = environments.take(len(prompts) * group_size)
     for i, session in enumerate(sessions):
         row = i // group_size
-        begin = session.open(prompts[row], {k: values[row] for k, values in columns.items()})
-        ids: list[int] = []
-        if session.chat:
-            ids = opening_ids(tokenizer, begin, tools=environments.schemas)  # type: ignore[arg-type]
-        talks.append(Conversation(session=session, opening=begin, prompt=ids))
-    plain = [talk for talk in talks if not talk.session.chat]
-    if plain:
-        read = prompts_for(policy, [talk.opening for talk in plain], tokenizer, config)
-        for talk, row, real in zip(plain, read.ids, read.mask, strict=True):
-            talk.prompt = row[real].tolist()
+        talk = Conversation(session=session, opening=prompts[row])
+        try:
+            talk.opening = session.open(prompts[row], {k: v[row] for k, v in columns.items()})
+            talk.prompt = _opened(talk, environments, options)
+        except (ConversationError, ModelError) as error:
+            talk.fault = str(error)
+            _stop_at(talk, i, config)
+        talks.append(talk)
+    chat = bool(environments.schemas) or any(t.session.chat for t in talks if not t.fault)
+    for i, talk in enumerate(talks):
+        if talk.fault:
+            talk.opening = opening_of(prompts[i // group_size], None, chat=chat)
+            talk.session.chat = not isinstance(talk.opening, str)
+            talk.prompt, talk.over = _opened(talk, environments, options), False
     return talks
+
+
+def _opened(talk: Conversation, environments: Environments, options: PromptOptions) -> list[int]:
+    """Token ids of an opening."""
+    tokenizer, tools = environments.tokenizer, environments.schemas
+    return prompt_rows(tokenizer, [talk.opening], options, tools=tools)[0]
 
 
 def _of_turn(generator: torch.Generator, turn: int) -> torch.Generator:
@@ -249,6 +270,7 @@ def _take(
     rollout: Rollout,
     options: SamplingOptions,
     tokenizer: Any,
+    ends: Sequence[int],
 ) -> None:
     """Add what was drawn to the conversations, each up to its own room."""
     ids, mask = rollout.response_ids.cpu(), rollout.response_mask.cpu()
@@ -256,7 +278,7 @@ def _take(
     room = torch.tensor([options.max_length - len(talks[i].ids) for i in part])
     kept = mask & (torch.arange(mask.shape[1]) < room.unsqueeze(1))
     whole = ((kept == mask).all(1) & rollout.finished.cpu()).tolist()
-    texts = decode_responses(tokenizer, ids, kept, options.stop)
+    texts = texts_of(tokenizer, ids, kept, options.stop, ends)
     for row, i in enumerate(part):
         talk, here = talks[i], kept[row]
         talk.finished, talk.text = whole[row], texts[row]
@@ -265,7 +287,9 @@ def _take(
         talk.write(talk.turn, old[row, here].tolist(), sampling[row, here].tolist())
 
 
-def _answer(talk: Conversation, environments: Environments, length: int) -> None:
+def _answer(
+    talk: Conversation, environments: Environments, length: int, options: PromptOptions
+) -> None:
     """Let the environment answer the turn that was drawn last, and add what it says.
 
     A turn that was cut has no room behind it: an environment with `step` sees it, tools do not.
@@ -273,7 +297,7 @@ def _answer(talk: Conversation, environments: Environments, length: int) -> None
     tokenizer, cut = environments.tokenizer, not talk.finished
     talk.messages.append({"role": "assistant", "content": talk.text})
     talk.over = cut
-    if cut and not environments.steps:
+    if talk.fault or (cut and not environments.steps):
         return
     try:
         before = talk.prompt + talk.ids[: len(talk.ids) - len(talk.turn)]
@@ -286,9 +310,9 @@ def _answer(talk: Conversation, environments: Environments, length: int) -> None
         if isinstance(told, str):
             ids, said = text_ids_behind(tokenizer, told), [{"role": "user", "content": told}]
         else:
-            ids = ids_behind(tokenizer, talk.turn, told, tools=environments.schemas)
-            said = told
-    except ConversationError as error:
+            shown_with = {"tools": environments.schemas, "options": options.template}
+            ids, said = ids_behind(tokenizer, talk.turn, told, **shown_with), told
+    except (ConversationError, ModelError) as error:
         talk.fault = str(error)
         return
     if len(talk.ids) + len(ids) >= length:  # no room for another turn

@@ -4,9 +4,12 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from hmpo.errors import ConfigError, require
-from hmpo.tasks import Task
+from hmpo.models.chat import PromptOptions
+from hmpo.tasks import Task, made_from
 from hmpo.tasks.base import gather_columns
-from hmpo.types import Metrics
+from hmpo.trainer.prompts import fit_prompts
+from hmpo.trainer.rollout import Collector
+from hmpo.types import Event, Metrics
 
 if TYPE_CHECKING:
     from hmpo.trainer.base import Trainer
@@ -24,7 +27,8 @@ def fit(
 
     Args:
         trainer: any trainer, with a tokenizer where prompts are text.
-        task: whose training prompts are asked, in its order, going on where the last call ended.
+        task: whose training prompts are asked, in its order, going on where the last call ended;
+            it leaves out those that are longer than it allows, which is an event.
         updates: optimizer updates to make, 0 or more.
         prompts_per_rollout: prompts of one rollout; each gets `config.group_size` responses.
         on_update: called with the metrics of each update, after it.
@@ -33,8 +37,9 @@ def fit(
         Metrics of each update by telemetry name.
 
     Raises:
-        ConfigError: a number out of range, or a trainer whose responses end elsewhere than the
-            task's do.
+        ConfigError: a number out of range, or a trainer that would not read what the task was
+            made with: ends of responses, template options, a length to cut prompts to, an
+            environment.
     """
     require(updates >= 0, "updates", updates, "an integer >= 0")
     expected = "an integer >= 1"
@@ -45,6 +50,12 @@ def fit(
             f"stop: got {ends} for the trainer and {tuple(task.stop)} for task {task.name}, "
             "expected one for both; give the trainer stop=task.stop"
         )
+    _refuse_unread(trainer.collector, task)
+    if trainer.collector.tokenizer is not None:
+        options = trainer.collector.prompt_options or PromptOptions()
+        told = fit_prompts(task, trainer.collector.tokenizer, options)
+        if told and not trainer.rollouts:
+            trainer.events.append(Event(name="prompts_left_out", step=trainer.step, data=told))
     records = []
     while len(records) < updates:
         if not trainer.pending_updates:
@@ -56,3 +67,30 @@ def fit(
         if on_update is not None:
             on_update(record)
     return records
+
+
+def _refuse_unread(collector: Collector, task: Task) -> None:
+    """Refuse a trainer that reads prompts, or talks, otherwise than the task was told to."""
+    options, talks = collector.prompt_options or PromptOptions(), collector.environments
+    limit = getattr(task, "truncate_at", None)
+    pairs: list[tuple[str, Any, Any, str]] = [
+        ("max_tokens", options.max_tokens, limit, "prompt_options=PromptOptions(max_tokens=...)")
+    ]
+    config = made_from(task)
+    if config is not None:
+        own = dict(options.template)
+        asked = config.template_options or None
+        pairs.append(("template_options", own, asked, "prompt_options=PromptOptions(template=...)"))
+    if config is not None and config.environment:
+        if talks is None:
+            raise ConfigError(
+                f"environment: got none for the trainer and {config.environment} for task "
+                f"{task.name}, expected one for both; give the trainer environment=..."
+            )
+        pairs.append(("max_turns", talks.max_turns, config.max_turns, "max_turns=..."))
+    for name, got, asked, remedy in pairs:
+        if asked is not None and got != asked:
+            raise ConfigError(
+                f"{name}: got {got!r} for the trainer and {asked!r} for task {task.name}, expected "
+                f"one for both; give the trainer {remedy}"
+            )

@@ -48,9 +48,9 @@ class PowerMeanTrainer(Trainer[PowerMeanConfig]):
         prompt_options: how text and messages become token ids: variables of the chat template, and
             a limit of length.
         environment: a class whose instances the policy talks with (`hmpo.environments`), or TRL's
-            `environment_factory`; `reward_fn` may be None where it gives the rewards.
+            `environment_factory`; its rewards are added, and `reward_fn` may be None beside them.
         tools: functions that the policy may call, as TRL's.
-        max_turns: most turns of a conversation.
+        max_turns: most turns of a conversation; None is 16.
 
     Example:
         trainer = HMPOTrainer(policy, None, optimizer, HMPOConfig(), reward_fn)
@@ -72,7 +72,7 @@ class PowerMeanTrainer(Trainer[PowerMeanConfig]):
         prompt_options: PromptOptions | None = None,
         environment: Callable[[], Any] | Environments | None = None,
         tools: Sequence[Callable[..., Any]] = (),
-        max_turns: int = 16,
+        max_turns: int | None = None,
     ) -> None:
         device = next(policy_model.parameters()).device
         objective = config.resolved_objective

@@ -1,15 +1,46 @@
 """Responses and columns as reward functions take them, and reward faults as events."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
 
 from hmpo.errors import ConfigError
 from hmpo.models import decode_responses
 from hmpo.rewards import RewardResult
+from hmpo.sampling.options import SamplingOptions
 from hmpo.trainer.prompts import EncodedPrompts
 from hmpo.types import Event, Rollout
+
+
+def with_ends(options: SamplingOptions, ends: Sequence[int]) -> SamplingOptions:
+    """The options with further ids that end a response."""
+    tokens = tuple(sorted({*options.eos_tokens, *ends}))
+    return dataclasses.replace(options, eos_tokens=tokens) if ends else options
+
+
+def texts_of(
+    tokenizer: Any,
+    ids: Int[Tensor, "N T"],
+    mask: Bool[Tensor, "N T"],
+    stop: Sequence[str],
+    ends: Sequence[int],
+) -> list[str]:
+    """Texts of sampled turns, up to the first stop string.
+
+    Args:
+        tokenizer: of the policy.
+        ids: what was sampled.
+        mask: which of them are real.
+        stop: strings that end a turn.
+        ends: ids that end one too: no part of it, also where their tokens are not special.
+    """
+    if ends:
+        mask = mask & ~torch.isin(ids, torch.tensor(ends, device=ids.device))
+    return decode_responses(tokenizer, ids, mask, stop)
 
 
 def completions_of(
@@ -22,11 +53,7 @@ def completions_of(
     ]
     if tokenizer is None:
         return token_ids, token_ids
-    mask = rollout.response_mask
-    if asked.ends:  # the end of a turn is no part of it, also where its token is not special
-        ends = torch.tensor(asked.ends, device=mask.device)
-        mask = mask & ~torch.isin(rollout.response_ids, ends)
-    texts = decode_responses(tokenizer, rollout.response_ids, mask, stop)
+    texts = texts_of(tokenizer, rollout.response_ids, rollout.response_mask, stop, asked.ends)
     if not asked.chat:
         return texts, token_ids
     return [[{"role": "assistant", "content": text}] for text in texts], token_ids

@@ -23,9 +23,9 @@ from hmpo.sampling.options import SamplingOptions
 from hmpo.sampling.responses import sample_rollout
 from hmpo.stopwatch import section
 from hmpo.trainer.conversation import Conversations, converse
-from hmpo.trainer.conversation_rewards import environment_events, scored_parts
+from hmpo.trainer.conversation_rewards import environment_events, refuse_given, scored_parts
 from hmpo.trainer.prompts import EncodedPrompts, Prompts, prompts_for
-from hmpo.trainer.responses import completions_of, repeated_columns, reward_events
+from hmpo.trainer.responses import completions_of, repeated_columns, reward_events, with_ends
 from hmpo.types import Event, Metrics, Rollout
 
 logger = logging.getLogger(__name__)
@@ -94,7 +94,7 @@ def sample_and_score(
     """
     shared = (policy, prompts, config, options, group_size, generator)
     if environments is not None:
-        talked = _talked(*shared, columns, environments)
+        talked = _talked(*shared, columns, environments, prompt_options)
         with section("rewards"):
             by_response = repeated_columns(columns, len(talked.openings) // group_size, group_size)
             parts = scored_parts(talked, by_response, rewards, step=step, seed=reward_seed)
@@ -133,7 +133,7 @@ def _sampled(
             policy,
             asked.ids.to(device),
             asked.mask.to(device),
-            _with_ends(options, asked.ends),
+            with_ends(options, asked.ends),
             group_size=group_size,
             generator=generator,
             tokenizer=tokenizer,
@@ -150,8 +150,10 @@ def _talked(
     generator: torch.Generator,
     columns: Mapping[str, Sequence[Any]],
     environments: Environments,
+    prompt_options: PromptOptions | None,
 ) -> Conversations:
     """A conversation for each response."""
+    refuse_given(columns, environments, prompt_options)
     return converse(
         policy,
         list(prompts),
@@ -161,13 +163,8 @@ def _talked(
         options=options,
         group_size=group_size,
         generator=generator,
+        prompt_options=prompt_options,
     )
-
-
-def _with_ends(options: SamplingOptions, ends: Sequence[int]) -> SamplingOptions:
-    """The options with further ids that end a response."""
-    tokens = tuple(sorted({*options.eos_tokens, *ends}))
-    return dataclasses.replace(options, eos_tokens=tokens) if ends else options
 
 
 def sampling_options(config: TrainerConfig, stop: Sequence[str]) -> SamplingOptions:

@@ -24,8 +24,19 @@ def test_a_conversation_begins_with_the_prompt_or_what_reset_says():
     assert opening(USER, " you", chat=False) == [{"role": "user", "content": "hi you"}]
     assert opening("a", USER, chat=False) == USER and USER == [{"role": "user", "content": "hi"}]
     for told in (3, [], [1], [{"role": "user"}]):
-        with pytest.raises(ConversationError, match="reset: got"):
+        with pytest.raises(ConversationError, match=r"^reset(: got|, message 0:)"):
             opening("a", told, chat=False)
+    odd = {"role": "user", "content": "\udfff"}
+    for prompt, told in (
+        ("a", "\ud800"),
+        (USER, "\ud800"),
+        (USER, [{}]),
+        ("a", [odd]),
+        ([odd], None),
+    ):
+        with pytest.raises(ConversationError, match=r"^(reset|prompt)") as info:
+            opening(prompt, told, chat=False)
+        assert "\n" not in str(info.value)
 
 
 def test_an_answer_is_text_or_messages_as_the_conversation_is():
@@ -33,13 +44,22 @@ def test_an_answer_is_text_or_messages_as_the_conversation_is():
     assert answer(("x", 1, False), chat=True)[0] == [{"role": "user", "content": "x"}]
     assert answer((USER, 0.5, False), chat=True) == (USER, 0.5, False)
     assert answer((None, 0.5, True), chat=False) == ("", 0.5, True), "nothing is read at the end"
-    for returned in (None, ("x", 1), ("x", math.nan, False), ("x", "much", True)):
+    for returned in (
+        ("\ud800", 0, False),
+        None,
+        ("x", 1),
+        ("x", math.nan, False),
+        ("x", "much", True),
+    ):
         with pytest.raises(ConversationError, match="step: got"):
             answer(returned, chat=False)
     with pytest.raises(ConversationError, match="in a conversation of text"):
         answer((USER, 0, False), chat=False)
     with pytest.raises(ConversationError, match="at least one message"):
         answer(([], 0, False), chat=True)
+    for message in ({"role": "user", "content": 3}, {"role": "user", "content": "\ud800"}):
+        with pytest.raises(ConversationError, match="step, message 0"):
+            answer(([message], 0, False), chat=True)
 
 
 def test_columns_go_where_they_are_named():

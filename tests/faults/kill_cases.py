@@ -109,6 +109,27 @@ CASES: dict[str, dict[str, Any]] = {
         "trainer__lr_schedule": "cosine",
         "trainer__warmup_updates": 2,
     },
+    "conversations": {
+        "task__environment": f"{REWARDS}:Wishes",
+        "task__max_turns": 3,
+        "objective__segments": "turn",
+        "rewards__functions": [f"{REWARDS}:low_digits"],
+        "trainer__max_length": 14,
+        "trainer__on_reward_error": "skip",
+        "eval__every": 3,
+        "checkpoint__every": 3,
+    },
+    "bfloat16 weights with float32 copies": {
+        "policy__dtype": "bfloat16",
+        "checkpoint__every": 3,
+    },
+    "the best checkpoint kept": {
+        "eval__every": 1,
+        "eval__prompts": 8,
+        "eval__success": 0.5,
+        "checkpoint__every": 3,
+        "checkpoint__keep": 1,
+    },
     "module decoder without QK-clip": {"trainer__decoder": "module", "trainer__qk_clip": False},
 }
 

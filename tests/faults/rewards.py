@@ -83,3 +83,20 @@ def slow(prompts, completions, completion_ids, **columns):
     """`low_digits` after a quarter of a second."""
     time.sleep(0.25)
     return low_digits(prompts, completions, completion_ids)
+
+
+class Wishes:
+    """An environment that wishes for digits, and fails now and then; what it draws it seeds."""
+
+    def reset(self, prompt, **columns):
+        self.draw, self.turns = random.Random(prompt), 0
+        self.wish = str(self.draw.randrange(10))
+        return self.wish + ">"
+
+    def step(self, completion):
+        self.turns += 1
+        if completion.startswith("77"):
+            raise ValueError("no such wish")
+        reward = float(self.wish in completion)
+        self.wish = str(self.draw.randrange(10))
+        return self.wish + ">", reward, self.turns == 3

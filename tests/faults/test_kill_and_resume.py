@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 
 from hmpo.run import loop as run
+from hmpo.run.place import found_place, saved_steps
 from tests.faults import kill_runs
 from tests.faults.kill_cases import CASES, case_config
-from tests.faults.micro import micro_policy, records
+from tests.faults.micro import micro_policy, records, saved_state
 from tests.faults.storage import fast_folder
 
 ROOT = Path(__file__).parents[2]
@@ -83,6 +84,7 @@ WHAT_HAPPENS = {
     "Muon and QK-clip": ("qk/clipped_heads", lambda seen: max(seen) > 0),
     "stale rollouts": ("staleness/rollouts", lambda seen: seen == {0, 1, 2}),
     "early stop by a controller": ("step", lambda seen: max(seen) == 4),
+    "conversations": ("turns/mean", lambda seen: max(seen) > 1),
 }
 """For cases whose point could be missed by chance: a field of the steps, and what is in it."""
 
@@ -98,3 +100,15 @@ def test_a_case_does_what_its_name_says(place, name: str) -> None:
     field, happened = WHAT_HAPPENS[name]
     steps = records(run.train(case_config(name, *place)).folder, "step")
     assert happened({step[field] for step in steps})
+
+
+def test_cases_whose_point_is_in_no_field_of_the_steps_have_it(place) -> None:
+    policy, folder = place
+    place = policy, folder / "once more"
+    place[1].mkdir()
+    talked = records(run.train(case_config("conversations", *place)).folder)
+    assert {"environment_error"} <= {r["name"] for r in talked if r["type"] == "event"}
+    narrow = run.train(case_config("bfloat16 weights with float32 copies", *place)).folder
+    assert saved_state(narrow)["optimizer"]["masters"]
+    best = run.train(case_config("the best checkpoint kept", *place)).folder
+    assert saved_steps(best) == [found_place(f"{best}@best")[1], 8], "the best is not the last"

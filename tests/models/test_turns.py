@@ -3,7 +3,8 @@
 import pytest
 
 from hmpo.errors import ModelError
-from hmpo.models.turns import ids_behind, opening_ids, text_ids_behind
+from hmpo.models.chat import render
+from hmpo.models.turns import ids_behind, text_ids_behind
 from tests.models.templates import (
     CHATML,
     GEMMA,
@@ -46,7 +47,7 @@ def test_a_conversation_by_its_parts_is_its_rendering(template, added, tools, en
     """Also where a turn was cut: the environment ends it as the template would."""
     tokenizer = byte_tokenizer(template)
     end = END.get(template, "") if ended else ""
-    ids, messages = opening_ids(tokenizer, ASK, tools=tools), list(ASK)
+    ids, messages = render(tokenizer, ASK, tools=tools), list(ASK)
     for text in ("let me see", "it is 5"):
         sampled = ids_of(tokenizer, text + end)
         ids += sampled + ids_behind(tokenizer, sampled, added, tools=tools)
@@ -123,9 +124,21 @@ def test_an_environment_adds_something_and_never_speaks_as_the_policy(added):
 
 def test_messages_without_a_template_are_refused():
     tokenizer = byte_tokenizer(None)
-    for call in (lambda: opening_ids(tokenizer, ASK), lambda: ids_behind(tokenizer, [], USER)):
+    for call in (lambda: render(tokenizer, ASK), lambda: ids_behind(tokenizer, [], USER)):
         with pytest.raises(ModelError, match="has no chat template"):
             call()
+
+
+def test_an_unknown_token_that_doubles_as_the_turns_end_is_no_unknown_character():
+    tokenizer = byte_tokenizer(CHATML, special=["<|im_end|>", "<|endoftext|>", "<|im_start|>"])
+    expected = ids_behind(tokenizer, ids_of(tokenizer, "5<|im_end|>"), USER)
+    tokenizer.unk_token = "<|im_end|>"
+    assert ids_behind(tokenizer, ids_of(tokenizer, "5<|im_end|>"), USER) == expected
+
+
+def test_a_variable_that_the_template_does_not_mention_is_refused_between_turns_too():
+    with pytest.raises(ModelError, match=r"template_options.mood: the tokenizer's chat template"):
+        ids_behind(byte_tokenizer(CHATML), [], USER, options={"mood": True})
 
 
 def test_plain_text_is_encoded_as_it_is_behind_other_text():

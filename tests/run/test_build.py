@@ -1,17 +1,21 @@
 """The parts of a run that cost memory: 16-bit weights, recomputed layers, the reference policy."""
 
 import copy
+import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from torch.utils import checkpoint as torch_checkpoint
 
-from hmpo.config import PolicyConfig
+from hmpo.config import PolicyConfig, RunConfig, TaskConfig
+from hmpo.errors import ConfigError
 from hmpo.models import load_policy, save_policy
 from hmpo.run import build
 from hmpo.run import loop as run
 from hmpo.run.build import frozen_copy
+from hmpo.tasks import make_task
 from tests.faults.micro import left_by, micro_config, records
 
 LORA = {"policy__lora_rank": 2, "optimizer__lr": 0.05}
@@ -112,3 +116,21 @@ def test_recomputed_layers_give_the_same_run_to_rounding_and_only_where_gradient
     for name in ("loss", "grad_norm", "reward/mean", "entropy"):
         got = [record[name] for record in again]
         assert got == pytest.approx([record[name] for record in plain], rel=1e-3, abs=1e-5), name
+
+
+def test_a_column_by_a_name_of_the_environments_is_refused_before_a_model_is_loaded(
+    tmp_path: Path,
+) -> None:
+    for name in ("environment_reward", "prompt"):
+        line = {"question": "1", "answer": "1", name: 1}
+        for file in ("a", "b"):
+            (tmp_path / file).write_text(json.dumps(line | {"question": file}) + "\n")
+        options = {"path": str(tmp_path / "a"), "heldout_path": str(tmp_path / "b")}
+        settings = TaskConfig(
+            name="jsonl",
+            environment="tests.environments.games:Endless",
+            options={**options, "prompt_field": "question"},
+        )
+        config = RunConfig(task=settings)
+        with pytest.raises(ConfigError, match=f"^column {name}: the name is taken"):
+            build.early_rewards(config, make_task(settings))

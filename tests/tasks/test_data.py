@@ -264,6 +264,45 @@ def test_shots_of_conversations_are_turns(tmp_path: Path) -> None:
     assert not heldout & shown
 
 
+def test_held_out_prompts_are_the_same_for_every_seed_and_wherever_the_file_is(
+    tmp_path: Path,
+) -> None:
+    found = [trl(n) for n in range(60)]
+    (tmp_path / "elsewhere").mkdir()
+    paths = [write(tmp_path / "a", found), write(tmp_path / "elsewhere" / "b", found)]
+    limited = {"max_prompt_length": 10**6}
+    tasks = [data(path, shots=2, seed=seed, **limited) for path in paths for seed in (0, 1)]
+    counted = []
+    for task in tasks:
+        task.fit(lambda prompts: counted.append(list(prompts)) or [len(str(p)) for p in prompts])
+    held = [[task.heldout(i).prompt for i in range(task.heldout_size)] for task in tasks]
+    assert held[0] == held[1] == held[2] == held[3] == counted[1], "what is counted is asked"
+    trained = [[task.train(i).prompt for i in range(20)] for task in tasks]
+    assert trained[0] == trained[2] and trained[1] == trained[3], "of one seed wherever it is"
+    shots = [{str(prompt[-1]): prompt[1:-1] for prompt in listed} for listed in trained[:2]]
+    both = shots[0].keys() & shots[1].keys()
+    assert any(shots[0][asked] != shots[1][asked] for asked in both)
+
+
+def test_as_many_solved_examples_as_asked_all_different_where_rows_are_there_twice(
+    tmp_path: Path,
+) -> None:
+    train = [{"prompt": "A", "answer": "1"}] * 40
+    train += [{"prompt": letter, "answer": "2"} for letter in "BCD"]
+    held = write(tmp_path / "h", [{"prompt": "Z", "answer": "9"}])
+    path = write(tmp_path / "a", train)
+    task = data(path, shots=3, chat=True, held_out=held)
+    for example in [task.heldout(0), *(task.train(i) for i in range(43))]:
+        users = [turn["content"] for turn in example.prompt if turn["role"] == "user"]
+        assert len(users) == len(set(users)) == 4
+    jsonl = make_task(
+        TaskConfig(name="jsonl", shots=3, options={"path": path, "heldout_path": held})
+    )
+    assert all(jsonl.train(i).prompt.count("\n") == 3 for i in range(43))
+    refused("task.shots: got 4, expected < 4 prompts that differ", train=path, shots=4,
+            held_out=held)  # fmt: skip
+
+
 def test_a_begun_turn_stays_and_is_completed_in_solved_examples(tmp_path: Path) -> None:
     begun = {"role": "assistant", "content": "It is "}
     found = [{"prompt": [user(f"{n}?"), begun], "answer": f"{n}"} for n in range(30)]
@@ -309,7 +348,12 @@ def test_every_task_of_texts_can_be_asked_as_conversations(name: str) -> None:
         task.train(0).prompt
         != make_task(TaskConfig(name=name, chat=True, shots=2, system="Sums."), 4).train(0).prompt
     )
-    assert task.heldout(0).prompt[-1]["content"] == plain.heldout(0).prompt
+    other = make_task(TaskConfig(name=name, chat=True, shots=2, system="Sums."), 4)
+    unseeded = make_task(TaskConfig(name=name, chat=True, shots=2, system="Sums."))
+    for index in (0, 1, 2):
+        held = task.heldout(index).prompt
+        assert held == other.heldout(index).prompt == unseeded.heldout(index).prompt
+        assert held[-1]["content"] == plain.heldout(index).prompt
     example = task.train(0)
     roles = [turn["role"] for turn in example.prompt]
     assert roles == ["system", "user", "assistant", "user", "assistant", "user"]

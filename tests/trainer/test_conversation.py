@@ -149,6 +149,18 @@ def test_a_failing_environment_stops_the_run_or_is_counted():
     assert not talked.rollout.finished[lost].any()
 
 
+def test_no_text_is_a_fault_where_a_turn_would_follow_and_nothing_where_none_does():
+    class Mute(Endless):
+        def step(self, completion):
+            return "", 0.25, False
+
+    for turns, faulty in ((1, False), (2, True)):
+        environments = Environments(Mute, tokenizer=TOKENIZER, max_turns=turns)
+        talked = talk(environments, max_length=60, on_reward_error="skip")
+        assert len(talked.faults) == (8 if faulty else 0)
+    assert all("makes no token" in fault for fault in talked.faults.values())
+
+
 def test_a_dropped_conversation_is_an_event_and_left_out_of_the_loss():
     Fails.made = 0
     model = policy()

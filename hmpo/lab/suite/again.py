@@ -166,10 +166,30 @@ def read_again(path: Path) -> list[Row]:
     Raises:
         TelemetryError: it is another kind of file.
     """
+    return _read(path)[2]
+
+
+def refuse_other_suite(path: Path, suite: Suite) -> None:
+    """Refuse a file of runs of another suite, or of this one as it was: they are no part of it.
+
+    Raises:
+        TelemetryError: one line; or it is another kind of file.
+    """
+    name, digest, rows = _read(path)
+    if rows and (name, digest) != (suite.name, suite.hash):
+        raise TelemetryError(
+            f"{path}: holds runs of suite {name} with hash {digest[:12]}, expected {suite.name} "
+            f"with {suite.hash[:12]}; move it away"
+        )
+
+
+def _read(path: Path) -> tuple[str, str, list[Row]]:
+    """(name of the suite, its hash, rows) of a file."""
     if not path.exists():
-        return []
+        return "", "", []
     try:
-        return list(loads(path.read_bytes())["runs"])
+        found = loads(path.read_bytes())
+        return str(found["suite"]), str(found["hash"]), list(found["runs"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise TelemetryError(f"{path}: no table of runs made again ({error!r})") from None
 
@@ -178,13 +198,14 @@ def save_again(path: Path, suite: Suite, rows: Sequence[Row]) -> None:
     """Add rows to the file; those of the same run, threads and capability take the old one's place.
 
     Raises:
-        TelemetryError: the file there is another kind of file.
+        TelemetryError: the file there is another kind of file, or of another suite.
         StorageError: it cannot be written.
     """
 
     def key(row: Row) -> tuple[str, ...]:
         return tuple(str(row[n]) for n in ("threads", "capability", "machine", "cell", "seed"))
 
+    refuse_other_suite(path, suite)
     kept = {key(row): row for row in [*read_again(path), *rows]}
     value = {"suite": suite.name, "hash": suite.hash, "runs": [kept[k] for k in sorted(kept)]}
     write_atomic(path, json.dumps(value, indent=1, allow_nan=False) + "\n")

@@ -11,6 +11,7 @@ from hmpo.lab.suite.again import (
     drawn,
     read_again,
     refuse_committed_runs,
+    refuse_other_suite,
     save_again,
     table_lines,
     table_of,
@@ -109,6 +110,14 @@ def test_tables_of_other_threads_are_added_and_of_the_same_ones_replaced(whole, 
     save_again(path, whole, [{**row, "threads": 2} for row in rows])
     assert len(read_again(path)) == 2 * len(rows)
     assert json.loads(path.read_text())["hash"] == whole.hash
+    before = path.read_bytes()
+    other = dataclasses.replace(whole, cells=whole.cells[:1])
+    assert other.hash != whole.hash
+    for refused in (lambda: save_again(path, other, rows), lambda: refuse_other_suite(path, other)):
+        with pytest.raises(TelemetryError, match=f"with hash {whole.hash[:12]}, .*move it away"):
+            refused()
+    assert path.read_bytes() == before, "rows keep the suite that they are of"
+    refuse_other_suite(path, whole)
     path.write_text("[]")
     with pytest.raises(TelemetryError, match="no table of runs made again"):
         read_again(path)
