@@ -219,7 +219,8 @@ class Rewards:
             seed = step if seed is None else seed
             return self._worker.call(name, arguments, count, self.timeout, seed, **more)
         except UsageError as error:
-            raise RewardError(f"reward {name!r} at step {step}: {error}") from None
+            text = str(error).removeprefix(f"reward {name!r}: ")
+            raise RewardError(f"reward {name!r} at step {step}: {text}") from None
         finally:
             self.calling = False
 

@@ -63,16 +63,31 @@ def _fault(message: Message) -> str:
 
 
 def content_text(message: Message) -> str:
-    """The text of a message; of a list of parts their texts, one after the other."""
+    """The text of a message; of a list of parts their texts, one after the other.
+
+    A content of None (a call of a tool) is the empty text.
+    """
     content = message.get("content")
     if isinstance(content, list | tuple):
-        return "".join(str(part.get("text", "")) for part in content if isinstance(part, Mapping))
+        return "".join(map(_part_text, content))
     return "" if content is None else str(content)
 
 
+def _part_text(part: Any) -> str:
+    """The text of a part: a text itself, or what its `text` says; of anything else none."""
+    text = part.get("text") if isinstance(part, Mapping) else part
+    return text if isinstance(text, str) else ""
+
+
 def last_text(completion: Any) -> Any:
-    """A completion as text: of messages the content of the last; anything else as it is."""
-    return content_text(completion[-1]) if is_conversation(completion) else completion
+    """A completion as text: of messages the assistant's last, or the empty text without one.
+
+    What a tool or an environment said behind it is not the policy's. Anything else stays as it is.
+    """
+    if not is_conversation(completion):
+        return completion
+    spoken = [message for message in completion if message.get("role", "assistant") == "assistant"]
+    return content_text(spoken[-1]) if spoken else ""
 
 
 def as_text(prompt: Any) -> Any:

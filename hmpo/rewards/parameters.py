@@ -6,6 +6,7 @@ from typing import Any
 
 from hmpo.errors import RewardError
 from hmpo.rewards.host import SUPPLIED
+from hmpo.rewards.library.base import LibraryReward
 from hmpo.rewards.values import RewardFn
 
 NAMED = ("prompts", "completions", "completion_ids")
@@ -31,9 +32,12 @@ class Parameters:
             )
         named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
         self.required = [p.name for p in named if p.default is p.empty]
+        # Columns of the library's functions need not be names that Python has parameters for.
+        columns = function.needs if isinstance(function, LibraryReward) else ()
+        self.required += [name for name in columns if name not in self.required]
         self.supplied = [p.name for p in named if p.name in SUPPLIED]
         if not any(p.kind is p.VAR_KEYWORD for p in parameters):
-            self.accepted = {p.name for p in named}
+            self.accepted = {p.name for p in named}.union(columns)
 
     def refuse_missing(self, given: Iterable[str]) -> None:
         """An error for a parameter without a value among `given`."""

@@ -100,7 +100,7 @@ def is_heldout(name: str, canonical: str) -> bool:
 def before_stop(completion: object, stop: Sequence[str], name: str) -> str:
     """The completion up to the first stop string (all of it where there is none).
 
-    Of a message, as completions of conversations are, it is the content.
+    Of messages, as completions of conversations are, it is what the assistant said last.
 
     Raises:
         RewardError: the completion is not text.

@@ -93,7 +93,8 @@ class ChatTask:
     ) -> list[float]:
         """What the task itself says of the texts."""
         if self.of_text:
-            prompts, completions = list(map(last_text, prompts)), list(map(last_text, completions))
+            prompts = [content_text(p[-1]) if is_conversation(p) else p for p in prompts]
+            completions = list(map(last_text, completions))
         return self.inner.reward(prompts, completions, completion_ids, **columns)
 
     def _asked(self, example: Example, key: str, shown: Task) -> Example:

@@ -357,9 +357,10 @@ def test_every_task_of_texts_can_be_asked_as_conversations(name: str) -> None:
     example = task.train(0)
     roles = [turn["role"] for turn in example.prompt]
     assert roles == ["system", "user", "assistant", "user", "assistant", "user"]
-    given = {key: [value] * 2 for key, value in example.columns.items()}
+    given = {key: [value] * 3 for key, value in example.columns.items()}
     said = [[{"role": "assistant", "content": text}] for text in (example.columns["answer"], "no")]
-    assert task.reward([example.prompt] * 2, said, [[]] * 2, **given) == [1.0, 0.0]
+    said.append([*said[0], {"role": "tool", "content": "no"}])
+    assert task.reward([example.prompt] * 3, said, [[]] * 3, **given) == [1.0, 0.0, 1.0]
 
 
 def test_an_own_task_may_ask_messages_and_takes_a_system_turn(tmp_path: Path) -> None:

@@ -14,16 +14,15 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from hmpo.errors import RewardError
+from hmpo.errors import RewardError, require, require_installed
 from hmpo.rewards.library.base import (
     LibraryReward,
     answers_of,
     is_missing,
+    rebuilt,
     require_column,
-    require_option,
 )
 from hmpo.rewards.library.children import same_imports, script
-from hmpo.rewards.library.extras import require_package
 
 TAIL = 20_000
 """Characters of a completion's end that are read."""
@@ -45,9 +44,9 @@ def math(*, column: str = "answer", timeout: float = 5.0) -> "MathReward":
         column: holds the answer, or a list of accepted ones.
         timeout: seconds for one comparison.
     """
-    require_package("math", "math_verify", "rewards")
+    require_installed("math_verify", "reward math", "rewards")
     require_column("math", column)
-    require_option(0 < timeout <= 3600, "math.timeout", timeout, "seconds in (0, 3600]")
+    require(0 < timeout <= 3600, "reward math.timeout", timeout, "seconds in (0, 3600]")
     return MathReward(column, timeout)
 
 
@@ -61,7 +60,8 @@ class MathReward(LibraryReward):
         self.child = Child()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _named, (type(self), (self.of_column, self.timeout), self.__name__)
+        given = {"column": self.of_column, "timeout": self.timeout}
+        return rebuilt, (type(self), self.__name__, given)
 
     def prepare(self) -> None:
         """Start the child, so that a package that cannot be imported shows at once."""
@@ -69,6 +69,7 @@ class MathReward(LibraryReward):
 
     def __call__(
         self,
+        /,
         completions: Sequence[Any],
         log_metric: Callable[..., Any] | None = None,
         prompts: Any = None,
@@ -94,13 +95,6 @@ class MathReward(LibraryReward):
         return rewards
 
 
-def _named(kind: type[LibraryReward], arguments: tuple[Any, ...], name: str) -> LibraryReward:
-    """A function as it was pickled."""
-    function = kind(*arguments)
-    function.__name__ = name
-    return function
-
-
 class Child:
     """The process that compares; started when it is needed, in this process after a fork too."""
 
@@ -119,16 +113,17 @@ class Child:
             self._lock, self._owner, self._process = threading.Lock(), os.getpid(), None
         with self._lock:
             if self._process is None or self._process.poll() is not None:
-                self._start()
+                self._process = self._started()
             request = {"text": _encodable(text), "answer": _encodable(answer), "seconds": seconds}
-            reply = self._exchange(json.dumps(request), seconds)
+            reply = self._exchange(self._process, json.dumps(request), seconds)
             if not reply:  # killed, or out of memory
-                self._end()
+                self._drop()
                 return False, False
             return json.loads(reply)["equal"], True
 
-    def _start(self) -> None:
-        self._process = subprocess.Popen(
+    def _started(self) -> "subprocess.Popen[str]":
+        """A child that is ready."""
+        process = subprocess.Popen(
             script("algebra_child"),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -137,32 +132,48 @@ class Child:
             text=True,
             encoding="utf-8",
         )
-        self._end = weakref.finalize(self, _end, self._process, os.getpid())
-        if self._exchange("", START) != "ready\n":
-            self._end()
+        self._end = weakref.finalize(self, _end, process, os.getpid())
+        if self._exchange(process, "", START) != "ready\n":
+            self._drop()
             raise RewardError(
                 "reward math: its process ended while it started; try `import math_verify`"
             )
+        return process
 
-    def _exchange(self, line: str, seconds: float) -> str:
+    def _drop(self) -> None:
+        """End the child; the next comparison starts another."""
+        self._process = None
+        self._end()
+
+    def _exchange(self, process: "subprocess.Popen[str]", line: str, seconds: float) -> str:
         """The child's reply to a line; empty where it was killed for taking longer."""
-        assert self._process is not None
-        process, sent, received = self._process, *_pipes(self._process)
-        watch = threading.Timer(seconds, process.kill)
-        watch.daemon = True
-        watch.start()
-        try:
-            if line:
-                sent.write(line + "\n")
-                sent.flush()
-            return received.readline()
-        except OSError:
-            return ""
-        except BaseException:  # an interrupted exchange cannot be taken up again
+        sent, received = _pipes(process)
+        late = threading.Event()
+
+        def stop() -> None:
+            late.set()
             process.kill()
-            raise
-        finally:
+
+        watch = threading.Timer(seconds, stop)
+        watch.daemon = True
+        try:
+            watch.start()
+            try:
+                if line:
+                    sent.write(line + "\n")
+                    sent.flush()
+                reply = received.readline()
+            except OSError:
+                reply = ""
             watch.cancel()
+            watch.join()  # it may be on its way to kill a child that has answered
+        except BaseException:  # an interrupted exchange cannot be taken up again
+            watch.cancel()
+            self._drop()
+            raise
+        if late.is_set():
+            self._drop()
+        return reply if reply.endswith("\n") else ""
 
 
 def _pipes(process: subprocess.Popen[str]) -> tuple[Any, Any]:

@@ -1,20 +1,28 @@
 """What the functions of the library share: a name, the columns they need, the text they read."""
 
 import inspect
+import keyword
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from hmpo.errors import ConfigError, RewardError
+from hmpo.errors import require
+from hmpo.rewards.host import SUPPLIED
+from hmpo.rewards.messages import last_text
+from hmpo.rewards.values import UsageError
 
 FENCE = re.compile(r"```++|~~~++")
+TAKEN = ("prompts", "completions", "completion_ids", *SUPPLIED)
+"""Names under which a function gets something else than a column."""
 
 
 class LibraryReward:
     """A reward function with TRL's signature, a stable `__name__` and a signature of its own.
 
-    It is pickled by its parts, so it can be handed to another process.
+    It is pickled by its parts, so it can be handed to another process. Columns come by keyword,
+    under any name that a table gives them: those that Python has no parameter for, such as
+    `ground truth`, are in `needs` alone.
 
     Args:
         name: `__name__`, under which telemetry files its values.
@@ -30,13 +38,14 @@ class LibraryReward:
         self.needs = tuple(dict.fromkeys(needs))
         kind = inspect.Parameter.KEYWORD_ONLY
         required = [name for name in ("prompts", "completion_ids") if name in takes]
-        names = [*required, "completions", *self.needs]
+        plain = [name for name in self.needs if name.isidentifier() and not keyword.iskeyword(name)]
+        names = [*required, "completions", *plain]
         parameters = [inspect.Parameter(name, kind) for name in names]
         if "log_metric" in takes:
             parameters.append(inspect.Parameter("log_metric", kind, default=None))
         self.__signature__ = inspect.Signature(parameters)
 
-    def __call__(self, *_: Any, **columns: Any) -> Any:
+    def __call__(self, /, *_: Any, **columns: Any) -> Any:
         """A reward for each completion."""
         raise NotImplementedError
 
@@ -44,16 +53,16 @@ class LibraryReward:
         """Load what the first call would load, so that a mistake shows before a policy is there."""
 
     def column(self, name: str, columns: Mapping[str, Any], count: int) -> list[Any]:
-        """The values of a column, one a sample.
+        """The values of a column, one a sample; arrays, as Parquet's lists are read, as lists.
 
         Raises:
-            RewardError: there is none, or not one for each of the `count` samples.
+            UsageError: there is none, or not one for each of the `count` samples.
         """
         if name not in columns:
-            raise RewardError(f"reward {self.__name__!r}: no column {name!r}; {self.remedy}")
-        values = list(columns[name])
+            raise UsageError(f"reward {self.__name__!r}: no column {name!r}; {self.remedy}")
+        values = [_plain(value) for value in columns[name]]
         if len(values) != count:
-            raise RewardError(
+            raise UsageError(
                 f"reward {self.__name__!r}: column {name!r} has {len(values)} values, expected "
                 f"{count}, one for each completion"
             )
@@ -63,12 +72,12 @@ class LibraryReward:
         """The text of each completion.
 
         Raises:
-            RewardError: they are token ids.
+            UsageError: they are token ids.
         """
         try:
             return [text_of(completion) for completion in completions]
         except TypeError as error:
-            raise RewardError(f"reward {self.__name__!r}: {error}") from None
+            raise UsageError(f"reward {self.__name__!r}: {error}") from None
 
 
 class TextReward(LibraryReward):
@@ -77,8 +86,8 @@ class TextReward(LibraryReward):
     Args:
         name: `__name__`.
         score: text -> reward, or (text, value) -> reward; None where it does not apply.
-        column: the column; None without one. A sample whose value is missing (None or NaN) gets
-            None.
+        column: the column; None without one. A sample whose value is missing (see `is_missing`)
+            gets None.
     """
 
     def __init__(self, name: str, score: Callable[..., Any], column: str | None = None) -> None:
@@ -87,7 +96,7 @@ class TextReward(LibraryReward):
         self.of_column = column
 
     def __call__(
-        self, completions: Sequence[Any], prompts: Any = None, **columns: Any
+        self, /, completions: Sequence[Any], prompts: Any = None, **columns: Any
     ) -> list[float | None]:
         """A reward for each completion."""
         texts = self.texts(completions)
@@ -100,10 +109,18 @@ class TextReward(LibraryReward):
         ]
 
 
-def text_of(completion: Any) -> str:
-    """The text of a completion: itself, or the content of its last message of the assistant.
+def rebuilt(kind: type[LibraryReward], name: str, given: Mapping[str, Any]) -> LibraryReward:
+    """A function as it was pickled: of its settings and its name.
 
-    A content of None (a call of a tool) is the empty text; of a list of parts the texts are joined.
+    What it has loaded, started or spent is not in a pickle.
+    """
+    function = kind(**given)
+    function.__name__ = name
+    return function
+
+
+def text_of(completion: Any) -> str:
+    """The text of a completion: itself, or what the assistant said last (`messages.last_text`).
 
     Raises:
         TypeError: it is neither text nor messages.
@@ -116,17 +133,7 @@ def text_of(completion: Any) -> str:
             f"got a completion of type {type(completion).__name__}, expected text or messages; "
             "token ids need a tokenizer"
         )
-    spoken = [m for m in messages if m.get("role", "assistant") == "assistant"]
-    return content_of(spoken[-1]) if spoken else ""
-
-
-def content_of(message: Mapping[str, Any]) -> str:
-    """The text in a message's content."""
-    content = message.get("content")
-    if isinstance(content, list | tuple):
-        parts = [part if isinstance(part, Mapping) else {"text": part} for part in content]
-        return "".join(str(part.get("text") or "") for part in parts)
-    return "" if content is None else str(content)
+    return last_text(messages) if messages else ""
 
 
 def fenced(text: str) -> list[tuple[str, str]]:
@@ -149,8 +156,20 @@ def fenced(text: str) -> list[tuple[str, str]]:
     return [*blocks, (info, "".join(body))] if mark else blocks
 
 
+def _plain(value: Any) -> Any:
+    """The value with lists and numbers of Python in place of arrays and their scalars."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    return [_plain(one) for one in value] if isinstance(value, list | tuple) else value
+
+
 def is_missing(value: Any) -> bool:
-    """Whether a column says nothing of a sample: None, or NaN as tables write it."""
+    """Whether a column says nothing of a sample: None, NaN as tables write it, or no such list.
+
+    A list says nothing where it is empty or holds only what is missing.
+    """
+    if isinstance(value, list | tuple):
+        return all(map(is_missing, value))
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
@@ -160,13 +179,7 @@ def answers_of(value: Any) -> list[str]:
     return [str(one) for one in values if not is_missing(one)]
 
 
-def require_option(holds: bool, name: str, received: object, expected: str) -> None:
-    """Raise a one-line ConfigError unless the option `function.option` holds."""
-    if not holds:
-        raise ConfigError(f"reward {name}: got {received!r}, expected {expected}")
-
-
 def require_column(function: str, column: str) -> None:
     """Refuse a column's name that no column can have."""
-    taken = ("prompts", "completions", "completion_ids", "")
-    require_option(column not in taken, f"{function}.column", column, "the name of a column")
+    fits = isinstance(column, str) and column not in (*TAKEN, "")
+    require(fits, f"reward {function}.column", column, "the name of a column")

@@ -8,9 +8,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from hmpo.errors import ConfigError, ModelError
-from hmpo.rewards.library.base import LibraryReward, require_option
-from hmpo.rewards.values import one_line
+from hmpo.errors import ConfigError, ModelError, require
+from hmpo.rewards.library.base import LibraryReward, rebuilt
+from hmpo.rewards.values import UsageError, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -40,42 +40,52 @@ def model(
         path: a folder in Hugging Face format.
         label: name or index of the logit, where the model has several.
         batch_size: texts read at once.
-        max_length: longest text in tokens; 0 takes what the model says of itself.
+        max_length: longest text in tokens, at most the model's context; 0 takes what model and
+            tokenizer say of themselves.
         device: cpu, cuda or cuda:N; with `trainer.reward_timeout` only cpu.
     """
     folder = Path(path).expanduser()
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:  # also one nested too deeply
         reason = one_line(getattr(error, "strerror", None) or error)
         raise ConfigError(
             f"reward model.path: cannot read {path}/config.json ({reason}); give the folder of a "
             "sequence-classification model"
         ) from None
-    kinds = config.get("architectures") or ["nothing"] if isinstance(config, dict) else ["nothing"]
-    fits = any("SequenceClassification" in kind for kind in kinds)
-    require_option(fits, "model.path", kinds[0], "an architecture ...ForSequenceClassification")
+    config = config if isinstance(config, dict) else {}
+    kinds = config.get("architectures") or "nothing"
+    listed = [kind for kind in kinds if isinstance(kind, str)] if isinstance(kinds, list) else []
+    fits = any("SequenceClassification" in kind for kind in listed)
+    received = one_line(listed[0] if listed else kinds, 60)
+    require(fits, "reward model.path", received, "an architecture ...ForSequenceClassification")
     index = _index(label, config)
-    require_option(batch_size >= 1, "model.batch_size", batch_size, "an integer >= 1")
-    require_option(max_length >= 0, "model.max_length", max_length, "an integer >= 0")
+    require(batch_size >= 1, "reward model.batch_size", batch_size, "an integer >= 1")
+    require(max_length >= 0, "reward model.max_length", max_length, "an integer >= 0")
     usable = device.partition(":")[0] in ("cpu", "cuda")
-    require_option(usable, "model.device", device, "cpu, cuda or cuda:N")
+    require(usable, "reward model.device", device, "cpu, cuda or cuda:N")
     return ModelReward(str(folder), index, batch_size, max_length, device)
 
 
 def _index(label: str | int, config: Mapping[str, Any]) -> int:
     """Which logit is the reward."""
-    names = {int(k): str(v) for k, v in (config.get("id2label") or {}).items()}
-    count = len(names) or config.get("num_labels", 2)
+    named, given = config.get("id2label") or {}, config.get("num_labels", 2)
+    expected = "a table from the indices 0, 1, ... to names"
+    fits = isinstance(named, dict) and {*named} == {str(i) for i in range(len(named))}
+    require(fits, "reward model: id2label of config.json", one_line(named, 60), expected)
+    names = {int(k): str(v) for k, v in named.items()}
+    fits = bool(names) or (type(given) is int and 1 <= given <= 1_000_000)
+    require(fits, "reward model: num_labels of config.json", one_line(given, 60), "an integer >= 1")
+    count = len(names) or given
     words = ", ".join(names.get(i, str(i)) for i in range(count))
     if label == "":
-        require_option(count == 1, "model.label", label, f"one of the {count} labels {words}")
+        require(count == 1, "reward model.label", label, f"one of the {count} labels {words}")
         return 0
     if isinstance(label, int):
-        require_option(0 <= label < count, "model.label", label, f"an index below {count}")
+        require(0 <= label < count, "reward model.label", label, f"an index below {count}")
         return label
     found = [i for i, name in names.items() if name == label]
-    require_option(len(found) == 1, "model.label", label, f"one of {words}, or an index")
+    require(len(found) == 1, "reward model.label", label, f"one of {words}, or an index")
     return found[0]
 
 
@@ -90,8 +100,8 @@ class ModelReward(LibraryReward):
         self.batch_size, self.max_length, self.device = batch_size, max_length, device
 
     def __reduce__(self) -> tuple[Any, ...]:
-        parts = (self.path, self.index, self.batch_size, self.max_length, self.device)
-        return _rebuilt, (parts, self.__name__)
+        names = ("path", "index", "batch_size", "max_length", "device")
+        return rebuilt, (type(self), self.__name__, {name: getattr(self, name) for name in names})
 
     def prepare(self) -> None:
         """Load the model, so that a mistake shows before the policy is there."""
@@ -99,11 +109,23 @@ class ModelReward(LibraryReward):
 
     @cached_property
     def loaded(self) -> "Loaded":
-        """Model and tokenizer."""
-        return Loaded(self.path, self.device)
+        """Model and tokenizer.
+
+        Raises:
+            ModelError: they cannot be used.
+            UsageError: the model reads less than `max_length`.
+        """
+        loaded = Loaded(self.path, self.device)
+        if self.max_length > loaded.context:
+            raise UsageError(
+                f"reward {self.__name__!r}: max_length: got {self.max_length}, expected at most "
+                f"{loaded.context}, the context of {self.path}"
+            )
+        return loaded
 
     def __call__(
         self,
+        /,
         completions: Sequence[Any],
         prompts: Sequence[Any],
         log_metric: Callable[..., Any] | None = None,
@@ -150,7 +172,7 @@ class Loaded:
         self.path = path
         safe: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
         kind = json.loads((Path(path) / "config.json").read_bytes()).get("model_type")
-        if kind not in CONFIG_MAPPING:
+        if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
             raise ModelError(
                 f"reward model: {path}: model_type {kind!r} is unknown to transformers; code that "
                 "comes with a model is never run"
@@ -168,9 +190,10 @@ class Loaded:
                     **safe,
                 )
             self.model.to(device).eval().requires_grad_(False)
-        except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        except Exception as error:  # whatever transformers makes of odd files
             raise ModelError(
-                f"reward model: {path}: cannot be loaded ({one_line(error)})"
+                f"reward model: {path}: cannot be loaded "
+                f"({one_line(error) or type(error).__name__})"
             ) from None
         self.tokenizer = tokenizer
         for fault in ("missing_keys", "mismatched_keys"):
@@ -183,13 +206,13 @@ class Loaded:
         inner = config.get_text_config()
         self.pad = getattr(inner, "pad_token_id", None)
         lengths = [getattr(inner, n, 0) for n in ("max_position_embeddings", "n_positions")]
-        lengths += [tokenizer.model_max_length]
         for name, module in self.model.named_modules():
             if name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding):
                 # Some count positions from behind that of padding.
                 first = 0 if module.padding_idx is None else module.padding_idx + 1
                 lengths.append(module.num_embeddings - first)
-        self.longest = min((n for n in lengths if isinstance(n, int) and n > 0), default=2**31)
+        self.context = _least(lengths)
+        self.longest = _least([self.context, tokenizer.model_max_length])
         self.pads = self.pad is not None and self._bears_padding()
 
     def tokens(self, prompt: Any, completion: Any, text: str) -> list[int]:
@@ -238,6 +261,11 @@ class Loaded:
         return same
 
 
+def _least(lengths: Sequence[Any]) -> int:
+    """The smallest of the limits that are numbers above 0."""
+    return min((n for n in lengths if isinstance(n, int) and n > 0), default=2**31)
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
     """No progress bar and no report of transformers inside: what it says is checked and raised."""
@@ -252,10 +280,3 @@ def _quiet() -> Iterator[None]:
         hf_logging.set_verbosity(verbosity)
         if shown:
             hf_logging.enable_progress_bar()
-
-
-def _rebuilt(parts: tuple[Any, ...], name: str) -> ModelReward:
-    """A function as it was pickled; its model is loaded anew."""
-    function = ModelReward(*parts)
-    function.__name__ = name
-    return function

@@ -1,6 +1,7 @@
 """Functions of the library by name, with the options of a configuration."""
 
 import inspect
+import sys
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -9,7 +10,7 @@ from typing import Any
 from hmpo.errors import ConfigError, HmpoError, RewardError
 from hmpo.rewards import library
 from hmpo.rewards.library.base import LibraryReward
-from hmpo.rewards.values import nearest
+from hmpo.rewards.values import nearest, shown
 
 ACTING = ("judge", "unit_tests")
 """Functions that do more than look: they send prompts and a key away, or run what is written."""
@@ -71,7 +72,8 @@ def _checked(factory: Callable[..., Any], options: Mapping[str, Any], table: str
         if name not in parameters:
             raise ConfigError(f"{table}.{name}: unknown; {nearest(name, parameters)}")
         if not _fits(value, hints[name]):
-            raise ConfigError(f"{table}.{name}: got {value!r}, expected {_words(hints[name])}")
+            expected = _words(hints[name])
+            raise ConfigError(f"{table}.{name}: got {shown(value, 60)}, expected {expected}")
     for name, parameter in parameters.items():
         if parameter.default is parameter.empty and name not in options:
             raise ConfigError(f"{table}.{name}: not given, expected {_words(hints[name])}")
@@ -89,7 +91,7 @@ def _fits(value: Any, hint: Any) -> bool:
         (kind,) = typing.get_args(hint)
         return isinstance(value, list | tuple) and all(_fits(one, kind) for one in value)
     if hint is float:
-        return type(value) in (int, float)
+        return type(value) is float or (type(value) is int and abs(value) <= sys.float_info.max)
     return type(value) is hint
 
 

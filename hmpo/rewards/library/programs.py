@@ -11,17 +11,13 @@ import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
-from hmpo.errors import ConfigError
-from hmpo.rewards.library.base import (
-    LibraryReward,
-    fenced,
-    is_missing,
-    require_column,
-    require_option,
-)
+from hmpo.errors import ConfigError, RewardError, require
+from hmpo.rewards.library.base import LibraryReward, answers_of, fenced, require_column
 from hmpo.rewards.library.children import script
+from hmpo.rewards.values import one_line
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +25,8 @@ LANGUAGES = ("", "python", "py", "python3")
 """Names behind the fence of a block of Python."""
 GRACE = 10.0
 """Seconds beyond the time limit in which all processes of a program have to be gone."""
+STARTED = b"started"
+"""The first line of the child's output, once there is a process for the program."""
 CODE = 1_000_000
 """Characters of a program; a longer one fails."""
 
@@ -46,14 +44,15 @@ def unit_tests(
     The functional correctness of APPS and HumanEval (Hendrycks et al., 2021; Chen et al., 2021):
     the last fenced block of Python (```` ```python ````, or without a name) is run, then the tests
     in the same namespace; an exception, an exit before the tests are through, or a limit is 0, as
-    is a completion without a block. `__name__` is not `__main__`, so a script's own main part does
-    not run.
+    is a completion without a block; without tests it is None. `__name__` is not `__main__`, so a
+    script's own main part does not run.
 
     Each program runs in a process of its own, in an empty folder that is removed, with few
     environment variables (no keys), without the network where the kernel allows a namespace
     (Linux; else one line is logged), under limits of wall and CPU time, memory and size of a file;
-    all that it started is killed. This is a fence against accidents, not against attackers: it
-    can read what you can read. Not on Windows.
+    all that it started is killed. A program that this machine could not start is None and counted
+    as `unit_tests/failed`, and an error where none could be started. This is a fence against
+    accidents, not against attackers: it can read what you can read. Not on Windows.
 
     Args:
         column: holds the tests: Python code, or a list of pieces of it.
@@ -65,10 +64,10 @@ def unit_tests(
     if sys.platform == "win32":
         raise ConfigError("reward unit_tests: needs a system with fork, which Windows is not")
     require_column("unit_tests", column)
-    require_option(0 < timeout <= 3600, "unit_tests.timeout", timeout, "seconds in (0, 3600]")
-    require_option(memory_mb >= 64, "unit_tests.memory_mb", memory_mb, "an integer >= 64")
-    require_option(file_mb >= 0, "unit_tests.file_mb", file_mb, "an integer >= 0")
-    require_option(processes >= 0, "unit_tests.processes", processes, "an integer >= 0")
+    require(0 < timeout <= 3600, "reward unit_tests.timeout", timeout, "seconds in (0, 3600]")
+    require(memory_mb >= 64, "reward unit_tests.memory_mb", memory_mb, "an integer >= 64")
+    require(file_mb >= 0, "reward unit_tests.file_mb", file_mb, "an integer >= 0")
+    require(processes >= 0, "reward unit_tests.processes", processes, "an integer >= 0")
     return UnitTests(column, timeout, memory_mb, file_mb, processes)
 
 
@@ -87,6 +86,7 @@ class UnitTests(LibraryReward):
 
     def __call__(
         self,
+        /,
         completions: Sequence[Any],
         log_metric: Callable[..., Any] | None = None,
         prompts: Any = None,
@@ -95,52 +95,96 @@ class UnitTests(LibraryReward):
         """A reward for each completion."""
         texts = self.texts(completions)
         values = self.column(self.of_column, columns, len(texts))
-        jobs: dict[tuple[str, str], dict[str, bool]] = {}
         pairs: list[tuple[str, str] | None] = []
         for text, value in zip(texts, values):
-            pairs.append(None if is_missing(value) else (program_in(text), tests_of(value)))
-            if (pair := pairs[-1]) is not None and 0 < len(pair[0]) <= CODE:
-                jobs[pair] = {}
+            tests = tests_of(value)
+            pairs.append((program_in(text), tests) if tests.strip() else None)
+        jobs = [pair for pair in dict.fromkeys(pairs) if pair and 0 < len(pair[0]) <= CODE]
         with ThreadPoolExecutor(self.processes) as pool:
-            jobs = dict(zip(jobs, pool.map(self.run, jobs)))
+            results = dict(zip(jobs, pool.map(self.run, jobs)))
+        failed = [result for result in results.values() if result.failed]
+        if failed and len(failed) == len(results):
+            raise RewardError(
+                f"reward {self.__name__!r}: no program could be started ({failed[0].failed}); is "
+                "this machine out of memory or processes?"
+            )
         if log_metric is not None:
-            log_metric(f"{self.__name__}/timeouts", sum(job["late"] for job in jobs.values()))
-        if not self.told and any(not job["no_network"] for job in jobs.values()):
+            late = sum(result.late for result in results.values())
+            log_metric(f"{self.__name__}/timeouts", late)
+            log_metric(f"{self.__name__}/failed", len(failed))
+        if not self.told and any(not result.no_network for result in results.values()):
             self.told = True
             logger.warning(
                 "reward %s: this system gives no network namespace, so programs can use the "
                 "network",
                 self.__name__,
             )
-        return [
-            None if pair is None else float(pair in jobs and jobs[pair]["passed"]) for pair in pairs
-        ]
+        no_program = Result()
+        return [None if pair is None else results.get(pair, no_program).reward() for pair in pairs]
 
-    def run(self, pair: tuple[str, str]) -> dict[str, bool]:
-        """What came of one program and its tests: passed, late, no_network."""
+    def run(self, pair: tuple[str, str]) -> "Result":
+        """What came of one program and its tests."""
         code, tests = pair
         request = {"code": code, "tests": tests, "token": secrets.token_hex(16), **self.limits}
         with tempfile.TemporaryDirectory(
             prefix="hmpo-tests-", ignore_cleanup_errors=True
         ) as folder:
-            process = subprocess.Popen(
-                script("programs_child", isolated=True),
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                cwd=folder,
-                env=_environment(folder),
-                start_new_session=True,
-            )
+            try:
+                process = subprocess.Popen(
+                    script("programs_child", isolated=True),
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.DEVNULL,
+                    cwd=folder,
+                    env=_environment(folder),
+                    start_new_session=True,
+                )
+            except OSError as error:
+                return Result(failed=one_line(error))
+            late = False
             try:
                 out, _ = process.communicate(json.dumps(request).encode(), self.timeout + GRACE)
-                return json.loads(out)
-            except (subprocess.TimeoutExpired, ValueError, OSError):
-                return {"passed": False, "late": True, "no_network": True}
+            except subprocess.TimeoutExpired as error:
+                late, out = True, error.output or b""
             finally:
                 with suppress(ProcessLookupError, PermissionError):
                     os.killpg(process.pid, signal.SIGKILL)
                 process.communicate()
+        return _result(out, late)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What came of one program and its tests.
+
+    Example: `Result(passed=True)`.
+    """
+
+    passed: bool = False
+    late: bool = False
+    no_network: bool = True
+    """Whether the network was taken away."""
+    failed: str = ""
+    """Why the program did not even start, which is no fault of it."""
+
+    def reward(self) -> float | None:
+        """1 or 0; None where the program did not start."""
+        return None if self.failed else float(self.passed)
+
+
+def _result(out: bytes, late: bool) -> Result:
+    """The result that the child's output tells.
+
+    What has started and left no word has ended the child above it, which is its own doing.
+    """
+    first, _, said = out.partition(b"\n")
+    if first != STARTED:
+        return Result(failed="the process that runs it ended or did nothing")
+    try:
+        told = json.loads(said)
+        return Result(**{name: told[name] for name in ("passed", "late", "no_network")})
+    except (ValueError, TypeError, KeyError):
+        return Result(late=late)
 
 
 def _environment(folder: str) -> dict[str, str]:
@@ -162,5 +206,5 @@ def _language(info: str) -> str:
 
 
 def tests_of(value: Any) -> str:
-    """The tests of a column's value as one piece of code."""
-    return "\n".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    """The tests of a column's value as one piece of code; empty without any."""
+    return "\n".join(answers_of(value))

@@ -3,7 +3,8 @@
 The request is JSON on standard input: {"code", "tests", "token", "seconds", "memory", "file"}. This
 process waits, a child of it runs the program; what the child starts is below this process whatever
 sessions it makes (Linux), and all of it is killed when the child has ended or the time is up. The
-last line of output is JSON: {"passed", "network": whether the network could be taken away}.
+first line of output is "started", as soon as there is a process for the program, the last one
+JSON: {"passed", "late", "no_network": whether the network was taken away}.
 
 It is a fence against accidents, not against attackers: the program runs with the user's rights and
 can read what the user can read.
@@ -61,6 +62,7 @@ def run(request, told):
     """The child's life: the program, its tests, and the token where both went through."""
     if LINUX:
         ctypes.CDLL(None).prctl(DEATH_SIGNAL, signal.SIGKILL)
+    os.write(1, b"started\n")
     null = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):
         os.dup2(null, stream)

@@ -9,7 +9,7 @@ import struct
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from hmpo.errors import RewardError
 from hmpo.rewards.values import one_line
@@ -41,23 +41,31 @@ class ReplyCache:
         """The table, for one batch.
 
         Raises:
-            RewardError: the file cannot be used; one line.
+            RewardError: the file cannot be used; one line. What is raised inside of the batch
+                goes through, but for an error of the file.
         """
         place = os.path.expanduser(self.path) if self.path else ":memory:"  # noqa: PTH111
         try:
             if self.path:
                 Path(place).parent.mkdir(parents=True, exist_ok=True)
-            with closing(sqlite3.connect(place, timeout=60.0)) as connection:
+            opened = sqlite3.connect(place, timeout=60.0)
+        except (sqlite3.Error, OSError, ValueError) as error:
+            self._refuse(error)
+        with closing(opened) as connection:
+            try:
                 connection.execute(
                     "CREATE TABLE IF NOT EXISTS replies "
                     "(question TEXT PRIMARY KEY, reply TEXT, tokens INTEGER NOT NULL)"
                 )
                 yield OpenCache(connection)
-        except (sqlite3.Error, OSError) as error:
-            raise RewardError(
-                f"reward judge.cache_path: cannot use {self.path} ({one_line(error)}); give "
-                'another file, or "" for none'
-            ) from None
+            except sqlite3.Error as error:
+                self._refuse(error)
+
+    def _refuse(self, error: Exception) -> NoReturn:
+        raise RewardError(
+            f"reward judge.cache_path: cannot use {self.path} ({one_line(error)}); give "
+            'another file, or "" for none'
+        ) from None
 
 
 class OpenCache:

@@ -4,7 +4,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from hmpo.rewards.library.base import LibraryReward, require_option
+from hmpo.errors import require
+from hmpo.rewards.library.base import LibraryReward
 
 
 class TokenReward(LibraryReward):
@@ -20,7 +21,7 @@ class TokenReward(LibraryReward):
         self.score = score
 
     def __call__(
-        self, completion_ids: Sequence[Sequence[int]], prompts: Any = None, **columns: Any
+        self, /, completion_ids: Sequence[Sequence[int]], prompts: Any = None, **columns: Any
     ) -> list[float | None]:
         """A reward for each completion."""
         return [self.score(ids) for ids in completion_ids]
@@ -36,9 +37,9 @@ def length(*, max_length: int, cache: int) -> TokenReward:
         max_length: tokens from which the whole penalty is due.
         cache: tokens before that over which it grows; 0 lets it begin at once.
     """
-    require_option(max_length >= 1, "length.max_length", max_length, "an integer >= 1")
+    require(max_length >= 1, "reward length.max_length", max_length, "an integer >= 1")
     fits = 0 <= cache <= max_length
-    require_option(fits, "length.cache", cache, f"an integer from 0 to max_length = {max_length}")
+    require(fits, "reward length.cache", cache, f"an integer from 0 to max_length = {max_length}")
     return TokenReward("length", partial(_length, max_length=max_length, cache=cache))
 
 
@@ -57,9 +58,9 @@ def repetition(*, n: int = 3, max_penalty: float = -1.0) -> TokenReward:
         n: tokens of an n-gram.
         max_penalty: what a text of one n-gram only comes near to; at most 0.
     """
-    require_option(n >= 1, "repetition.n", n, "an integer >= 1")
+    require(n >= 1, "reward repetition.n", n, "an integer >= 1")
     fits = -1e9 <= max_penalty <= 0
-    require_option(fits, "repetition.max_penalty", max_penalty, "a number <= 0")
+    require(fits, "reward repetition.max_penalty", max_penalty, "a number <= 0")
     return TokenReward("repetition", partial(_repetition, n=n, max_penalty=max_penalty))
 
 

@@ -1,22 +1,21 @@
 """Rewards of an answer's structure: regex, json_schema, format_tags."""
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hmpo.errors import ConfigError, RewardError
+from hmpo.errors import ConfigError, require, require_installed
 from hmpo.rewards.library.base import (
     TextReward,
     answers_of,
     fenced,
     require_column,
-    require_option,
 )
-from hmpo.rewards.library.extras import require_package
-from hmpo.rewards.values import one_line
+from hmpo.rewards.values import UsageError, one_line
 
 OPENING = re.compile(r"[\[{]")
 WINDOW = 4096
@@ -83,7 +82,7 @@ def format_tags(
         around: text between and around them is free as well.
     """
     fits = len(tags) > 0 and all(re.fullmatch(r"[\w.:-]+", tag) for tag in tags)
-    require_option(fits and len({*tags}) == len(tags), "format_tags.tags", tags, "different names")
+    require(fits and len({*tags}) == len(tags), "reward format_tags.tags", tags, "different names")
     score = partial(_format_tags, tags=tuple(tags), opened=opened, around=around)
     return TextReward("format_tags", score)
 
@@ -108,14 +107,15 @@ def json_schema(*, schema: Mapping[str, Any] | None = None, schema_file: str = "
 
     r = [value fits schema], by jsonschema (the draft that `$schema` names, else 2020-12). The value
     is the whole text, or the last fenced block, or else the last object or list in the text. NaN
-    and Infinity are not JSON. Schemas are never fetched: a `$ref` outside of the schema is refused.
-    Without a schema every value fits. Needs `pip install 'hmpo[rewards]'`.
+    and Infinity are not JSON, nor is a number that no float holds, such as 1e400. Schemas are never
+    fetched: a `$ref` outside of the schema is refused. Without a schema every value fits. Needs
+    `pip install 'hmpo[rewards]'`.
 
     Args:
         schema: a table of the schema.
         schema_file: a JSON file that holds it, in its place.
     """
-    require_package("json_schema", "jsonschema", "rewards")
+    require_installed("jsonschema", "reward json_schema", "rewards")
     if schema and schema_file:
         raise ConfigError("reward json_schema: got schema and schema_file, expected one of them")
     given = dict(schema or {})
@@ -186,10 +186,10 @@ def _json_schema(text: str, *, schema: Any) -> float:
         return 0.0
     try:
         return float(_validator(schema).is_valid(found[0]))
-    except RecursionError:  # deeper than any answer is
-        return 0.0
     except Unresolvable as error:
-        raise RewardError(f"json_schema: {one_line(error)}; put it into $defs") from None
+        raise UsageError(f"reward json_schema: {one_line(error)}; put it into $defs") from None
+    except (RecursionError, ArithmeticError, ValueError):  # deeper or larger than any answer is
+        return 0.0
 
 
 def last_json(text: str) -> list[Any]:
@@ -201,7 +201,14 @@ def last_json(text: str) -> list[Any]:
     """
     blocks = [body for _, body in fenced(text)]
     odd: list[str] = []
-    decoder = json.JSONDecoder(parse_constant=odd.append)
+
+    def number(text: str) -> float:
+        value = float(text)
+        if math.isinf(value):
+            odd.append(text)
+        return value
+
+    decoder = json.JSONDecoder(parse_constant=odd.append, parse_float=number)
     for whole in (text, *blocks[-1:]):
         value, end, fine = _decoded(whole.strip(), decoder, odd)
         if end == len(whole.strip()) and end > 0:
@@ -237,7 +244,7 @@ def _nested(
 def _decoded(text: str, decoder: json.JSONDecoder, odd: list[str]) -> tuple[Any, int, bool]:
     """(value, end, whether it is JSON without NaN), or end = -1 - characters read in vain.
 
-    The decoder puts NaN and its kin into `odd`.
+    The decoder puts NaN and its kin, and numbers beyond every float, into `odd`.
     """
     odd.clear()
     try:

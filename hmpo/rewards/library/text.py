@@ -5,7 +5,8 @@ import re
 from fractions import Fraction
 from typing import Any
 
-from hmpo.rewards.library.base import TextReward, answers_of, require_column, require_option
+from hmpo.errors import require
+from hmpo.rewards.library.base import TextReward, answers_of, require_column
 
 LONGEST = 400
 """Characters of a number; a longer one equals nothing."""
@@ -14,7 +15,7 @@ NUMBER = re.compile(
     r"(?P<sign>(?<![0-9A-Za-z_)\]])[-+\u2212])?(?:\\?\$)?"
     r"(?<![0-9A-Za-z_])(?<![0-9]\.)"
     r"(?:(?P<whole>[0-9]++)[ ](?=[0-9]++/[0-9]))?+"
-    r"(?P<number>(?:[0-9]{1,3}(?:,[0-9]{3})++(?![0-9])|[0-9]++)(?:\.[0-9]++)?+|\.[0-9]++)"
+    r"(?P<number>(?:[0-9]{1,3}(?:,[0-9]{3}(?![0-9]))++|[0-9]++)(?:\.[0-9]++)?+|\.[0-9]++)"
     r"(?:[eE](?P<exponent>[-+]?[0-9]{1,3})(?![0-9]))?+"
     r"(?:[ ]?/[ ]?(?P<denominator>[0-9]++)(?![./][0-9]))?+"
 )
@@ -87,7 +88,7 @@ def last_number(*, column: str = "answer", tolerance: float = 0.0) -> TextReward
     """
     require_column("last_number", column)
     fits = 0 <= tolerance < float("inf")
-    require_option(fits, "last_number.tolerance", tolerance, "a finite number >= 0")
+    require(fits, "reward last_number.tolerance", tolerance, "a finite number >= 0")
     score = functools.partial(_last_number, tolerance=Fraction(str(tolerance)))
     return TextReward("last_number", score, column)
 
@@ -106,15 +107,25 @@ def number_in(text: str) -> Fraction | None:
     last = None
     for match in NUMBER.finditer(text):
         last = match
-    if last is None or len(last[0]) > LONGEST:
+    return None if last is None else number_of(last)
+
+
+def number_of(match: re.Match[str], *, divided: bool = True) -> Fraction | None:
+    """The number of a match of `NUMBER`; None where it cannot be read.
+
+    Args:
+        match: of `NUMBER`.
+        divided: by the denominator, if there is one, and with what is whole before it.
+    """
+    if len(match[0]) > LONGEST:
         return None
-    value = Fraction(last["number"].replace(",", "")) * Fraction(10) ** int(last["exponent"] or 0)
-    if last["denominator"]:
-        if int(last["denominator"]) == 0:
+    value = Fraction(match["number"].replace(",", ""))
+    value *= Fraction(10) ** int(match["exponent"] or 0)
+    if divided and match["denominator"]:
+        if int(match["denominator"]) == 0:
             return None
-        value /= int(last["denominator"])
-    value += int(last["whole"] or 0)
-    return -value if last["sign"] in ("-", "\u2212") else value
+        value = value / int(match["denominator"]) + int(match["whole"] or 0)
+    return -value if match["sign"] in ("-", "\u2212") else value
 
 
 def boxed(*, column: str = "answer") -> TextReward:
@@ -166,7 +177,7 @@ def choice(*, column: str = "answer", letters: str = "ABCDE") -> TextReward:
     """
     require_column("choice", column)
     fits = letters.isascii() and letters.isalpha() and letters.isupper() and len(letters) > 1
-    require_option(fits, "choice.letters", letters, "capital letters, such as ABCDE")
+    require(fits, "reward choice.letters", letters, "capital letters, such as ABCDE")
     return TextReward("choice", functools.partial(_choice, letters=letters), column)
 
 

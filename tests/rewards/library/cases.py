@@ -17,6 +17,7 @@ HARD = {
     "signs": "-" * MEGABYTE,
     "commas": "1," * (MEGABYTE // 2),
     "fractions": "1 1/" * (MEGABYTE // 4),
+    "groups": "1" + ",234" * (MEGABYTE // 4) + "5",
     "brackets": "[" * MEGABYTE,
     "braces": "{" * MEGABYTE,
     "objects": "{}" * 20_000,

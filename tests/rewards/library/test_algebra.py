@@ -2,17 +2,20 @@
 
 import os
 import pickle
+import select
 import signal
 import subprocess
 import sys
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from hmpo import errors
 from hmpo.errors import ConfigError, MissingDependencyError, RewardError
 from hmpo.rewards import Rewards
-from hmpo.rewards.library import algebra, extras, math
+from hmpo.rewards.library import algebra, math
 from tests.rewards.library.cases import HARD, Told, as_trl
 
 ENDLESS = "$9^{9^{9^9}}$"
@@ -22,6 +25,11 @@ ENDLESS = "$9^{9^{9^9}}$"
 @pytest.fixture(scope="module")
 def function():
     return math(timeout=20.0)
+
+
+@pytest.fixture(scope="module")
+def patient():
+    return math(timeout=3600.0)
 
 
 def score(function, text, answer):
@@ -56,6 +64,11 @@ def score(function, text, answer):
         ("", "7", None),
         (None, "7", None),
         (float("nan"), "7", None),
+        ([], "7", None),
+        ([None, ""], "7", None),
+        (np.array(["6", "7"]), "$7$", 1.0),
+        (np.int64(7), "$7$", 1.0),
+        (np.float32("nan"), "7", None),
     ],
 )
 def test_math_compares_values(answer, text, reward, function):
@@ -63,8 +76,11 @@ def test_math_compares_values(answer, text, reward, function):
 
 
 @pytest.mark.parametrize("hard", HARD)
-def test_no_text_is_too_hard(hard, function):
-    assert score(function, HARD[hard], "72") in (0.0, 1.0)
+def test_no_text_is_too_hard(hard, patient):
+    """Each is compared whole: what would hang runs into the limit of the tests."""
+    told = Told()
+    assert patient(**as_trl([HARD[hard]], told, answer=["72"])) in ([0.0], [1.0])
+    assert told.metrics == {"math/timeouts": [0]}
 
 
 def test_what_never_ends_is_wrong_and_counted_and_the_next_is_right():
@@ -73,6 +89,57 @@ def test_what_never_ends_is_wrong_and_counted_and_the_next_is_right():
     given = as_trl([ENDLESS, "$2$", ENDLESS], told, answer=["1", "2", "1"])
     assert function(**given) == [0.0, 1.0, 0.0]
     assert told.metrics == {"math/timeouts": [1]}, "equal pairs are compared once"
+
+
+class Interrupt(BaseException):
+    """As Ctrl-C, at a moment that the test chooses."""
+
+
+@pytest.mark.parametrize("place", ["while it waits", "when the answer is there"])
+def test_after_an_interrupt_the_next_comparison_is_right(place, patient, monkeypatch):
+    """The child still works on the question that was given up, or has its answer in the pipe."""
+    assert score(patient, "$2$", "2") == 1.0
+    before = patient.child._process
+
+    class Received:
+        close = before.stdout.close
+
+        def readline(self):
+            if place != "while it waits":
+                select.select([before.stdout], [], [])
+            raise Interrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(algebra, "_pipes", lambda process: (process.stdin, Received()))
+        with pytest.raises(Interrupt):
+            score(patient, ENDLESS if place == "while it waits" else "$3$", "1")
+    assert before.returncode is not None, "it is gone, and not only told to go"
+    told = Told()
+    assert patient(**as_trl(["$3$"], told, answer=["3"])) == [1.0]
+    assert told.metrics == {"math/timeouts": [0]}
+
+
+def test_a_time_out_that_comes_with_the_answer_does_not_spoil_the_next_one(monkeypatch):
+    """The timer has run out and the answer is there: the child is killed, or about to be."""
+    function = math(timeout=3600.0)
+    assert score(function, "$2$", "2") == 1.0
+    timers = []
+
+    class Timer(threading.Timer):
+        def __init__(self, seconds, stop):
+            super().__init__(seconds, stop)
+            timers.append(stop)
+
+        def cancel(self):
+            super().cancel()
+            if len(timers) == 1:
+                self.function()
+
+    monkeypatch.setattr(algebra.threading, "Timer", Timer)
+    told = Told()
+    given = as_trl(["$3$", "$4$"], told, answer=["3", "4"])
+    assert function(**given) == [1.0, 1.0]
+    assert told.metrics == {"math/timeouts": [0]}
 
 
 def test_it_works_in_a_thread_beside_others(function):
@@ -144,6 +211,6 @@ def test_a_child_that_cannot_start_is_one_line(monkeypatch):
 def test_wrong_options_and_a_missing_package_are_one_line(monkeypatch):
     with pytest.raises(ConfigError, match=r"math\.timeout: got 0\.0"):
         math(timeout=0.0)
-    monkeypatch.setattr(extras.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(MissingDependencyError, match=r"math-verify: pip install 'hmpo\[rewards\]'"):
+    monkeypatch.setattr(errors.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(MissingDependencyError, match=r"math_verify: pip install 'hmpo\[rewards\]'"):
         math()

@@ -19,7 +19,7 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
-from hmpo.errors import ConfigError, ModelError
+from hmpo.errors import ConfigError, ModelError, RewardError
 from hmpo.models.tiny import character_tokenizer
 from hmpo.rewards import Rewards
 from hmpo.rewards.library import model
@@ -137,6 +137,26 @@ def test_a_text_that_is_too_long_is_none_and_counted(kind, tmp_path):
     assert model(path=str(tmp_path), max_length=3)(prompts=["12"], completions=["34"]) == [None]
 
 
+@pytest.mark.parametrize(("kind", "context"), [("bert", 64), ("roberta", 62), ("llama", 64)])
+def test_a_max_length_above_the_context_is_refused_and_one_above_the_tokenizers_is_not(
+    kind, context, tmp_path
+):
+    _, tokenizer = made(kind, tmp_path)
+    tokenizer.model_max_length = 10
+    tokenizer.save_pretrained(tmp_path)
+    given = {"prompts": [""], "completions": ["1" * 20]}
+    assert model(path=str(tmp_path))(**given) == [None]
+    assert model(path=str(tmp_path), max_length=context)(**given) != [None]
+    function = model(path=str(tmp_path), max_length=context + 1)
+    with pytest.raises(RewardError, match=f"got {context + 1}, expected at most {context}"):
+        function.prepare()
+    with (
+        Rewards(function, on_error="skip") as rewards,
+        pytest.raises(RewardError, match=f"max_length: got {context + 1}"),
+    ):
+        rewards([""], ["1"], [[1]], {})
+
+
 def test_a_model_that_minds_padding_reads_one_by_one(tmp_path, monkeypatch, caplog):
     found, tokenizer = made("llama", tmp_path)
     whole = LlamaForSequenceClassification.forward
@@ -180,6 +200,53 @@ def test_what_is_no_such_model_is_one_line_before_anything_is_loaded(tmp_path):
     (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
     with pytest.raises(ConfigError, match=r"got 'LlamaForCausalLM', expected an architecture"):
         model(path=str(tmp_path))
+
+
+KIND = {"architectures": ["BertForSequenceClassification"]}
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ([1], "got 'nothing', expected an architecture"),
+        ({"architectures": [None]}, "expected an architecture"),
+        ({"architectures": 3}, "got '3', expected an architecture"),
+        ({"architectures": {"a": 1}}, "expected an architecture"),
+        (KIND | {"id2label": ["a"]}, "id2label of config.json: got"),
+        (KIND | {"id2label": {"x": "a"}}, "id2label of config.json: got"),
+        (KIND | {"id2label": {"0": "a", "2": "b"}}, "id2label of config.json: got"),
+        (KIND | {"num_labels": "two"}, "num_labels of config.json: got 'two'"),
+        (KIND | {"num_labels": 0}, "num_labels of config.json: got '0'"),
+        (KIND | {"num_labels": 1e400}, "num_labels of config.json: got 'inf'"),
+        (KIND | {"num_labels": 10**12}, "num_labels of config.json: got"),
+        (KIND | {"num_labels": None}, "num_labels of config.json: got 'None'"),
+    ],
+)
+def test_an_odd_config_is_one_line_before_anything_is_loaded(config, words, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=words) as caught:
+        model(path=str(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model_type": ["bert"]},
+        {"model_type": None},
+        {"hidden_size": "big"},
+        {"num_attention_heads": 0},
+        {"num_hidden_layers": 1e400},
+    ],
+)
+def test_an_odd_config_is_one_line_when_it_is_loaded(change, tmp_path):
+    made("bert", tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    function = model(path=str(tmp_path))
+    with pytest.raises(ModelError, match="reward model: ") as caught:
+        function.prepare()
+    assert "\n" not in str(caught.value)
 
 
 def test_code_that_comes_with_a_model_is_not_run(tmp_path):

@@ -51,6 +51,22 @@ def last_word(number, body):
         ("-1", None),
         ("fine", None),
         ("", None),
+        ("8/10", 0.8),
+        ("Score: 8 / 10.", 0.8),
+        ("**8**/10", 0.8),
+        ("7.5/10", 0.75),
+        ("3/10 at first, then 8/10.0", 0.8),
+        ("10/10", 1.0),
+        ("8 out of 10", 0.8),
+        ("9 out of a possible 10 points", 0.9),
+        ("I give 8 of 10", 0.8),
+        ("Out of 10 I give it 6", 0.6),
+        ("4/5", None),
+        ("8/0", None),
+        ("8 out of 100", None),
+        ("11/10", None),
+        ("out of 10", None),
+        ("1/" + "9" * 5000, None),
         (completion(None, refusal="I will not"), None),
         (completion("7", reason="content_filter"), None),
     ],
@@ -73,6 +89,103 @@ def test_the_question_holds_prompt_completion_and_columns_with_their_braces(tmp_
         {"role": "user", "content": '{"a": 1} ? | {prompt} {answer} <script> | {x}'}
     ]
     assert asked["model"] == "m" and "temperature" not in asked
+
+
+@pytest.mark.parametrize(
+    ("said", "reward"), [("4/5", 0.75), ("8/10", None), ("3", 0.5), ("4 out of 5", 0.75)]
+)
+def test_the_denominator_of_a_score_is_the_highest_score(said, reward, tmp_path):
+    with Stub(lambda *_: (200, said)) as stub:
+        assert score(make(stub, tmp_path, low=1.0, high=5.0), ["x"])[0] == [reward]
+
+
+def test_fields_may_have_any_name_and_other_braces_are_text(tmp_path):
+    template = r"\frac{1}{2} {completion} {class} {self} {\u00e4} {} {a b}"
+    rows = {"class": ["c"], "self": ["s"], "\u00e4": ["u"]}
+    with (
+        Stub(lambda *_: (200, "3")) as stub,
+        Rewards(make(stub, tmp_path, template=template.replace(r"\u00e4", "\u00e4"))) as rewards,
+    ):
+        assert rewards(["?"], ["x"], [[1]], rows).total == [0.3]
+        (message,) = stub.requests[0]["messages"]
+    assert message["content"] == r"\frac{1}{2} x c s u {} {a b}"
+
+
+def test_a_sample_of_which_a_column_says_nothing_is_none_and_not_sent(tmp_path):
+    template = "{completion} {answer} {hint}"
+    with Stub(lambda *_: (200, "3")) as stub:
+        values, told = score(
+            make(stub, tmp_path, template=template),
+            ["a", "b", "c", "d"],
+            answer=[None, float("nan"), "1", "1"],
+            hint=["1", "1", [], ""],
+        )
+        asked = [one["messages"][0]["content"] for one in stub.requests]
+    assert values == [None, None, None, 0.3] and asked == ["d 1 "]
+    assert told["calls"] == 1 and told["failed"] == 0 and told["refused"] == 0
+
+
+def test_where_nothing_can_be_asked_all_are_none(tmp_path):
+    with Stub(lambda *_: (500, {})) as stub:
+        function = make(stub, tmp_path, template="{completion} {answer}")
+        assert score(function, ["a"], answer=[None])[0] == [None]
+    assert stub.requests == []
+
+
+@pytest.mark.parametrize("timeout", [None, 60.0])
+@pytest.mark.parametrize(
+    ("answer", "options", "words"),
+    [
+        ((200, "5"), {"budget_calls": 1}, "at step 2: 1 calls are spent of budget_calls = 1"),
+        ((200, "5"), {"budget_tokens": 5}, "at step 2: 10 tokens are spent"),
+        ((401, {}), {}, r"at step 1: http://\S+ answered 401"),
+        ((404, {}), {}, "at step 1: .* answered 404 for the model 'm'"),
+    ],
+)
+def test_what_no_later_call_can_mend_ends_the_run_whatever_is_skipped(
+    answer, options, words, timeout, tmp_path
+):
+    with Stub(lambda *_: answer) as stub:
+        function = make(stub, tmp_path, **options)
+        with (
+            Rewards(function, on_error="skip", timeout=timeout) as rewards,
+            pytest.raises(RewardError, match=words) as caught,
+        ):
+            for step in (1, 2):
+                assert rewards(["?"], [f"{step}"], [[1]], {}, step=step).total == [0.5]
+    assert "\n" not in str(caught.value) and str(caught.value).count("reward 'judge'") == 1
+
+
+def test_an_endpoint_that_is_down_for_a_while_is_a_fault_that_can_be_skipped(tmp_path):
+    with (
+        Stub(lambda number, _: (200, "5") if number else (500, {})) as stub,
+        Rewards(make(stub, tmp_path), on_error="skip") as rewards,
+    ):
+        first, second = (rewards(["?"], ["1"], [[1]], {}) for _ in range(2))
+    assert first.dropped == 1 and "no call to" in first.events[0].detail
+    assert second.total == [0.5]
+
+
+@pytest.mark.parametrize("timeout", [None, 60.0])
+def test_a_column_that_is_missing_ends_the_run_whatever_is_skipped(timeout, tmp_path):
+    with Stub(lambda *_: (200, "5")) as stub:
+        function = make(stub, tmp_path, template="{completion} {answer}")
+        with (
+            Rewards(function, on_error="skip", timeout=timeout) as rewards,
+            pytest.raises(RewardError, match=r"'answer' is none of .*out of the template"),
+        ):
+            rewards(["?"], ["1"], [[1]], {})
+        with pytest.raises(RewardError, match="no column 'answer'; give the data that field"):
+            score(function, ["1"])
+    assert stub.requests == []
+
+
+def test_a_file_of_the_client_that_is_missing_is_not_the_caches_fault(tmp_path, monkeypatch):
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "no.pem"))
+    function = judge(model="m", base_url="https://127.0.0.1:1/v1", cache_path="", retries=0)
+    with pytest.raises(OSError, match="No such file") as caught:
+        score(function, ["x"])
+    assert "cache" not in str(caught.value)
 
 
 def test_parameters_are_part_of_the_request(tmp_path):
@@ -203,8 +316,9 @@ def test_messages_are_read_as_trl_gives_them(tmp_path):
 def test_a_conversation_as_text():
     assert conversation([{"role": "user", "content": "a"}]) == "a"
     both = [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]
-    assert conversation(both) == "system: a\n\nuser: b"
+    assert conversation(both) == "system: a\nuser: b"
     assert conversation("a") == "a" and conversation(messages(None)) == ""
+    assert conversation([1, 2]) == "[1, 2]"
 
 
 def test_a_pickle_holds_no_key(tmp_path):
@@ -239,7 +353,13 @@ def test_several_processes_may_share_the_file(tmp_path):
         ({"concurrency": 0}, "judge.concurrency: got 0"),
         ({"retries": -1}, "judge.retries: got -1"),
         ({"timeout": 0.0}, "judge.timeout: got 0.0"),
+        ({"base_url": "http://[bad"}, r"judge.base_url: got 'http://\[bad'"),
+        ({"base_url": "http://x:99999/v1"}, "judge.base_url: got 'http://x:99999/v1'"),
+        ({"base_url": "http://me:secret@[bad"}, "holds a user or password"),
+        ({"base_url": "http://:80/v1"}, "judge.base_url: got"),
         ({"template": "no field"}, "a text with {completion}"),
+        ({"template": "{completion} {prompts}"}, "got '{prompts}', expected {prompt}, "),
+        ({"template": "{completion} {log_metric}"}, "got '{log_metric}', expected {prompt}, "),
         ({"template": "{completion}", "template_file": "x"}, "expected one of them"),
         ({"template_file": "no/such"}, "cannot read no/such"),
         ({"parameters": {"messages": []}}, "judge.parameters: got .'messages'."),

@@ -5,12 +5,13 @@ import json
 import pickle
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from hmpo.config.reading import run_config
 from hmpo.errors import ConfigError, HmpoError, RewardError
 from hmpo.rewards import Rewards, check_reward_fn, library, load_reward
-from hmpo.rewards.library.base import LibraryReward, text_of
+from hmpo.rewards.library.base import TAKEN, LibraryReward, text_of
 from hmpo.rewards.loading import check_spec
 from hmpo.rewards.parameters import Parameters
 from tests.rewards.library.cases import Told, as_trl, messages
@@ -46,7 +47,7 @@ def test_a_function_takes_what_trl_gives_and_knows_its_name(name):
 @pytest.mark.parametrize("name", PLAIN)
 def test_a_function_keeps_the_contract_here_and_in_the_reward_process(name):
     function = made(name)
-    rows = {"answer": ["4", "5"], "tests": ["", ""]}
+    rows = {"answer": ["4", "5"], "tests": ["x = 1", "assert x == 1"]}
     columns = {need: rows[need] for need in function.needs}
     check_reward_fn(function, columns=columns)
     given = (["2 + 2 =", "2 + 3 ="], ["4", "``` \nx = 1\n```"], [[1], [2]], rows)
@@ -73,6 +74,74 @@ def test_a_column_that_is_missing_is_told_before_and_by_the_call(name):
         made(name)(completions=["1", "2"], answer=["1"])
 
 
+COLUMNS = [n for n in PLAIN if "column" in inspect.signature(getattr(library, n)).parameters]
+
+
+@pytest.mark.parametrize("timeout", [None, 120.0])
+@pytest.mark.parametrize("column", ["ground truth", "class", "self", "x-y", "1", "\u7b54\u3048"])
+@pytest.mark.parametrize("name", ["exact", "unit_tests"])
+def test_a_column_may_have_any_name(name, column, timeout):
+    function = pickle.loads(pickle.dumps(load_reward(name, {"column": column})))
+    check_spec(name, {"column": column}, [column])
+    text = "```python\nx = 1\n```"
+    rows = {column: [text if name == "exact" else "assert x == 1"]}
+    with Rewards(function, timeout=timeout) as rewards:
+        assert rewards(["?"], [text], [[1]], rows).total == [1.0]
+    assert function(**as_trl([text], **rows)) == [1.0]
+
+
+@pytest.mark.parametrize("name", COLUMNS)
+def test_a_column_of_any_name_is_asked_for_before_anything_is_sampled(name):
+    options = (NEEDED.get(name) or {}) | {"column": "ground truth"}
+    with pytest.raises(RewardError, match=r"parameter 'ground truth' is none .*`column`"):
+        check_spec(name, options, ["question"])
+    check_spec(name, options, ["ground truth"])
+
+
+@pytest.mark.parametrize("name", COLUMNS)
+@pytest.mark.parametrize("column", TAKEN)
+def test_a_name_that_no_column_can_have_is_refused(name, column):
+    with pytest.raises(ConfigError, match=f"{name}.column: got '{column}', expected the name"):
+        load_reward(name, (NEEDED.get(name) or {}) | {"column": column})
+
+
+@pytest.mark.parametrize("name", [n for n in COLUMNS if n != "unit_tests"])
+@pytest.mark.parametrize("value", [[], [None], [[]], np.array([]), float("nan"), np.float32("nan")])
+def test_a_sample_that_has_no_answer_is_none(name, value):
+    options = (NEEDED.get(name) or {}) | {"column": "answer"}
+    assert load_reward(name, options)(completions=["1"], answer=[value]) == [None]
+
+
+@pytest.mark.parametrize("name", [n for n in COLUMNS if n != "unit_tests"])
+def test_an_array_of_answers_is_a_list_of_them(name):
+    """As Parquet's lists are read."""
+    function = load_reward(name, (NEEDED.get(name) or {}) | {"column": "answer"})
+    text = "\\boxed{B}" if name == "choice" else "\\boxed{7}"
+    text = {"exact": "7", "regex": "7"}.get(name, text)
+    answers = ["A", "B"] if name == "choice" else ["6", "7"]
+    for given in (answers, np.array(answers), np.array(answers, dtype=object)):
+        assert function(completions=[text], answer=[given]) == [1.0]
+        assert function(completions=[text], answer=[given[:1]]) == [0.0]
+
+
+@pytest.mark.parametrize("on_error", ["skip", "raise"])
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"completions": [[1, 2]], "answer": ["1"]}, "token ids need a tokenizer"),
+        ({"completions": ["1", "2"], "answer": ["1"]}, "has 1 values, expected 2"),
+        ({"completions": ["1"]}, "no column 'answer'"),
+    ],
+)
+def test_ids_for_text_and_columns_that_do_not_fit_end_the_run(given, words, on_error):
+    function = load_reward("exact")
+    with (
+        Rewards(lambda prompts, **_: function(**given), on_error=on_error) as rewards,
+        pytest.raises(RewardError, match=words),
+    ):
+        rewards(["?"], ["1"], [[1]], {})
+
+
 @pytest.mark.parametrize(
     ("spec", "options", "words"),
     [
@@ -83,6 +152,7 @@ def test_a_column_that_is_missing_is_told_before_and_by_the_call(name):
         ("exact", {"colum": "a"}, "rewards.options.exact.colum: unknown; did you mean column?"),
         ("exact", {"casefold": 1}, "rewards.options.exact.casefold: got 1, expected true or false"),
         ("last_number", {"tolerance": "x"}, "expected a number"),
+        ("last_number", {"tolerance": 10**400}, "00..., expected a number"),
         ("length", {"max_length": 4.0, "cache": 1}, "got 4.0, expected an integer"),
         ("length", {"cache": 1}, "rewards.options.length.max_length: not given, expected an int"),
         ("format_tags", {"tags": "think"}, "got 'think', expected a list of strings"),
@@ -158,6 +228,8 @@ def test_the_signature_is_what_is_needed(name):
         ([*messages("call"), {"role": "tool", "content": "t"}, *messages("end")], "end"),
         ([*messages("call"), {"role": "tool", "content": "t"}], "call"),
         (messages([{"type": "text", "text": "a"}, {"type": "image"}, "b"]), "ab"),
+        (messages([None, 3, {"type": "text", "text": None}, {"text": "c"}]), "c"),
+        ([{"role": "user", "content": "a"}], ""),
     ],
 )
 def test_the_text_of_a_completion_is_what_the_assistant_said_last(completion, text):

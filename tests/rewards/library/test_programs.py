@@ -1,15 +1,20 @@
 """unit_tests: programs that pass, fail, hang, eat, fork and hide; nothing of them is left."""
 
+import itertools
 import logging
+import os
 import pickle
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from hmpo.errors import ConfigError
+from hmpo.errors import ConfigError, RewardError
 from hmpo.rewards import Rewards
-from hmpo.rewards.library import programs, unit_tests
+from hmpo.rewards.library import programs, programs_child, unit_tests
 from hmpo.rewards.library.programs import program_in
 from tests.rewards.library.cases import HARD, Told, as_trl
 
@@ -21,17 +26,6 @@ def block(code: str) -> str:
     return f"Here it is:\n```python\n{code}\n```\nIt works. <script>"
 
 
-def left() -> list[str]:
-    """What programs left behind: folders, and processes that still run one."""
-    found = [str(path) for path in Path("/tmp").glob("hmpo-tests-*")]
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            found += [str(path)] * (b"programs_child" in path.read_bytes())
-        except OSError:
-            continue
-    return found
-
-
 @pytest.fixture(autouse=True)
 def nothing_is_left(tmp_path, monkeypatch):
     monkeypatch.setattr(programs.tempfile, "tempdir", str(tmp_path))
@@ -41,7 +35,16 @@ def nothing_is_left(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def function():
-    return unit_tests(timeout=20.0, memory_mb=512)
+    return unit_tests(timeout=600.0, memory_mb=512)
+
+
+def child_that(tmp_path_factory, old: str, new: str):
+    """The script of a child whose text has `new` in the place of `old`."""
+    text = Path(programs_child.__file__).read_text(encoding="utf-8")
+    assert text.count(old) == 1
+    path = tmp_path_factory.mktemp("child") / "child.py"
+    path.write_text(text.replace(old, new), encoding="utf-8")
+    return lambda *_, **__: [sys.executable, "-I", str(path)]
 
 
 def score(function, text, tests=TESTS):
@@ -98,39 +101,118 @@ def test_the_program_is_the_last_block_of_python(text, code):
 def test_tests_may_be_a_list_and_missing_ones_are_none(function):
     texts = [block("def f(x): return x * 2")] * 4
     tests = [["assert f(1) == 2", "assert f(2) == 4"], ["assert f(1) == 2", "assert 0"], None, ""]
-    assert function(completions=texts, tests=tests) == [1.0, 0.0, None, 1.0]
+    assert function(completions=texts, tests=tests) == [1.0, 0.0, None, None]
+    tests = [np.array(["assert f(1) == 2", "assert f(2) == 4"]), np.array([]), [None], " \n"]
+    assert function(completions=texts, tests=tests) == [1.0, None, None, None]
+    tests = [np.array(["assert f(1) == 2", "assert 0"]), [], ["", ""], ["", None, TESTS]]
+    assert function(completions=texts, tests=tests) == [0.0, None, None, 1.0]
 
 
 @pytest.mark.parametrize("code", ["while True: pass", "import time; time.sleep(100)"])
 def test_a_program_that_hangs_is_ended_and_counted(code):
     told = Told()
     given = as_trl([block(code)], told, tests=[TESTS])
-    assert unit_tests(timeout=0.5)(**given) == [0.0]
-    assert told.metrics == {"unit_tests/timeouts": [1]}
+    assert unit_tests(timeout=2.0)(**given) == [0.0]
+    assert told.metrics == {"unit_tests/timeouts": [1], "unit_tests/failed": [0]}
 
 
-@pytest.mark.skipif(not Path("/proc").exists(), reason="needs /proc")
-def test_processes_in_sessions_of_their_own_are_ended_too(function, tmp_path):
-    code = (
-        "import os, time\n"
-        "if os.fork() == 0:\n    os.setsid()\n"
-        "    if os.fork() == 0:\n        time.sleep(1000)\n    os._exit(0)\n"
-    )
-    assert score(function, block(code + RIGHT)) == 1.0
-    assert left() == []
+HOLDS = """
+import os, time
+read, write = os.pipe()
+if os.fork() == 0:
+    os.setsid()
+    if os.fork() == 0:
+        os.write(os.open('PIPE', os.O_WRONLY), b'alive')
+        os.write(write, b'x')
+        time.sleep(1000)
+    os._exit(0)
+os.close(write)
+os.read(read, 1)
+"""
 
 
-def test_programs_have_no_network_or_one_line_says_so(caplog):
-    function = unit_tests(timeout=20.0)
-    code = (
-        "import socket\nsocket.create_connection(('127.0.0.1', {}), 5).close()\n".format("PORT")
-        + RIGHT
-    )
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a reaper of orphans")
+def test_processes_in_sessions_of_their_own_are_ended_too(function, tmp_path_factory):
+    path = tmp_path_factory.mktemp("pipe") / "pipe"
+    os.mkfifo(path)
+    reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    assert score(function, block(HOLDS.replace("PIPE", str(path)) + RIGHT)) == 1.0
+    assert os.read(reader, 9) == b"alive"
+    assert os.read(reader, 9) == b"", "the end, which is there once no process holds it open"
+    os.close(reader)
+
+
+CONNECTS = """
+import socket
+try:
+    socket.create_connection(('127.0.0.1', PORT), 5).close()
+    connected = True
+except OSError:
+    connected = False
+"""
+
+
+def connected(caplog) -> tuple[list[float | None], int]:
+    """Rewards of a program for having no network and for having one; lines that tell of it."""
+    function = unit_tests(timeout=600.0)
     with socket.create_server(("127.0.0.1", 0)) as server, caplog.at_level(logging.WARNING):
-        text = block(code.replace("PORT", str(server.getsockname()[1])))
-        rewards = function(completions=[text, text + " "], tests=[TESTS, TESTS])
-        function(completions=[text], tests=[TESTS])
-    assert (rewards, caplog.text.count("can use the network")) in (([0.0, 0.0], 0), ([1.0, 1.0], 1))
+        text = block(CONNECTS.replace("PORT", str(server.getsockname()[1])))
+        tests = ["assert not connected", "assert connected"]
+        rewards = function(completions=[text, text], tests=tests)
+        assert function(completions=[text, text], tests=tests) == rewards
+    return rewards, caplog.text.count("can use the network")
+
+
+def test_programs_have_no_network_where_the_kernel_allows_it(caplog):
+    ask = "import ctypes, sys\nsys.exit(ctypes.CDLL(None).unshare(0x50000000) != 0)"
+    if sys.platform != "linux" or subprocess.run([sys.executable, "-c", ask]).returncode:
+        pytest.skip("this kernel gives no namespace")
+    assert connected(caplog) == ([1.0, 0.0], 0)
+
+
+def test_where_the_kernel_gives_no_namespace_one_line_says_so(
+    caplog, tmp_path_factory, monkeypatch
+):
+    other = child_that(tmp_path_factory, "network = without_network()", "network = False")
+    monkeypatch.setattr(programs, "script", other)
+    assert connected(caplog) == ([0.0, 1.0], 1)
+
+
+def no_fork(tmp_path_factory):
+    return child_that(tmp_path_factory, "child = os.fork()", "raise BlockingIOError")
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        no_fork,
+        lambda _: lambda *_, **__: [sys.executable, "-c", "raise MemoryError"],
+        lambda _: lambda *_, **__: ["/no/such/python"],
+    ],
+    ids=["no fork", "no memory", "no python"],
+)
+def test_a_machine_that_fails_is_no_fault_of_the_program(broken, tmp_path_factory, monkeypatch):
+    """None for what could not be started, and an error where nothing could."""
+    works, fails = programs.script, broken(tmp_path_factory)
+    turns = itertools.cycle([works, fails])
+    function = unit_tests(timeout=600.0, processes=1)
+    texts = [block(RIGHT), block(RIGHT + "#")]
+    told = Told()
+    monkeypatch.setattr(programs, "script", lambda *a, **k: next(turns)(*a, **k))
+    assert function(**as_trl(texts, told, tests=[TESTS, TESTS])) == [1.0, None]
+    assert told.metrics == {"unit_tests/timeouts": [0], "unit_tests/failed": [1]}
+    monkeypatch.setattr(programs, "script", fails)
+    with pytest.raises(RewardError, match="no program could be started") as caught:
+        function(**as_trl(texts[:1], tests=[TESTS]))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_child_that_never_starts_the_program_is_a_failure_too(tmp_path_factory, monkeypatch):
+    stuck = child_that(tmp_path_factory, "child = os.fork()", "time.sleep(1000)")
+    monkeypatch.setattr(programs, "script", stuck)
+    monkeypatch.setattr(programs, "GRACE", 0.1)
+    with pytest.raises(RewardError, match="no program could be started"):
+        score(unit_tests(timeout=0.1), block(RIGHT))
 
 
 @pytest.mark.parametrize("timeout", [None, 60.0])
@@ -139,13 +221,16 @@ def test_it_works_here_and_in_the_reward_process(timeout, function):
     texts = [block("def f(x): return x * 2"), block("def f(x): return x")]
     with Rewards(copy, timeout=timeout) as rewards:
         result = rewards(["?", "?"], texts, [[1], [1]], {"tests": [TESTS, TESTS]})
-    assert result.total == [1.0, 0.0] and result.metrics == {"unit_tests/timeouts": 0}
+    assert result.total == [1.0, 0.0]
+    assert result.metrics == {"unit_tests/timeouts": 0, "unit_tests/failed": 0}
 
 
 @pytest.mark.parametrize("hard", ["empty", "nul", "lone surrogate", "fences", "fences that go on"])
 def test_no_text_is_too_hard(hard, function):
-    for text in (HARD[hard], block(HARD[hard])):
-        assert score(function, text) == 0.0
+    told = Told()
+    texts = [HARD[hard], block(HARD[hard])]
+    assert function(**as_trl(texts, told, tests=[TESTS] * 2)) == [0.0, 0.0]
+    assert told.metrics == {"unit_tests/timeouts": [0], "unit_tests/failed": [0]}
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,13 @@
 
 import json
 
+import numpy as np
 import pytest
 
-from hmpo.errors import ConfigError, MissingDependencyError
-from hmpo.rewards.library import extras, format_tags, json_schema, regex
+from hmpo import errors
+from hmpo.errors import ConfigError, MissingDependencyError, RewardError
+from hmpo.rewards import Rewards
+from hmpo.rewards.library import format_tags, json_schema, regex
 from hmpo.rewards.library.base import fenced
 from hmpo.rewards.library.structure import last_json
 from tests.rewards.library.cases import HARD
@@ -27,6 +30,8 @@ NEEDS_A = {"type": "object", "required": ["a"]}
         ({"pattern": r"(x)?y", "column": "answer"}, "y", "", 1.0),
         ({"pattern": r"\d+", "column": "answer"}, "", "42", 0.0),
         ({"pattern": r"\d+", "column": "answer"}, "42", None, None),
+        ({"pattern": r"\d+", "column": "answer"}, "42", [], None),
+        ({"pattern": r"\d+", "column": "answer"}, "42", np.array(["41", "42"]), 1.0),
     ],
 )
 def test_regex_finds_a_pattern_or_compares_its_last_match(options, text, answer, reward):
@@ -91,7 +96,21 @@ def test_the_last_json_value_of_a_text(text, value):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "no", '{"a": NaN}', "[Infinity]", "NaN", '{"a": ', "{a: 1}", "[" + "9" * 5000]
+    "text",
+    [
+        "",
+        "no",
+        '{"a": NaN}',
+        "[Infinity]",
+        "NaN",
+        '{"a": ',
+        "{a: 1}",
+        "[" + "9" * 5000,
+        "1e400",
+        "[1.0, -1e999]",
+        '```json\n{"a": 1e400}\n```',
+        '{"b": 1} and {"a": 1e400}',
+    ],
 )
 def test_texts_without_a_json_value(text):
     assert last_json(text) == []
@@ -114,6 +133,34 @@ def test_texts_without_a_json_value(text):
 )
 def test_json_schema_validates_the_value(schema, text, reward):
     assert json_schema(schema=schema)(completions=[text]) == [reward]
+
+
+@pytest.mark.parametrize(
+    ("schema", "text"),
+    [
+        ({"multipleOf": 0.01}, "1e400"),
+        ({"multipleOf": 0.01}, "1e308"),
+        ({"multipleOf": 0.5}, "9" * 400),
+        ({"multipleOf": 0.5}, "1" * 4000),
+        ({"type": "integer"}, "1e400"),
+        ({"maximum": 3.5}, "9" * 400),
+    ],
+)
+def test_a_number_beyond_every_float_is_wrong_and_no_crash(schema, text):
+    whole = {"properties": {"price": schema}}
+    function = json_schema(schema=whole)
+    texts = [f'{{"price": {text}}}', '{"price": 1}']
+    assert function(completions=texts)[0] == 0.0
+    assert function(completions=texts)[1] == 1.0
+
+
+def test_a_schema_that_refers_to_nothing_ends_the_run_whatever_is_skipped():
+    function = json_schema(schema={"$ref": "#/$defs/nowhere"})
+    with (
+        Rewards(function, on_error="skip") as rewards,
+        pytest.raises(RewardError, match=r"step 3: .*put it into \$defs"),
+    ):
+        rewards(["?"], ["1"], [[1]], {}, step=3)
 
 
 def test_a_value_nested_too_deeply_is_wrong_and_no_crash():
@@ -145,7 +192,7 @@ def test_a_schema_that_is_none_is_one_line(options, words):
 
 
 def test_a_missing_package_is_one_line(monkeypatch):
-    monkeypatch.setattr(extras.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(errors.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MissingDependencyError, match=r"pip install 'hmpo\[rewards\]'"):
         json_schema()
 

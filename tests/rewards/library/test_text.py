@@ -3,7 +3,9 @@
 import math
 from fractions import Fraction
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -31,6 +33,16 @@ def score(function, text, answer):
         ({}, None, "a", 0.0),
         ({}, "a", None, None),
         ({}, "nan", math.nan, None),
+        ({}, "a", [], None),
+        ({}, "a", [None, math.nan], None),
+        ({}, "", [""], 1.0),
+        ({}, "b", np.array(["a", "b"]), 1.0),
+        ({}, "b", np.array([np.array(["a"]), np.array(["b"])]), 0.0),
+        ({}, "7", np.int64(7), 1.0),
+        ({}, "b", np.str_("b"), 1.0),
+        ({}, "nan", np.float32("nan"), None),
+        ({}, "a", np.array([]), None),
+        ({}, "2", torch.tensor([1, 2]), 1.0),
         ({}, "<script>", "<script>", 1.0),
     ],
 )
@@ -84,6 +96,10 @@ def test_contains_looks_for_the_answer(options, text, answer, reward):
         (".5", Fraction(1, 2)),
         ("1,2", 2),
         ("1,2345", 2345),
+        ("1,234,567", 1234567),
+        ("1,234,2345", 2345),
+        ("1,234,56", 56),
+        ("12,345.5,000", 0),
         ("v1.2", None),
         ("H2O", None),
         ("5kg", 5),
@@ -115,6 +131,9 @@ def test_the_last_number_of_a_text(text, number):
         ({"tolerance": 1e-3}, "0.3333", "1/3", 1.0),
         ({"tolerance": 0.1}, "1.1", "1", 1.0),
         ({}, "3", math.inf, None),
+        ({}, "3", [], None),
+        ({}, "5", np.array([3, 5]), 1.0),
+        ({}, "0.5", np.float64(0.5), 1.0),
     ],
 )
 def test_last_number_compares_exactly_or_within_the_tolerance(options, text, answer, reward):
@@ -142,6 +161,8 @@ def test_the_last_box_is_that_of_a_count_of_braces(text):
         ("\\boxed{}", "", 1.0),
         ("\\boxed{42}", "thus \\boxed{42}.", 1.0),
         ("\\boxed{0.5}", "1/2", 0.0),
+        ("\\boxed{0.5}", [], None),
+        ("\\boxed{2}", np.array(["1", "2"]), 1.0),
     ],
 )
 def test_boxed_compares_what_the_last_box_holds(text, answer, reward):
@@ -178,7 +199,19 @@ def test_the_letter_that_a_text_chooses(text, letter):
 
 @pytest.mark.parametrize(
     ("answer", "reward"),
-    [("B", 1.0), ("(b)", 1.0), (1, 1.0), ("1", 1.0), ("A", 0.0), (0, 0.0), (9, None), ("?", None)],
+    [
+        ("B", 1.0),
+        ("(b)", 1.0),
+        (1, 1.0),
+        ("1", 1.0),
+        ("A", 0.0),
+        (0, 0.0),
+        (9, None),
+        ("?", None),
+        ([], None),
+        (np.int64(1), 1.0),
+        (np.array([0, 1]), 1.0),
+    ],
 )
 def test_the_expected_letter_may_be_an_index(answer, reward):
     assert score(choice(), "Answer: B", answer) == reward
