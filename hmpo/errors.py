@@ -44,6 +44,10 @@ class CheckpointError(HmpoError, ValueError):
     """A checkpoint is missing, damaged, or belongs to another run."""
 
 
+class RankError(HmpoError, RuntimeError):
+    """A process of a run over several failed, or is not like the others."""
+
+
 class RunFolderError(HmpoError, OSError):
     """A run folder exists already, is locked, or cannot be written."""
 

@@ -25,7 +25,7 @@ FLOORS = [
     "sampling | logprobs | environments",
     "optim | models | tasks",
     "agm | objective",
-    "attention | rewards | checkpoint | telemetry | config",
+    "attention | rewards | checkpoint | telemetry | config | ranks",
     "types",
     "errors : stats : stopwatch : randomness : processor",
 ]

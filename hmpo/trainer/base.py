@@ -25,6 +25,7 @@ from hmpo.models.policy import bare_policy, load_trained_state, trained_state
 from hmpo.optim import MuonClip, MuonClipConfig, discard_qk_readings, with_qk_clip
 from hmpo.optim.state import clip_metrics, join_clip_state, split_clip_state
 from hmpo.randomness import keyed_generator
+from hmpo.ranks import Ranks
 from hmpo.rewards import Rewards
 from hmpo.stopwatch import section
 from hmpo.trainer.conversation_rewards import environments_of, rewards_of
@@ -48,6 +49,7 @@ from hmpo.trainer.learning import (
 from hmpo.trainer.prompts import Prompts, with_tokens
 from hmpo.trainer.rates import LearningRates
 from hmpo.trainer.rollout import Collected, Collector
+from hmpo.trainer.rows import refuse_different
 from hmpo.types import Batch, Event, Metrics, MinibatchGradient
 
 logger = logging.getLogger(__name__)
@@ -81,6 +83,8 @@ class Trainer(ABC, Generic[C]):
         check_apart(policy_model, ref_model)
         config = with_tokens(config, policy_model, tokenizer, stop)
         self.policy, self.ref, self.config = policy_model, ref_model, config
+        self.ranks = Ranks.of_processes()
+        refuse_different(self.ranks, policy_model, config)
         self.device = next(policy_model.parameters()).device
         talks = environments_of(environment, tools, max_turns, tokenizer)
         self.collector = Collector(
@@ -92,6 +96,7 @@ class Trainer(ABC, Generic[C]):
             stop=tuple(stop),
             prompt_options=prompt_options,
             environments=talks,
+            ranks=self.ranks,
             recompute=self.recomputes_logprobs,
         )
         config.lr_factor(0)  # an incomplete schedule is refused now, not at the first update
@@ -133,7 +138,8 @@ class Trainer(ABC, Generic[C]):
             records.append(self.next_update())
         merged = dict(records[-1])
         for name in ("loss", "pg_loss", "grad_norm"):
-            merged[name] = math.fsum(record[name] for record in records) / len(records)
+            known = [record[name] for record in records if name in record]  # not of no row
+            merged |= {name: math.fsum(known) / len(known)} if known else {}
         merged["update_skipped"] = sum(record["update_skipped"] for record in records)
         return merged
 
@@ -178,6 +184,7 @@ class Trainer(ABC, Generic[C]):
         self.optimizer.zero_grad(set_to_none=True)  # what somebody else left there is not ours
         with section("backward"), evaluating(self.policy):  # less the sections inside
             gradient = self.gradient(batch)
+        self.ranks.add_gradients(p for p in self.policy.parameters() if p.requires_grad)
         check_gradients(self.optimizer)
         check = self._step_optimizer(batch, gradient)
         measured = self.measure(batch, gradient, applied=check.fault is None)

@@ -12,7 +12,9 @@ from hmpo.environments.pool import COLUMN, REWARD, Environments, environment_rew
 from hmpo.errors import ConfigError
 from hmpo.models.chat import PromptOptions, refuse_options
 from hmpo.rewards import RewardResult, Rewards
+from hmpo.stopwatch import section
 from hmpo.trainer.conversation import Conversations
+from hmpo.trainer.responses import repeated_columns
 from hmpo.types import Event
 
 
@@ -127,9 +129,11 @@ def with_environment(functions: Any, environments: Environments | None) -> Any:
     return [environment_reward, *listed]
 
 
+@section("rewards")
 def scored_parts(
     talked: Conversations,
     columns: Mapping[str, Sequence[Any]],
+    group_size: int,
     rewards: Rewards,
     *,
     step: int,
@@ -139,11 +143,13 @@ def scored_parts(
 
     Args:
         talked: the conversations.
-        columns: by name, a value for each.
+        columns: by name, a value for each prompt.
+        group_size: G, conversations per prompt.
         rewards: what scores them.
         step: updates done.
         seed: of random numbers that time-limited reward functions draw.
     """
+    columns = repeated_columns(columns, len(talked.openings) // group_size, group_size)
     given = {**columns, COLUMN: talked.rewards}
     result = rewards(
         talked.openings, talked.completions, talked.token_ids, given, step=step, seed=seed
@@ -154,7 +160,7 @@ def scored_parts(
         "rewards": torch.tensor(result.total, device=talked.rollout.finished.device),
         "prompts": talked.openings,
         "completions": talked.texts,
-        "columns": dict(columns),
+        "columns": columns,
         "result": result,
         "conversations": talked,
     }

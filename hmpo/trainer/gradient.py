@@ -1,5 +1,6 @@
 """The gradient of a minibatch, added up over micro-batches to exactly that of the whole."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,8 +19,10 @@ from hmpo.models.policy import autocast
 from hmpo.objective.loss import power_mean_loss
 from hmpo.objective.mismatch import join_weights, on_policy_rows
 from hmpo.objective.terms import count_denominators, minibatch_band
+from hmpo.ranks import Ranks
 from hmpo.stopwatch import section
 from hmpo.trainer.learning import backward
+from hmpo.trainer.rows import ALONE, joined, prompt_numbers, rows_of_rank
 from hmpo.types import Band, Batch, Denominators, MinibatchGradient
 
 
@@ -30,8 +33,12 @@ def accumulate(
     objective: ObjectiveConfig,
     exponent: Float[Tensor, ""] | None,
     mismatch: MismatchConfig | None = None,
+    ranks: Ranks = ALONE,
 ) -> MinibatchGradient:
     """Back-propagate a minibatch in micro-batches.
+
+    Of several ranks each back-propagates its share of the rows; the gradients that they leave add
+    up to that of the minibatch, and what is returned is of all rows on each.
 
     Rows whose gradient is known to be zero (`idle_rows`) go forward only: their log-probs,
     the loss, all denominators and what a logit tracker reads are as if they did not.
@@ -47,17 +54,19 @@ def accumulate(
         exponent: overrides the objective's own exponent.
         mismatch: its off-policy mask, which looks at the policy in training; the other
             corrections come with the batch.
+        ranks: that share the work.
     """
     mask = batch.rollout.response_mask & batch.valid[:, None]
     idle = idle_rows(batch, objective)
-    micro = micro_batches(batch, config.micro_batch_size)
+    share = rows_of_rank(batch.rollout, ranks, idle)
+    micro = micro_batches(batch, config.micro_batch_size, share)
     denominators, band = count_denominators(mask), None
-    if objective.needs_band and len(micro) == 1:
+    if objective.needs_band and len(micro) == 1 and ranks.alone:
         denominators = None  # nothing is left out, so the objective measures its own band
     elif objective.needs_band:
         with torch.no_grad():
             forward = [_forward(policy, batch.select(rows), config).logprobs for rows in micro]
-        new, old = torch.cat(forward)[torch.cat(micro).argsort()], batch.rollout.old_logprobs
+        new, old = joined(forward, micro, batch.rollout, ranks), batch.rollout.old_logprobs
         band = minibatch_band(new, old, mask, batch.advantages, objective, exponent=exponent)
     loss = MinibatchLoss(
         batch=batch,
@@ -74,12 +83,18 @@ def accumulate(
             parts.append(all_then_loss(policy, loss, config, rows, idle[rows]))
         else:
             parts += by_response(policy, loss, config, rows, idle[rows])
-    order = torch.cat([part.rows for part in parts]).argsort()
+    return whole_minibatch(parts, batch, ranks)
+
+
+def whole_minibatch(parts: Sequence["Part"], batch: Batch, ranks: Ranks) -> MinibatchGradient:
+    """What all ranks' parts came to, the same on each."""
+    rows = [part.rows for part in parts]
+    nothing = batch.rollout.old_logprobs.new_zeros(())
     return MinibatchGradient(
-        loss=torch.stack([part.loss for part in parts]).sum(),
-        logprobs=torch.cat([part.logprobs for part in parts])[order],
-        entropy=torch.cat([part.entropy for part in parts])[order],
-        packed=parts[-1].packed,
+        loss=ranks.total(torch.stack([part.loss for part in parts] or [nothing]).sum()),
+        logprobs=joined([part.logprobs for part in parts], rows, batch.rollout, ranks),
+        entropy=joined([part.entropy for part in parts], rows, batch.rollout, ranks),
+        packed=ranks.any(bool(parts) and parts[-1].packed),
     )
 
 
@@ -243,20 +258,28 @@ def idle_rows(batch: Batch, objective: ObjectiveConfig) -> Bool[Tensor, " M"]:
     return idle & ~spared  # all on the device: nothing waits for it here
 
 
-def micro_batches(batch: Batch, size: int | None) -> list[Int[Tensor, " m"]]:
+def micro_batches(
+    batch: Batch, size: int | None, share: Int[Tensor, " k"] | None = None
+) -> list[Int[Tensor, " m"]]:
     """Row numbers of each micro-batch: rows of one prompt together, the longest first.
 
     Any split gives the same gradient; this one leaves the least to pad and prompts to share.
+
+    Args:
+        batch: the minibatch.
+        size: rows of a micro-batch; None for all.
+        share: the rows that are split, rising; None for all.
     """
     rollout = batch.rollout
     rows, device = len(batch.rewards), batch.rewards.device
-    if size is None or size >= rows:
-        return [torch.arange(rows, device=device)]
-    prompts = rollout.prompt_ids.masked_fill(~rollout.prompt_mask, -1)
-    number = prompts.unique(dim=0, return_inverse=True)[1]
+    share = torch.arange(rows, device=device) if share is None else share
+    if size is None or size >= len(share):
+        return [share] if len(share) else []
+    number = prompt_numbers(rollout)
     longest = torch.zeros_like(number).scatter_reduce_(0, number, rollout.extents, "amax")
     keys = zip((-longest[number]).tolist(), number.tolist(), (-rollout.extents).tolist())
-    order = [i for _, i in sorted((key, i) for i, key in enumerate(keys))]
+    chosen = set(share.tolist())
+    order = [i for _, i in sorted((key, i) for i, key in enumerate(keys)) if i in chosen]
     return list(torch.tensor(order, device=device).split(size))
 
 

@@ -24,6 +24,7 @@ from hmpo.models.policy import autocast
 from hmpo.stopwatch import section
 from hmpo.trainer.base import Trainer
 from hmpo.trainer.learning import backward
+from hmpo.trainer.rows import joined, rows_of_rank
 from hmpo.types import Batch, Metrics, MinibatchGradient, on_host
 
 
@@ -68,10 +69,12 @@ class GSPOTrainer(Trainer[GSPOConfig]):
         """Gradient of -J (equations 5 and 7) over one minibatch, in micro-batches."""
         config, rollout = self.config, batch.rollout
         counted = batch.valid.sum().clamp(min=1)
-        size = config.micro_batch_size or len(batch.rewards)
-        losses, logprobs, entropies = [], [], []
-        for start in range(0, len(batch.rewards), size):
-            rows = slice(start, start + size)
+        ranks = self.ranks
+        micro = rows_of_rank(rollout, ranks).split(config.micro_batch_size or len(batch.rewards))
+        micro = [rows for rows in micro if len(rows)]
+        losses, logprobs, entropies, packed = [], [], [], False
+        nothing = rollout.old_logprobs.new_zeros(())
+        for rows in micro:
             with section("logprobs"), autocast(rollout.response_ids.device, config):
                 result = token_logprobs_and_entropy(
                     self.policy,
@@ -92,11 +95,12 @@ class GSPOTrainer(Trainer[GSPOConfig]):
             losses.append(loss.detach())
             logprobs.append(new.detach())
             entropies.append(result.entropy.detach())
+            packed = result.packed
         return MinibatchGradient(
-            loss=torch.stack(losses).sum(),
-            logprobs=torch.cat(logprobs),
-            entropy=torch.cat(entropies),
-            packed=result.packed,
+            loss=ranks.total(torch.stack(losses or [nothing]).sum()),
+            logprobs=joined(logprobs, micro, rollout, ranks),
+            entropy=joined(entropies, micro, rollout, ranks),
+            packed=ranks.any(packed),
         )
 
     @section("telemetry")
@@ -141,7 +145,7 @@ class GSPOTrainer(Trainer[GSPOConfig]):
         return measured | {"ratio/p": 0.0, "update/packed": float(gradient.packed)}
 
     def _log_ratio(
-        self, batch: Batch, logprobs: Tensor, rows: slice = slice(None)
+        self, batch: Batch, logprobs: Tensor, rows: Tensor | slice = slice(None)
     ) -> Float[Tensor, " M"]:
         """Log s_i of equation 7: the mean of a response's token log ratios."""
         mask = batch.rollout.response_mask[rows].to(logprobs.dtype)

@@ -146,7 +146,7 @@ class PowerMeanTrainer(Trainer[PowerMeanConfig]):
         """Log-probs, ratios, power means, loss and its gradient, in micro-batches."""
         objective, exponent = self.in_force.at(self.step)
         return accumulate(
-            self.policy, batch, self.config, objective, exponent, self.config.mismatch
+            self.policy, batch, self.config, objective, exponent, self.config.mismatch, self.ranks
         )
 
     def measure(self, batch: Batch, gradient: MinibatchGradient, *, applied: bool) -> Metrics:

@@ -1,8 +1,8 @@
 """From prompts to scored responses: everything of a rollout that precedes its advantages."""
 
 import dataclasses
+import functools
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,40 +18,20 @@ from hmpo.models.chat import PromptOptions
 from hmpo.models.policy import autocast
 from hmpo.models.probe import policy_facts
 from hmpo.randomness import keyed_generator, keyed_seed
-from hmpo.rewards import RewardResult, Rewards
+from hmpo.ranks import Ranks
+from hmpo.rewards import Rewards
 from hmpo.sampling.options import SamplingOptions
-from hmpo.sampling.responses import sample_rollout
+from hmpo.sampling.responses import Noise, sample_rollout
 from hmpo.stopwatch import section
 from hmpo.trainer.conversation import Conversations, converse
 from hmpo.trainer.conversation_rewards import environment_events, refuse_given, scored_parts
 from hmpo.trainer.prompts import EncodedPrompts, Prompts, prompts_for
 from hmpo.trainer.responses import completions_of, repeated_columns, reward_events, with_ends
+from hmpo.trainer.rows import ALONE, joined, joined_rollout, rows_of_rank
+from hmpo.trainer.scored import ScoredResponses, describe, samples_of
 from hmpo.types import Event, Metrics, Rollout
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScoredResponses:
-    """Responses to some prompts, and what the reward functions say of them.
-
-    Example: 2 prompts, groups of 4: `rewards` (8,), 8 prompts, 8 completions.
-    """
-
-    rollout: Rollout
-    rewards: Float[Tensor, " N"]
-    """Total rewards; NaN where dropped."""
-    prompts: list[Any]
-    """As given, repeated for each response."""
-    completions: list[Any]
-    """Text up to the first stop string, which is the assistant's message where the prompt is a
-    conversation; or token ids where there is no tokenizer."""
-    columns: dict[str, list[Any]]
-    """By name, a value for each response."""
-    result: RewardResult
-    """Rewards by function, and faults."""
-    conversations: Conversations | None = None
-    """Where the policy talked with environments."""
 
 
 def sample_and_score(
@@ -69,6 +49,7 @@ def sample_and_score(
     reward_seed: int | None = None,
     prompt_options: PromptOptions | None = None,
     environments: Environments | None = None,
+    ranks: Ranks = ALONE,
 ) -> ScoredResponses:
     """Sample responses and score them, for a rollout or an evaluation.
 
@@ -86,6 +67,7 @@ def sample_and_score(
         reward_seed: of random numbers that time-limited reward functions draw; None takes `step`.
         prompt_options: how prompts given as text or messages become ids.
         environments: what the policy talks with; None for one turn a response.
+        ranks: that share the prompts; rewards are given once, and so are conversations had.
 
     Raises:
         ConfigError: no prompts, text without a tokenizer, or a column of another length.
@@ -93,18 +75,17 @@ def sample_and_score(
         ConversationError: an environment did.
     """
     shared = (policy, prompts, config, options, group_size, generator)
+    told = {"step": step, "seed": reward_seed}
     if environments is not None:
-        talked = _talked(*shared, columns, environments, prompt_options)
-        with section("rewards"):
-            by_response = repeated_columns(columns, len(talked.openings) // group_size, group_size)
-            parts = scored_parts(talked, by_response, rewards, step=step, seed=reward_seed)
+        talk = functools.partial(_talked, *shared, columns, environments, prompt_options)
+        parts = ranks.once(lambda: scored_parts(talk(), columns, group_size, rewards, **told))
         return ScoredResponses(**parts)
-    rollout, asked = _sampled(*shared, tokenizer, prompt_options)
+    rollout, asked = _sampled(*shared, tokenizer, prompt_options, ranks)
     with section("rewards"):
         repeated = [prompt for prompt in asked.given for _ in range(group_size)]
         completions, token_ids = completions_of(rollout, tokenizer, options.stop, asked)
         by_response = repeated_columns(columns, len(asked.given), group_size)
-        result = rewards(repeated, completions, token_ids, by_response, step=step, seed=reward_seed)
+        result = ranks.once(lambda: rewards(repeated, completions, token_ids, by_response, **told))
     return ScoredResponses(
         rollout=rollout,
         rewards=torch.tensor(result.total, device=rollout.finished.device),
@@ -124,21 +105,33 @@ def _sampled(
     generator: torch.Generator,
     tokenizer: Any,
     prompt_options: PromptOptions | None,
+    ranks: Ranks,
 ) -> tuple[Rollout, EncodedPrompts]:
-    """One turn for each response, and the prompts that were asked."""
+    """One turn for each response, and the prompts that were asked.
+
+    Noise is drawn for the whole rollout, and each rank takes its rows.
+    """
     device = next(policy.parameters()).device
     with section("sampling"), autocast(device, config):
         asked = prompts_for(policy, prompts, tokenizer, config, prompt_options)
-        rollout = sample_rollout(
+        ids, mask = asked.ids.to(device), asked.mask.to(device)
+        own = ranks.own([1.0] * len(ids))
+        sample = functools.partial(
+            sample_rollout,
             policy,
-            asked.ids.to(device),
-            asked.mask.to(device),
-            with_ends(options, asked.ends),
+            options=with_ends(options, asked.ends),
             group_size=group_size,
             generator=generator,
             tokenizer=tokenizer,
         )
-    return rollout, asked
+        if ranks.alone:
+            return sample(ids, mask), asked
+        ranks.agree("rollout's prompts", repr(torch.where(mask, ids, -1).tolist()))
+        rows = tuple(prompt * group_size + g for prompt in own for g in range(group_size))
+        noise = Noise(rows, len(ids) * group_size)
+        part = sample(ids[own], mask[own], noise=noise) if own else None
+    whole = joined_rollout(part, own, (ids, mask), group_size, options, policy, ranks)
+    return whole, asked
 
 
 def _talked(
@@ -221,6 +214,8 @@ class Collector:
     prompt_options: PromptOptions | None = None
     environments: Environments | None = None
     """What the policy talks with."""
+    ranks: Ranks = ALONE
+    """That share the work."""
     recompute: bool = False
     """Whether old log-probs come from the policy's own forward pass even where the sampler's are
     exact to float32 rounding."""
@@ -282,6 +277,7 @@ class Collector:
             reward_seed=keyed_seed(config.seed, "rewards", index),
             prompt_options=self.prompt_options,
             environments=self.environments,
+            ranks=self.ranks,
         )
         rollout, rewards = scored.rollout, scored.rewards
         if self.recomputes:
@@ -296,82 +292,32 @@ class Collector:
             rewards=rewards,
             valid=valid,
             ref_logprobs=None if self.ref is None else self._logprobs(self.ref, rollout),
-            metrics=self._describe(rollout, rewards, scored),
-            samples=_samples(scored),
+            metrics=describe(scored, config.group_size, self.rewards.success),
+            samples=samples_of(scored),
             events=reward_events(scored.result, step)
             + environment_events(scored.conversations, step),
         )
 
     def _logprobs(self, model: nn.Module, rollout: Rollout) -> Tensor:
         """Log-probs of the responses by a model's own forward pass, without gradient."""
-        size = self.config.micro_batch_size or len(rollout.finished)
-        counted = rollout.counted
+        rows, counted = rows_of_rank(rollout, self.ranks), rollout.counted
+        micro = rows.split(self.config.micro_batch_size or len(rollout.finished))
+        micro = [part for part in micro if len(part)]
+        ids, mask = rollout.input_ids, rollout.attention_mask
         with section("logprobs"), torch.no_grad(), autocast(self.device, self.config):
             parts = [
                 token_logprobs(
                     model,
-                    rollout.input_ids[start : start + size],
-                    rollout.attention_mask[start : start + size],
+                    ids[part],
+                    mask[part],
                     rollout.response_ids.shape[1],
                     temperature=self.config.temperature,
                     chunk=self.config.logprob_chunk,
-                    counted=None if counted is None else counted[start : start + size],
+                    counted=None if counted is None else counted[part],
                 )
-                for start in range(0, len(rollout.finished), size)
+                for part in micro
             ]
-        return torch.cat(parts)
-
-    def _describe(self, rollout: Rollout, total: Tensor, scored: ScoredResponses) -> Metrics:
-        """Metrics of a whole rollout: the same for each of its updates."""
-        rewards = total.double()
-        finite = rewards[rewards.isfinite()]
-        lengths = rollout.lengths.double()
-        groups = rewards.view(-1, self.config.group_size)
-        whole_groups = groups[groups.isfinite().all(1)]
-        within = _mean(_variance(whole_groups)) if len(whole_groups) else math.nan
-        metrics = {
-            "reward/mean": _mean(finite),
-            "reward/std": _variance(finite) ** 0.5,
-            "reward/within_var": within,
-            "reward/total_var": _variance(finite),
-            "reward/dropped": (~rewards.isfinite()).sum(),
-            "success/k": (finite >= self.rewards.success).sum(),
-            "success/n": len(finite),
-            "n_groups": len(groups),
-            "len/mean": lengths.mean(),
-            "len/max": lengths.max(),
-            "len/trunc_frac": (~rollout.finished).double().mean(),
-            "rollout/fast": float(rollout.fast),
-        }
-        result, talked = scored.result, scored.conversations
-        metrics |= {} if talked is None else talked.metrics
-        metrics |= {f"logged/{name}": value for name, value in result.metrics.items()}
-        for name, values in result.by_function.items():
-            column = torch.tensor(values, dtype=torch.float64)
-            metrics[f"reward/{name}/mean"] = _mean(column[column.isfinite()])
-        return {name: float(value) for name, value in metrics.items()}
-
-
-def _samples(scored: ScoredResponses) -> list[dict[str, Any]]:
-    """Of each response its prompt and columns, and what came of it, by name.
-
-    `columns` and `extra` are there where the task has columns, or a reward function told some.
-    """
-    finished = scored.rollout.finished.tolist()
-    samples = []
-    for i, (prompt, completion) in enumerate(zip(scored.prompts, scored.completions)):
-        sample = {
-            "prompt": prompt,
-            "completion": completion,
-            "reward": scored.result.total[i],
-            "finished": bool(finished[i]),
-            "rewards": {name: column[i] for name, column in scored.result.by_function.items()},
-        }
-        for key, table in (("columns", scored.columns), ("extra", scored.result.extras)):
-            if table:
-                sample[key] = {name: column[i] for name, column in table.items()}
-        samples.append(sample)
-    return samples
+        return joined(parts, micro, rollout, self.ranks)
 
 
 def _fast_at_bfloat16(device: torch.device) -> bool:
@@ -381,15 +327,3 @@ def _fast_at_bfloat16(device: torch.device) -> bool:
             torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
         )
     return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
-
-
-def _mean(values: Tensor) -> Tensor:
-    """Mean, or NaN of nothing."""
-    return values.sum() / len(values)
-
-
-def _variance(values: Tensor) -> Tensor:
-    """Unbiased variance over the last axis; NaN where fewer than two values tell none."""
-    count = values.shape[-1]
-    centred = values - values.sum(-1, keepdim=True) / count
-    return centred.square().sum(-1) / max(0, count - 1)
