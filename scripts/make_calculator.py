@@ -4,7 +4,8 @@
     python scripts/make_calculator.py --out FOLDER    write it elsewhere
 
 It is shown conversations in which a guess is as frequent as a call, one call in seven asks for
-another operation, and one answer in five does not heed what the tool said. The weights follow from the recipe on one machine with one thread.
+another operation, and one answer in five does not heed what the tool said. The weights follow from
+the recipe on one machine with one thread.
 """
 
 import argparse
@@ -32,7 +33,8 @@ TEMPLATE = """\
 {%- for message in messages %}
 {%- if message.role == 'assistant' %}>{{ message.content or '' }}
 {%- for call in message.tool_calls or [] -%}
-<tool_call>{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}</tool_call>
+<tool_call>{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}\
+</tool_call>
 {%- endfor %}{{ eos_token }}
 {%- elif message.role == 'tool' %}={{ message.content }}{{ '\\n' }}
 {%- else %}?{{ message.content }}{{ '\\n' }}

@@ -26,7 +26,7 @@ CURVES = (("lr", "learning rate"), ("p", "p"), ("level", "level"))
 
 def decision_figure(study: Study) -> Figure | None:
     """States of each run above what was moved, one column for each cell with controllers."""
-    cells = [cell for cell in study.cells(*COMPARED, "again", "negative", "positive", "placebo")]
+    cells = list(study.cells(*COMPARED, "again", "negative", "positive", "placebo"))
     found = [(cell, _decided(study, cell.name)) for cell in cells]
     shown = [(cell, runs) for cell, runs in found if runs][:MOST_CELLS]
     if not shown:
@@ -65,7 +65,7 @@ def _moves(runs: Sequence[Outcome], name: str) -> bool:
 
 
 def _states(axes: Axes, runs: Sequence[Outcome]) -> None:
-    """A row for each run: the regime in its upper half, the phase in its lower; marks and a stop."""
+    """A row for each run: the regime above the phase; marks and a stop."""
     for place, run in enumerate(reversed(runs)):
         told = run.decisions
         for name, known, low in (("phase", PHASES, 0.12), ("regime", REGIMES, 0.52)):

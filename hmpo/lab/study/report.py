@@ -48,7 +48,8 @@ PICTURES = (
             "matter.", estimates.sigma),
     Picture("envelope", "Learning rates", "Left: the tuning grid. Right: the best of k tried "
             "rates, chosen on other seeds than it is scored on.", estimates.envelope),
-    Picture("decisions", "Decisions of controllers", "Regime (above) and phase (below) of each run; "
+    Picture("decisions", "Decisions of controllers",
+            "Regime (above) and phase (below) of each run; "
             "a triangle is an emergency, rollback or stop that was applied, a cross where a stop was "
             "decided. Then what moved.", decision_figure),
     Picture("qk", "Attention logits", "Largest scaled logit by updates, and QK-clip's threshold.",
