@@ -33,8 +33,8 @@ TEMPLATE = """\
 {%- for message in messages %}
 {%- if message.role == 'assistant' %}>{{ message.content or '' }}
 {%- for call in message.tool_calls or [] -%}
-<tool_call>{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}\
-</tool_call>
+<tool_call>{"name": "{{ call.function.name }}", \
+"arguments": {{ call.function.arguments | tojson }}}</tool_call>
 {%- endfor %}{{ eos_token }}
 {%- elif message.role == 'tool' %}={{ message.content }}{{ '\\n' }}
 {%- else %}?{{ message.content }}{{ '\\n' }}

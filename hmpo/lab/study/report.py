@@ -49,9 +49,8 @@ PICTURES = (
     Picture("envelope", "Learning rates", "Left: the tuning grid. Right: the best of k tried "
             "rates, chosen on other seeds than it is scored on.", estimates.envelope),
     Picture("decisions", "Decisions of controllers",
-            "Regime (above) and phase (below) of each run; "
-            "a triangle is an emergency, rollback or stop that was applied, a cross where a stop was "
-            "decided. Then what moved.", decision_figure),
+            "Regime (above) and phase (below) of each run. Triangles: emergencies, rollbacks and "
+            "stops that were applied; crosses: stops that were decided.", decision_figure),
     Picture("qk", "Attention logits", "Largest scaled logit by updates, and QK-clip's threshold.",
             curve_figure("max_qk")),
 )  # fmt: skip
