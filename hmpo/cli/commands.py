@@ -22,12 +22,13 @@ from hmpo.cli import experiment as cli_experiment
 from hmpo.cli.preflight import (
     expanded,
     refuse_parts,
-    refuse_several_processes,
+    refuse_ranks,
     refuse_unknown_command,
 )
 from hmpo.config import RunConfig
 from hmpo.config.places import located
 from hmpo.errors import ConfigError, HmpoError
+from hmpo.ranks.launched import launched, rank_of_launch
 from hmpo.run.consent import resume_command
 from hmpo.telemetry.visible import writable
 
@@ -45,6 +46,8 @@ Settings = Annotated[
     tyro.conf.arg(name="set", metavar="KEY=VALUE ..."),
 ]
 """Each `--set` with what follows it; all of them hold."""
+_given: list[str] = []
+"""What the command line holds; ranks are started with the same."""
 From = Annotated[str | None, tyro.conf.arg(name="from", metavar="RUN[@STEP]")]
 
 
@@ -83,6 +86,7 @@ def train(
     allow_code: bool = False,
     allow_changed: bool = False,
     dry_run: bool = False,
+    ranks: int | None = None,
     report: bool = True,
     quiet: bool = False,
 ) -> int:
@@ -100,10 +104,11 @@ def train(
         allow_changed: with --resume, go on although prompts, reward code or policy have changed.
         dry_run: load and check everything, sample and score one rollout and show it; nothing is
             trained, and no folder is left.
+        ranks: processes that train together on this machine; the numbers are those of one. As
+            torchrun would start them: `torchrun --nproc-per-node N -m hmpo train CONFIG`.
         report: write report.html and plots at the end.
         quiet: only the result.
     """
-    refuse_several_processes()
     if resume is None and allow_changed:
         raise ConfigError("train: --allow-changed is for --resume RUN; leave it out")
     if resume is not None and dry_run:
@@ -111,6 +116,12 @@ def train(
     settings = _settings(config, _all(set), resume, from_, overwrite, allow_code)
     where = None if resume is None else Path(os.path.abspath(expanded(resume)))  # noqa: PTH100
     refuse_parts(settings, fresh=resume is None, run=where)
+    refuse_ranks(ranks, settings.device)
+    if ranks is not None and ranks > 1 and not (dry_run or launched()):
+        from hmpo.ranks.start import start_ranks
+
+        return start_ranks(_given, ranks)
+    quiet = quiet or rank_of_launch() > 0
 
     from hmpo.cli.rehearsal import dry_run as rehearsed
     from hmpo.cli.screen import Screen
@@ -125,6 +136,8 @@ def train(
         if dry_run:
             return rehearsed(settings, screen, overwrite=overwrite)
         result = run_train(settings, observer=screen, folder=where, **ways)
+    if rank_of_launch():
+        return 0 if result.signal is None else 128 + result.signal
     code = _tell_end(result, settings, screen.say)
     if report and not code:
         _write_report([result.folder], say=screen.say)
@@ -323,6 +336,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(arguments: list[str]) -> int:
     """The exit code of a command."""
+    _given[:] = arguments
     try:
         refuse_unknown_command(arguments)
         code = app.cli(args=arguments, prog="hmpo", description=hmpo.__doc__) or 0

@@ -2,7 +2,6 @@
 
 import contextlib
 import difflib
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,9 @@ from hmpo.config import RunConfig, TaskConfig
 from hmpo.config.places import is_path_name, located
 from hmpo.config.unread import refuse_unread_mismatch, refuse_unread_objective
 from hmpo.config.unread_run import refuse_unread_run
-from hmpo.errors import ConfigError, require_installed
+from hmpo.errors import ConfigError, require, require_installed
 from hmpo.models.paths import is_hub_name, resolve_policy_path
+from hmpo.ranks.launched import launched
 from hmpo.rewards.loading import check_spec
 from hmpo.run.source import kept_commits
 from hmpo.tasks import BUILT_IN, check_name, make_task
@@ -57,17 +57,42 @@ def refuse_unknown_command(arguments: Sequence[str]) -> None:
 
 
 def refuse_several_processes() -> None:
-    """Refuse to be one of several processes, each of which would train alone.
+    """Refuse to be one of several processes, each of which would run a suite alone.
 
     Raises:
         ConfigError: a launcher such as torchrun has set WORLD_SIZE above 1.
     """
-    size = os.environ.get("WORLD_SIZE", "1")
-    if size.isdigit() and int(size) > 1:
+    if size := launched():
         raise ConfigError(
-            f"WORLD_SIZE = {size}: hmpo trains in one process; start it without torchrun, or "
-            "train in several processes inside TRL (hmpo.adapters.trl)"
+            f"WORLD_SIZE = {size}: a suite starts processes of its own; start it without torchrun"
         )
+
+
+def refuse_ranks(count: int | None, device: str) -> None:
+    """Refuse a number of ranks that this machine, or the launch, cannot give.
+
+    Args:
+        count: `--ranks`; None without it.
+        device: cpu, cuda or auto.
+
+    Raises:
+        ConfigError: one line.
+    """
+    if count is None:
+        return
+    require(count >= 1, "--ranks", count, "an integer >= 1")
+    require(
+        launched() in (0, count), "--ranks", count, f"the {launched()} that torchrun has started"
+    )
+    if device == "cpu":
+        return
+    import torch
+
+    gpus = torch.cuda.device_count()
+    if device == "auto" and not gpus:
+        return
+    what = 'one GPU for each, or device = "cpu"'
+    require(count <= gpus, "--ranks", count, f"at most {gpus} ({what})")
 
 
 def refuse_parts(config: RunConfig, *, fresh: bool, run: Path | None = None) -> None:

@@ -7,8 +7,9 @@ but the order of sums. A process alone joins nothing, and takes the same path as
 module.
 """
 
+import contextlib
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
@@ -86,7 +87,8 @@ class Ranks:
         if self.alone:
             return value
         summed = self._moved(value).clone()
-        dist.all_reduce(summed)
+        with self._listening():
+            dist.all_reduce(summed)
         return summed.to(value.device)
 
     def any(self, flag: bool) -> bool:
@@ -131,7 +133,8 @@ class Ranks:
                     error,
                     [(None, f"{type(error).__name__}: {' '.join(str(error).split())}")],
                 )
-        dist.broadcast_object_list(told, src=0)
+        with self._listening():
+            dist.broadcast_object_list(told, src=0)
         if failed is not None:
             raise failed
         made, why = cast(tuple[T, str], told[0])
@@ -162,8 +165,21 @@ class Ranks:
         """A tensor of one shape on all ranks, from each of them."""
         moved = self._moved(value).contiguous()
         found = [torch.empty_like(moved) for _ in range(self.size)]
-        dist.all_gather(found, moved)
+        with self._listening():
+            dist.all_gather(found, moved)
         return [one.to(value.device) for one in found]
+
+    @contextlib.contextmanager
+    def _listening(self) -> Iterator[None]:
+        """Waits for others inside; that one is gone, or has stopped, is one line."""
+        try:
+            yield
+        except RuntimeError as error:
+            why = "waited for too long" if "imed out" in str(error) else "another one has ended"
+            raise RankError(
+                f"rank {self.rank} of {self.size}: {why}; go on from the last checkpoint once all "
+                "can run"
+            ) from error
 
     @staticmethod
     def _moved(value: Tensor) -> Tensor:

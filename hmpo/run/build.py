@@ -22,6 +22,7 @@ from hmpo.models.tokens import pad_token_id
 from hmpo.optim.eight_bit import adamw_8bit
 from hmpo.optim.masters import with_masters
 from hmpo.optim.param_groups import MuonWithAdamW, runs_fused, split_param_groups
+from hmpo.ranks.launched import device_of_rank
 from hmpo.rewards import Rewards, load_reward
 from hmpo.run.place import Step, chosen_step
 from hmpo.run.source import pinned
@@ -35,12 +36,16 @@ Trainer = PowerMeanTrainer | GSPOTrainer
 
 
 def use_machine(config: RunConfig) -> str:
-    """Take the threads that a run asks for; returns its device: cpu, cuda or cuda:N."""
+    """Take the threads that a run asks for; returns its device: cpu, cuda or cuda:N.
+
+    Of several ranks on a machine each has the GPU of its own number.
+    """
     if config.threads:
         torch.set_num_threads(config.threads)
-    if config.device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return config.device
+    device = config.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return device_of_rank(device)
 
 
 def make_environments(config: RunConfig, tokenizer: Any) -> Environments | None:

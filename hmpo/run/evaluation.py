@@ -16,6 +16,7 @@ from hmpo.environments import Environments
 from hmpo.models import LoadedPolicy
 from hmpo.models.chat import PromptOptions
 from hmpo.randomness import keyed_generator, keyed_seed
+from hmpo.ranks.world import Ranks
 from hmpo.rewards import Rewards
 from hmpo.stats import wilson_interval
 from hmpo.tasks import Example, Task
@@ -265,6 +266,7 @@ class Evaluator:
                 reward_seed=keyed_seed(self.seed, "evaluation rewards", start),
                 prompt_options=self.prompt_options,
                 environments=self.environments,
+                ranks=Ranks.of_processes(),
             )
             totals += scored.rewards.view(-1, samples).tolist()
             events += reward_events(scored.result, step)

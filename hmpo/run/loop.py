@@ -18,6 +18,8 @@ from hmpo.models import LoadedPolicy, load_policy
 from hmpo.models.source import whole_policy
 from hmpo.optim.state import clip_lists
 from hmpo.randomness import seed_everything
+from hmpo.ranks.start import joined
+from hmpo.ranks.world import Ranks
 from hmpo.run.best import ON_THE_WAY
 from hmpo.run.build import (
     early_rewards,
@@ -36,19 +38,20 @@ from hmpo.run.files import RunFiles, check_folder, run_folder
 from hmpo.run.folder import Place
 from hmpo.run.inputs import describe_inputs
 from hmpo.run.notebook import default_observer
-from hmpo.run.observer import Audience, Observer, RunResult
+from hmpo.run.observer import Observer, RunResult
 from hmpo.run.result import write_policy
 from hmpo.run.saving import Saver
+from hmpo.run.shared import SharedFiles
 from hmpo.run.signals import Stopped, StopRequest
 from hmpo.run.source import described, pinned
 from hmpo.run.start import keep_start, load_start
 from hmpo.run.steering import Steering
+from hmpo.run.telling import Teller
 from hmpo.stopwatch import Stopwatch, section, time_fields
 from hmpo.tasks import Task, make_task
 from hmpo.tasks.base import gather_columns
-from hmpo.telemetry.records import end_record, eval_record, event_record, step_record
+from hmpo.telemetry.records import end_record, eval_record, step_record
 from hmpo.trainer.prompts import check_prompts
-from hmpo.types import Event
 
 logger = logging.getLogger(__name__)
 
@@ -85,15 +88,17 @@ def train(
         KeyboardInterrupt: a signal came before the run had begun, or a second one.
     """
     place = Place(run_folder(config) if folder is None else folder)
-    check_folder(config, place.path, resume=resume, exist_ok=exist_ok, overwrite=overwrite)
-    observer = observer or default_observer()
-    stop = StopRequest(observer.on_stop)
+    ways = {"resume": resume, "exist_ok": exist_ok, "overwrite": overwrite}
     with contextlib.ExitStack() as stack:
+        ranks = stack.enter_context(joined(use_machine(config)))
+        ranks.once(lambda: check_folder(config, place.path, **ways))
+        observer = Observer() if ranks.rank else observer or default_observer()
+        stop = StopRequest(observer.on_stop)
         stack.enter_context(stop.listening())
         with stop.at_once():
-            run = Run(config, place, observer, stop, resume=resume)
+            run = Run(config, place, observer, stop, ranks, resume=resume)
             run.allow_changed = allow_changed
-        run.open(stack, resume=resume, exist_ok=exist_ok, overwrite=overwrite)
+        run.open(stack, **ways)
         return run.go()
 
 
@@ -106,13 +111,16 @@ class Run:
         place: Place,
         observer: Observer,
         stop: StopRequest,
+        ranks: Ranks | None = None,
         *,
         resume: bool,
     ) -> None:
-        self.files = RunFiles(config, place)
+        self.ranks = ranks = ranks or Ranks()
+        self.files = RunFiles(config, place) if ranks.alone else SharedFiles(config, place, ranks)
         config = located(config)  # settings are stored as they are written, used as they are found
         self.config, self.place, self.stop = config, place, stop
-        self.audience = Audience(observer, self._lost)
+        self.teller = Teller(self.files, observer)
+        self.audience = self.teller.audience
         device = use_machine(config)
         seed_everything(config.seed)
         trainer_config(config)  # refuses what is not read before a model is loaded
@@ -130,6 +138,7 @@ class Run:
         options = ready_prompts(config, loaded, self.task)
         check_prompts(self.task, loaded.tokenizer, loaded.model, length, options)
         self.trainer = make_trainer(config, loaded, self.task, self.rewards, options, talks)
+        self.teller.trainer = self.trainer
         settings = self.trainer.config
         self.evaluator = make_evaluator(
             config, loaded, self.task, self.rewards, settings, options, talks
@@ -162,21 +171,23 @@ class Run:
         changed = []
         if saved is not None:
             found = describe_inputs(self.config, files.folder, self.task)
-            changed = self.saver.changed(found, saved.state["run"], allowed=self.allow_changed)
+            own = saved.state["run"]
+            changed = self.saver.changed(found, own, allowed=self.allow_changed)
         files.open(stack, header, saved)
         self.saver.recall()
-        if saved is None:
+        if saved is None and not self.ranks.rank:
             keep_start(self.loaded.model, self.config, files.folder)
+        if saved is None:
             self.saver.inputs = describe_inputs(self.config, files.folder, self.task)
-            self._log("prompts_left_out", getattr(self.task, "told", {}))
-        self._log("inputs_changed", {"changed": changed} if changed else {})
+            self.teller.log("prompts_left_out", getattr(self.task, "told", {}))
+        self.teller.log("inputs_changed", {"changed": changed} if changed else {})
         for name, why in saved.skipped if saved is not None else ():
-            self._tell("checkpoint_skipped", {"checkpoint": name, "why": why})
+            self.teller.tell("checkpoint_skipped", {"checkpoint": name, "why": why})
 
     def _fail(self, error: BaseException) -> None:
         """Save what is sound and write why the run ended; the error itself goes on."""
         with contextlib.suppress(Exception):
-            self._report_events()
+            self.teller.report_events()
         if self.saver.save_sound(error):
             again = resume_command(self.config, self.place.shown())
             error.add_note(f"hmpo: saved after {self.trainer.step} updates; go on with: {again}")
@@ -206,7 +217,7 @@ class Run:
             self.saver.note()
         if self.saver.passed != self.trainer.step:
             self._after_update()
-        while not self._is_over() and not self.stop:
+        while not self._is_over() and not self._asked():
             if not self._step():
                 break
             self._after_update()
@@ -229,7 +240,7 @@ class Run:
             if not trainer.pending_updates:
                 self._begin_rollout()
                 timing["time/rollout_s"] = time.perf_counter() - began
-                if self.stop:
+                if self._asked():
                     return False
             update_began = time.perf_counter()
             with self.saver.drawing():
@@ -241,11 +252,15 @@ class Run:
         timing["tokens_per_s"] = record["n_tokens"] / timing["time/step_s"]
         self.files.write_time(trainer.step - 1, timing)
         self.files.check()
-        told = self._log_events()
+        told = self.teller.log_events()
         self.saver.note()
         self.audience.tell("on_update", record, timing)
-        self._tell_events(told)
+        self.teller.tell_events(told)
         return True
+
+    def _asked(self) -> bool:
+        """Whether any rank was asked to end; then all of them were."""
+        return self.stop.agreed(self.ranks.any(bool(self.stop)))
 
     def _is_over(self) -> bool:
         """Whether all updates are done or the controllers ended the run."""
@@ -260,10 +275,10 @@ class Run:
         self.evidence.note(self.trainer)
         self._report_rollout()
         self.files.lock.beat()
-        told = self._log_events()
+        told = self.teller.log_events()
         self.saver.note()
         self.audience.tell("on_rollout", self.trainer.step, self.trainer.samples)
-        self._tell_events(told)
+        self.teller.tell_events(told)
 
     @section("telemetry")
     def _report_rollout(self) -> None:
@@ -289,50 +304,18 @@ class Run:
         if decision is not None:
             self.files.telemetry.write(decision)
 
-    def _log_events(self) -> list[Event]:
-        """Write what has happened since the last call; gives it."""
-        events = self.trainer.drain_events()
-        for event in events:
-            record = event_record(self.files.run_id, event.step, event.name, event.data)
-            self.files.publish(record)
-        return events
-
-    def _tell_events(self, events: list[Event]) -> None:
-        for event in events:
-            self.audience.tell("on_event", event)
-
-    def _report_events(self) -> None:
-        self._tell_events(self._log_events())
-
-    def _log(self, name: str, data: dict[str, Any]) -> None:
-        """An event of the run, which is told as well; none where there is nothing to say."""
-        if data:
-            self.files.publish(event_record(self.files.run_id, self.trainer.step, name, data))
-            self._tell(name, data)
-
-    def _tell(self, name: str, data: dict[str, Any]) -> None:
-        """An event of this process alone (it would not occur in an undisturbed run)."""
-        logger.warning("%s: %s", name, data, extra={"event": name})
-        self.files.note(self.trainer.step, name, data)
-        self.audience.tell("on_event", Event(name=name, step=self.trainer.step, data=data))
-
-    def _lost(self, observer: str, error: Exception) -> None:
-        """An observer failed that the run goes on without."""
-        data = {"observer": observer, "why": failure_text(error)}
-        logger.warning("observer_detached: %s; the run goes on without it", data)
-        self.files.note(self.files.steps, "observer_detached", data)
-
     def _evaluate(self, name: str, *, final: bool) -> Evaluation:
         config, step = self.config.eval, self.trainer.step
         began = time.perf_counter()
 
         def progress(done: int, total: int) -> None:
-            self.stop.check()
+            if self._asked():
+                self.stop.check()
             self.files.lock.beat()
             self.audience.tell("on_measuring", step, name, done, total)
 
         at_once = self.stop.at_once(unless=lambda: self.rewards.calling)
-        with self.saver.measuring(), at_once:
+        with self.saver.measuring(), at_once if self.ranks.alone else contextlib.nullcontext():
             evaluation = self.evaluator.evaluate(
                 config.final_prompts if final else config.prompts,
                 pass_at=config.pass_at if final else 0,
@@ -343,7 +326,7 @@ class Run:
         metrics = {"eval/name": name, **evaluation.record()}
         record = eval_record(self.files.run_id, step, metrics)
         self._publish(record)
-        self._report_events()
+        self.teller.report_events()
         self.files.write_time(step, {"time/eval_s": time.perf_counter() - began})
         if name == "before":
             self.saver.before = metrics
@@ -356,10 +339,10 @@ class Run:
         """Save, measure and write the policy, unless a signal leaves that to a resume."""
         self.saver.save()
         after, status = None, "interrupted"
-        if not self.stop:
+        if not self._asked():
             with contextlib.suppress(Stopped):
                 after = self._evaluate("after", final=True)
-        if after is not None:
+        if after is not None and not self.ranks.rank:
             self.files.check()
             write_policy(
                 self.files,
@@ -370,6 +353,7 @@ class Run:
                 before=self.saver.before,
                 measured=after.record(),
             )
+        if after is not None:
             done = self.trainer.step >= self.config.updates
             status = "completed" if done else "early_stop"
         warning = self._write_end(status)

@@ -28,6 +28,12 @@ class StopRequest:
     def __bool__(self) -> bool:
         return self.signal is not None
 
+    def agreed(self, asked: bool) -> bool:
+        """Take note that another process of the run was asked to end; gives `asked`."""
+        if asked and self.signal is None:
+            self.signal = int(signal.SIGTERM)
+        return asked
+
     @contextlib.contextmanager
     def at_once(self, unless: Callable[[], bool] = bool) -> Iterator[None]:
         """Let a signal that comes inside, or has come before, raise `Stopped` here.

@@ -25,7 +25,7 @@ from hmpo.models.policy import bare_policy, load_trained_state, trained_state
 from hmpo.optim import MuonClip, MuonClipConfig, discard_qk_readings, with_qk_clip
 from hmpo.optim.state import clip_metrics, join_clip_state, split_clip_state
 from hmpo.randomness import keyed_generator
-from hmpo.ranks import Ranks
+from hmpo.ranks.world import Ranks
 from hmpo.rewards import Rewards
 from hmpo.stopwatch import section
 from hmpo.trainer.conversation_rewards import environments_of, rewards_of

@@ -19,7 +19,7 @@ from hmpo.models.policy import autocast
 from hmpo.objective.loss import power_mean_loss
 from hmpo.objective.mismatch import join_weights, on_policy_rows
 from hmpo.objective.terms import count_denominators, minibatch_band
-from hmpo.ranks import Ranks
+from hmpo.ranks.world import Ranks
 from hmpo.stopwatch import section
 from hmpo.trainer.learning import backward
 from hmpo.trainer.rows import ALONE, joined, prompt_numbers, rows_of_rank

@@ -18,7 +18,7 @@ from hmpo.models.chat import PromptOptions
 from hmpo.models.policy import autocast
 from hmpo.models.probe import policy_facts
 from hmpo.randomness import keyed_generator, keyed_seed
-from hmpo.ranks import Ranks
+from hmpo.ranks.world import Ranks
 from hmpo.rewards import Rewards
 from hmpo.sampling.options import SamplingOptions
 from hmpo.sampling.responses import Noise, sample_rollout

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from hmpo.ranks import Ranks
+from hmpo.ranks.world import Ranks
 from hmpo.sampling.options import SamplingOptions
 from hmpo.types import Rollout
 

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hmpo.errors import ConfigError
-from hmpo.ranks import Ranks, dealt
+from hmpo.ranks.share import dealt
+from hmpo.ranks.world import Ranks
 
 COSTS = st.lists(st.integers(0, 50), max_size=7)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from hmpo.ranks import Ranks
+from hmpo.ranks.world import Ranks
 from tests.ranks.processes import run_ranks
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs the gloo backend")

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from hmpo.errors import RankError, RewardError
-from hmpo.ranks import Ranks
+from hmpo.ranks.world import Ranks
 
 
 def failing() -> None:

@@ -1,0 +1,103 @@
+"""Becoming one of several ranks, and starting them.
+
+torchrun starts the processes and tells each its rank by environment variables; here they join
+torch's default process group. Both are torch's own.
+"""
+
+import contextlib
+import datetime
+import logging
+import os
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from hmpo.errors import RankError
+from hmpo.ranks.launched import launched
+from hmpo.ranks.world import Ranks
+
+TIMEOUT_S = 600.0
+"""Seconds that a rank waits for another one, which is taken for stopped then."""
+
+
+@contextlib.contextmanager
+def joined(device: str, timeout_s: float = TIMEOUT_S) -> Iterator[Ranks]:
+    """The ranks that train together, inside: those of the launch, or of a group that is there.
+
+    Args:
+        device: cpu or cuda:N, where this rank's policy will be.
+        timeout_s: how long a rank waits for another.
+
+    Raises:
+        RankError: the others cannot be reached.
+    """
+    if (dist.is_available() and dist.is_initialized()) or not launched():
+        yield Ranks.of_processes()
+        return
+    backend = "nccl" if device.startswith("cuda") else "gloo"
+    if backend == "nccl":
+        torch.cuda.set_device(device)
+    try:
+        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_s))
+    except Exception as error:
+        text = " ".join(str(error).split())[:200]
+        raise RankError(f"rank {os.environ['RANK']}: cannot join the others: {text}") from error
+    try:
+        yield Ranks.of_processes()
+    finally:
+        dist.destroy_process_group()
+
+
+def start_ranks(arguments: Sequence[str], count: int) -> int:
+    """Run `python -m hmpo ARGUMENTS` as `count` ranks on this machine; gives the exit code.
+
+    The first rank has the terminal; what the others say is shown where one of them fails first.
+
+    Args:
+        arguments: of the command line.
+        count: of processes.
+    """
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    threads = str(max(1, (os.cpu_count() or 1) // count))
+    os.environ.setdefault("OMP_NUM_THREADS", threads)
+    with tempfile.TemporaryDirectory(prefix="hmpo-ranks-") as folder:
+        logs = DefaultLogsSpecs(log_dir=folder, redirects=dict.fromkeys(range(1, count), Std.ALL))
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=count,
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            run_id=f"hmpo-{os.getpid()}",
+            max_restarts=0,
+            monitor_interval=0.1,
+            logs_specs=logs,
+        )
+        logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # ours say it
+        try:
+            elastic_launch(config, sys.executable)("-m", "hmpo", *arguments)
+        except SignalException as error:  # which the ranks have answered
+            return 128 + int(error.sigval)
+        except ChildFailedError as error:
+            return _told(error.failures, folder)
+    return 0
+
+
+def _told(failures: Mapping[int, object], folder: str) -> int:
+    """The exit code of the rank that failed first; what it said, where it is not the first."""
+    rank, first = min(failures.items(), key=lambda item: item[1].timestamp)  # type: ignore[attr-defined]
+    code: int = first.exitcode  # type: ignore[attr-defined]
+    if rank:
+        for path in sorted(Path(folder).rglob(f"{rank}/stderr.log")):
+            sys.stderr.write(path.read_text(encoding="utf-8", errors="replace")[-4000:])
+    if code < 0:
+        sys.stderr.write(f"hmpo: rank {rank} was ended by signal {-code}\n")
+        return 128 - code
+    return code
