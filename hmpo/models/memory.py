@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
@@ -49,7 +50,7 @@ def meta_policy(config: PolicyConfig) -> nn.Module:
             model = _made(settings, attention, dtype)
             if config.lora_rank > 0:
                 model = _with_lora(model, config, folder)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         text = " ".join(str(error).split())[:300]
         raise ModelError(f"policy {config.path!r}: no model can be made of it ({text})") from error
     return model.eval()  # as the log-probs of an update are taken: without dropout
