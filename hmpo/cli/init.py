@@ -236,7 +236,7 @@ def _ask(question: str, likely: str, take: Callable[[str], T]) -> T:
         try:
             answer = input(writable(f"{question}{bracket}: ")).strip() or likely
         except EOFError:
-            raise ConfigError(f"init: the input ended before {question!r}") from None
+            raise ConfigError(f"init: the input ended before its answer to {question}") from None
         if not answer:
             continue
         try:

@@ -56,9 +56,11 @@ class Preset:
     @property
     def dtype(self) -> str:
         """Precision of the weights: bfloat16 on a GPU, unless it has no instructions for that."""
+        if not self.gpu:
+            return "float32"
         there = torch.cuda.is_available()
         able = not there or torch.cuda.is_bf16_supported(including_emulation=False)
-        return "bfloat16" if self.gpu and able else "float32"
+        return "bfloat16" if able else "float32"
 
 
 PRESETS = {

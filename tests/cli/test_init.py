@@ -1,6 +1,7 @@
 """`hmpo init`: what it writes is a run that `hmpo train` takes; questions, refusals, a hub."""
 
 import builtins
+import io
 import json
 import os
 import pty
@@ -11,11 +12,12 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 from huggingface_hub import constants
 
 from hmpo import cli
 from tests.models.hub_server import serving
-from tests.proposal.conftest import here, place  # noqa: F401
+from tests.proposal.kinds import MODELS, make_data, make_model
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "init.toml"
 KINDS = {
@@ -27,11 +29,22 @@ KINDS = {
 QUICK = ("--set", "prompts_per_rollout=2", "trainer.max_length=8")
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    root = tmp_path_factory.mktemp("init")
+    for name in MODELS:
+        make_model(root, name)
+    make_data(root)
+    return root
+
+
 @pytest.fixture(autouse=True)
-def work(here, monkeypatch):  # noqa: F811
+def work(made, monkeypatch):
     """The folder with models and data, without a terminal."""
-    monkeypatch.setattr(sys, "stdin", open(os.devnull))  # noqa: PTH123, SIM115
-    return here
+    monkeypatch.chdir(made)
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # the same file everywhere
+    return made
 
 
 def init(capsys, *words) -> str:
@@ -157,11 +170,11 @@ def test_what_cannot_be_is_refused_in_a_line(capsys, name):
 
 
 def test_without_a_terminal_a_reward_is_taken_only_where_it_is_safe(capsys, work):
-    rows = [{"prompt": f"write f{n}", "tests": f"assert f{n}() == {n}"} for n in range(30)]
+    rows = [{"prompt": f"write f{n}", "tests": f"assert f{n}() == {n}"} for n in range(60)]
     (work / "code.json").write_text(json.dumps(rows))
     line = refusal(capsys, "--model", "llama", "--data", "code.json")
     assert "what the policy writes is run" in line and "say --reward unit_tests" in line
-    (work / "bare.json").write_text(json.dumps([{"prompt": f"say {n}"} for n in range(30)]))
+    (work / "bare.json").write_text(json.dumps([{"prompt": f"say {n}"} for n in range(60)]))
     line = refusal(capsys, "--model", "llama", "--data", "bare.json")
     assert line.startswith("--reward: no column of answers among prompt; ")
 
@@ -224,7 +237,7 @@ def test_a_column_that_cannot_be_told_is_asked_for(capsys, monkeypatch, work):
 
 def test_an_input_that_ends_is_one_line(capsys, monkeypatch):
     Terminal(monkeypatch)
-    assert "the input ended before 'model" in refusal(capsys)
+    assert "the input ended before its answer to model: a folder" in refusal(capsys)
 
 
 def test_a_person_at_a_terminal_is_asked():

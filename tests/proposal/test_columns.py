@@ -39,7 +39,7 @@ def test_the_answer_is(name):
 
 @pytest.mark.parametrize("row", [{"a": "x", "b": "y"}, {"a": 3}, {"a": ""}])
 def test_what_cannot_be_told_is_refused_with_the_names(row):
-    with pytest.raises(NoColumn, match="columns.prompt=NAME") as caught:
+    with pytest.raises(NoColumn, match=r"columns\.prompt=NAME") as caught:
         prompt_column([row], "f.csv")
     assert caught.value.names == list(row) and "\n" not in str(caught.value)
 

@@ -1,7 +1,6 @@
 """The settings of a run follow from model and data, and say what was guessed."""
 
 import dataclasses
-import os
 from pathlib import Path
 
 import pytest
@@ -61,8 +60,10 @@ def test_prompts_and_responses_fit_into_the_context(here):
     whole = proposal("llama", "train.jsonl")
     most = whole.tables["task"]["options"]["max_prompt_length"]
     assert trainer["max_length"] == 100 - most < whole.tables["trainer"]["max_length"]
-    tight = proposal("llama", "train.jsonl", context=most)
-    assert tight.tables["trainer"]["max_length"] == 16
+    longest = int(whole.comments["task.options.max_prompt_length"].rpartition(": ")[2])
+    tight = proposal("llama", "train.jsonl", context=longest + 16).tables
+    assert tight["trainer"]["max_length"] == 16
+    assert tight["task"]["options"]["max_prompt_length"] == longest
     with pytest.raises(ModelError, match="take shorter prompts"):
         proposal("llama", "train.jsonl", context=30)
 
@@ -97,6 +98,14 @@ def test_a_gpu_gets_bfloat16_and_larger_groups(here):
     assert gpu["trainer"]["group_size"] > laptop["trainer"]["group_size"]
 
 
+def test_beside_a_gpu_a_laptop_keeps_to_its_processor(here, monkeypatch):
+    assert "device" not in proposal("llama", "train.jsonl").tables
+    monkeypatch.setattr(sizes.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(sizes.torch.cuda, "is_bf16_supported", lambda **_: False)
+    assert proposal("llama", "train.jsonl").tables["device"] == "cpu"
+    assert sizes.PRESETS["one-gpu"].dtype == "float32"  # an older card
+
+
 def test_adapters_bring_their_rate_and_a_reason(here, monkeypatch):
     small = dataclasses.replace(sizes.PRESETS["laptop"], adapters_from=1e3)
     monkeypatch.setitem(sizes.PRESETS, "laptop", small)
@@ -116,7 +125,7 @@ def test_paths_are_written_as_they_count_from_the_file(here, tmp_path):
     assert absolute["policy"]["path"] == str(here / "llama")
     for name in ("smollm2", "org/model"):
         assert relocated(tables | {"policy": {"path": name}}, deep)["policy"]["path"] == name
-    os.symlink(here / "llama", here / "tiny-sort")
+    (here / "tiny-sort").symlink_to(here / "llama")
     local = relocated(tables | {"policy": {"path": "./tiny-sort"}}, here)
     assert local["policy"]["path"] == "./tiny-sort"
     code = relocated(tables | {"rewards": {"functions": ["v-train.parquet.py:f"]}}, deep)
