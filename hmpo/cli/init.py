@@ -273,8 +273,9 @@ def _text(out: Path, proposal: "Proposal", wishes: Wishes) -> str:
     from hmpo.proposal.toml import written
 
     head = (
-        f"{wishes.model} on {wishes.data}, preset {wishes.preset}. Written by hmpo init; comments "
-        f"say what was guessed.\n  hmpo train {out} --dry-run\n  hmpo train {out}"
+        f"{wishes.model} on {wishes.data}, preset {wishes.preset}\n"
+        "Written by hmpo init; comments say what was guessed.\n"
+        f"  hmpo train {out} --dry-run\n  hmpo train {out}"
     )
     return written(relocated(proposal.tables, out.parent), proposal.comments, head)
 

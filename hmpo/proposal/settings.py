@@ -241,6 +241,8 @@ def _lengths_fit(
         template=policy.template,
         thinks=policy.thinks,
     )
+    if reward.function == "unit_tests":
+        tokens, why = max(tokens, size.longest), "a guess for programs"
     tokens = (given.get("trainer") or {}).get("max_length", tokens)
     options = (given.get("task") or {}).get("options") or {}
     most = options.get("max_prompt_length") or prompt_tokens(size, lengths)

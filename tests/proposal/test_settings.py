@@ -1,6 +1,7 @@
 """The settings of a run follow from model and data, and say what was guessed."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -130,3 +131,11 @@ def test_paths_are_written_as_they_count_from_the_file(here, tmp_path):
     assert local["policy"]["path"] == "./tiny-sort"
     code = relocated(tables | {"rewards": {"functions": ["v-train.parquet.py:f"]}}, deep)
     assert code["rewards"]["functions"] == ["v-train.parquet.py:f"]
+
+
+def test_programs_get_the_longest_responses(here):
+    rows = [{"prompt": f"write f{n}", "tests": f"assert f{n}() == {n}"} for n in range(60)]
+    Path("programs.json").write_text(json.dumps(rows))
+    found = proposal("llama", "programs.json", reward="unit_tests").tables
+    assert found["trainer"]["max_length"] == sizes.PRESETS["laptop"].longest
+    assert found["task"]["system"]
