@@ -227,7 +227,11 @@ def _task(options: dict[str, Any], notes: dict[str, str]) -> DataTask:
 
 
 def _made(options: Mapping[str, Any]) -> DataTask:
-    task = make_task(TaskConfig(name="data", options=dict(options)))
+    try:
+        task = make_task(TaskConfig(name="data", options=dict(options)))
+    except TaskError as error:
+        by = " by --set" if str(error).endswith("give task.options.held_out") else ""
+        raise TaskError(f"{error}{by}") from None
     if not isinstance(task, DataTask):
         raise HmpoError("task data: is wrapped")
     return task

@@ -77,6 +77,7 @@ REFUSED = {
     "empty": ("empty.jsonl", "empty.jsonl is empty"),
     "no rows": ("none.json", "has no rows"),
     "answered": ("sft.jsonl", "end with the assistant's turn"),
+    "too few to hold any out": ("few.jsonl", "add prompts, or give task.options.held_out by --set"),
     "no prompt": ("odd.jsonl", "which of its columns a, b is the prompt cannot be told"),
 }
 
@@ -90,6 +91,7 @@ def test_data_are_refused_in_a_line(tmp_path, monkeypatch, name):
     turns = [{"role": "user", "content": "1+1"}, {"role": "assistant", "content": "2"}]
     lines(tmp_path / "sft.jsonl", [{"messages": turns}])
     lines(tmp_path / "odd.jsonl", [{"a": "x", "b": "y"}])
+    lines(tmp_path / "few.jsonl", [{"prompt": "say 0"}])
     source, said = REFUSED[name]
     with pytest.raises(TaskError) as caught:
         look_at_data(source, {})
