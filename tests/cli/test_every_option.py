@@ -7,6 +7,7 @@ import dataclasses
 import inspect
 import json
 import re
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,7 @@ def place(made, capsys, monkeypatch, tmp_path):
     return dataclasses.replace(made, capsys=capsys, monkeypatch=monkeypatch)
 
 
-# --- demo, train -----------------------------------------------------------------------------
+# --- demo, init, train -----------------------------------------------------------------------
 
 
 def demo(place: Place, *words: object) -> tuple[Any, Any]:
@@ -119,6 +120,41 @@ def demo_out(place: Place) -> None:
 
 def demo_quiet(place: Place) -> None:
     assert [demo(place, *words)[1].quiet for words in ((), ("--quiet",))] == [False, True]
+
+
+def begun(place: Place, *words: object) -> tuple[dict[str, Any], str]:
+    """What `hmpo init` writes for the micro policy and digits, and what it prints."""
+    rows = [{"prompt": f"{n:03d}>", "answer": str(n)} for n in range(60)]
+    Path("digits.json").write_text(json.dumps(rows))
+    defaults = ("--model", place.policy, "--data", "digits.json")
+    text = place.hmpo("init", *words, *(() if "--model" in words else defaults))
+    name = next((str(word) for word in words if str(word).endswith(".toml")), "run.toml")
+    return tomllib.loads(Path(name).read_text()), text
+
+
+def init_out_overwrite(place: Place) -> None:
+    assert begun(place)[0]["name"] == "run" and begun(place, "mine.toml")[0]["name"] == "mine"
+    words = ("init", "--model", place.policy, "--data", "digits.json")
+    assert "run.toml is there already" in place.fails(*words)
+    place.hmpo(*words, "--overwrite")
+
+
+def init_model_data(place: Place) -> None:
+    found, _ = begun(place)
+    assert found["policy"]["path"] == str(place.policy)
+    assert found["task"]["options"]["train"] == "digits.json"
+    assert "--model: not given" in place.fails("init", "other.toml", "--data", "digits.json")
+    assert "--data: not given" in place.fails("init", "other.toml", "--model", place.policy)
+
+
+def init_reward_preset_updates_set(place: Place) -> None:
+    plain, _ = begun(place, "plain.toml")
+    words = ("--reward", "exact", "--preset", "one-gpu", "--updates", 5, "--set", "seed=3")
+    other, _ = begun(place, "other.toml", *words)
+    assert plain["rewards"]["functions"] == ["last_number"] and "seed" not in plain
+    assert other["rewards"]["functions"] == ["exact"] and other["seed"] == 3
+    assert (plain["updates"], other["updates"]) == (100, 5)
+    assert "dtype" not in plain["policy"] and other["policy"]["dtype"] == "bfloat16"
 
 
 def trained(place: Place, name: str, *words: object) -> tuple[Path, str]:
@@ -461,6 +497,16 @@ def experiment_dry_run(place: Place) -> None:
 
 OPTIONS: dict[str, dict[str, Callable[[Place], None]]] = {
     "demo": {"seed": demo_seed, "updates": demo_updates, "out": demo_out, "quiet": demo_quiet},
+    "init": {
+        "out": init_out_overwrite,
+        "overwrite": init_out_overwrite,
+        "model": init_model_data,
+        "data": init_model_data,
+        "reward": init_reward_preset_updates_set,
+        "preset": init_reward_preset_updates_set,
+        "updates": init_reward_preset_updates_set,
+        "set": init_reward_preset_updates_set,
+    },
     "train": {
         "config": train_config_set_report_quiet,
         "set": train_config_set_report_quiet,
