@@ -88,7 +88,7 @@ def look_at_policy(policy: PolicyConfig) -> PolicyFacts:
         ModelError: one line; there is no such policy, or it is none that is trained.
     """
     given = resolve_policy_path(policy.path, policy.revision)
-    folder = whole_policy(policy.path, policy.revision)
+    folder = whole_policy(policy)
     check_architecture(folder, policy.path)
     tokenizer = load_tokenizer(folder, policy.path)
     plain = PolicyConfig(path=policy.path, revision=policy.revision)
