@@ -19,7 +19,7 @@ LONG_FILES: tuple[str, ...] = ()
 
 FLOORS = [
     "cli",
-    "lab | adapters",
+    "lab | adapters | proposal",
     "run",
     "trainer",
     "sampling | logprobs | environments",

@@ -75,6 +75,40 @@ def demo(
 
 
 @app.command
+def init(
+    out: Positional[Path] = Path("run.toml"),
+    /,
+    *,
+    model: str | None = None,
+    data: str | None = None,
+    reward: str | None = None,
+    preset: str | None = None,
+    updates: int | None = None,
+    set: Settings = (),
+    overwrite: bool = False,
+) -> int:
+    """Write the TOML file of a run on your model, data and reward, after looking at them.
+
+    What is not given is asked, or without a terminal taken from what was found.
+
+    Args:
+        out: the file to write.
+        model: a Hugging Face folder, a hub's organisation/name, `tiny-sort` or `smollm2`.
+        data: a file of prompts (JSONL, JSON, CSV, Parquet, Arrow, also gzipped), a folder, or an
+            id of a data set.
+        reward: a function of docs/rewards.md, `module:function` or `file.py:function`.
+        preset: laptop or one-gpu; by default what this machine is.
+        updates: of the run, 100 by default.
+        set: further settings, such as `task.options.columns.prompt=question`.
+        overwrite: replace a file that is there.
+    """
+    from hmpo.cli.init import Wishes, write_config
+
+    wishes = Wishes(model, data, reward, preset, updates, _all(set))
+    return write_config(expanded(out), wishes, overwrite=overwrite)
+
+
+@app.command
 def train(
     config: Positional[Path | None] = None,
     /,
@@ -109,11 +143,13 @@ def train(
         report: write report.html and plots at the end.
         quiet: only the result.
     """
+    from hmpo.cli.sources import asked_run
+
     if resume is None and allow_changed:
         raise ConfigError("train: --allow-changed is for --resume RUN; leave it out")
     if resume is not None and dry_run:
         raise ConfigError("train: --dry-run shows how a run begins; leave out it or --resume")
-    settings = _settings(config, _all(set), resume, from_, overwrite, allow_code)
+    settings = asked_run(config, _all(set), resume, from_, overwrite, allow_code)
     where = None if resume is None else Path(os.path.abspath(expanded(resume)))  # noqa: PTH100
     refuse_parts(settings, fresh=resume is None, run=where)
     refuse_ranks(ranks, settings.device)
@@ -250,49 +286,9 @@ def doctor(model: Positional[str | None] = None, /, *, split: bool = False) -> i
     return show(model, split=split)
 
 
-def _settings(
-    config: Path | None,
-    settings: list[str],
-    resume: Path | None,
-    start: str | None,
-    overwrite: bool,
-    allow_code: bool,
-) -> RunConfig:
-    """The settings of the run that `hmpo train` was asked for.
-
-    Raises:
-        HmpoError: one line.
-    """
-    from hmpo.cli.sources import new_run, resumed_run
-    from hmpo.config.reading import load_run_config
-
-    if resume is not None:
-        if config is not None or start is not None or overwrite:
-            raise ConfigError(
-                "train: --resume RUN goes on as the run began; give a TOML file, --from or "
-                "--overwrite without it (one of the two)"
-            )
-        return resumed_run(expanded(resume), settings, allow_code=allow_code)
-    if start is not None:
-        file = None if config is None else expanded(config)
-        return new_run(start, file, settings, allow_code=allow_code)
-    if config is None:
-        hint = _lost(settings)
-        raise ConfigError(
-            f"train: give a TOML file, or --resume RUN (one of the two), or --from RUN{hint}"
-        )
-    return load_run_config(config, settings)
-
-
 def _all(settings: tuple[tuple[str, ...], ...]) -> list[str]:
     """What stands behind every `--set`, in order."""
     return [item for group in settings for item in group]
-
-
-def _lost(settings: list[str]) -> str:
-    """A hint where `--set` swallowed the file."""
-    swallowed = [item for item in settings if "=" not in item]
-    return f"; put {swallowed[0]} before --set" if swallowed else ""
 
 
 def _tell_end(result: "RunResult", settings: RunConfig, say: Callable[..., None]) -> int:

@@ -21,6 +21,7 @@ from hmpo.telemetry.secrets import mask_credentials
 COMMANDS = (
     "agm",
     "demo",
+    "init",
     "train",
     "eval",
     "export",

@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from hmpo.cli.preflight import expanded
 from hmpo.config import RunConfig
 from hmpo.config.overrides import overridden
 from hmpo.config.places import BUNDLED
@@ -39,6 +40,43 @@ INSTEAD = {
     "eval.final_prompts": "--prompts",
     "eval.pass_at": "--pass-at",
 }
+
+
+def asked_run(
+    config: Path | None,
+    settings: list[str],
+    resume: Path | None,
+    start: str | None,
+    overwrite: bool,
+    allow_code: bool,
+) -> RunConfig:
+    """The settings of the run that `hmpo train` was asked for.
+
+    Raises:
+        HmpoError: one line.
+    """
+    if resume is not None:
+        if config is not None or start is not None or overwrite:
+            raise ConfigError(
+                "train: --resume RUN goes on as the run began; give a TOML file, --from or "
+                "--overwrite without it (one of the two)"
+            )
+        return resumed_run(expanded(resume), settings, allow_code=allow_code)
+    if start is not None:
+        file = None if config is None else expanded(config)
+        return new_run(start, file, settings, allow_code=allow_code)
+    if config is None:
+        hint = _lost(settings)
+        raise ConfigError(
+            f"train: give a TOML file, or --resume RUN (one of the two), or --from RUN{hint}"
+        )
+    return load_run_config(config, settings)
+
+
+def _lost(settings: list[str]) -> str:
+    """A hint where `--set` swallowed the file."""
+    swallowed = [item for item in settings if "=" not in item]
+    return f"; put {swallowed[0]} before --set" if swallowed else ""
 
 
 def resumed_run(folder: Path, settings: Sequence[str], *, allow_code: bool) -> RunConfig:

@@ -42,12 +42,35 @@ def load_run_config(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
     if path.suffix == ".json":
         _forget_old_defaults(data)
     elif isinstance(data, dict):
-        folders = dict.fromkeys((str(path.expanduser().resolve().parent), str(Path.cwd())))
-        data.setdefault("relative_to", list(folders))
+        _place(data, path)
     try:
         return run_config(data, overrides)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
+
+
+def config_of_text(text: str, path: Path) -> RunConfig:
+    """The configuration that a TOML file would have, as `load_run_config` reads it.
+
+    Args:
+        text: of the file.
+        path: where it will be.
+
+    Raises:
+        ConfigError: one line with the file and the field.
+    """
+    data = tomllib.loads(text)
+    _place(data, path)
+    try:
+        return run_config(data)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def _place(data: dict[str, Any], path: Path) -> None:
+    """Let relative paths count from the folder of the file, or else from the current one."""
+    folders = dict.fromkeys((str(path.expanduser().resolve().parent), str(Path.cwd())))
+    data.setdefault("relative_to", list(folders))
 
 
 def read_tables(path: Path) -> Any:

@@ -83,7 +83,7 @@ def load_policy(config: PolicyConfig, *, device: str = "cpu") -> LoadedPolicy:
 def _load_whole(config: PolicyConfig, folder: Path, place: torch.device) -> LoadedPolicy:
     """The policy in a folder that holds all of its weights."""
     check_architecture(folder, config.path)
-    tokenizer = _load_tokenizer(folder, config.path)
+    tokenizer = load_tokenizer(folder, config.path)
     stored = _stored(folder, config.path)
     dtype = training_dtype(config, stored)
     model = _load_model(folder, config, dtype, place)
@@ -115,8 +115,16 @@ def _device(device: str) -> torch.device:
     return place
 
 
-def _load_tokenizer(folder: Path, path: str) -> PreTrainedTokenizerBase:
-    """The folder's tokenizer, padding on the left."""
+def load_tokenizer(folder: Path, path: str) -> PreTrainedTokenizerBase:
+    """The folder's tokenizer, padding on the left.
+
+    Args:
+        folder: of the policy.
+        path: how the user named it.
+
+    Raises:
+        ModelError: one line; it has none, or one that turns text into no tokens.
+    """
     try:
         with quiet_transformers():
             tokenizer: Any = AutoTokenizer.from_pretrained(

@@ -122,6 +122,19 @@ def refuse_length(policy: nn.Module, tokens: int, what: str) -> None:
         )
 
 
+def longest_row(policy: nn.Module) -> int | None:
+    """Tokens of the longest row that a transformers model reads rightly, from its configuration.
+
+    Args:
+        policy: with weights or on the meta device.
+
+    Returns:
+        None where its configuration sets no limit.
+    """
+    core = unwrap(policy)
+    return min((n for n in (_context(core), _one_rope(core)) if n is not None), default=None)
+
+
 def _probe(policy: nn.Module, core: Any) -> PolicyFacts:
     """The facts about a transformers model."""
     context, one_rope = _context(core), _one_rope(core)

@@ -117,6 +117,10 @@ class DataTask(RowTask):
                 self.told[f"{verb}_{split}"] = len(over)
         return self.told
 
+    def examples(self) -> list[RowExample]:
+        """The training examples in the order of the file, without solved ones before them."""
+        return list(self._train)
+
     def inputs(self) -> Iterator[tuple[str, str]]:
         """(name, hash) of what was read that is no file with a place of its own."""
         if self.content:

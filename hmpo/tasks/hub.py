@@ -57,6 +57,59 @@ def read_split(
     return [(f"{dataset} {split}, row {n}", row) for n, row in enumerate(rows, 1)]
 
 
+def split_names(dataset: str, *, subset: str = "", revision: str = "") -> list[str]:
+    """Names of the splits of a data set; none of a saved one that is not split.
+
+    Args:
+        dataset: as for `read_split`.
+        subset: name of the configuration; empty takes the default.
+        revision: of an id.
+
+    Raises:
+        TaskError: one line with what `datasets` says.
+        MissingDependencyError: `datasets` is not installed.
+    """
+    datasets, folder = _datasets(), Path(dataset).expanduser()
+    if (folder / "state.json").is_file():
+        return []
+    try:
+        if (folder / "dataset_dict.json").is_file():
+            return list(datasets.load_from_disk(str(folder)))
+        name = str(folder) if folder.is_dir() else dataset
+        return list(
+            datasets.get_dataset_split_names(name, subset or None, revision=revision or None)
+        )
+    except Exception as error:
+        raise _unreadable(dataset, error) from error
+
+
+def subset_names(dataset: str, *, revision: str = "") -> list[str]:
+    """Names of the configurations of a data set; none of a saved one.
+
+    Args:
+        dataset: as for `read_split`.
+        revision: of an id.
+
+    Raises:
+        TaskError: one line with what `datasets` says.
+        MissingDependencyError: `datasets` is not installed.
+    """
+    datasets, folder = _datasets(), Path(dataset).expanduser()
+    if any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
+        return []
+    try:
+        name = str(folder) if folder.is_dir() else dataset
+        return list(datasets.get_dataset_config_names(name, revision=revision or None))
+    except Exception as error:
+        raise _unreadable(dataset, error) from error
+
+
+def _unreadable(dataset: str, error: Exception) -> TaskError:
+    """What `datasets` says, in a line."""
+    text = f"{type(error).__name__}: {one_line(error, 300)}"
+    return TaskError(f"task.options.dataset: cannot read {dataset} ({text})")
+
+
 def _of_saved(found: Any, dataset: str, split: str) -> Any:
     """One split of what `save_to_disk` wrote, which may be the only one and have no name."""
     if not hasattr(found, "keys"):

@@ -262,7 +262,7 @@ def check_prompts(
         ]
     for start in range(0, len(listed), PART):
         part = listed[start : start + PART]
-        lengths = _lengths(tokenizer, part, options or PromptOptions())
+        lengths = lengths_of(tokenizer, part, options or PromptOptions())
         tokens = max(lengths)
         place = part[lengths.index(tokens)][0]
         what = f"{place}: prompt of {tokens} tokens and max_length = {max_length}"
@@ -288,14 +288,20 @@ def fit_prompts(task: Task, tokenizer: Any, options: PromptOptions) -> dict[str,
     def count(prompts: Sequence[Any]) -> list[int]:
         listed = [(f"task {task.name}", prompt) for prompt in prompts]
         starts = range(0, len(listed), PART)
-        parts = [_lengths(tokenizer, listed[start : start + PART], whole) for start in starts]
+        parts = [lengths_of(tokenizer, listed[start : start + PART], whole) for start in starts]
         return [tokens for part in parts for tokens in part]
 
     return dict(fit(count))
 
 
-def _lengths(tokenizer: Any, part: Sequence[tuple[str, Any]], options: PromptOptions) -> list[int]:
-    """Tokens of some prompts; one that cannot be encoded is named by its place."""
+def lengths_of(
+    tokenizer: Any, part: Sequence[tuple[str, Any]], options: PromptOptions
+) -> list[int]:
+    """Tokens of some prompts, (place, prompt) each.
+
+    Raises:
+        ModelError: one line with the place of a prompt that cannot be encoded.
+    """
     try:
         return [len(row) for row in prompt_rows(tokenizer, [p for _, p in part], options)]
     except ModelError:

@@ -7,6 +7,7 @@ import dataclasses
 import inspect
 import json
 import re
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from hmpo.lab.study.outcomes import save_outcomes
 from hmpo.lab.suite.reading import read_suite
 from hmpo.lab.suite.watch import SuiteResult
 from hmpo.models.paths import cache_folder
+from hmpo.ranks.launched import device_of_rank, rank_of_launch
 from hmpo.run import loop as run
 from tests.agm.streams import EAGER
 from tests.cli import experiment_options
@@ -89,7 +91,7 @@ def place(made, capsys, monkeypatch, tmp_path):
     return dataclasses.replace(made, capsys=capsys, monkeypatch=monkeypatch)
 
 
-# --- demo, train -----------------------------------------------------------------------------
+# --- demo, init, train -----------------------------------------------------------------------
 
 
 def demo(place: Place, *words: object) -> tuple[Any, Any]:
@@ -119,6 +121,41 @@ def demo_out(place: Place) -> None:
 
 def demo_quiet(place: Place) -> None:
     assert [demo(place, *words)[1].quiet for words in ((), ("--quiet",))] == [False, True]
+
+
+def begun(place: Place, *words: object) -> tuple[dict[str, Any], str]:
+    """What `hmpo init` writes for the micro policy and digits, and what it prints."""
+    rows = [{"prompt": f"{n:03d}>", "answer": str(n)} for n in range(60)]
+    Path("digits.json").write_text(json.dumps(rows))
+    defaults = ("--model", place.policy, "--data", "digits.json")
+    text = place.hmpo("init", *words, *(() if "--model" in words else defaults))
+    name = next((str(word) for word in words if str(word).endswith(".toml")), "run.toml")
+    return tomllib.loads(Path(name).read_text()), text
+
+
+def init_out_overwrite(place: Place) -> None:
+    assert begun(place)[0]["name"] == "run" and begun(place, "mine.toml")[0]["name"] == "mine"
+    words = ("init", "--model", place.policy, "--data", "digits.json")
+    assert "run.toml is there already" in place.fails(*words)
+    place.hmpo(*words, "--overwrite")
+
+
+def init_model_data(place: Place) -> None:
+    found, _ = begun(place)
+    assert found["policy"]["path"] == str(place.policy)
+    assert found["task"]["options"]["train"] == "digits.json"
+    assert "--model: not given" in place.fails("init", "other.toml", "--data", "digits.json")
+    assert "--data: not given" in place.fails("init", "other.toml", "--model", place.policy)
+
+
+def init_reward_preset_updates_set(place: Place) -> None:
+    plain, _ = begun(place, "plain.toml")
+    words = ("--reward", "exact", "--preset", "one-gpu", "--updates", 5, "--set", "seed=3")
+    other, _ = begun(place, "other.toml", *words)
+    assert plain["rewards"]["functions"] == ["last_number"] and "seed" not in plain
+    assert other["rewards"]["functions"] == ["exact"] and other["seed"] == 3
+    assert (plain["updates"], other["updates"]) == (100, 5)
+    assert "dtype" not in plain["policy"] and other["policy"]["dtype"] == "bfloat16"
 
 
 def trained(place: Place, name: str, *words: object) -> tuple[Path, str]:
@@ -177,6 +214,22 @@ def train_dry_run(place: Place) -> None:
     text = place.hmpo("train", place.file, "--set", "name=dry", "--dry-run")
     assert "nothing was trained" in text and "low_digits" in text
     assert not (place.root / "dry").exists()
+
+
+def train_ranks(place: Place) -> None:
+    words = ("updates=2", "--no-report")
+    one, _ = trained(place, "one", *words)
+    two, text = trained(place, "two", *words, "--ranks", 2)
+    tokens = [(f / "completions.jsonl").read_text() for f in (one, two)]
+    assert tokens[0] == tokens[1]
+    assert [json.loads(line)["world_size"] for f in (one, two) for line in _first(f)] == [1, 2]
+    assert "--ranks: got 0, expected an integer >= 1" in place.fails(
+        "train", place.file, "--set", "name=none", "--ranks", 0
+    )
+
+
+def _first(folder: Path) -> list[str]:
+    return (folder / "telemetry.jsonl").read_text(encoding="utf-8").splitlines()[:1]
 
 
 # --- eval, report, fetch-model, doctor ---------------------------------------------------------
@@ -461,6 +514,16 @@ def experiment_dry_run(place: Place) -> None:
 
 OPTIONS: dict[str, dict[str, Callable[[Place], None]]] = {
     "demo": {"seed": demo_seed, "updates": demo_updates, "out": demo_out, "quiet": demo_quiet},
+    "init": {
+        "out": init_out_overwrite,
+        "overwrite": init_out_overwrite,
+        "model": init_model_data,
+        "data": init_model_data,
+        "reward": init_reward_preset_updates_set,
+        "preset": init_reward_preset_updates_set,
+        "updates": init_reward_preset_updates_set,
+        "set": init_reward_preset_updates_set,
+    },
     "train": {
         "config": train_config_set_report_quiet,
         "set": train_config_set_report_quiet,
@@ -472,6 +535,7 @@ OPTIONS: dict[str, dict[str, Callable[[Place], None]]] = {
         "allow_code": train_resume,
         "allow_changed": train_allow_changed,
         "dry_run": train_dry_run,
+        "ranks": train_ranks,
     },
     "eval": {
         "target": eval_target_prompts_pass_at,
@@ -555,13 +619,32 @@ def cache(monkeypatch, tmp_path) -> list[Any]:
 def world_size(monkeypatch, tmp_path) -> list[Any]:
     refuse_several_processes()
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
     with pytest.raises(ConfigError, match=r"^WORLD_SIZE = 2: ") as caught:
         refuse_several_processes()
     return [None, str(caught.value)]
 
 
+def rank(monkeypatch, tmp_path) -> list[int]:
+    before = rank_of_launch()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    return [before, rank_of_launch()]
+
+
+def local_rank(monkeypatch, tmp_path) -> list[str]:
+    before = device_of_rank("cuda")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert device_of_rank("cpu") == "cpu"
+    return [before, device_of_rank("cuda")]
+
+
 ENVIRONMENT = {
     "HMPO_CACHE": cache,
+    "LOCAL_RANK": local_rank,
+    "RANK": rank,
     "WORLD_SIZE": world_size,
     "HMPO_MATMUL": "tests/logprobs/test_matmul.py",
     "OMP_WAIT_POLICY": "tests/cli/test_cli.py",
