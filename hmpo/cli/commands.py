@@ -6,13 +6,12 @@ Nothing heavy is imported before a command runs, so `hmpo --help` is quick.
 import contextlib
 import logging
 import os
-import shlex
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import tyro
 
@@ -25,15 +24,9 @@ from hmpo.cli.preflight import (
     refuse_ranks,
     refuse_unknown_command,
 )
-from hmpo.config import RunConfig
-from hmpo.config.places import located
 from hmpo.errors import ConfigError, HmpoError
-from hmpo.ranks.launched import launched, rank_of_launch
-from hmpo.run.consent import resume_command
+from hmpo.ranks.launched import launched
 from hmpo.telemetry.visible import writable
-
-if TYPE_CHECKING:
-    from hmpo.run.observer import RunResult
 
 app = tyro.extras.SubcommandApp()
 app.command(cli_agm.app, name="agm", help="Adaptive controllers over recorded runs.")
@@ -157,27 +150,10 @@ def train(
         from hmpo.ranks.start import start_ranks
 
         return start_ranks(_given, ranks)
-    quiet = quiet or rank_of_launch() > 0
+    from hmpo.cli.training import run_training
 
-    from hmpo.cli.rehearsal import dry_run as rehearsed
-    from hmpo.cli.screen import Screen
-    from hmpo.run.loop import train as run_train
-    from hmpo.run.memory import memory_line
-
-    line = memory_line(located(settings), where)
-    ways = {"resume": resume is not None, "overwrite": overwrite, "allow_changed": allow_changed}
-    with Screen(quiet=quiet) as screen:
-        if not quiet:
-            screen.say(line)
-        if dry_run:
-            return rehearsed(settings, screen, overwrite=overwrite)
-        result = run_train(settings, observer=screen, folder=where, **ways)
-    if rank_of_launch():
-        return 0 if result.signal is None else 128 + result.signal
-    code = _tell_end(result, settings, screen.say)
-    if report and not code:
-        _write_report([result.folder], say=screen.say)
-    return code
+    ways = {"overwrite": overwrite, "allow_changed": allow_changed, "dry_run": dry_run}
+    return run_training(settings, where, report=report, quiet=quiet, **ways)
 
 
 @app.command
@@ -252,7 +228,9 @@ def report(runs: Positional[tuple[Path, ...]], /, *, out: Path | None = None) ->
     """
     if not runs:
         raise ConfigError("report: give at least one run folder")
-    _write_report([expanded(run) for run in runs], None if out is None else expanded(out))
+    from hmpo.cli.training import write_page
+
+    write_page([expanded(run) for run in runs], None if out is None else expanded(out))
     return 0
 
 
@@ -289,34 +267,6 @@ def doctor(model: Positional[str | None] = None, /, *, split: bool = False) -> i
 def _all(settings: tuple[tuple[str, ...], ...]) -> list[str]:
     """What stands behind every `--set`, in order."""
     return [item for group in settings for item in group]
-
-
-def _tell_end(result: "RunResult", settings: RunConfig, say: Callable[..., None]) -> int:
-    """Say what a run came to and where its policy is; gives the exit code."""
-    from hmpo.cli.screen import outcome_table
-
-    say(outcome_table(result))
-    if result.signal is None:
-        say(f"policy: {result.folder / 'policy'}")
-        return 0
-    say(
-        f"stopped by a signal after {result.step} updates; everything is saved. "
-        f"Go on with: {resume_command(settings, result.folder)}"
-    )
-    say(f"its policy so far: hmpo export {shlex.quote(str(result.folder))}")
-    return 128 + result.signal
-
-
-def _write_report(
-    runs: list[Path], out: Path | None = None, say: Callable[[str], None] = print
-) -> None:
-    from hmpo.lab.report import write_report
-    from hmpo.lab.summary import time_line
-
-    say(f"report: {write_report(runs, out)}")
-    for run in runs:
-        if line := time_line(run):
-            say(line)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -2,11 +2,24 @@
 
 import os
 
+from hmpo.errors import ConfigError
+
 
 def launched() -> int:
-    """How many processes torchrun, or a launcher like it, has started with this one; 0 for none."""
-    size = os.environ.get("WORLD_SIZE", "1")
-    return int(size) if "RANK" in os.environ and size.isdigit() and int(size) > 1 else 0
+    """How many processes torchrun, or a launcher like it, has started with this one; 0 for none.
+
+    Raises:
+        ConfigError: one line: there are several, and nobody has said which one this is.
+    """
+    size, rank = os.environ.get("WORLD_SIZE", "1"), os.environ.get("RANK")
+    if not size.isdigit() or int(size) < 2:
+        return 0
+    if rank is None or not rank.isdigit():
+        raise ConfigError(
+            f"WORLD_SIZE = {size} and no RANK: each process would train alone; start them by "
+            "torchrun or --ranks, or take WORLD_SIZE out of the environment"
+        )
+    return int(size)
 
 
 def rank_of_launch() -> int:
@@ -16,4 +29,6 @@ def rank_of_launch() -> int:
 
 def device_of_rank(device: str) -> str:
     """The device of this rank: of several GPUs the one of its own number on its machine."""
-    return f"cuda:{os.environ['LOCAL_RANK']}" if launched() and device == "cuda" else device
+    if not launched() or device != "cuda":
+        return device
+    return "cuda:" + os.environ["LOCAL_RANK"]

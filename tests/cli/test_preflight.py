@@ -90,7 +90,8 @@ def test_one_of_several_processes_is_one_line(tmp_path, capsys, monkeypatch) -> 
     path = tmp_path / "run.toml"
     path.write_text(f'out = "{tmp_path}"\n')
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "WORLD_SIZE = 2: hmpo trains in one process" in train_refusal(capsys, str(path))
+    line = train_refusal(capsys, str(path))
+    assert "WORLD_SIZE = 2 and no RANK: each process would train alone" in line
     assert not (tmp_path / "run").exists()
 
 
