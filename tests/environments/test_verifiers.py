@@ -17,6 +17,8 @@ from tests.environments.vf_games import (
     END,
     SETTINGS,
     asked,
+    data,
+    exact,
     guessing,
     library,
     session,
@@ -177,7 +179,18 @@ def test_states_and_rewards_are_those_of_the_librarys_own_loop(vf):
         body = dict.fromkeys(Client.__abstractmethods__, none) | {"get_response": get_response}
         return type("Script", (Client,), body)(None)
 
+    class Stateful(vf.StatefulToolEnv):
+        def update_tool_args(self, tool_name, tool_args, messages, state, **kwargs):
+            return {**tool_args, "b": int(state["answer"]) - tool_args["a"]}
+
+    stateful = Stateful(dataset=data(vf), rubric=vf.Rubric(funcs=[exact]))
+    stateful.add_tool(add, args_to_skip=["b"])
     cases = [
+        (
+            stateful,
+            ['<tool_call>{"name": "add", "arguments": {"a": 2}}</tool_call>', "5"],
+            [("", [(0, ("add", '{"a": 2}'))]), ("5", [])],
+        ),
         (single(vf), ["5"], [("5", [])]),
         (guessing(vf), ["7", "3", "5"], [("7", []), ("3", []), ("5", [])]),
         (guessing(vf), ["7", "give up"], [("7", []), ("give up", [])]),

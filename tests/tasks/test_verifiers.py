@@ -7,7 +7,9 @@ import sys
 
 import pytest
 
+from hmpo.cli.evaluate import measure
 from hmpo.config import TaskConfig
+from hmpo.config.places import located
 from hmpo.config.reading import run_config
 from hmpo.environments.verifiers import from_verifiers
 from hmpo.errors import ConfigError, MissingDependencyError, TaskError
@@ -17,6 +19,7 @@ from hmpo.run.loop import train
 from hmpo.tasks import check_name, make_task
 from hmpo.tasks.verifiers import import_verifiers
 from tests.environments.vf_games import ROWS, data, exact, library, single
+from tests.faults.micro import left_by, records
 from tests.models.chat_tokenizers import qwen
 from tests.run.test_conversations import policy
 
@@ -142,36 +145,39 @@ def test_a_library_that_is_missing_or_too_new_is_one_line(monkeypatch):
         import_verifiers()
 
 
-def configured(root, **task):
+def configured(root, name="run", updates=4, **task):
     return run_config({
-        "name": "run", "out": str(root), "updates": 4, "prompts_per_rollout": 3, "threads": 1,
+        "name": name, "out": str(root), "updates": updates, "prompts_per_rollout": 3, "threads": 1,
         "device": "cpu", "samples": 8, "policy": {"path": str(root / "policy")},
         "task": {"name": "verifiers:more-of-it", **task},
         "trainer": {"group_size": 4, "max_length": 40, "minibatches": 2},
-        "eval": {"prompts": 2, "final_prompts": 3}, "checkpoint": {"every": 2},
+        "eval": {"prompts": 2, "final_prompts": 3}, "checkpoint": {"every": 1},
     })  # fmt: skip
 
 
 def test_a_run_trains_evaluates_and_resumes_on_an_installed_environment(installed):
     policy(installed / "policy", qwen())
-    result = train(configured(installed, options={"goal": "x"}, max_turns=3))
-    log = (result.folder / "telemetry.jsonl").read_text(encoding="utf-8").splitlines()
-    records = list(map(json.loads, log))
-    steps = [record for record in records if record["type"] == "step"]
+    given = {"options": {"goal": "x"}, "max_turns": 3}
+    result = train(configured(installed, **given))
+    steps = [r for r in records(result.folder) if r["type"] == "step"]
     assert len(steps) == 4 and all(step["environment/errors"] == 0 for step in steps)
     assert any(step["turns/mean"] > 1 for step in steps)
     assert any(step["reward/environment/mean"] > 0 for step in steps)
-    told = [r for r in records if r.get("name") == "prompts_left_out"]
+    told = [r for r in records(result.folder) if r.get("name") == "prompts_left_out"]
     assert told and told[0]["data"]["overlap"] == 2
     assert result.after is not None and result.after.sampled.trials == 3
-    samples = (result.folder / "completions.jsonl").read_text(encoding="utf-8")
-    assert "more x" in samples
-    config = configured(installed, options={"goal": "x"}, max_turns=3)
-    task = make_task(config.task)
-    found = describe_inputs(config, result.folder, task)
+    assert "more x" in (result.folder / "completions.jsonl").read_text(encoding="utf-8")
+    config = located(configured(installed, **given))
+    found = describe_inputs(config, result.folder, make_task(config.task))
     assert {"task.name: more_of_it.py", "verifiers:more-of-it: rows"} <= found.keys()
     other = make_task(configured(installed, options={"goal": "y"}).task)
     assert found != describe_inputs(config, result.folder, other)
+    assert measure(config, result.folder, prompts=3, pass_at=0).sampled.trials == 3
+    train(configured(installed, "cut", updates=1, **given))
+    again = train(configured(installed, "cut", **given), resume=True)
+    whole, cut = left_by(result.folder), left_by(again.folder)
+    for name in ("completions.jsonl", "policy/model.safetensors"):
+        assert whole[name] == cut[name], name
 
 
 def test_a_folder_that_names_one_needs_consent_and_the_policy_talks_with_it(installed):
