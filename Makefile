@@ -8,7 +8,7 @@ HASH = import hashlib, os, sys; print(hashlib.sha256(os.getcwd().encode() + b"".
 RUN := $(VENV)/run-$(shell $(PYTHON) -c '$(HASH)' requirements.txt).stamp
 DEV := $(VENV)/dev-$(shell $(PYTHON) -c '$(HASH)' requirements.txt requirements-dev.txt).stamp
 PEER := $(PEERS)/peers-$(shell $(PYTHON) -c '$(HASH)' requirements-peers.txt pyproject.toml).stamp
-PEER_TESTS = $(wildcard tests/adapters/test_verl.py tests/adapters/test_verl_ray.py tests/differential tests/lab/suite/test_on_ray.py)
+PEER_TESTS = $(wildcard tests/adapters/test_verl.py tests/adapters/test_verl_ray.py tests/differential tests/lab/suite/test_on_ray.py tests/environments/test_verif*.py tests/tasks/test_verif*.py)
 QUICK = $(foreach slow,adapters differential run test_run.py,--ignore=tests/$(slow))
 NUMERIC = python -m pytest -q -n $(JOBS) -m numeric
 OLD_CPU = OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=default DNNL_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBLE
@@ -38,7 +38,7 @@ test-models: # every architecture of transformers against an oracle; resumes wha
 	OMP_NUM_THREADS=1 python -m tests.models_matrix.run && python scripts/make_models_page.py
 test-verl: $(PEER) # verl's own trainer over two workers; benchmarks/results/verl_ray.json
 	$(PEERS)/bin/python -m benchmarks.verl_ray
-peers: $(PEER) # the second environment, .venv-peers: verl and OpenRLHF
+peers: $(PEER) # the second environment, .venv-peers: verl, OpenRLHF and verifiers
 peers-test: $(PEER) # what is compared with them and runs inside them
 	OMP_NUM_THREADS=1 $(PEERS)/bin/python -m pytest -q -n $(JOBS) $(PEER_TESTS)
 bench: $(PEER) # every timing but the GPU's, then tables and plots; verl from .venv-peers

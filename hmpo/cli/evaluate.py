@@ -112,7 +112,7 @@ def measure(
     task = make_task(config.task, config.seed)
     if not own_length:
         length = task.max_new_tokens
-        if config.task.environment or is_chat(task):  # more is said there than the answer
+        if config.task.talks_with or is_chat(task):  # more is said there than the answer
             length = max(length, config.trainer.max_length)
         trainer = dataclasses.replace(config.trainer, max_length=length)
         config = dataclasses.replace(config, trainer=trainer)
@@ -126,7 +126,7 @@ def measure(
         eos_token=stop_token_ids(loaded.tokenizer, task.stop, loaded.model),
         pad_token=pad_token_id(loaded.tokenizer, loaded.model),
     )
-    talks = build.make_environments(config, loaded.tokenizer)
+    talks = build.make_environments(config, loaded.tokenizer, task)
     rewards = build.make_rewards(config, task, talks)
     evaluator = make_evaluator(config, loaded, task, rewards, settings, options, talks)
     return evaluator.evaluate(prompts, pass_at=pass_at)

@@ -25,6 +25,8 @@ WINDOWS_RESERVED = frozenset(
     ["con", "prn", "aux", "nul", *(f"{d}{n}" for d in ("com", "lpt") for n in range(1, 10))]
 )
 
+VERIFIERS = "verifiers:"
+"""What names of tasks of that library begin with."""
 MOST_LAG = 256
 """Largest `rollout.lag`."""
 
@@ -83,7 +85,8 @@ class TaskConfig:
 
     name: str = "sort"
     """sort, reverse, countdown, largest, key, carry, data (prompts or conversations of your own,
-    from files or a data set), jsonl, or `reasoning-gym:NAME`."""
+    from files or a data set), jsonl, `reasoning-gym:NAME`, or `verifiers:ID` of an installed
+    environment, which its prompts are talked with too."""
     level: int | None = None
     """Difficulty level of a built-in task; None takes its default."""
     shots: int = 0
@@ -109,6 +112,11 @@ class TaskConfig:
     """Strings that end a response; unset takes the task's own (a newline, also for jsonl; none
     for `data` and for conversations), an empty list none: only an end token ends a response then.
     """
+
+    @property
+    def talks_with(self) -> str:
+        """What the policy talks with: `environment`, else the task where it is one of those."""
+        return self.environment or (self.name if self.name.startswith(VERIFIERS) else "")
 
 
 @dataclass(frozen=True, kw_only=True)

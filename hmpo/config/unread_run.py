@@ -37,7 +37,7 @@ def refuse_unread_run(config: RunConfig) -> None:
 def _rules(config: RunConfig) -> Iterator[tuple[str, *Rule]]:
     policy, optimizer, trainer, agm = config.policy, config.optimizer, config.trainer, config.agm
     adapted = policy.lora_rank > 0
-    talks = bool(config.task.environment)
+    talks = bool(config.task.talks_with)
     yield "task", ("max_turns",), talks, "no task.environment"
     yield "objective", ("segments",), talks, "no task.environment"
     lora = ("lora_alpha", "lora_targets", "lora_rslora")

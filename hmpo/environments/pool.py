@@ -33,6 +33,8 @@ REWARD = "environment"
 """Name of the reward that environments give."""
 COLUMN = "environment_reward"
 """The column that holds it."""
+UNFIT = json.dumps({"error": "the result holds special tokens or unknown characters"})
+"""Told to the policy in place of such a result."""
 OWN = ("reset", "step", "get_reward", "close")
 """Methods of an environment that are no tools."""
 
@@ -93,12 +95,20 @@ class Environments:
         self.rewards = self.steps or callable(getattr(first, "get_reward", None))
         """Whether its environments give rewards."""
         methods = () if self.steps else self._methods(first)
-        self.schemas = tool_schemas([*self.common, *methods])
+        own = list(getattr(first, "tool_schemas", ())) if self.steps else []
+        self.schemas = [*tool_schemas([*self.common, *methods]), *own]
         """Of the tools, as the chat template shows them."""
+        self.asked = _asked(first) if self.steps else frozenset()
+        """What `step` takes beside the turn's text."""
         if self.steps and self.common:
             raise ConfigError(
                 f"tools: got {len(self.common)} beside an environment with step, which answers "
                 "every turn itself; expected one of the two"
+            )
+        if own and "calls" not in self.asked:
+            raise ConfigError(
+                f"environment: {type(first).__name__} has tool_schemas, expected a step that takes "
+                "`calls` too"
             )
         if not self.steps and not self.schemas:
             raise ConfigError(
@@ -159,6 +169,14 @@ class Environments:
         )
 
 
+def _asked(environment: Any) -> frozenset[str]:
+    """Which of `calls` and `cut` a step takes by name."""
+    try:
+        return frozenset(inspect.signature(environment.step).parameters) & {"calls", "cut"}
+    except (TypeError, ValueError):  # a step that has no signature takes the text
+        return frozenset()
+
+
 class Session:
     """One conversation with one environment. What that raises becomes a `ConversationError`."""
 
@@ -183,7 +201,7 @@ class Session:
         return begin
 
     def step(
-        self, text: str, prefix: list[int], ids: list[int]
+        self, text: str, prefix: list[int], ids: list[int], *, cut: bool = False
     ) -> tuple[list[dict[str, Any]] | str, float, bool]:
         """(what the environment adds, reward, over) behind a turn.
 
@@ -191,11 +209,16 @@ class Session:
             text: of the turn, as environments see it.
             prefix: ids before the turn.
             ids: of the turn.
+            cut: whether it has no room behind it; its calls are not made then.
         """
         if self.all.steps:
-            returned = self._guarded("step", self.instance.step, text)
+            more: dict[str, Any] = {"cut": cut} if "cut" in self.all.asked else {}
+            if "calls" in self.all.asked:
+                more["calls"] = self._counted(prefix, ids) if self.all.schemas and not cut else []
+            returned = self._guarded("step", self.instance.step, text, **more)
             told, reward, done = answer(returned, chat=self.chat)
             if self.chat and not done:
+                told = self._results(told) if self.all.schemas else told
                 self._refuse_unfit("step", told)
             return told, reward, done
         calls = self._calls(prefix, ids)
@@ -203,8 +226,7 @@ class Session:
         for call in calls:
             content, failed = run_call(self.tools, call, self.all.loop)
             if self.all.unfit(content):
-                why = "the result holds special tokens or unknown characters"
-                content, failed = json.dumps({"error": why}), True
+                content, failed = UNFIT, True
             self.calls, self.failed = self.calls + 1, self.failed + failed
             name = call.name if call.name in self.tools else "unknown"
             added.append({"role": "tool", "name": name, "content": content})
@@ -217,6 +239,23 @@ class Session:
             return 0.0
         value = self._guarded("get_reward", get_reward)
         return number(value, self._name("get_reward"))
+
+    def _counted(self, prefix: list[int], ids: list[int]) -> list[Any]:
+        """The calls of a turn for an environment that makes them itself."""
+        calls = self._calls(prefix, ids)
+        known = [schema["function"]["name"] for schema in self.all.schemas]
+        self.calls += len(calls)
+        self.failed += sum(bool(call.fault) or call.name not in known for call in calls)
+        return calls
+
+    def _results(self, told: Any) -> Any:
+        """Messages with an error in place of tools' results that no template could hold."""
+        made = []
+        for message in told:
+            odd = message["role"] == "tool" and self.all.unfit(content_text(message))
+            made.append({**message, "content": UNFIT} if odd else message)
+            self.failed += bool(odd)
+        return made
 
     def _calls(self, prefix: list[int], ids: list[int]) -> list[Any]:
         tokenizer, form = self.all.tokenizer, self.all.form

@@ -14,6 +14,7 @@ from hmpo.config.identity import has_schedule
 from hmpo.config.unread import GSPO_READS, refuse_unread_by_gspo
 from hmpo.environments import Environments, load_environment
 from hmpo.environments.pool import COLUMN
+from hmpo.environments.verifiers import environment_of
 from hmpo.errors import CheckpointError, ConfigError, ModelError, require
 from hmpo.models import LoadedPolicy, load_policy, stop_token_ids
 from hmpo.models.chat import PromptOptions, refuse_options
@@ -27,6 +28,7 @@ from hmpo.rewards import Rewards, load_reward
 from hmpo.run.place import Step, chosen_step
 from hmpo.run.source import pinned
 from hmpo.tasks import Task, is_chat
+from hmpo.tasks.verifiers import VerifiersTask
 from hmpo.trainer.conversation_rewards import refuse_columns, with_environment
 from hmpo.trainer.gspo import GSPOTrainer
 from hmpo.trainer.power_mean import PowerMeanTrainer
@@ -48,12 +50,12 @@ def use_machine(config: RunConfig) -> str:
     return device_of_rank(device)
 
 
-def make_environments(config: RunConfig, tokenizer: Any) -> Environments | None:
+def make_environments(config: RunConfig, tokenizer: Any, task: Task) -> Environments | None:
     """What the policy of a run talks with; None for one turn a response."""
-    if not config.task.environment:
+    if not config.task.talks_with:
         return None
     return Environments(
-        load_environment(config.task.environment),
+        _environment(config, task),
         max_turns=config.task.max_turns,
         tokenizer=tokenizer,
     )
@@ -65,11 +67,19 @@ def early_rewards(config: RunConfig, task: Task) -> Rewards | None:
     Raises:
         HmpoError: one line: reward functions, or the environment, that cannot be used.
     """
-    if not config.task.environment:
+    if not config.task.talks_with:
         return make_rewards(config, task)
-    load_environment(config.task.environment)
+    _environment(config, task)
     refuse_columns(task.train(0).columns)
     return None
+
+
+def _environment(config: RunConfig, task: Task) -> Any:
+    """What makes the environments of a run."""
+    if config.task.environment:
+        return load_environment(config.task.environment)
+    assert isinstance(task, VerifiersTask), "nothing else talks by itself"
+    return environment_of(task.source)
 
 
 def make_rewards(
@@ -91,7 +101,7 @@ def make_rewards(
         weights = (1.0, *weights)
     if not given and environments is not None:
         raise ConfigError(
-            f"rewards.functions: got none with task.environment = {config.task.environment!r}, "
+            f"rewards.functions: got none with task.environment = {config.task.talks_with!r}, "
             "which gives no rewards, expected at least one, or a get_reward"
         )
     if not given and hasattr(task, "refuse_own_reward"):

@@ -18,10 +18,12 @@ from pathlib import Path
 
 import hmpo
 from hmpo.config import RunConfig
+from hmpo.config.run import VERIFIERS
 from hmpo.errors import CheckpointError, HmpoError
 from hmpo.models.paths import base_of, is_adapter, is_hub_name, resolve_policy_path
 from hmpo.rewards.loading import split_spec
 from hmpo.run.start import FOLDER
+from hmpo.tasks.verifiers import loader_of
 
 WHOLE = 64 * 2**20
 """Bytes up to which safetensors are hashed whole."""
@@ -68,7 +70,7 @@ def describe_inputs(config: RunConfig, folder: Path, task: object = None) -> dic
         *(("rewards.functions", spec) for spec in config.rewards.functions),
     ):
         if ":" in spec and not spec.startswith("reasoning-gym:"):
-            found |= _code(spec, what)
+            found |= _code(loader_of(spec) if spec.startswith(VERIFIERS) else spec, what)
     for path in sorted((folder / FOLDER).glob("step-*/MANIFEST.json")):
         found[f"policy.start: {path.name}"] = file_hash(path)
     return found

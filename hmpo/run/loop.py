@@ -133,7 +133,7 @@ class Run:
         self.source = whole_policy(config.policy)
         load_start(self.loaded.model, config, place.path if resume else None)
         loaded, length = self.loaded, config.trainer.max_length
-        talks = make_environments(config, loaded.tokenizer)
+        talks = make_environments(config, loaded.tokenizer, self.task)
         self.rewards = rewards or make_rewards(config, self.task, talks)
         options = ready_prompts(config, loaded, self.task)
         check_prompts(self.task, loaded.tokenizer, loaded.model, length, options)

@@ -5,6 +5,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 
 from hmpo.config import TaskConfig
+from hmpo.config.run import VERIFIERS
 from hmpo.errors import HmpoError, TaskError
 from hmpo.rewards.loading import check_object, load_object, nearest
 from hmpo.rewards.messages import is_conversation
@@ -20,6 +21,7 @@ from hmpo.tasks.gym import PREFIX, gym_task
 from hmpo.tasks.jsonl import JsonlTask
 from hmpo.tasks.key import key_task
 from hmpo.tasks.largest import largest_task
+from hmpo.tasks.verifiers import VerifiersTask, refuse_missing
 
 __all__ = [
     "ALPHABET",
@@ -63,10 +65,7 @@ def make_task(config: TaskConfig, seed: int = 0) -> Task:
         # the template ends a turn, and solved examples are turns
         stop = () if config.stop is None else config.stop
         inner = dataclasses.replace(config, shots=0, stop=stop)
-    if config.name in BUILT_IN:
-        make = BUILT_IN[config.name]
-    else:
-        make = gym_task if config.name.startswith(PREFIX) else _own_task
+    make = BUILT_IN.get(config.name) or _named_maker(config.name)
     task = as_configured(make(inner, seed), config, seed, lambda: make(inner, 0))
     with contextlib.suppress(AttributeError):  # one of a user's own may have no room for it
         object.__setattr__(task, MADE_FROM, config)
@@ -98,12 +97,22 @@ def check_name(config: TaskConfig) -> None:
         raise TaskError(f"task.max_turns: got {config.max_turns}, expected an integer >= 1")
     if config.environment:
         check_object(config.environment, "task.environment", TaskError)
+    if config.name.startswith(VERIFIERS):
+        refuse_missing()
+        return
     if config.name in BUILT_IN or config.name.startswith(PREFIX):
         return
     if ":" not in config.name:
-        known = [*BUILT_IN, f"{PREFIX}NAME", "module:name"]
+        known = [*BUILT_IN, f"{PREFIX}NAME", f"{VERIFIERS}ID", "module:name"]
         raise TaskError(f"task.name: got {config.name!r}; {nearest(config.name, known)}")
     check_object(config.name, "task", TaskError)
+
+
+def _named_maker(name: str) -> Callable[[TaskConfig, int], Task]:
+    """What makes the tasks whose names begin like this one."""
+    if name.startswith(VERIFIERS):
+        return VerifiersTask
+    return gym_task if name.startswith(PREFIX) else _own_task
 
 
 def _own_task(config: TaskConfig, seed: int) -> Task:

@@ -301,7 +301,7 @@ def _answer(
         return
     try:
         before = talk.prompt + talk.ids[: len(talk.ids) - len(talk.turn)]
-        told, reward, done = talk.session.step(talk.text, before, talk.turn)
+        told, reward, done = talk.session.step(talk.text, before, talk.turn, cut=cut)
         talk.reward += reward
         talk.at_limit = not (cut or done) and talk.turns == environments.max_turns
         if cut or done or talk.at_limit:
@@ -395,6 +395,6 @@ def _metrics(talks: list[Conversation]) -> Metrics:
         "turns/limit_frac": sum(talk.at_limit for talk in talks) / count,
         "environment/errors": float(sum(bool(talk.fault) for talk in talks)),
     }
-    if talks[0].session.tools:
+    if talks[0].session.all.schemas:
         metrics |= {"tools/mean": calls / count, "tools/failed_frac": failed / max(calls, 1)}
     return metrics

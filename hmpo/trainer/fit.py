@@ -81,10 +81,10 @@ def _refuse_unread(collector: Collector, task: Task) -> None:
         own = dict(options.template)
         asked = config.template_options or None
         pairs.append(("template_options", own, asked, "prompt_options=PromptOptions(template=...)"))
-    if config is not None and config.environment:
+    if config is not None and config.talks_with:
         if talks is None:
             raise ConfigError(
-                f"environment: got none for the trainer and {config.environment} for task "
+                f"environment: got none for the trainer and {config.talks_with} for task "
                 f"{task.name}, expected one for both; give the trainer environment=..."
             )
         pairs.append(("max_turns", talks.max_turns, config.max_turns, "max_turns=..."))

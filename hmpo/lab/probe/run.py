@@ -116,7 +116,7 @@ class _Replay:
             loaded = load_policy(pinned(config, folder).policy, device=device)
             load_start(loaded.model, config, folder)
         options = ready_prompts(config, loaded, task)
-        talks = make_environments(config, loaded.tokenizer)
+        talks = make_environments(config, loaded.tokenizer, task)
         self.rewards = make_rewards(config, task, talks)
         self.trainer: Trainer = make_trainer(config, loaded, task, self.rewards, options, talks)
         self.steering = Steering(config, self.trainer, task)
