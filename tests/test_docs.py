@@ -28,6 +28,7 @@ import hmpo.lab.probe.command
 import hmpo.lab.report
 import hmpo.lab.suite.run
 import hmpo.models
+import hmpo.ranks.start
 import hmpo.run.loop
 from hmpo.config import EvalConfig, RunConfig, TrainerConfig
 from hmpo.config.places import located
@@ -129,6 +130,7 @@ def shorten(monkeypatch, demo: RunResult) -> None:
         return 0
 
     monkeypatch.setattr(hmpo.run.loop, "train", train)
+    monkeypatch.setattr(hmpo.ranks.start, "start_ranks", lambda arguments, count: 0)
     monkeypatch.setattr(hmpo.cli.demo, "run_demo", lambda **_: 0)
     monkeypatch.setattr(
         hmpo.lab.suite.run, "run_suite", lambda suite, *, out, **_: SuiteResult(folder=out)

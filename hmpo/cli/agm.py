@@ -6,13 +6,13 @@ from typing import Annotated, Any
 
 import tyro
 
+from hmpo.cli.arguments import AnyCount, AnyPath, AnyText, Positional
 from hmpo.cli.preflight import expanded
 from hmpo.errors import ConfigError
 from hmpo.telemetry.visible import writable
 
 app = tyro.extras.SubcommandApp()
 
-Positional = tyro.conf.Positional
 Grid = Annotated[
     tuple[tuple[str, ...], ...],
     tyro.conf.UseAppendAction,
@@ -25,12 +25,12 @@ def replay(
     run: Positional[Path],
     /,
     *,
-    config: Path | None = None,
-    out: Path | None = None,
-    adapter: str | None = None,
-    until: int | None = None,
-    state_in: Path | None = None,
-    state_out: Path | None = None,
+    config: AnyPath = None,
+    out: AnyPath = None,
+    adapter: AnyText = None,
+    until: AnyCount = None,
+    state_in: AnyPath = None,
+    state_out: AnyPath = None,
     strict: bool = False,
     compare: bool = False,
 ) -> int:
@@ -71,7 +71,7 @@ def replay(
 
 
 @app.command
-def summarize(run: Positional[Path], /, *, adapter: str | None = None) -> int:
+def summarize(run: Positional[Path], /, *, adapter: AnyText = None) -> int:
     """Count the decisions in a log: regimes, phases, actions, how long they last, stops.
 
     Args:
@@ -87,7 +87,7 @@ def summarize(run: Positional[Path], /, *, adapter: str | None = None) -> int:
 
 
 @app.command
-def plot(run: Positional[Path], /, *, out: Path | None = None, adapter: str | None = None) -> int:
+def plot(run: Positional[Path], /, *, out: AnyPath = None, adapter: AnyText = None) -> int:
     """Draw the decisions over time: reward, gap and target, regime, phase, lr, p and level.
 
     Args:
@@ -113,9 +113,9 @@ def sweep(
     /,
     *,
     grid: Grid,
-    out: Path | None = None,
-    config: Path | None = None,
-    adapter: str | None = None,
+    out: AnyPath = None,
+    config: AnyPath = None,
+    adapter: AnyText = None,
 ) -> int:
     """Replay a run under every combination of settings, one line each.
 

@@ -11,13 +11,24 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import tyro
 
 import hmpo
 from hmpo.cli import agm as cli_agm
 from hmpo.cli import experiment as cli_experiment
+from hmpo.cli.arguments import (
+    AnyCount,
+    AnyPath,
+    AnyText,
+    File,
+    Model,
+    Positional,
+    Runs,
+    Settings,
+    Source,
+)
 from hmpo.cli.preflight import (
     expanded,
     refuse_parts,
@@ -32,23 +43,15 @@ app = tyro.extras.SubcommandApp()
 app.command(cli_agm.app, name="agm", help="Adaptive controllers over recorded runs.")
 app.command(cli_experiment.app, name="experiment", help="Many runs, compared.")
 
-Positional = tyro.conf.Positional
-Settings = Annotated[
-    tuple[tuple[str, ...], ...],
-    tyro.conf.UseAppendAction,
-    tyro.conf.arg(name="set", metavar="KEY=VALUE ..."),
-]
-"""Each `--set` with what follows it; all of them hold."""
 _given: list[str] = []
 """What the command line holds; ranks are started with the same."""
-From = Annotated[str | None, tyro.conf.arg(name="from", metavar="RUN[@STEP]")]
 
 
 @app.command
 def demo(
     *,
     seed: int = 0,
-    updates: int | None = None,
+    updates: AnyCount = None,
     out: Path = Path("runs"),
     quiet: bool = False,
 ) -> int:
@@ -72,11 +75,11 @@ def init(
     out: Positional[Path] = Path("run.toml"),
     /,
     *,
-    model: str | None = None,
-    data: str | None = None,
-    reward: str | None = None,
-    preset: str | None = None,
-    updates: int | None = None,
+    model: AnyText = None,
+    data: AnyText = None,
+    reward: AnyText = None,
+    preset: AnyText = None,
+    updates: AnyCount = None,
     set: Settings = (),
     overwrite: bool = False,
 ) -> int:
@@ -103,17 +106,17 @@ def init(
 
 @app.command
 def train(
-    config: Positional[Path | None] = None,
+    config: Positional[File] = None,
     /,
     *,
     set: Settings = (),
-    resume: Path | None = None,
-    from_: From = None,
+    resume: AnyPath = None,
+    from_: Source = None,
     overwrite: bool = False,
     allow_code: bool = False,
     allow_changed: bool = False,
     dry_run: bool = False,
-    ranks: int | None = None,
+    ranks: AnyCount = None,
     report: bool = True,
     quiet: bool = False,
 ) -> int:
@@ -161,7 +164,7 @@ def eval(
     target: Positional[Path],
     /,
     *,
-    task: str | None = None,
+    task: AnyText = None,
     set: Settings = (),
     prompts: int = 256,
     pass_at: int = 0,
@@ -198,7 +201,7 @@ def export(
     *,
     step: str = "last",
     merge: bool = False,
-    out: Path | None = None,
+    out: AnyPath = None,
     overwrite: bool = False,
 ) -> int:
     """Write a run's policy as a model folder with a model card; the run may be unfinished.
@@ -218,7 +221,7 @@ def export(
 
 
 @app.command
-def report(runs: Positional[tuple[Path, ...]], /, *, out: Path | None = None) -> int:
+def report(runs: Positional[Runs], /, *, out: AnyPath = None) -> int:
     """Write one self-contained HTML page, and PNG plots, of one or several runs.
 
     Args:
@@ -235,7 +238,7 @@ def report(runs: Positional[tuple[Path, ...]], /, *, out: Path | None = None) ->
 
 
 @app.command(name="fetch-model")
-def fetch_model(name: Positional[str] = "smollm2", /, *, folder: Path | None = None) -> int:
+def fetch_model(name: Positional[str] = "smollm2", /, *, folder: AnyPath = None) -> int:
     """Get the real language model of the examples, once, into a local folder.
 
     Args:
@@ -252,7 +255,12 @@ def fetch_model(name: Positional[str] = "smollm2", /, *, folder: Path | None = N
 
 
 @app.command
-def doctor(model: Positional[str | None] = None, /, *, split: bool = False) -> int:
+def doctor(
+    model: Positional[Model] = None,
+    /,
+    *,
+    split: bool = False,
+) -> int:
     """Show versions and devices, the memory of a run, and what MuonClip finds in a model.
 
     Args:
@@ -285,7 +293,8 @@ def _run(arguments: list[str]) -> int:
     _given[:] = arguments
     try:
         refuse_unknown_command(arguments)
-        code = app.cli(args=arguments, prog="hmpo", description=hmpo.__doc__) or 0
+        about = (hmpo.__doc__ or "").partition("\n")[0]
+        code = app.cli(args=arguments, prog="hmpo", description=about) or 0
         if sys.stdout is not None:
             sys.stdout.flush()  # while a failure can still be told
         return code

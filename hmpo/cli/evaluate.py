@@ -15,6 +15,7 @@ from hmpo.config.overrides import overridden
 from hmpo.config.places import located
 from hmpo.errors import ConfigError
 from hmpo.run.place import Step, split_place
+from hmpo.run.shown import updates
 from hmpo.tasks import is_chat, make_task
 
 if TYPE_CHECKING:
@@ -57,11 +58,12 @@ def evaluate_target(
     refuse_parts(config, fresh=False, run=run)
     chosen = "trainer.max_length" in overridden(settings)
     own_length = run is not None or chosen
-    evaluation = measure(
+    evaluation, done = measure(
         config, run, prompts=prompts, pass_at=pass_at, own_length=own_length, step=step
     )
     scored = evaluation.sampled.trials
-    table = Table(title=f"{target} on {config.task.name}, {scored} held-out prompts")
+    after = "" if done is None else f" after {updates(done)}"
+    table = Table(title=f"{target}{after} on {config.task.name}, {scored} held-out prompts")
     for column in ("decoding", "success", "95 % interval"):
         table.add_column(column)
     rates = {
@@ -74,7 +76,7 @@ def evaluate_target(
             low, high = rate.interval
             table.add_row(name, f"{rate.value:.3f}", f"{low:.3f} to {high:.3f}")
     table.caption = (
-        f"mean reward {evaluation.mean_reward:.3f}; success from {config.eval.success:g}"
+        f"mean reward {evaluation.mean_reward:.3f}, a success from {config.eval.success:g} on"
     )
     if evaluation.dropped:
         table.caption += f"; {evaluation.dropped} responses without a reward left out"
@@ -90,8 +92,10 @@ def measure(
     pass_at: int,
     own_length: bool = True,
     step: Step = None,
-) -> "Evaluation":
+) -> "tuple[Evaluation, int | None]":
     """Success of the run's trained policy, or of the configuration's own where `run` is None.
+
+    The second value is how many updates the weights have seen; None where that is not known.
 
     Args:
         config: what to measure, on which task and device.
@@ -117,9 +121,9 @@ def measure(
         trainer = dataclasses.replace(config.trainer, max_length=length)
         config = dataclasses.replace(config, trainer=trainer)
     if run is None:
-        loaded = load_policy(config.policy, device=device)
+        loaded, done = load_policy(config.policy, device=device), None
     else:
-        loaded = build.load_trained(run, config, device, step=step)
+        loaded, done = build.trained_policy(run, config, device, step=step)
     options = build.ready_prompts(config, loaded, task)
     settings = build.trainer_config(
         config,
@@ -129,4 +133,4 @@ def measure(
     talks = build.make_environments(config, loaded.tokenizer, task)
     rewards = build.make_rewards(config, task, talks)
     evaluator = make_evaluator(config, loaded, task, rewards, settings, options, talks)
-    return evaluator.evaluate(prompts, pass_at=pass_at)
+    return evaluator.evaluate(prompts, pass_at=pass_at), done

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import tyro
 
+from hmpo.cli.arguments import AnyCount, AnyNumber, AnyPath, AnyText, Positional
 from hmpo.cli.preflight import expanded, refuse_parts, refuse_several_processes
 from hmpo.errors import ConfigError, HmpoError
 from hmpo.lab.suite.cells import Cell
@@ -17,7 +18,6 @@ from hmpo.telemetry.visible import writable
 
 app = tyro.extras.SubcommandApp()
 
-Positional = tyro.conf.Positional
 Only = Annotated[
     tuple[tuple[str, ...], ...],
     tyro.conf.UseAppendAction,
@@ -32,13 +32,13 @@ def run(
     /,
     *,
     only: Only = (),
-    seeds: str | None = None,
-    jobs: int | None = None,
+    seeds: AnyText = None,
+    jobs: AnyCount = None,
     gpus: int = 0,
-    on: str | None = None,
+    on: AnyText = None,
     dry_run: bool = False,
     again: bool = False,
-    sample: int | None = None,
+    sample: AnyCount = None,
     out: Path = Path("experiments"),
     quiet: bool = False,
 ) -> int:
@@ -94,8 +94,8 @@ def report(
     /,
     *,
     out: Path = Path("experiments"),
-    into: Path | None = None,
-    save_outcomes: Path | None = None,
+    into: AnyPath = None,
+    save_outcomes: AnyPath = None,
 ) -> int:
     """Write a suite's page, tables, figures and Markdown, finished or not; say what it found.
 
@@ -131,10 +131,10 @@ def probe(
     /,
     *,
     exponents: tuple[float, ...] = (),
-    clip: float | None = None,
-    updates: int | None = None,
-    json: Path | None = None,
-    out: Path | None = None,
+    clip: AnyNumber = None,
+    updates: AnyCount = None,
+    json: AnyPath = None,
+    out: AnyPath = None,
     allow_code: bool = False,
 ) -> int:
     """Say whether p can matter in a run, from one rollout under every exponent and member.
@@ -167,8 +167,8 @@ def power(
     suite: Positional[str],
     /,
     *,
-    difference: float | None = None,
-    seeds: int | None = None,
+    difference: AnyNumber = None,
+    seeds: AnyCount = None,
     out: Path = Path("experiments"),
 ) -> int:
     """Say how many seeds each comparison needs, from the differences that a pilot has shown.

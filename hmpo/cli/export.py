@@ -7,6 +7,7 @@ from hmpo.config.reading import load_run_config
 from hmpo.errors import ConfigError
 from hmpo.run.folder import refuse_foreign
 from hmpo.run.place import Step
+from hmpo.run.shown import updates
 from hmpo.telemetry.visible import writable
 
 
@@ -32,7 +33,7 @@ def run_export(run: Path, out: Path | None, *, step: str, merge: bool, overwrite
 
     done = export_policy(run, config, out, step=chosen, merge=merge, overwrite=overwrite)
     kind = "LoRA adapters" if done.adapter else "policy"
-    after = "" if done.step is None else f" after {done.step} updates"
+    after = "" if done.step is None else f" after {updates(done.step)}"
     print(writable(f"{kind}{after}: {done.folder}"))
     return 0
 

@@ -14,7 +14,7 @@ from hmpo.config.reading import config_of_text
 from hmpo.config.run import RUN_NAME, check_run_name
 from hmpo.errors import ConfigError, HmpoError
 from hmpo.rewards.library.options import is_named, make
-from hmpo.rewards.loading import check_object
+from hmpo.rewards.loading import check_defined
 from hmpo.rewards.values import nearest
 from hmpo.telemetry.visible import writable
 
@@ -118,7 +118,7 @@ def _refuse_early(out: Path, wishes: Wishes, overwrite: bool) -> None:
 def _refuse_reward(wishes: Wishes, reward: str) -> None:
     """Refuse a reward that is not there."""
     if not is_named(reward):
-        check_object(reward, "--reward", ConfigError)
+        check_defined(reward, "--reward", ConfigError)
         return
     try:
         make(reward, wishes.given("rewards", "options", reward))

@@ -14,6 +14,7 @@ from hmpo.errors import ConfigError, require, require_installed
 from hmpo.models.paths import is_hub_name, resolve_policy_path
 from hmpo.ranks.launched import launched
 from hmpo.rewards.loading import check_spec
+from hmpo.rewards.parameters import OF_ENVIRONMENT
 from hmpo.run.source import kept_commits
 from hmpo.tasks import BUILT_IN, check_name, make_task
 from hmpo.telemetry.secrets import mask_credentials
@@ -118,7 +119,8 @@ def refuse_parts(config: RunConfig, *, fresh: bool, run: Path | None = None) -> 
     check_name(config.task)
     columns = None
     if config.task.name in BUILT_IN and not _is_large(config.task):
-        columns = make_task(config.task, config.seed).train(0).columns
+        columns = [*make_task(config.task, config.seed).train(0).columns]
+        columns += [OF_ENVIRONMENT] if config.task.environment else []
     for spec in config.rewards.functions:
         options = config.rewards.options.get(spec, {})
         _refuse_credentials(spec, options)

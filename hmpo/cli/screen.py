@@ -274,7 +274,7 @@ class Screen(Observer):
 
 
 def outcome_table(result: RunResult) -> Table:
-    """Success before and after a run, with intervals."""
+    """Success before and after a run, with intervals; the mean of rewards that are graded."""
     table = Table(title="Success on held-out prompts", title_justify="left")
     for column in ("", "before", "after", "prompts"):
         table.add_column(column, justify="left" if column == "" else "right", no_wrap=True)
@@ -289,6 +289,11 @@ def outcome_table(result: RunResult) -> Table:
     for label, first, last in rows:
         if first is not None:
             table.add_row(label, _rate(first), _rate(last), str(first.trials))
+    measured = [one for one in (before, after) if one is not None]
+    if any(abs(one.mean_reward - one.sampled.value) > 1e-9 for one in measured):  # not just 0 and 1
+        rewards = [one.mean_reward for one in measured]
+        means = ["-" if value != value else f"{value:.3f}" for value in rewards] + ["-"]
+        table.add_row("mean reward", *means[:2], str(before.sampled.trials))
     return table
 
 

@@ -4,13 +4,13 @@ import shlex
 from collections.abc import Callable
 from pathlib import Path
 
+import hmpo.run.loop
 from hmpo.cli.rehearsal import dry_run as rehearsed
 from hmpo.cli.screen import Screen, outcome_table
 from hmpo.config import RunConfig
 from hmpo.config.places import located
 from hmpo.ranks.launched import rank_of_launch
 from hmpo.run.consent import resume_command
-from hmpo.run.loop import train
 from hmpo.run.memory import memory_line
 from hmpo.run.observer import RunResult
 
@@ -44,7 +44,7 @@ def run_training(
             screen.say(line)
         if dry_run:
             return rehearsed(settings, screen, overwrite=overwrite)
-        result = train(settings, observer=screen, folder=where, **ways)
+        result = hmpo.run.loop.train(settings, observer=screen, folder=where, **ways)
     if not first:
         return 0 if result.signal is None else 128 + result.signal
     code = _tell_end(result, settings, screen.say)

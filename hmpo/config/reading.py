@@ -98,8 +98,12 @@ def read_tables(path: Path) -> Any:
     try:
         return json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except ValueError as error:  # both decoders' own, and integers of thousands of digits
-        kind = file_kind(raw)
-        reason = f"{kind}; give a TOML file" if kind else str(error).splitlines()[0]
+        kind, name = file_kind(raw), "JSON" if path.suffix == ".json" else "TOML"
+        reason = (
+            f"{kind}; give a TOML file"
+            if kind
+            else f"not valid {name}: {str(error).splitlines()[0]}"
+        )
         raise ConfigError(f"{path}: {reason}") from None
     except RecursionError:
         raise ConfigError(f"{path}: nested too deeply") from None

@@ -27,11 +27,12 @@ from hmpo.models.chat import turn_end_ids
 from hmpo.models.tokens import special_tokens, unknown_id
 from hmpo.rewards.loading import load_object
 from hmpo.rewards.messages import content_text
+from hmpo.rewards.parameters import OF_ENVIRONMENT
 from hmpo.rewards.values import EventLoop, one_line, shown
 
 REWARD = "environment"
 """Name of the reward that environments give."""
-COLUMN = "environment_reward"
+COLUMN = OF_ENVIRONMENT
 """The column that holds it."""
 UNFIT = json.dumps({"error": "the result holds special tokens or unknown characters"})
 """Told to the policy in place of such a result."""

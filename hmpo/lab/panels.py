@@ -155,7 +155,7 @@ PLOTS: tuple[Plot, ...] = (
     Plot(
         "entropy",
         "Policy entropy",
-        "Token mean. A fall towards 0 means that the policy has stopped to explore.",
+        "Token mean. A fall towards 0 means that the policy has stopped exploring.",
         (Panel("entropy (nat/token)", (Line("entropy", "entropy"),), share=True),),
     ),
     Plot(

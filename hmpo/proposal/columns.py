@@ -20,6 +20,8 @@ ANSWERS = (
 """Names under which they keep what is right."""
 TESTS = ("tests", "test_list", "test", "unit_tests", "test_cases", "test_code")
 CHOICES = ("choices", "options")
+PARTS = ("input", "context", "passage")
+"""Names of what others put beside a question that cannot be answered without it."""
 SCHEMAS = ("schema", "json_schema", "response_schema")
 
 

@@ -16,6 +16,7 @@ from hmpo.config.reading import from_dict, run_config
 from hmpo.errors import ModelError
 from hmpo.models.chat import PromptOptions
 from hmpo.models.paths import is_hub_name
+from hmpo.proposal.columns import PARTS
 from hmpo.proposal.data import DataFacts
 from hmpo.proposal.policy import PolicyFacts, count_of
 from hmpo.proposal.reward import BOX, LETTERED, Suggestion
@@ -106,7 +107,8 @@ def propose(
     comments["optimizer.lr"] = why
     apply_overrides(tables, settings)
     comments |= dict.fromkeys(fixed, "as given")
-    notes = [note for note in (reward.note, _card(fit), _without(fit, size, policy)) if note]
+    told = (reward.note, _beside(data), _card(fit), _without(fit, size, policy))
+    notes = [note for note in told if note]
     ordered = {key: tables[key] for key in to_dict(RunConfig()) if key in tables}
     return Proposal(tables=ordered, comments=comments, notes=notes, fit=fit)
 
@@ -336,6 +338,17 @@ def _rate(fit: Fit, policy: PolicyFacts) -> tuple[float, str]:
         if policy.parameters < most:
             return rate, "a guess by the model's size"
     return 1e-6, "a guess by the model's size"
+
+
+def _beside(data: DataFacts) -> str:
+    """A note where a column holds a part of the question that the prompts lack."""
+    for name in PARTS:
+        for example in data.examples:
+            text = example.columns.get(name)
+            lacks = isinstance(text, str) and text.strip() not in as_text(example.prompt)
+            if lacks and name not in (data.prompt, data.answer):
+                return f"column {name!r} is not in the prompts: put it there if they ask about it"
+    return ""
 
 
 def _card(fit: Fit) -> str:

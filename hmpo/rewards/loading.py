@@ -1,9 +1,13 @@
 """Objects named by the user: `module:name`, `path/to/file.py:name`, or a name of the library."""
 
+import ast
 import hashlib
 import importlib
 import importlib.util
+import inspect
 import sys
+import warnings
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -14,6 +18,9 @@ from hmpo.rewards.compose import Rewards
 from hmpo.rewards.library import options as library
 from hmpo.rewards.parameters import NAMED, Parameters
 from hmpo.rewards.values import RewardFn, nearest, one_line, shown
+
+DYNAMIC = {"__dict__", "exec", "globals", "locals", "setattr", "vars"}
+"""By these a file may define names that do not stand in it."""
 
 
 def load_reward(spec: str, options: Mapping[str, Any] | None = None) -> RewardFn:
@@ -57,10 +64,10 @@ def load_object(spec: str, what: str, error: type[HmpoError]) -> Any:
 def check_spec(
     spec: str, options: Mapping[str, Any] | None = None, columns: Iterable[str] | None = None
 ) -> None:
-    """Refuse a reward function whose file is not there; no code of the user is imported.
+    """Refuse a reward function that is not there, or that needs columns which are not.
 
-    One of the library is refused for a wrong option, a package that is not installed, or a column
-    that the task does not have.
+    No code of the user is imported: of a file the text is read. One of the library is refused for
+    a wrong option, a package that is not installed, or a column that the task does not have.
 
     Args:
         spec: as for `load_reward`.
@@ -71,11 +78,80 @@ def check_spec(
         HmpoError: one line, with the nearest name.
     """
     if not library.is_named(spec):
-        check_object(spec, "reward function", RewardError)
-        return
-    function = library.make(spec, options or {})
-    if columns is not None:
-        Parameters(spec, function).refuse_missing([*NAMED, *columns])
+        function = check_defined(spec, "reward function", RewardError)
+    else:
+        function = library.make(spec, options or {})
+    if columns is not None and function is not None:
+        name = split_spec(spec)[1] or spec
+        Parameters(name, function).refuse_missing([*NAMED, *columns])
+
+
+def check_defined(spec: str, what: str, error: type[HmpoError]) -> RewardFn | None:
+    """Refuse an object whose file does not mention it, as `check_object`; the file is not run.
+
+    Returns:
+        What has the parameters of the file's function and does nothing; None where the text alone
+        does not tell them.
+    """
+    source, name = check_object(spec, what, error)
+    if not source.endswith(".py"):
+        return None
+    try:
+        with warnings.catch_warnings(action="ignore"):  # importing it warns
+            tree = ast.parse(Path(source).read_bytes())
+    except (OSError, SyntaxError, ValueError, RecursionError):  # importing it tells more
+        return None
+    bound, dynamic = _bound(tree)
+    if dynamic:
+        return None
+    if name not in bound:
+        raise error(f"{what} {spec!r}: no {name} in {source}; {nearest(name, sorted(bound))}")
+    node = next((one for one in tree.body if getattr(one, "name", "") == name), None)
+    if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or node.decorator_list:
+        return None
+    return _StandIn(node) if bound[name] == 1 else None
+
+
+class _StandIn:
+    """A function's parameters, read from its text."""
+
+    def __init__(self, node: ast.FunctionDef | ast.AsyncFunctionDef) -> None:
+        kinds, given = inspect.Parameter, node.args
+        placed = [(one, kinds.POSITIONAL_ONLY) for one in given.posonlyargs]
+        placed += [(one, kinds.POSITIONAL_OR_KEYWORD) for one in given.args]
+        needed = len(placed) - len(given.defaults)
+        named = [(one, kinds.KEYWORD_ONLY) for one in given.kwonlyargs]
+        optional = [k >= needed for k in range(len(placed))]
+        optional += [default is not None for default in given.kw_defaults]
+        found = [
+            kinds(one.arg, kind, default=None if free else kinds.empty)
+            for (one, kind), free in zip([*placed, *named], optional, strict=True)
+        ]
+        if given.kwarg is not None:
+            found.append(kinds(given.kwarg.arg, kinds.VAR_KEYWORD))
+        self.__signature__ = inspect.Signature(found)
+
+    def __call__(self, **_: Any) -> list[float | None]:
+        raise NotImplementedError("stands for its parameters alone")
+
+
+def _bound(tree: ast.Module) -> tuple[Counter[str], bool]:
+    """How often a file binds which names, and whether it may bind others by what it runs."""
+    bound: Counter[str] = Counter()
+    dynamic = False
+    for node in ast.walk(tree):
+        match node:
+            case ast.ImportFrom() | ast.Import():
+                names = [alias.asname or alias.name.partition(".")[0] for alias in node.names]
+                dynamic |= "*" in names
+                bound.update(names)
+            case ast.Name(id=name) | ast.Attribute(attr=name) if name in DYNAMIC:
+                dynamic = True
+            case ast.Name(id=name, ctx=ast.Store()):
+                bound[name] += 1
+            case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef():
+                bound[node.name] += 1
+    return bound, dynamic
 
 
 def check_object(spec: str, what: str, error: type[HmpoError]) -> tuple[str, str]:

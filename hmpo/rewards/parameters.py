@@ -10,6 +10,8 @@ from hmpo.rewards.library.base import LibraryReward
 from hmpo.rewards.values import RewardFn
 
 NAMED = ("prompts", "completions", "completion_ids")
+OF_ENVIRONMENT = "environment_reward"
+"""The column that holds what an environment gave."""
 
 
 class Parameters:

@@ -10,6 +10,7 @@ import inspect
 import math
 import numbers
 import os
+import re
 import traceback
 import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -18,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from hmpo.errors import RewardError
+from hmpo.errors import HmpoError, RewardError
 from hmpo.rewards.host import Notes, RewardTrainerState
 
 RewardFn = Callable[..., Any]
@@ -34,6 +35,8 @@ class UsageError(RewardError):
 
 MODEST = f"expected at most {LIMIT:g} in magnitude; rescale the reward"
 ADVICE = "return None where the function does not apply"
+OWN_NAME = re.compile(r"^reward '[^']*': ")
+"""What the library's own errors begin with, where the name is said already."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,7 +213,9 @@ def _await(awaitable: Any, loop: EventLoop | None) -> Any:
 
 
 def _describe(error: BaseException) -> str:
-    """An exception in one line, with the place it came from."""
+    """An exception in one line: the library's own as it is, others with where they came from."""
+    if isinstance(error, HmpoError):
+        return OWN_NAME.sub("", one_line(error))
     frame = traceback.extract_tb(error.__traceback__)[-1]
     place = "" if frame.filename == __file__ else f" ({Path(frame.filename).name}:{frame.lineno})"
     text = one_line(error)

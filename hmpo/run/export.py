@@ -89,7 +89,9 @@ def export_policy(
     used = pinned(located(config), run)
     loaded, done = trained_policy(run, _readable(used, merge=merge), step=step)
     if merge and not is_adapted(loaded.model):
-        raise ConfigError("--merge: the run has no LoRA adapters, its weights are whole; leave it")
+        raise ConfigError(
+            "--merge: the run has no LoRA adapters, its weights are whole; leave out --merge"
+        )
     source = _source(run, used)
     _refuse_own(out, run, source, Path(used.policy.path).expanduser())
     if merge:

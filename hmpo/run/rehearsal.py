@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hmpo.config import RunConfig
+from hmpo.models.chat import turn_end_ids
 from hmpo.run.evaluation import gather_columns
 from hmpo.run.files import check_folder, run_folder
 from hmpo.run.folder import Place
@@ -30,6 +31,10 @@ class Rehearsal:
     """Token ids of each response."""
     metrics: Mapping[str, Any]
     """Of the rollout, by telemetry name."""
+    read: str
+    """The first prompt as the policy reads it, with what the chat template makes of it."""
+    ends: tuple[str, ...]
+    """Texts of the end tokens, and the task's stop strings."""
 
 
 def rehearse(
@@ -65,9 +70,22 @@ def rehearse(
                 run.trainer.begin_rollout([example.prompt for example in examples], columns)
     batch = run.trainer.batch
     assert batch is not None, "a rollout was begun"
+    first = batch.rollout.prompt_ids[0][batch.rollout.prompt_mask[0]].tolist()
     return Rehearsal(
         samples=run.trainer.samples,
         prompts=batch.rollout.prompt_mask.sum(1).tolist(),
         responses=batch.rollout.lengths.tolist(),
         metrics=run.trainer.rollout_metrics,
+        read=run.loaded.tokenizer.batch_decode([first])[0],
+        ends=_ends(run),
     )
+
+
+def _ends(run: Run) -> tuple[str, ...]:
+    """What ends a response; tokens that hold a stop string are told by the string alone."""
+    tokenizer, stop = run.loaded.tokenizer, run.task.stop
+    ids = set(run.trainer.config.stop_tokens)
+    if isinstance(run.trainer.samples[0]["prompt"], list):  # messages
+        ids |= set(turn_end_ids(tokenizer))
+    texts = tokenizer.batch_decode([[index] for index in sorted(ids)])
+    return (*(text for text in texts if not any(one in text for one in stop)), *stop)

@@ -1,4 +1,4 @@
-"""Which numbers of an update a person is shown while a run goes, in a terminal or a notebook."""
+"""What a person is shown of updates, in a terminal or a notebook."""
 
 ROWS = (
     ("reward", "reward/mean", "{:.3f}", "mean over the rollout"),
@@ -12,3 +12,8 @@ ROWS = (
     ("groups without signal", "adv/zero_frac", "{:.2f}", "all rewards equal"),
 )
 """Label, telemetry name, format, and how to read it."""
+
+
+def updates(count: int) -> str:
+    """Example: `updates(1)` is "1 update", `updates(2)` is "2 updates"."""
+    return f"{count} update" if count == 1 else f"{count} updates"

@@ -88,7 +88,7 @@ _PROGRESS = (
         count("n_seq", "Responses that count in the loss."),
         count("n_tokens", "Response tokens that count in the loss."),
     ),
-    *produced_by("trainer.rollout", count("n_groups", "Prompts among these responses.")),
+    *produced_by("trainer.scored", count("n_groups", "Prompts among these responses.")),
     *produced_by(
         "trainer",
         count("num_tokens", "Prompt and response tokens since the start.", trl="num_tokens"),
@@ -249,7 +249,7 @@ _REWARD = (
         share("adv/zero_frac", "Groups whose rewards are all equal.", trl="frac_reward_zero_std"),
     ),
     *produced_by(
-        "trainer.rollout",
+        "trainer.scored",
         number("reward/mean", "1", "Mean reward of the rollout.", trl="reward"),
         number("reward/std", "1", "Standard deviation over its responses.", 0.0, trl="reward_std"),
         number("reward/within_var", "1", "Mean over groups of the unbiased variance.", 0.0),
@@ -268,7 +268,7 @@ _REWARD = (
         ),
     ),
     *produced_by(
-        "trainer.rollout",
+        "trainer.scored",
         count("reward/dropped", "Responses left out because their reward failed."),
         count("success/k", "Responses whose reward reaches the success threshold."),
         count("success/n", "Responses that were judged."),

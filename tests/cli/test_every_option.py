@@ -238,11 +238,13 @@ def train_ranks(place: Place) -> None:
 def eval_target_prompts_pass_at(place: Place) -> None:
     text = " ".join(place.hmpo("eval", place.run, "--allow-code", "--prompts", 5).split())
     assert "5 held-out prompts" in text and "pass@" not in text
+    assert "a success from 1 on" in text
     assert "pass@2" in place.hmpo("eval", place.run, "--allow-code", "--prompts", 5, "--pass-at", 2)
     assert "is a model, not a run" in place.fails("eval", place.policy)
     target = f"{place.run}@3"
     shown = place.hmpo("eval", target, "--allow-code", "--prompts", 5)
-    assert "first@3" in "".join(shown.split())
+    assert "first@3after3updates" in "".join(shown.split())
+    assert "after4updates" in "".join(text.split()), "the newest checkpoint"
     line = place.fails("eval", f"{place.run}@2", "--allow-code")
     assert "got step 2, expected one of the saved" in line
     assert "leave out @3" in place.fails("eval", f"{place.policy}@3", "--task", "sort")
@@ -301,7 +303,7 @@ def export_run_step_out(place: Place) -> None:
 
 def export_merge(place: Place) -> None:
     line = place.fails("export", place.run, "--merge", "--out", "merged")
-    assert "--merge: the run has no LoRA adapters" in line
+    assert "--merge: the run has no LoRA adapters" in line and "leave out --merge" in line
 
 
 def export_overwrite(place: Place) -> None:

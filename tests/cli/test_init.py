@@ -118,7 +118,7 @@ def test_flags_and_settings_win_over_guesses(capsys):
 
 
 def test_a_function_of_the_user_is_not_run(capsys, work):
-    (work / "mine.py").write_text("raise SystemExit('was run')\n")
+    (work / "mine.py").write_text("raise SystemExit('was run')\ndef f(**columns): ...\n")
     found = settings(capsys, "--reward", "mine.py:f")
     assert found["rewards"]["functions"] == ["mine.py:f"]
 
@@ -142,6 +142,10 @@ REFUSED = {
     "no such file": ((*GOOD[:2], "--data", "tran.jsonl"), "no such file; did you mean train.jsonl"),
     "unknown reward": ((*GOOD, "--reward", "mth"), "none of the library, did you mean math?"),
     "no such code": ((*GOOD, "--reward", "nix.py:f"), "--reward 'nix.py:f': no file nix.py"),
+    "no such function": ((*GOOD, "--reward", "own.py:scor"), "did you mean score?"),
+    "a function of another column": (
+        (*GOOD, "--reward", "own.py:score"), "reward 'score': its parameter 'gold' is none of",
+    ),
     "a reward that wants options": (
         (*GOOD, "--reward", "judge"), "rewards.options.judge.model: not given, expected a string; "
         "give it by --set",
@@ -166,6 +170,7 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_is_refused_in_a_line(capsys, name):
     words, said = REFUSED[name]
+    Path("own.py").write_text("raise SystemExit('was run')\ndef score(completions, gold): ...\n")
     assert said in refusal(capsys, *words)
 
 

@@ -30,6 +30,14 @@ def test_the_module_shows_the_help_of_the_command(module, tmp_path, capsys) -> N
     assert commands and commands[0] in shown.stdout and "usage: hmpo [-h]" in shown.stdout
 
 
+@pytest.mark.parametrize("command", [(), ("init",), ("train",), ("report",), ("agm", "replay")])
+def test_the_help_is_written_for_users(command, capsys) -> None:
+    with pytest.raises(SystemExit):
+        hmpo.cli.main([*command, "--help"])
+    text = capsys.readouterr().out
+    assert "None" not in text and "(default: )" not in text and "import hmpo" not in text
+
+
 def test_the_module_has_the_commands_exit_codes(tmp_path) -> None:
     refused = run(["-m", "hmpo", "train", "missing.toml"], tmp_path)
     assert refused.returncode == 2

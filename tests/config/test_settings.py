@@ -156,13 +156,13 @@ def uncollected() -> Iterator[None]:
 def test_files_that_are_no_configuration_give_one_line_with_their_name(tmp_path) -> None:
     cases = {
         "missing.toml": (None, "cannot be read .*give a TOML file"),
-        "bad.toml": (b"updates = = 3", "Invalid value"),
+        "bad.toml": (b"updates = = 3", "bad.toml: not valid TOML: Invalid value"),
         "binary.toml": (b"\xff\xfe\x00", "not UTF-8 text"),
         "long.toml": (b"updates = " + b"9" * 5000, "Exceeds the limit"),
         "deep.toml": (b"x = " + b"[" * 5000 + b"]" * 5000, "nested too deeply"),
         "deep.json": (b"[" * 200_000, "nested too deeply"),
         "list.json": (b"[]", "config: got list, expected a table"),
-        "half.json": (b'{"updates": 3', "Expecting"),
+        "half.json": (b'{"updates": 3', "not valid JSON: Expecting"),
         "nan.json": (b'{"optimizer": {"lr": NaN}}', "optimizer.lr: got nan"),
         "key.toml": (b"[optimiser]\nlr = 1", "optimiser: unknown; did you mean optimizer"),
     }

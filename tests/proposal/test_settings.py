@@ -50,6 +50,21 @@ def test_the_form_of_an_answer_is_asked_for_where_the_template_takes_a_system_tu
     assert own.comments["task.system"] == "as given"
 
 
+@pytest.mark.parametrize(
+    ("inside", "beside"), [("", False), (" ", False), ("12 3", True), ("given", False)]
+)
+def test_what_stands_beside_a_question_and_not_in_it_is_told(inside, beside, here, tmp_path):
+    """Alpaca's `input` is a part of the question; rows without one are whole."""
+    rows = [
+        {"instruction": f"Sort the given {n}.", "input": inside, "output": str(n)}
+        for n in range(60)
+    ]
+    file = tmp_path / "alpaca.json"
+    file.write_text(json.dumps(rows))
+    notes = proposal("llama", str(file)).notes
+    assert any("column 'input' is not in the prompts" in note for note in notes) is beside
+
+
 def test_messages_without_a_template_are_refused(here):
     policy = look_at_policy(PolicyConfig(path="plain"))
     with pytest.raises(ModelError, match="no chat template"):

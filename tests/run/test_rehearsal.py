@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from hmpo.cli import main
 from hmpo.errors import RunFolderError
 from hmpo.run.loop import train
 from hmpo.run.rehearsal import rehearse
 from tests.faults.micro import micro_config, records, toml
+from tests.proposal.kinds import make_model
 
 CHANGES = {"samples": 12, "task": {"name": "reverse", "level": 2}}
 
@@ -32,6 +34,24 @@ def test_it_is_the_rollout_that_the_run_begins_with_and_nothing_is_left(policy, 
     before = (run / "telemetry.jsonl").read_bytes()
     rehearse(config, overwrite=True)
     assert (run / "telemetry.jsonl").read_bytes() == before
+
+
+def test_special_tokens_of_the_template_and_every_end_are_told(out) -> None:
+    folder = make_model(out, "llama")
+    config = micro_config(folder, out, task={"name": "reverse", "level": 2, "chat": True})
+    found = rehearse(config)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    messages = found.samples[0]["prompt"]
+    assert found.read == tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=True
+    )
+    assert len(found.ends) == 2, "both end tokens"
+    assert set(found.ends) <= set(tokenizer.get_added_vocab())
+
+
+def test_a_stop_string_stands_for_the_tokens_that_hold_it(policy, out) -> None:
+    found = rehearse(micro_config(policy, out, task={"name": "reverse", "level": 2}))
+    assert found.ends == ("[EOS]", "\n")
 
 
 def test_no_weight_changes(policy, out, monkeypatch) -> None:

@@ -166,6 +166,19 @@ def test_an_endpoint_that_is_down_for_a_while_is_a_fault_that_can_be_skipped(tmp
     assert second.total == [0.5]
 
 
+def test_what_the_library_says_of_a_fault_stands_in_the_line_as_it_is(tmp_path):
+    with (
+        Stub(lambda *_: (500, {})) as stub,
+        Rewards(make(stub, tmp_path)) as rewards,
+        pytest.raises(RewardError) as caught,
+    ):
+        rewards(["?"], ["1"], [[1]], {}, step=3)
+    line = str(caught.value)
+    assert line.startswith("reward 'judge' at step 3: no call to http://127.0.0.1")
+    assert "raised" not in line and ".py" not in line and "a list of numbers" not in line
+    assert line.count("reward 'judge'") == 1 and "on_reward_error" in line
+
+
 @pytest.mark.parametrize("timeout", [None, 60.0])
 def test_a_column_that_is_missing_ends_the_run_whatever_is_skipped(timeout, tmp_path):
     with Stub(lambda *_: (200, "5")) as stub:
