@@ -182,7 +182,7 @@ def test_an_existing_run_is_never_touched_by_a_refused_start(policy, out, capsys
         line = refusal(capsys, *resume)
     assert "held by process" in line and "rm '" in line
     (folder / "config.json").write_text("{")
-    assert "config.json: Expecting" in refusal(capsys, *resume)
+    assert "config.json: not valid JSON: Expecting" in refusal(capsys, *resume)
     (folder / "config.json").write_bytes(before["config.json"])
     assert_same(everything(folder), before)
     assert cli.main(["train", *resume, "--no-report", "--quiet"]) == 0
