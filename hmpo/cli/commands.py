@@ -33,9 +33,10 @@ from hmpo.cli.preflight import (
     expanded,
     refuse_parts,
     refuse_ranks,
+    refuse_several_processes,
     refuse_unknown_command,
 )
-from hmpo.errors import ConfigError, HmpoError
+from hmpo.errors import ConfigError, HmpoError, require
 from hmpo.ranks.launched import launched
 from hmpo.telemetry.visible import writable
 
@@ -65,6 +66,7 @@ def demo(
     """
     if updates is not None and updates < 1:
         raise ConfigError(f"--updates: got {updates}, expected an integer >= 1")
+    refuse_several_processes("the demo")
     from hmpo.cli.demo import run_demo
 
     return run_demo(seed=seed, updates=updates, out=expanded(out), quiet=quiet)
@@ -143,13 +145,16 @@ def train(
 
     if resume is None and allow_changed:
         raise ConfigError("train: --allow-changed is for --resume RUN; leave it out")
+    if dry_run:
+        require(ranks is None, "--ranks", ranks, "nothing with --dry-run, which one process makes")
+        refuse_several_processes("a dry run")
     if resume is not None and dry_run:
         raise ConfigError("train: --dry-run shows how a run begins; leave out it or --resume")
     settings = asked_run(config, _all(set), resume, from_, overwrite, allow_code)
     where = None if resume is None else Path(os.path.abspath(expanded(resume)))  # noqa: PTH100
     refuse_parts(settings, fresh=resume is None, run=where)
     refuse_ranks(ranks, settings.device)
-    if ranks is not None and ranks > 1 and not (dry_run or launched()):
+    if ranks is not None and ranks > 1 and not launched():
         from hmpo.ranks.start import start_ranks
 
         return start_ranks(_given, ranks)

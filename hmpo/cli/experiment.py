@@ -59,7 +59,7 @@ def run(
         out: folder that holds the suite's folder.
         quiet: only the result.
     """
-    refuse_several_processes()
+    refuse_several_processes("a suite")
     if jobs is not None and jobs < 1:
         raise ConfigError(f"--jobs: got {jobs}, expected an integer >= 1")
     if on is not None and (gpus or jobs is not None):

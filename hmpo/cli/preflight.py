@@ -58,15 +58,18 @@ def refuse_unknown_command(arguments: Sequence[str]) -> None:
     raise ConfigError(f"{words[0]}: no such command; {hint}")
 
 
-def refuse_several_processes() -> None:
-    """Refuse to be one of several processes, each of which would run a suite alone.
+def refuse_several_processes(what: str) -> None:
+    """Refuse to be one of several processes, each of which would do the same alone.
+
+    Args:
+        what: cannot be shared.
 
     Raises:
         ConfigError: a launcher such as torchrun has set WORLD_SIZE above 1.
     """
     if size := launched():
         raise ConfigError(
-            f"WORLD_SIZE = {size}: a suite starts processes of its own; start it without torchrun"
+            f"WORLD_SIZE = {size}: {what} is made by one process; start it without torchrun"
         )
 
 
@@ -86,8 +89,10 @@ def refuse_ranks(count: int | None, device: str) -> None:
     require(
         launched() in (0, count), "--ranks", count, f"the {launched()} that torchrun has started"
     )
-    if device == "cpu":
+    if device == "cpu" or count == 1:
         return
+    named = "auto, cpu or cuda with --ranks: each takes the GPU of its own number"
+    require(device in ("auto", "cuda"), "device", device, named)
     import torch
 
     gpus = torch.cuda.device_count()

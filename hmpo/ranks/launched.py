@@ -27,8 +27,25 @@ def rank_of_launch() -> int:
     return int(os.environ["RANK"]) if launched() else 0
 
 
+def ranks_here() -> int:
+    """How many of them are on this machine; 1 of a process alone."""
+    here = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return int(here) if launched() and here.isdigit() and int(here) else max(1, launched())
+
+
 def device_of_rank(device: str) -> str:
-    """The device of this rank: of several GPUs the one of its own number on its machine."""
-    if not launched() or device != "cuda":
+    """The device of this rank: of several GPUs the one of its own number on its machine.
+
+    Raises:
+        ConfigError: one line: all ranks would share one GPU, or nobody has said which is whose.
+    """
+    if not launched() or not device.startswith("cuda"):
         return device
-    return "cuda:" + os.environ["LOCAL_RANK"]
+    number = os.environ.get("LOCAL_RANK", "")
+    if device != "cuda" or not number.isdigit():
+        got = f"device = {device!r}" if device != "cuda" else "no LOCAL_RANK"
+        raise ConfigError(
+            f"{got} with {launched()} ranks: each takes the GPU of its own number; give "
+            'device = "cuda", and start the ranks by torchrun or --ranks'
+        )
+    return f"cuda:{number}"

@@ -39,9 +39,9 @@ def joined(device: str, timeout_s: float = TIMEOUT_S) -> Iterator[Ranks]:
         yield Ranks.of_processes()
         return
     backend = "nccl" if device.startswith("cuda") else "gloo"
-    if backend == "nccl":
-        torch.cuda.set_device(device)
     try:
+        if backend == "nccl":
+            torch.cuda.set_device(device)
         dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_s))
     except Exception as error:
         text = " ".join(str(error).split())[:200]

@@ -145,6 +145,10 @@ class Ranks:
     def agree(self, what: str, value: str | bytes) -> None:
         """Refuse to go on where ranks hold different values.
 
+        Args:
+            what: they are, in the singular.
+            value: this rank's.
+
         Raises:
             RankError: one line that names the first rank that differs from rank 0.
         """
@@ -157,8 +161,8 @@ class Ranks:
         other = next((rank for rank, one in enumerate(found) if one.tolist() != first), None)
         if other is not None:
             raise RankError(
-                f"rank {other} of {self.size}: its {what} is not that of rank 0, expected the "
-                "same on every rank"
+                f"rank {other} of {self.size}: got another {what} than rank 0, expected the same "
+                "on every rank of the process group"
             )
 
     def _each(self, value: Tensor) -> list[Tensor]:

@@ -25,6 +25,7 @@ from hmpo.trainer.conversation_rewards import environment_events
 from hmpo.trainer.prompts import with_tokens
 from hmpo.trainer.responses import reward_events
 from hmpo.trainer.rollout import sample_and_score, sampling_options
+from hmpo.trainer.rows import ALONE
 from hmpo.types import Event
 
 logger = logging.getLogger(__name__)
@@ -157,6 +158,8 @@ class Evaluator:
     """How prompts become token ids."""
     environments: Environments | None = None
     """What the policy talks with."""
+    ranks: Ranks = ALONE
+    """That share the work; all of them evaluate."""
 
     def evaluate(
         self,
@@ -266,7 +269,7 @@ class Evaluator:
                 reward_seed=keyed_seed(self.seed, "evaluation rewards", start),
                 prompt_options=self.prompt_options,
                 environments=self.environments,
-                ranks=Ranks.of_processes(),
+                ranks=self.ranks,
             )
             totals += scored.rewards.view(-1, samples).tolist()
             events += reward_events(scored.result, step)
@@ -294,6 +297,7 @@ def make_evaluator(
     settings: TrainerConfig,
     options: PromptOptions,
     environments: Environments | None,
+    ranks: Ranks = ALONE,
 ) -> Evaluator:
     """What measures a run's policy, in the run itself and afterwards.
 
@@ -305,6 +309,7 @@ def make_evaluator(
         settings: the trainer's, with token ids.
         options: how prompts become token ids.
         environments: what the policy talks with; None for one turn a response.
+        ranks: that share the work.
     """
     return Evaluator(
         policy=loaded.model,
@@ -317,4 +322,5 @@ def make_evaluator(
         success=config.eval.success,
         prompt_options=options,
         environments=environments,
+        ranks=ranks,
     )

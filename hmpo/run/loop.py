@@ -141,7 +141,7 @@ class Run:
         self.teller.trainer = self.trainer
         settings = self.trainer.config
         self.evaluator = make_evaluator(
-            config, loaded, self.task, self.rewards, settings, options, talks
+            config, loaded, self.task, self.rewards, settings, options, talks, ranks
         )
         self.steering = Steering(config, self.trainer, self.task)
         self.evidence = Evidence()

@@ -5,10 +5,8 @@ weights and the optimizer's state are there in both. What the process holds befo
 and all that they import) is measured. `benchmarks/memory.py` compares the sum with real runs.
 """
 
-import contextlib
 import dataclasses
-import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +32,8 @@ from hmpo.models.policy import unwrap
 from hmpo.models.quiet import quiet_transformers
 from hmpo.models.source import whole_policy
 from hmpo.optim.param_groups import split_param_groups
+from hmpo.ranks.launched import launched, ranks_here
+from hmpo.run.machine import machine_bytes, resident_bytes
 from hmpo.run.source import kept_commits
 from hmpo.sampling.decoder import FAMILIES, GROWTH
 from hmpo.tasks import BUILT_IN, make_task
@@ -275,63 +275,15 @@ def prompt_tokens(config: RunConfig) -> int:
 # --- the machine -------------------------------------------------------------------------------
 
 
-def resident_bytes() -> int:
-    """Memory that this process holds now."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-        return pages * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, ValueError, IndexError):
-        import resource
-
-        size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return size if os.uname().sysname == "Darwin" else size * 1024
-
-
-def machine_bytes(root: Path = Path("/")) -> int | None:
-    """Memory that this process may use: the machine's, or less where a cgroup says so.
-
-    Args:
-        root: of the file system, for tests.
-
-    Returns:
-        Bytes; None where the system does not tell.
-    """
-    limits = list(_cgroup_limits(root))
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    return min(limits, default=None)
-
-
-def _cgroup_limits(root: Path) -> Iterator[int]:
-    """Limits of the process's cgroup and of those around it, versions 1 and 2."""
-    try:
-        lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return
-    for line in lines:
-        _, kinds, path = (*line.split(":", 2), "", "")[:3]
-        if kinds not in ("", "memory") and "memory" not in kinds.split(","):
-            continue
-        top = root / "sys/fs/cgroup" / ("memory" if kinds else "")
-        name = "memory.limit_in_bytes" if kinds else "memory.max"
-        inner = Path(path.lstrip("/"))
-        for place in (inner, *inner.parents):
-            try:
-                text = (top / place / name).read_text(encoding="ascii").strip()
-            except (OSError, UnicodeDecodeError):
-                continue
-            if text.isdigit():
-                yield int(text)
-
-
 def _on_cuda(config: RunConfig) -> bool:
     """Whether the run is on a GPU; one that is not there is refused when the policy is loaded."""
     return config.device.startswith(("auto", "cuda")) and torch.cuda.is_available()
 
 
 def available_bytes(config: RunConfig) -> int | None:
-    """Memory of the device that a run is on; None where it is not known."""
-    return gpu_bytes(config) if _on_cuda(config) else machine_bytes()
+    """Memory of the device that a run is on, shared by its ranks; None where it is not known."""
+    whole = gpu_bytes(config) if _on_cuda(config) else machine_bytes()
+    return whole if whole is None or _on_cuda(config) else whole // ranks_here()
 
 
 def gpu_bytes(config: RunConfig) -> int:
@@ -353,6 +305,10 @@ def memory_line(config: RunConfig, folder: Path | None = None) -> str:
     """
     config = config if folder is None else kept_commits(config, folder)
     try:
+        ranks = max(1, launched())  # each samples its share of the prompts
+        config = dataclasses.replace(
+            config, prompts_per_rollout=-(-config.prompts_per_rollout // ranks)
+        )
         prompt, model = prompt_tokens(config), meta_policy(config.policy)
         process = _process(config)
         whole = estimate(model, config, prompt, process)

@@ -202,7 +202,7 @@ class Saver:
         """
         restore_random_state(self.random)
         yield
-        self.random = random_state()
+        self.random = self.trainer.ranks.once(random_state)  # rewards draw on the first rank alone
 
     @contextlib.contextmanager
     def measuring(self) -> Iterator[None]:

@@ -45,11 +45,10 @@ class SharedFiles(RunFiles):
             return None if self._taken is None else self._taken.step
 
         step = self.ranks.once(chosen)
-        if self._leads or step is None:
-            self.lock = self.lock if self._leads else _Nowhere()  # type: ignore[assignment]
+        if self._leads:
             return self._taken
         self.lock = _Nowhere()  # type: ignore[assignment]
-        return load_checkpoint(self.folder / "checkpoints", step=step)
+        return None if step is None else load_checkpoint(self.folder / "checkpoints", step=step)
 
     def check_room(self, state: Mapping[str, Any]) -> None:
         """Refuse a disk without room for the checkpoints, on every rank."""

@@ -126,7 +126,7 @@ def _sampled(
         )
         if ranks.alone:
             return sample(ids, mask), asked
-        ranks.agree("rollout's prompts", repr(torch.where(mask, ids, -1).tolist()))
+        ranks.agree("list of prompts", repr(torch.where(mask, ids, -1).tolist()))
         rows = tuple(prompt * group_size + g for prompt in own for g in range(group_size))
         noise = Noise(rows, len(ids) * group_size)
         part = sample(ids[own], mask[own], noise=noise) if own else None

@@ -1,5 +1,6 @@
 """Rows of a minibatch or a rollout, shared out to ranks and joined again."""
 
+import hashlib
 from collections.abc import Sequence
 
 import torch
@@ -125,7 +126,7 @@ def refuse_different(ranks: Ranks, policy: nn.Module, config: object) -> None:
     if ranks.alone:
         return
     ranks.agree("configuration", repr(config))
-    sums = [
-        (p.detach().double().sum(), p.detach().double().abs().sum()) for p in policy.parameters()
-    ]
-    ranks.agree("policy", repr(torch.stack([torch.stack(pair) for pair in sums]).tolist()))
+    digest = hashlib.sha256()
+    for parameter in policy.parameters():  # bytes, as processors differ in how they sum
+        digest.update(parameter.detach().flatten().view(torch.uint8).cpu().numpy().tobytes())
+    ranks.agree("policy", digest.digest())

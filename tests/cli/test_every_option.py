@@ -619,11 +619,11 @@ def cache(monkeypatch, tmp_path) -> list[Any]:
 
 
 def world_size(monkeypatch, tmp_path) -> list[Any]:
-    refuse_several_processes()
+    refuse_several_processes("a suite")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     with pytest.raises(ConfigError, match=r"^WORLD_SIZE = 2: ") as caught:
-        refuse_several_processes()
+        refuse_several_processes("a suite")
     return [None, str(caught.value)]
 
 

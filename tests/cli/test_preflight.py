@@ -95,6 +95,19 @@ def test_one_of_several_processes_is_one_line(tmp_path, capsys, monkeypatch) -> 
     assert not (tmp_path / "run").exists()
 
 
+def test_what_one_process_makes_is_refused_to_several(tmp_path, capsys, monkeypatch) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text(f'out = "{tmp_path}"\n')
+    line = train_refusal(capsys, str(path), "--dry-run", "--ranks", "2")
+    assert "--ranks: got 2, expected nothing with --dry-run" in line
+    line = train_refusal(capsys, str(path), "--ranks", "2", "--set", "device=cuda:1")
+    assert "device: got 'cuda:1', expected auto, cpu or cuda with --ranks" in line
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    assert "a dry run is made by one process" in train_refusal(capsys, str(path), "--dry-run")
+    assert "the demo is made by one process" in refusal(capsys, "demo", "--out", str(tmp_path))
+
+
 @pytest.mark.parametrize("updates", ["0", "-3"])
 def test_a_demo_of_no_updates_is_refused(updates, tmp_path, capsys) -> None:
     line = refusal(capsys, "demo", "--updates", updates, "--out", str(tmp_path))

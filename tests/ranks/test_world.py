@@ -55,9 +55,9 @@ def test_a_failure_of_the_first_rank_is_one_line_on_the_others(both: list[dict])
 
 
 def test_ranks_that_differ_are_refused_on_all_of_them(both: list[dict]) -> None:
-    line = "RankError: rank 1 of 2: its seed is not that of rank 0, expected the same on every rank"
+    line = "RankError: rank 1 of 2: got another seed than rank 0, expected the same on every rank"
     assert [found["agree"] for found in both] == ["nothing"] * 2
-    assert [found["differ"] for found in both] == [line] * 2
+    assert [found["differ"] for found in both] == [f"{line} of the process group"] * 2
 
 
 def test_a_process_alone_joins_nothing() -> None:

@@ -20,14 +20,13 @@ from hmpo.models.memory import (
     weight_bytes,
 )
 from hmpo.run import memory
+from hmpo.run.machine import resident_bytes
 from hmpo.run.memory import (
     estimate,
     estimate_run,
     logits_bytes,
-    machine_bytes,
     memory_line,
     optimizer_bytes,
-    resident_bytes,
     sampler_bytes,
 )
 from tests.faults.micro import micro_config
@@ -137,24 +136,17 @@ def test_large_logits_are_held_in_blocks(policy) -> None:
     assert logits_bytes(0, 0, config) == 0
 
 
-def test_the_limit_is_the_least_of_the_machine_and_its_groups(tmp_path) -> None:
-    whole = machine_bytes(tmp_path)
-    assert whole is not None and whole > 2**28
-    (tmp_path / "proc/self").mkdir(parents=True)
-    (tmp_path / "proc/self/cgroup").write_text("3:cpu:/a\n0::/outer/inner\n")
-    inner = tmp_path / "sys/fs/cgroup/outer/inner"
-    inner.mkdir(parents=True)
-    (inner / "memory.max").write_text("max\n")
-    assert machine_bytes(tmp_path) == whole
-    (inner.parent / "memory.max").write_text(f"{2**27}\n")
-    assert machine_bytes(tmp_path) == 2**27
-    (tmp_path / "proc/self/cgroup").write_text("9:cpu,memory:/old\n")
-    old = tmp_path / "sys/fs/cgroup/memory/old"
-    old.mkdir(parents=True)
-    (old / "memory.limit_in_bytes").write_text("9223372036854771712\n")
-    assert machine_bytes(tmp_path) == whole
-    (old / "memory.limit_in_bytes").write_text(f"{2**26}\n")
-    assert machine_bytes(tmp_path) == 2**26
+def test_ranks_on_a_processor_share_its_memory_and_the_prompts(policy, monkeypatch) -> None:
+    config, _ = made(policy, task={"name": "sort"}, prompts_per_rollout=6)
+    half, _ = made(policy, task={"name": "sort"}, prompts_per_rollout=3)
+    monkeypatch.setattr(memory, "resident_bytes", lambda: 0)
+    monkeypatch.setattr(memory, "prompt_tokens", lambda config: 12)
+    monkeypatch.setattr(memory, "machine_bytes", lambda: 10**12)
+    alone = memory_line(half)
+    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    assert "of 500.0 GB" in memory_line(config) and "of 1.0 TB" in alone
+    assert memory_line(config).replace("500.0 GB", "1.0 TB") == alone
 
 
 def test_what_cannot_fit_is_refused_with_the_setting_that_helps_most(policy, monkeypatch) -> None:

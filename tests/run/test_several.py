@@ -155,6 +155,42 @@ def test_one_process_goes_on_with_a_run_of_two_ranks(runs: Path, tmp_path: Path)
         assert (two[name] - value).norm() <= 1e-5 * value.norm(), name
 
 
+DRAWS = """
+import random
+
+from hmpo.config import TaskConfig
+from hmpo.tasks import make_task as plain
+
+
+class Drawn:
+    def __init__(self, task):
+        self.task = task
+
+    def __getattr__(self, name):
+        return getattr(self.task, name)
+
+    def train(self, index):
+        return self.task.train(int(1e6 * random.random()))
+
+
+def make_task(config, seed):
+    return Drawn(plain(TaskConfig(name="sort"), seed))
+
+
+def drawn(completions, **columns):
+    return [random.random() for _ in completions]
+"""
+
+
+def test_tasks_and_rewards_that_draw_from_the_global_generators_draw_the_same(tmp_path) -> None:
+    (tmp_path / "draws.py").write_text(DRAWS, encoding="utf-8")
+    more = ("--set", "task.name=draws.py:make_task", 'rewards.functions=["draws.py:drawn"]')
+    for name, ranks in (("alone", 1), ("both", 2)):
+        ended(command(tmp_path, name, ranks, *more, updates=6))
+    alone, both = [(tmp_path / n / "completions.jsonl").read_bytes() for n in ("alone", "both")]
+    assert alone == both and alone.count(b'"rollout":2') > 0
+
+
 def test_a_mistake_is_one_line_and_its_exit_code(tmp_path: Path) -> None:
     words = command(tmp_path, "wrong", 2, "--set", "trainer.minibatches=99")
     lines = [line for line in ended(words, 2).splitlines() if line.startswith("hmpo:")]
