@@ -31,6 +31,9 @@ from hmpo.types import Batch, Metrics, MinibatchGradient, on_host
 class PowerMeanTrainer(Trainer[PowerMeanConfig]):
     """Post-trains a policy with any member of the power-mean family.
 
+    Made in a process group of `torch.distributed`, it is one of its ranks (`hmpo.ranks`): all of
+    them make the same trainer and take the same calls.
+
     Args:
         policy_model: a Hugging Face causal LM, or a causal `nn.Module` from token ids (N, S) to
             logits (N, S, V).

@@ -1,0 +1,48 @@
+"""Joining a launch: the group that is made, and ranks that cannot be reached any more."""
+
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from hmpo.errors import RankError
+from hmpo.ranks.start import joined
+from hmpo.ranks.world import Ranks
+from tests.ranks.processes import run_ranks
+
+pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs the gloo backend")
+
+
+@pytest.fixture
+def meeting(monkeypatch) -> None:
+    """A free port, as a launcher tells it."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(port))
+
+
+def test_a_process_without_a_launch_is_alone(monkeypatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with joined("cpu") as ranks:
+        assert ranks == Ranks() and not dist.is_initialized()
+
+
+def test_a_rank_that_stops_answering_is_given_up_in_one_line(tmp_path, meeting) -> None:
+    outs = run_ranks("tests.ranks.stop_cases", 2, tmp_path)
+    ranks = [torch.load(out, weights_only=False) for out in outs]
+    assert ranks == [Ranks(rank=0, size=2), Ranks(rank=1, size=2)]
+    assert (tmp_path / "told.txt").read_text() == (
+        "rank 0 of 2: waited for too long; go on from the last checkpoint once all can run"
+    )
+
+
+def test_a_launch_that_cannot_be_joined_is_one_line(monkeypatch) -> None:
+    for name, value in {"WORLD_SIZE": "2", "RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    line = r"rank 1: cannot join the others: .*MASTER_ADDR"
+    with pytest.raises(RankError, match=line), joined("cpu"):
+        pass
