@@ -646,6 +646,7 @@ def local_rank(monkeypatch, tmp_path) -> list[str]:
 ENVIRONMENT = {
     "HMPO_CACHE": cache,
     "LOCAL_RANK": local_rank,
+    "LOCAL_WORLD_SIZE": "tests/ranks/test_launched.py",
     "RANK": rank,
     "WORLD_SIZE": world_size,
     "HMPO_MATMUL": "tests/logprobs/test_matmul.py",
