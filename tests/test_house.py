@@ -124,6 +124,18 @@ def test_a_file_has_at_most_400_lines_and_its_functions_60(path: Path) -> None:
             assert length <= 60, f"{node.name}: {length} lines"
 
 
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_no_pattern_repeats_a_group_possessively(path: Path) -> None:
+    """Python 3.11.2 reads such a pattern wrongly where the group can give characters back.
+
+    An atomic group, `(?>(?:...)*)`, says the same and is read rightly.
+    """
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found = re.search(r"\)(?:[*+?]|\{[0-9,]+\})\+", node.value)
+            assert found is None, f"line {node.lineno}: {node.value!r}"
+
+
 def test_the_list_of_longer_files_only_shrinks() -> None:
     assert len(LONG_FILES) <= 4
     contributing = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")

@@ -26,7 +26,7 @@ _CREDENTIALS = re.compile(
     r"|\b(?:AKIA|ASIA)[A-Z0-9]{16}\b"
 )
 _RUN = re.compile(r"[A-Za-z0-9]{16,}+")
-_DOTTED = re.compile(r"(?<![A-Za-z0-9_-])[A-Za-z0-9_-]++(?:\.[A-Za-z0-9_-]*+)++")
+_DOTTED = re.compile(r"(?<![A-Za-z0-9_-])[A-Za-z0-9_-]++(?>(?:\.[A-Za-z0-9_-]*+)+)")
 _JWT = re.compile(r"\beyJ[A-Za-z0-9_-]{5}")
 _HEX40 = re.compile(r"\b[0-9a-f]{40}\b", re.IGNORECASE)
 _BEARER = re.compile(r"(?i)\b(bearer|basic)(\s++)[\w.~+/-]{16,}+=*+")

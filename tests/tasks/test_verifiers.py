@@ -172,7 +172,8 @@ def test_a_run_trains_evaluates_and_resumes_on_an_installed_environment(installe
     assert {"task.name: more_of_it.py", "verifiers:more-of-it: rows"} <= found.keys()
     other = make_task(configured(installed, options={"goal": "y"}).task)
     assert found != describe_inputs(config, result.folder, other)
-    assert measure(config, result.folder, prompts=3, pass_at=0).sampled.trials == 3
+    evaluated, _ = measure(config, result.folder, prompts=3, pass_at=0)
+    assert evaluated.sampled.trials == 3
     train(configured(installed, "cut", updates=1, **given))
     again = train(configured(installed, "cut", **given), resume=True)
     whole, cut = left_by(result.folder), left_by(again.folder)

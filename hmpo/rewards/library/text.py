@@ -11,12 +11,11 @@ from hmpo.rewards.library.base import TextReward, answers_of, require_column
 LONGEST = 400
 """Characters of a number; a longer one equals nothing."""
 
-# No group that captures or looks ahead is possessive: Python 3.11.2 reads such a pattern wrongly.
 NUMBER = re.compile(
     r"(?P<sign>(?<![0-9A-Za-z_)\]])[-+\u2212])?(?:\\?\$)?"
     r"(?<![0-9A-Za-z_])(?<![0-9]\.)"
     r"(?:(?P<whole>[0-9]++)[ ](?=[0-9]++/[0-9]))?"
-    r"(?P<number>(?:[0-9]{1,3}(?:,[0-9]{3}(?![0-9]))+|[0-9]++)(?:\.[0-9]++)?+|\.[0-9]++)"
+    r"(?P<number>(?:[0-9]{1,3}(?:,[0-9]{3}(?![0-9]))+|[0-9]++)(?>(?:\.[0-9]++)?)|\.[0-9]++)"
     r"(?:[eE](?P<exponent>[-+]?[0-9]{1,3})(?![0-9]))?"
     r"(?:[ ]?/[ ]?(?P<denominator>[0-9]++)(?![./][0-9]))?"
 )
@@ -212,8 +211,8 @@ def _choices(letters: str) -> tuple[re.Pattern[str], ...]:
     one = capital[:-1] + small[1:]
     alone = rf"({capital})(?![A-Za-z0-9_'])|({small})(?=[.,;)\]}}*_]|\s*+\Z|[ \t]*+\n)"
     marks = r"[\s*_`\"'(\[{$]*+"
-    words = r"(?i:\b(?:answer|option|choice)\b)(?:\s++(?i:is))?+\s*+[:=]?+"
-    box = r"\\boxed\{(?:\\(?:text|mathrm|textbf|mathbf)\{)?+"
+    words = r"(?i:\b(?:answer|option|choice)\b)(?>(?:\s++(?i:is))?)\s*+[:=]?+"
+    box = r"\\boxed\{(?>(?:\\(?:text|mathrm|textbf|mathbf)\{)?)"
     wrapped = rf"[*_(\[]*+({one})[*_)\].:]*+"
     return (
         re.compile(rf"(?:{words}|{box}){marks}(?:{alone})"),
