@@ -42,7 +42,8 @@ def save_policy(
 
     The folder is written aside and renamed into place; a policy that was there is replaced,
     anything else is left alone. A model with LoRA adapters is saved as adapters only, by
-    peft's `save_pretrained`, with the name of the policy below them; `load_policy` reads both.
+    peft's `save_pretrained`, with the name of the policy below them; `load_policy` reads both. Of
+    several adapters (a reference beside the policy) the active one is saved.
     Whole weights have the precision that the policy was loaded from, whatever it was trained in.
 
     Args:
@@ -58,7 +59,8 @@ def save_policy(
         `folder`.
 
     Raises:
-        ModelError: the model has no `save_pretrained`, or `folder` holds something else.
+        ModelError: the model has no `save_pretrained`, or several active adapters, or `folder`
+            holds something else.
         StorageError: the disk is full or the path cannot be written.
     """
     save = getattr(model, "save_pretrained", None)
@@ -73,12 +75,15 @@ def save_policy(
         _name_bases(model)
         logger.info("saving the LoRA adapters only; they need their base policy to load")
         options["save_embedding_layers"] = False  # the base's own, which it still has
+        options["selected_adapters"] = [_active_adapter(model)]
     elif (state := as_in_source(model)) is not None:
         options["state_dict"] = state
 
     def write(aside: Path) -> None:
         with quiet_transformers():
             save(aside, **options)
+        for name in options.get("selected_adapters", []):
+            _lift(aside / name, aside)  # where peft puts adapters of another name than "default"
         if "state_dict" in options:
             name_precision(aside, model)
         (aside / "README.md").unlink(missing_ok=True)  # peft's blank model card
@@ -90,6 +95,25 @@ def save_policy(
             (aside / "README.md").write_text(card, encoding="utf-8", newline="\n")
 
     return replace_folder(Path(folder), write)
+
+
+def _active_adapter(model: nn.Module) -> str:
+    """The name of the adapters that are the policy."""
+    names = list(getattr(model, "active_adapters", ["default"]))
+    if len(names) != 1:
+        raise ModelError(
+            f"policy with the active adapters {', '.join(names) or 'none'}: expected one; choose "
+            "it by model.set_adapter(name)"
+        )
+    return names[0]
+
+
+def _lift(inner: Path, outer: Path) -> None:
+    """Move the files of a folder, where there is one, into the one above it."""
+    if inner.is_dir():
+        for path in inner.iterdir():
+            path.replace(outer / path.name)
+        inner.rmdir()
 
 
 def _name_bases(model: nn.Module) -> None:
@@ -126,12 +150,12 @@ def replace_folder(folder: Path, write: Callable[[Path], None]) -> Path:
             aside.mkdir()
             write(aside)
             _flush(aside)
-            if folder.exists():
-                folder.replace(old)
             try:
+                if folder.exists():
+                    folder.replace(old)
                 aside.replace(folder)
-            except OSError:
-                if old.exists():
+            except BaseException:  # an interrupt too must not take the older policy away
+                if old.exists() and not folder.exists():
                     old.replace(folder)
                 raise
             fsync_folder(folder.parent)
