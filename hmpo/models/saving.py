@@ -69,15 +69,8 @@ def save_policy(
             f"policy of type {type(model).__name__}: has no save_pretrained; expected a "
             "transformers or peft model"
         )
-    options: dict[str, Any] = {}
     adapter = not isinstance(model, PreTrainedModel)
-    if adapter:
-        _name_bases(model)
-        logger.info("saving the LoRA adapters only; they need their base policy to load")
-        options["save_embedding_layers"] = False  # the base's own, which it still has
-        options["selected_adapters"] = [_active_adapter(model)]
-    elif (state := as_in_source(model)) is not None:
-        options["state_dict"] = state
+    options = _adapter_options(model) if adapter else _whole_options(model)
 
     def write(aside: Path) -> None:
         with quiet_transformers():
@@ -95,6 +88,19 @@ def save_policy(
             (aside / "README.md").write_text(card, encoding="utf-8", newline="\n")
 
     return replace_folder(Path(folder), write)
+
+
+def _whole_options(model: nn.Module) -> dict[str, Any]:
+    """What `save_pretrained` is told of whole weights."""
+    state = as_in_source(model)
+    return {} if state is None else {"state_dict": state}
+
+
+def _adapter_options(model: nn.Module) -> dict[str, Any]:
+    """What `save_pretrained` is told of adapters, whose base's embeddings stay where they are."""
+    _name_bases(model)
+    logger.info("saving the LoRA adapters only; they need their base policy to load")
+    return {"save_embedding_layers": False, "selected_adapters": [_active_adapter(model)]}
 
 
 def _active_adapter(model: nn.Module) -> str:

@@ -135,6 +135,19 @@ def ready_prompts(config: RunConfig, loaded: LoadedPolicy, task: Task) -> Prompt
     return options
 
 
+def plain_prompts(config: RunConfig, tokenizer: Any, task: Task) -> str:
+    """One line where a chat model is asked bare text; empty where all is as one expects."""
+    if is_chat(task) or getattr(tokenizer, "chat_template", None) is None:
+        return ""
+    remedy = "task.chat = true asks them as messages"
+    if config.task.name == "jsonl":
+        remedy = 'task.name = "data" with task.chat = true asks them as messages'
+    return (
+        "the prompts are plain text, though the policy's tokenizer has a chat template, which is "
+        f"not used; {remedy}"
+    )
+
+
 def load_trained(
     folder: Path, config: RunConfig, device: str = "cpu", *, step: Step = None
 ) -> LoadedPolicy:

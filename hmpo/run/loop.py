@@ -26,6 +26,7 @@ from hmpo.run.build import (
     make_environments,
     make_rewards,
     make_trainer,
+    plain_prompts,
     ready_prompts,
     trainer_config,
     use_machine,
@@ -136,6 +137,8 @@ class Run:
         talks = make_environments(config, loaded.tokenizer, self.task)
         self.rewards = rewards or make_rewards(config, self.task, talks)
         options = ready_prompts(config, loaded, self.task)
+        if not ranks.rank and (note := plain_prompts(config, loaded.tokenizer, self.task)):
+            logger.warning(note)
         check_prompts(self.task, loaded.tokenizer, loaded.model, length, options)
         self.trainer = make_trainer(config, loaded, self.task, self.rewards, options, talks)
         self.teller.trainer = self.trainer

@@ -94,6 +94,19 @@ def test_a_run_on_conversations_has_messages_everywhere_and_resumes_to_the_bit(r
         assert first[name] == second[name], name
 
 
+def test_a_chat_model_that_is_asked_bare_text_is_told_once(root: Path, caplog) -> None:
+    rows = "".join(json.dumps({"prompt": f"{n}?", "answer": str(n)}) + "\n" for n in range(40))
+    (root / "rows.jsonl").write_text(rows)
+    for name, told in (("data", 1), ("chat", 0)):
+        caplog.clear()
+        train(config(root, name, rewards__functions=[], updates=1, task__chat=name == "chat"))
+        lines = [r.message for r in caplog.records if "chat template" in r.message]
+        assert len(lines) == told, lines
+    jsonl = {"name": "jsonl", "options": {"path": str(root / "rows.jsonl")}}
+    train(config(root, "jsonl", rewards__functions=[], updates=1, task=jsonl))
+    assert 'task.name = "data" with task.chat = true' in caplog.text
+
+
 def test_the_tasks_own_check_reads_the_message(root: Path) -> None:
     result = train(config(root, rewards__functions=[]))
     assert result.status == "completed"
