@@ -5,7 +5,7 @@
 #   scripts/gpu_check.sh smoke head         some of them
 #   GPU_CHECK_DEVICE=cpu scripts/gpu_check.sh   the same lines on a CPU, at tiny sizes
 #
-# Results and one log, at most 8 files, go to $OUT (gpu-results where it is not set) as they come.
+# Results and one log, at most 10 files, go to $OUT (gpu-results where it is not set) as they come.
 # hmpo need not be installed.
 # OUT             folder of the results
 # GPU_CHECK_MODEL folder of SmolLM2-135M-Instruct; else the fetched one, else random weights
@@ -41,18 +41,20 @@ part() { # NAME SECONDS COMMAND...
 
 run() { # one part by name
   case $1 in
-    env) part env 30 "$python" benchmarks/gpu_smoke.py --environment ;;
+    env) part env 20 "$python" benchmarks/gpu_smoke.py --environment ;;
     kernels) part kernels 40 "$python" -m pytest -q -o addopts= -o filterwarnings=default \
       -p no:cacheprovider -n "$workers" tests/logprobs/triton_cases.py ;;
     smoke) part smoke 60 "$python" benchmarks/gpu_smoke.py --device "$device" ;;
-    head) part head 45 "$python" benchmarks/bench_gpu.py "${tiny[@]}" --device "$device" --part head ;;
-    muonclip) part muonclip 110 "$python" benchmarks/bench_muonclip.py kernels ;;
-    generate) part generate 100 "$python" benchmarks/bench_gpu.py "${tiny[@]}" --device "$device" \
+    head) part head 40 "$python" benchmarks/bench_gpu.py "${tiny[@]}" --device "$device" --part head ;;
+    muonclip) part muonclip 60 "$python" benchmarks/bench_muonclip.py kernels ;;
+    generate) part generate 65 "$python" benchmarks/bench_gpu.py "${tiny[@]}" --device "$device" \
       --part generate ;;
-    smollm2) part smollm2 35 "$python" benchmarks/bench_gpu.py "${tiny[@]}" --device "$device" \
+    smollm2) part smollm2 30 "$python" benchmarks/bench_gpu.py "${tiny[@]}" --device "$device" \
       --part smollm2 --model "${GPU_CHECK_MODEL:-smollm2}" ;;
-    update) part update 70 "$python" benchmarks/bench_gpu.py "${tiny[@]}" --device "$device" \
+    update) part update 50 "$python" benchmarks/bench_gpu.py "${tiny[@]}" --device "$device" \
       --part update ;;
+    qlora | memory) part "$1" $([ "$1" = qlora ] && echo 35 || echo 80) \
+      "$python" benchmarks/gpu_memory.py "${tiny[@]}" --device "$device" --part "$1" ;;
     *) echo "gpu_check.sh: no part $1" >&2 && exit 2 ;;
   esac
 }
@@ -60,7 +62,7 @@ run() { # one part by name
 : >"$log"
 for name in "${@:-}"; do
   if [ -z "$name" ]; then
-    for each in env kernels smoke head muonclip generate smollm2 update; do run "$each"; done
+    for each in env kernels smoke head muonclip generate smollm2 update qlora memory; do run "$each"; done
   else
     run "$name"
   fi
