@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("trl")
 
-from tests.adapters.uneven import ROWS, SETTINGS, replay, whole_weights
+from tests.adapters.uneven import RESUMED, ROWS, SETTINGS, replay, whole_weights
 
 ROOT = Path(__file__).parents[2]
 
@@ -52,6 +52,24 @@ def test_both_end_with_the_weights_and_the_record_of_one_process(
         assert found["clipped"] > 0 and found["record"]["n_seq"] == ROWS
         for key, value in alone.last_record.items():
             assert found["record"][key] == pytest.approx(value, rel=1e-3, abs=1e-5), key
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("name", RESUMED)
+def test_what_two_processes_saved_goes_on_as_if_never_stopped(
+    results: Path, mode: str, name: str
+) -> None:
+    found = torch.load(results / mode / f"{name}-resumed.pt", weights_only=False)
+    straight, resumed = found["straight"], found["resumed"]
+    assert straight["record"]["step"] == resumed["record"]["step"] == 3
+    count = len(resumed["generations"])
+    assert 0 < count < len(straight["generations"])
+    assert resumed["generations"] == straight["generations"][-count:]
+    apart = (resumed["weights"] - straight["weights"]).norm() / straight["weights"].norm()
+    assert float(apart) < 1e-6
+    assert resumed["record"].keys() == straight["record"].keys()
+    for key, value in straight["record"].items():
+        assert resumed["record"][key] == pytest.approx(value, rel=1e-3, abs=1e-5), key
 
 
 def test_a_number_that_one_rank_finds_not_finite_stops_all_and_names_it(results: Path) -> None:

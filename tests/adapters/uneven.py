@@ -141,6 +141,39 @@ def train(folder: Path, mode: str, name: str) -> None:
         dist.barrier()
 
 
+RESUMED = ("hmpo", "learnable", "holder")
+"""Members whose training is also saved halfway and gone on with."""
+SAVED = {"save_strategy": "steps", "save_steps": 2.0, "max_steps": 4}
+
+
+def resume(folder: Path, mode: str, name: str) -> None:
+    """A training of four updates, and one that goes on from what it saved after two."""
+    more = {"fsdp": True, "fsdp_config": dict(SHARD)} if mode == "fsdp2" else {}
+    found: dict[str, Any] = {}
+    for part, start in (("straight", None), ("resumed", "straight/checkpoint-2")):
+        AcceleratorState._reset_state()
+        generations: list[list[list[int]]] = []
+        out = folder / f"{name}-out"  # one for all ranks, so that each finds what all have saved
+        trainer = build(
+            str(out / part),
+            name,
+            int(os.environ["WORLD_SIZE"]),
+            ddp_backend="gloo",
+            **more,
+            **SAVED,
+        )
+        record(trainer, generations)
+        trainer.train(resume_from_checkpoint=start and str(out / start))
+        found[part] = {
+            "generations": generations,
+            "weights": whole_weights(trainer),
+            "record": trainer.last_record,
+        }
+        dist.barrier()
+    if dist.get_rank() == 0:
+        torch.save(found, folder / f"{name}-resumed.pt")
+
+
 def fail(folder: Path) -> None:
     """A log-prob that only the last rank finds to be NaN; each rank writes what it raised."""
     with tempfile.TemporaryDirectory() as out:
@@ -168,6 +201,8 @@ def main(folder: str, mode: str, names: list[str]) -> None:
     for name in names:
         AcceleratorState._reset_state()
         train(place, mode, name)
+    for name in RESUMED:
+        resume(place, mode, name)
     if mode == "ddp":
         AcceleratorState._reset_state()
         fail(place)
