@@ -260,7 +260,13 @@ def check_cells(cells: Sequence[Cell]) -> None:
 
 
 def cells_hash(name: str, cells: Sequence[Cell], compare: Mapping[str, Any]) -> str:
-    """SHA-256 of what a suite is: its cells, their resolved settings and seeds, its comparison."""
-    plain = [[c.name, c.role, dict(c.levels), list(c.seeds), c.identity, c.against] for c in cells]
+    """SHA-256 of what a suite is: its cells, what decides their numbers, seeds, its comparison.
+
+    Settings that hmpo has gained since, at the value that says nothing new, do not change it.
+    """
+    plain = [
+        [c.name, c.role, dict(c.levels), list(c.seeds), c.config_hash, c.config.updates, c.against]
+        for c in cells
+    ]
     text = json.dumps([name, plain, dict(compare)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from hmpo.config import identity
 from hmpo.config.identity import config_hash
 from hmpo.config.reading import run_config
 from hmpo.errors import ConfigError
@@ -128,6 +129,16 @@ def test_the_hash_tells_settings_seeds_and_comparisons_apart(tmp_path: Path) -> 
         read_suite(written(tmp_path, TOML + "\n# a remark")).hash
         == read_suite(written(tmp_path)).hash
     )
+
+
+def test_a_setting_that_came_later_at_its_silent_value_leaves_the_hash(tmp_path, monkeypatch):
+    known = read_suite(written(tmp_path)).hash
+    without = {k: v for k, v in identity.LATER.items() if k != "rollout.lag"}
+    monkeypatch.setattr(identity, "LATER", without)
+    counted = read_suite(written(tmp_path)).hash
+    assert counted != known, "a setting that counts is part of the hash"
+    monkeypatch.setattr(identity, "LATER", without | {"rollout.lag": 0})
+    assert read_suite(written(tmp_path)).hash == known
 
 
 BY = {"factor": "member", "to": ["grpo"]}
