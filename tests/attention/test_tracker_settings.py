@@ -1,11 +1,6 @@
 """The tracker inside compiled graphs, over ranks, and under every kind of mask."""
 
 import gc
-import os
-import subprocess
-import sys
-import textwrap
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +11,7 @@ from hmpo.attention.tap import listen, listener_count
 from hmpo.attention.tracker import LogitTracker
 from tests.optim.tiny import attentions, batch, loss_of, make, middle
 from tests.oracles.attention_logits import max_logits, model_max_logits
+from tests.ranks.processes import run_script
 
 
 @pytest.fixture
@@ -143,24 +139,7 @@ RANKS = """
 
 
 def test_two_ranks_share_one_reduction(tmp_path):
-    script = tmp_path / "rank.py"
-    script.write_text(textwrap.dedent(RANKS))
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(Path.cwd()), os.environ.get("PYTHONPATH", "")]),
-        "GLOO_SOCKET_IFNAME": "lo",
-    }
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(rank), str(tmp_path / "store")],
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    ends = [(r.communicate(timeout=240)[1], r.returncode) for r in ranks]
-    assert all(code == 0 for _, code in ends), ends
+    run_script(RANKS, tmp_path)
 
 
 def test_sliding_window_hides_what_is_behind_it():

@@ -1,10 +1,6 @@
 """Muon on parameters that FSDP2 spreads over ranks, in two processes."""
 
-import os
-import subprocess
-import sys
-import textwrap
-from pathlib import Path
+from tests.ranks.processes import run_script
 
 RANKS = """
     import copy, sys, torch, torch.distributed as dist
@@ -46,21 +42,4 @@ RANKS = """
 
 
 def test_two_ranks_equal_one_process(tmp_path):
-    script = tmp_path / "rank.py"
-    script.write_text(textwrap.dedent(RANKS))
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(Path.cwd()), os.environ.get("PYTHONPATH", "")]),
-        "GLOO_SOCKET_IFNAME": "lo",
-    }
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(rank), str(tmp_path / "store")],
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    ends = [(r.communicate(timeout=240)[1], r.returncode) for r in ranks]
-    assert all(code == 0 for _, code in ends), ends
+    run_script(RANKS, tmp_path)

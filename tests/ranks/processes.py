@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -19,18 +20,39 @@ def run_ranks(module: str, size: int, folder: Path, timeout: float = 400) -> lis
     """
     folder.mkdir(parents=True, exist_ok=True)
     outs = [folder / f"{size}-{rank}.pt" for rank in range(size)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-W", "ignore", "-m", module, str(folder / f"meet-{size}")]
+    start = ["-m", module, str(folder / f"meet-{size}")]
+    _run([[*start, str(rank), str(size), str(out)] for rank, out in enumerate(outs)], timeout)
+    return outs
+
+
+def run_script(text: str, folder: Path, size: int = 2, timeout: float = 240) -> None:
+    """Run a script with the arguments RANK FILE once for each rank, beside each other.
+
+    Raises:
+        AssertionError: one of them failed; with what it wrote.
+    """
+    script = folder / "rank.py"
+    script.write_text(textwrap.dedent(text))
+    _run([[str(script), str(rank), str(folder / "store")] for rank in range(size)], timeout)
+
+
+def _run(ranks: list[list[str]], timeout: float) -> None:
+    """Python with these arguments, one process for each, beside each other."""
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
     running = [
         subprocess.Popen(
-            [*command, str(rank), str(size), str(out)],
+            [sys.executable, "-W", "ignore", *arguments],
             cwd=ROOT,
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for rank, out in enumerate(outs)
+        for arguments in ranks
     ]
     try:
         told = [process.communicate(timeout=timeout)[0] for process in running]
@@ -40,4 +62,3 @@ def run_ranks(module: str, size: int, folder: Path, timeout: float = 400) -> lis
             process.wait()
     for rank, (process, text) in enumerate(zip(running, told)):
         assert process.returncode == 0, f"rank {rank}: {text[-3000:]}"
-    return outs
