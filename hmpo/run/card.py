@@ -197,6 +197,7 @@ def model_card(
         *_origin(base, config),
         "",
         *_measures(before, measured, config.eval.success),
+        *_use(config, adapter),
         "## Settings",
         "",
         "| setting | value |",
@@ -223,6 +224,27 @@ def _origin(base: Base, config: RunConfig) -> Iterator[str]:
         yield f"It began from trained adapters on it: {escaped(base.adapters)}."
     if config.policy.start:
         yield "It began with the weights of another run's checkpoint."
+
+
+def _use(config: RunConfig, adapter: bool) -> Iterator[str]:
+    """How it is loaded, and how it was asked."""
+    yield from ("## Use", "")
+    yield from _fenced(
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        'folder = "."  # this folder, or its name on the hub\n'
+        "tokenizer = AutoTokenizer.from_pretrained(folder)\n"
+        'model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")',
+        "python",
+    )
+    yield ""
+    if adapter:
+        yield "The adapters are loaded over the base model, which needs peft."
+    task = config.task
+    if task.chat or task.system or task.template_options:
+        yield "It was asked messages, through the tokenizer's chat template."
+    elif task.name != "data" and not task.environment and ":" not in task.name:
+        yield "It was asked plain text, without a chat template."
+    yield ""
 
 
 def _measures(

@@ -1,14 +1,18 @@
 """A model card says what was measured and how to make it again, whatever texts it is given."""
 
 import dataclasses
+import re
 import tomllib
+from typing import Any
 
 import pytest
+import torch
 import yaml
 from huggingface_hub import ModelCard
 
 from hmpo.config import PolicyConfig, RunConfig, to_dict
 from hmpo.config.reading import run_config
+from hmpo.models import load_policy, save_policy
 from hmpo.run.card import PLACES, Base, describe_base, escaped, model_card, settings_toml
 from hmpo.run.evaluation import Evaluation, Rate
 
@@ -79,6 +83,32 @@ def test_numbers_stand_with_wilsons_intervals_and_their_count() -> None:
     rows = [line for line in text.splitlines() if line.startswith(("| sampled", "| greedy", "| p"))]
     assert [row.split()[1] for row in rows[:3]] == ["sampled", "greedy", "pass@8"]
     assert all(row.count("n = 64") == 2 for row in rows[:3])
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_its_lines_load_the_policy_that_lies_beside_it(rank, tmp_path, monkeypatch) -> None:
+    policy = load_policy(PolicyConfig(path="tiny-sort", lora_rank=rank))
+    text = card(adapter=rank > 0)
+    save_policy(policy.model, policy.tokenizer, tmp_path, card=text)
+    (code,) = re.findall(r"```python\n(.*?)```", (tmp_path / "README.md").read_text(), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    found: dict[str, Any] = {}
+    exec(code, found)
+    ids = found["tokenizer"]("31452", return_tensors="pt").input_ids
+    with torch.no_grad():
+        loaded, own = (m.eval()(ids).logits for m in (found["model"], policy.model))
+    assert torch.equal(loaded, own)
+    assert ("needs peft" in text) == (rank > 0)
+
+
+def test_how_it_was_asked_is_said_where_it_is_known() -> None:
+    for task, line in (
+        ({"name": "sort"}, "plain text, without a chat template"),
+        ({"name": "sort", "chat": True}, "messages, through the tokenizer's chat template"),
+        ({"name": "data"}, ""),
+    ):
+        text = card(run_config({"task": task}))
+        assert ("It was asked" in text) == bool(line) and line in text
 
 
 def test_what_was_not_measured_is_said() -> None:
