@@ -14,8 +14,11 @@ band takes from the batch as a `Band`, so that micro-batches add up to the whole
 replace the clip (`hmpo.objective.bounds` has the formulas): SAPO's soft gate, M_p(gate(d_i)); and,
 outside the family, as there is no mean to differentiate,
 
-    J    = sum_i omega_i A_i mean_t const(clip(r_it)) log pi(y_it)      detached: CISPO, TIS
+    J    = sum_i omega_i A_i mean_t const(w_it) log pi(y_it)            detached: CISPO, DPPO, ...
     J    = sum_i omega_i A_i mean_t log pi(y_it)                        unweighted: REINFORCE
+
+where w_it is the clipped ratio or one of the functions of `hmpo.objective.weights`, which has the
+penalties of `proximal_coef`, too: a further term, weighted as a row's mean is.
 
 As A_i is constant in a response, min(x A, clip(x) A) = A min(x, hi) for A >= 0 and A max(x, lo)
 for A < 0, for tokens (PPO, arXiv 1707.06347, equation 7; GMPO, arXiv 2507.20673) as
@@ -37,7 +40,7 @@ from torch import Tensor
 
 from hmpo.config.objective import ObjectiveConfig
 from hmpo.errors import ConfigError
-from hmpo.objective.bounds import limit_tokens, measure_band
+from hmpo.objective.bounds import measure_band
 from hmpo.objective.exponent import exponent_in_force
 from hmpo.objective.metrics import objective_metrics
 from hmpo.objective.segments import exponent_by_turn, tokens_by_turn, turns_of
@@ -51,6 +54,7 @@ from hmpo.objective.terms import (
     weighted_logprobs,
     with_row_corrections,
 )
+from hmpo.objective.weights import limit_or_weigh, row_penalties
 from hmpo.types import Band, Denominators, ObjectiveOutput, Tokens
 
 
@@ -152,17 +156,21 @@ def power_mean_loss(
     log_pi = weighted_logprobs(tokens)
     d = log_ratios(log_pi, tokens)
     a = row_advantages(tokens, d.dtype)
-    limited = limit_tokens(d, tokens.mask, a, config)
+    limited = limit_or_weigh(d, tokens.logprobs, tokens.mask, a, config)
     p = exponent_by_turn(exponent, turns)
     p = exponent_in_force(d, tokens.mask, a, config, p, limited)
     if measures_band:
         # a sequence clip has limited nothing yet
         band = measure_band(limited, tokens.mask, p, config)
+    penalties = row_penalties(d, tokens.logprobs, tokens.mask, a, config)
     del d  # a (N, T) tensor less while the mean is taken
     m = mean_ratios(limited, log_pi, tokens, a, p, config, band)
     omega = row_weights(whole, config, denominators, m.dtype)
     of_rows = omega if turns is None else turns.weights(omega)
-    loss = -torch.dot(with_row_corrections(of_rows, tokens) * a, m)
+    corrected = with_row_corrections(of_rows, tokens)
+    loss = -torch.dot(corrected * a, m)
+    if penalties is not None:
+        loss = loss + config.proximal_coef * torch.dot(corrected, penalties)
     if config.kl_coef > 0:
         loss = loss + config.kl_coef * (omega * row_kl(whole, config)).sum()
     return loss
