@@ -193,9 +193,10 @@ class ObjectiveConfig:
     dual_clip: float | None = None
     """For advantages < 0, ratios above this (> 1) count as this: verl's `clip_ratio_c`, and TRL's
     `delta`, which is the same function. None leaves them unbounded."""
-    segments: Literal["response", "turn"] = "response"
-    """What a mean is taken of, and a sequence clip acts on: all ratios of a response, or those of
-    each turn of a conversation. A turn has of its response's weight the share of its tokens."""
+    segments: Literal["response", "turn", "token"] = "response"
+    """What a mean is taken of, and a sequence clip acts on: all ratios of a response, those of each
+    turn of a conversation, or each ratio alone, where p has no effect. A segment has one advantage
+    and, of its response's weight, the share of its tokens."""
     reduction: Literal["sequence_mean", "token_mean", "constant", "length_sum"] = "sequence_mean"
     """Weight of a response: 1/N, its share of all tokens, L / (N * max_length), or L / N."""
     max_length: int | None = None

@@ -87,6 +87,8 @@ def _objective_rules(config: ObjectiveConfig) -> Iterator[Rule]:
     yield exponents, has_mean, f'gate = "{gate}", which has no p'
     signs = (config.p_positive, config.p_negative)
     yield ("p",), None in signs, "p_positive and p_negative set"
+    single = config.segments == "token" and has_mean
+    yield ("mean", "ahm_weight", *exponents), not single, 'segments = "token": one ratio, one mean'
     yield exponents, mean == "power", f'mean = "{mean}", which has no p'
     yield exponents, source not in ("matched", "reward"), f'exponent.kind = "{source}"'
     yield ("gate_positive", "gate_negative"), gate == "soft", f'gate = "{gate}"'

@@ -26,7 +26,9 @@ for sequences (GSPO, arXiv 2507.18071, equation 5). A clipped token keeps its we
 and gets no gradient; exactly on a bound the gradient flows, as it does through PPO's minimum.
 
 With `segments = "turn"` i counts the turns of all responses (`hmpo.objective.segments`): each has
-its own mean and clip, its response's A_i, and of its response's omega_i the share of its tokens.
+its own mean and clip, and of its response's omega_i the share of its tokens; with `"token"` the
+tokens, whose mean is their ratio. A_i is the response's, or the segment's own. Where there is no
+mean, A_i may be A_it.
 
 A mean above e^20 is continued linearly in its logarithm (`EXP_LIMIT`), so that ratios which can
 only come from a broken sampler stay finite and still push in the right direction; they are
@@ -51,6 +53,7 @@ from hmpo.objective.terms import (
     row_advantages,
     row_kl,
     row_weights,
+    segment_advantages,
     weighted_logprobs,
     with_row_corrections,
 )
@@ -62,7 +65,7 @@ def power_mean_objective(
     logprobs: Float[Tensor, "N T"],
     old_logprobs: Float[Tensor, "N T"],
     mask: Bool[Tensor, "N T"],
-    advantages: Float[Tensor, " N"],
+    advantages: Float[Tensor, " N"] | Float[Tensor, "N T"],
     config: ObjectiveConfig,
     *,
     ref_logprobs: Float[Tensor, "N T"] | None = None,
@@ -77,7 +80,7 @@ def power_mean_objective(
         logprobs: log-probs of the response tokens under the policy (nat); carries the gradient.
         old_logprobs: log-probs of the same tokens under the behaviour policy.
         mask: True on response tokens. A row without tokens does not count.
-        advantages: one per response.
+        advantages: one per response, or per token: equal within a mean (`config.segments`).
         config: the member of the family.
         ref_logprobs: log-probs under the frozen reference; needed if `config.kl_coef` > 0.
         exponent: overrides the config's exponents, for all rows or per row; differentiable.
@@ -91,7 +94,7 @@ def power_mean_objective(
         The scalar loss to minimise (0 if no row counts) and the detached metrics.
 
     Raises:
-        ShapeError: shapes or dtypes do not fit.
+        ShapeError: shapes or dtypes do not fit, or advantages vary within a segment.
         ConfigError: `config.kl_coef` > 0 without `ref_logprobs`, or `config.needs_band` with
             `denominators` and no `band`.
     """
@@ -124,7 +127,7 @@ def power_mean_loss(
     logprobs: Float[Tensor, "N T"],
     old_logprobs: Float[Tensor, "N T"],
     mask: Bool[Tensor, "N T"],
-    advantages: Float[Tensor, " N"],
+    advantages: Float[Tensor, " N"] | Float[Tensor, "N T"],
     config: ObjectiveConfig,
     *,
     ref_logprobs: Float[Tensor, "N T"] | None = None,
@@ -155,10 +158,10 @@ def power_mean_loss(
     tokens = tokens_by_turn(whole, turns)
     log_pi = weighted_logprobs(tokens)
     d = log_ratios(log_pi, tokens)
-    a = row_advantages(tokens, d.dtype)
+    a = segment_advantages(tokens, config, d.dtype)
     limited = limit_or_weigh(d, tokens.logprobs, tokens.mask, a, config)
     p = exponent_by_turn(exponent, turns)
-    p = exponent_in_force(d, tokens.mask, a, config, p, limited)
+    p = exponent_in_force(d, tokens.mask, row_advantages(a, tokens.mask), config, p, limited)
     if measures_band:
         # a sequence clip has limited nothing yet
         band = measure_band(limited, tokens.mask, p, config)
@@ -168,7 +171,7 @@ def power_mean_loss(
     omega = row_weights(whole, config, denominators, m.dtype)
     of_rows = omega if turns is None else turns.weights(omega)
     corrected = with_row_corrections(of_rows, tokens)
-    loss = -torch.dot(corrected * a, m)
+    loss = -torch.dot(corrected * a if a.ndim == 1 else corrected, m)
     if penalties is not None:
         loss = loss + config.proximal_coef * torch.dot(corrected, penalties)
     if config.kl_coef > 0:

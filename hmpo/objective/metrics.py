@@ -23,7 +23,7 @@ from hmpo.objective.bounds import (
 )
 from hmpo.objective.exponent import exponent_in_force
 from hmpo.objective.kl import exp_minus_tangent, k3
-from hmpo.objective.masking import thinned
+from hmpo.objective.masking import thinned, without_padding
 from hmpo.objective.means import Exponent, effective_sample_size, log_power_mean, power_mean_weights
 from hmpo.objective.segments import Turns, exponent_by_turn, tokens_by_turn, turns_of
 from hmpo.objective.terms import (
@@ -33,6 +33,7 @@ from hmpo.objective.terms import (
     row_advantages,
     row_kl,
     row_weights,
+    segment_advantages,
 )
 from hmpo.objective.weights import has_own_weight, limit_or_weigh, outside, row_penalties
 from hmpo.types import Band, Tokens
@@ -43,7 +44,7 @@ def objective_metrics(
     logprobs: Float[Tensor, "N T"],
     old_logprobs: Float[Tensor, "N T"],
     mask: Bool[Tensor, "N T"],
-    advantages: Float[Tensor, " N"],
+    advantages: Float[Tensor, " N"] | Float[Tensor, "N T"],
     config: ObjectiveConfig,
     *,
     ref_logprobs: Float[Tensor, "N T"] | None = None,
@@ -74,8 +75,9 @@ def objective_metrics(
     turns = turns_of(mask, config)
     tokens, exponent = tokens_by_turn(whole, turns), exponent_by_turn(exponent, turns)
     mask, d = tokens.mask, log_ratios(tokens.logprobs, tokens)
-    a = row_advantages(tokens, d.dtype)
-    limited = limit_or_weigh(d, tokens.logprobs, mask, a, config)
+    of_tokens = segment_advantages(tokens, config, d.dtype)
+    a = row_advantages(of_tokens, mask)
+    limited = limit_or_weigh(d, tokens.logprobs, mask, of_tokens, config)
     p = exponent_in_force(d, mask, a, config, exponent, limited)
     if config.needs_band and band is None:
         band = measure_band(limited, mask, p, config)
@@ -83,11 +85,11 @@ def objective_metrics(
     metrics = count_metrics(tokens, d, config, band, counted)
     if not counted.rows:
         return metrics
-    m = mean_ratios(limited, tokens.logprobs, tokens, a, p, config, band)
+    m = mean_ratios(limited, tokens.logprobs, tokens, of_tokens, p, config, band)
     del limited  # a (N, T) tensor less while the rest is measured
     d_tokens = counted.of_tokens(d)
-    penalties = row_penalties(d, tokens.logprobs, mask, a, config)
-    metrics |= loss_metrics(whole, a, m, config, turns, penalties)
+    penalties = row_penalties(d, tokens.logprobs, mask, of_tokens, config)
+    metrics |= loss_metrics(whole, of_tokens, m, config, turns, penalties)
     metrics |= kl_metrics(tokens, d_tokens, counted)
     all_p = torch.as_tensor(p, dtype=d.dtype, device=d.device).expand(len(mask))
     a_rows, p_rows = counted.of_rows(a), counted.of_rows(all_p)
@@ -95,7 +97,7 @@ def objective_metrics(
     log_m = log_mean(d_rows, mask_rows, p_rows, config)
     metrics |= row_metrics(p_rows, a_rows, counted)
     metrics |= ratio_metrics(d_rows, mask_rows, p_rows, log_m, d_tokens)
-    metrics |= limit_metrics(tokens, d, a, p, log_m, config, band, counted)
+    metrics |= limit_metrics(tokens, d, of_tokens, p, log_m, config, band, counted)
     return metrics if turns is None else metrics | response_metrics(whole, d.dtype)
 
 
@@ -179,7 +181,7 @@ def loss_metrics(
 
     Args:
         tokens: the responses.
-        a: the rows' advantages (N,).
+        a: the rows' advantages (N,), or those of tokens (N, T), which are in the means already.
         m: the rows' means (N,).
         config: the member of the family.
         turns: the rows, where they are not the responses.
@@ -190,7 +192,7 @@ def loss_metrics(
     if config.kl_coef > 0:
         kl_loss = config.kl_coef * (omega * row_kl(tokens, config)).sum()
     omega = omega if turns is None else turns.weights(omega)
-    pg_loss = -(omega * a * m).sum()
+    pg_loss = -((omega * a if a.ndim == 1 else omega) * m).sum()
     if penalties is not None:
         pg_loss = pg_loss + config.proximal_coef * (omega * penalties).sum()
     return {"pg_loss": pg_loss, "kl_loss": kl_loss}
@@ -233,7 +235,10 @@ def row_metrics(p: Tensor, advantages: Tensor, counted: Counted) -> dict[str, Te
 def response_metrics(whole: Tokens, dtype: torch.dtype) -> dict[str, Tensor]:
     """What is of whole responses where the rows are turns."""
     rows = whole.mask.any(1)
-    return {"n_seq": rows.sum(), **advantage_metrics(whole.advantages[rows].to(dtype))}
+    given = whole.advantages
+    if given.ndim == 2:
+        given = row_advantages(without_padding(given, whole.mask), whole.mask)
+    return {"n_seq": rows.sum(), **advantage_metrics(given[rows].to(dtype))}
 
 
 def advantage_metrics(advantages: Tensor) -> dict[str, Tensor]:
@@ -306,14 +311,14 @@ def limit_metrics(
     Args:
         tokens: the rows.
         d: token log ratios (nat), 0 on padding.
-        advantages: advantage of each row.
+        advantages: advantage of each row, or of each token.
         p: exponent in force.
         log_m: log of each counted row's mean in use (nat).
         config: the member of the family.
         band: of the whole minibatch, where the clip needs one.
         counted: what counts among the rows.
     """
-    if has_own_weight(config):
+    if has_own_weight(config) or advantages.ndim == 2:
         weighed = outside(d, tokens.logprobs, tokens.mask, advantages, config)
         sign = (advantages if advantages.ndim == 2 else advantages.unsqueeze(1)).expand_as(d)
         return _clip_shares(*(counted.of_tokens(x) for x in (sign, *weighed)))

@@ -56,11 +56,13 @@ def limit_or_weigh(
     log_ratio: Float[Tensor, "N T"],
     logprobs: Float[Tensor, "N T"],
     mask: Bool[Tensor, "N T"],
-    advantages: Float[Tensor, " N"],
+    advantages: Float[Tensor, " N"] | Float[Tensor, "N T"],
     config: ObjectiveConfig,
 ) -> Float[Tensor, "N T"]:
     """`log_weights` where the weight is one of its own, else `limit_tokens` (nat)."""
-    if has_own_weight(config):
+    if config.gate == "unweighted":
+        return log_ratio * 0
+    if has_own_weight(config) or advantages.ndim == 2:
         return log_weights(log_ratio, logprobs, mask, advantages, config)
     return limit_tokens(log_ratio, mask, advantages, config)
 
@@ -70,7 +72,7 @@ def log_weights(
     log_ratio: Float[Tensor, "N T"],
     logprobs: Float[Tensor, "N T"],
     mask: Bool[Tensor, "N T"],
-    advantages: Float[Tensor, " N"],
+    advantages: Float[Tensor, " N"] | Float[Tensor, "N T"],
     config: ObjectiveConfig,
 ) -> Float[Tensor, "N T"]:
     """Logarithms of the constant weights (nat), -inf where a token is taken out; NaN stays NaN.
@@ -79,7 +81,7 @@ def log_weights(
         log_ratio: token log ratios (nat), 0 on padding.
         logprobs: of the policy (nat); anything on padding, where the result says nothing.
         mask: True on response tokens.
-        advantages: one per response.
+        advantages: one per response, or one per token.
         config: the member; `weight` says which function.
     """
     weight, positive = config.weight, _column(advantages) >= 0
@@ -124,7 +126,7 @@ def outside(
     log_ratio: Float[Tensor, "N T"],
     logprobs: Float[Tensor, "N T"],
     mask: Bool[Tensor, "N T"],
-    advantages: Float[Tensor, " N"],
+    advantages: Float[Tensor, " N"] | Float[Tensor, "N T"],
     config: ObjectiveConfig,
 ) -> Outside:
     """Which tokens lie beyond the bounds; what is NaN lies beyond none.
@@ -177,7 +179,7 @@ def row_penalties(
     log_ratio: Float[Tensor, "N T"],
     logprobs: Float[Tensor, "N T"],
     mask: Bool[Tensor, "N T"],
-    advantages: Float[Tensor, " N"],
+    advantages: Float[Tensor, " N"] | Float[Tensor, "N T"],
     config: ObjectiveConfig,
 ) -> Float[Tensor, " N"] | None:
     """Each row's token mean of the penalty on the distance from the old policy; None without one.

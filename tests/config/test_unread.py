@@ -129,6 +129,7 @@ WITHOUT_EFFECT = [
     ("cispo", {"weight": {"power_positive": 1.0}}, "objective.weight.power_positive", '"ratio"'),
     ("hmpo", {"weight": {"level": "prefix"}}, "objective.weight.level", 'gate = "clip"'),
     ("hmpo", {"proximal": "pearson"}, "objective.proximal", "proximal_coef = 0"),
+    ("hmpo", {"segments": "token", "p": 0.5}, "objective.p", 'segments = "token"'),
     ("reinforce", {"mean": "ahm"}, "objective.mean", "which has no mean"),
     ("reinforce", {"clip_low": 0.1}, "objective.clip_low", 'clip_level = "none"'),
     ("sign_aware", {"p": 0.5}, "objective.p", "p_positive and p_negative set"),
