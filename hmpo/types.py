@@ -197,8 +197,8 @@ class Tokens:
     mask: Bool[Tensor, "N T"]
     """True on response tokens; elsewhere the other fields may hold anything. A turn of a
     conversation is an unbroken run of them."""
-    advantages: Float[Tensor, " N"]
-    """One per response."""
+    advantages: Float[Tensor, " N"] | Float[Tensor, "N T"]
+    """One per response, or one per token."""
     ref_logprobs: Float[Tensor, "N T"] | None = None
     """Log-probs under the frozen reference, where they are known."""
     weights: Float[Tensor, " N"] | Float[Tensor, "N T"] | None = None

@@ -50,8 +50,9 @@ EQUAL = """
 The largest absolute differences over the cases. Losses are of order 1, up to 1e5 in `overflow`.
 That case is left out where nothing bounds a ratio for A < 0, as ours is continued linearly there
 (last but one table) and verl's `gspo` clamped; `ties` where the mean takes a logarithm, as it is
-on a bound only up to rounding. verl and OpenRLHF clamp log ratios at -20 and +20, which is what
-is seen of them in `large`: e^-20 for e^-80. The 1e-8 that both add to a length is not seen, as an
+on a bound only up to rounding, and where the bounds are not those of a token's ratio. verl and
+OpenRLHF clamp log ratios at -20 and +20, which is what is seen of them in `large`: e^-20 for e^-80.
+The 1e-8 that both add to a length is not seen, as an
 integer length plus 1e-8 is a float32 number in torch. Exactly on the dual clip verl and OpenRLHF
 halve the gradient (`torch.min` of equal numbers); TRL and ours keep it.
 
@@ -84,7 +85,8 @@ BAD = """
 One number of `ragged` is replaced: in the padding of a response, where it must not matter, or at
 one of its tokens, where it must not pass unseen. "same": value and gradient are bit for bit what
 they were. "loss", "gradient": that became non-finite; where it is the loss alone, the optimizer
-steps on while the log shows NaN. "finite": an ordinary number came out. A log-prob of -inf is a
+steps on while the log shows NaN. "finite": an ordinary number came out; "finite, other value": so
+it did, and what stood in padding changed it. A log-prob of -inf is a
 ratio of 0 to most peers; ours takes it for a defect, as no sampled token has one. What stands here
 of ours holds for each of its members.
 

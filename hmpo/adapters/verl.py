@@ -29,6 +29,7 @@ from hmpo.config.members import BY_NAME
 from hmpo.config.objective import ExponentConfig, ObjectiveConfig
 from hmpo.config.reading import from_dict
 from hmpo.config.unread import refuse_unread_objective
+from hmpo.config.weight import WeightConfig
 from hmpo.errors import ConfigError, ShapeError, require
 from hmpo.objective.loss import power_mean_loss
 from hmpo.objective.metrics import objective_metrics
@@ -90,10 +91,11 @@ def _offered(cls: type, prefix: str = "") -> dict[str, Any]:
 
 
 _EXPONENT = _offered(ExponentConfig, "exponent_")
+_WEIGHT = _offered(WeightConfig, "weight_")
 _FIELDS = {name: kind for name, kind in _offered(ObjectiveConfig).items() if name != "name"}
 _Fields = dataclasses.make_dataclass(
     "_Fields",
-    [(name, kind, None) for name, kind in (_FIELDS | _EXPONENT).items()],
+    [(name, kind, None) for name, kind in (_FIELDS | _EXPONENT | _WEIGHT).items()],
     bases=(PolicyLossConfig,),
     namespace={"__module__": __name__},
 )
@@ -104,8 +106,8 @@ class PowerMeanLossConfig(_Fields):  # pyrefly: ignore[invalid-inheritance]
     """A member of the family and what differs from it; None keeps the member's value.
 
     The fields are those of `hmpo.config.objective.ObjectiveConfig`, where they are explained;
-    `exponent_kind`, `exponent_saturation` and so on are those of its `exponent`. What a loss
-    inside verl cannot follow is refused.
+    `exponent_kind`, `weight_kind` and so on are those of its `exponent` and its `weight`. What a
+    loss inside verl cannot follow is refused.
     """
 
     loss_mode: str = LOSS_MODE
@@ -134,11 +136,9 @@ class PowerMeanLossConfig(_Fields):  # pyrefly: ignore[invalid-inheritance]
         member = BY_NAME[self.member]()
         values = dataclasses.asdict(member)
         values |= {name: self[name] for name in _FIELDS if self[name] is not None}
-        values["exponent"] |= {
-            name.removeprefix("exponent_"): self[name]
-            for name in _EXPONENT
-            if self[name] is not None
-        }
+        for table, fields in (("exponent", _EXPONENT), ("weight", _WEIGHT)):
+            given = {name: self[name] for name in fields if self[name] is not None}
+            values[table] |= {name.removeprefix(f"{table}_"): v for name, v in given.items()}
         objective = from_dict(ObjectiveConfig, values, "policy_loss")
         _check_objective(objective)
         return objective
@@ -218,7 +218,7 @@ def _check_objective(objective: ObjectiveConfig) -> None:
     for name, plain in (("clip_center", "one"), ("clip_width", "absolute")):
         value = getattr(objective, name)
         require(
-            value == plain,
+            value in (plain, "sqrt"),  # which is of each response
             f"policy_loss.{name}",
             value,
             f'"{plain}", as a loss inside verl sees micro-batches and not the whole minibatch',

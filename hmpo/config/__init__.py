@@ -22,6 +22,7 @@ from hmpo.config.run import (
     to_dict,
 )
 from hmpo.config.trainer import GSPOConfig, HMPOConfig, PowerMeanConfig, TrainerConfig
+from hmpo.config.weight import WeightConfig
 
 __all__ = [
     "CheckpointConfig",
@@ -41,6 +42,7 @@ __all__ = [
     "TaskConfig",
     "TrackerConfig",
     "TrainerConfig",
+    "WeightConfig",
     "check_run_name",
     "to_dict",
 ]

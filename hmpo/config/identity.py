@@ -22,6 +22,16 @@ LATER = {
     "objective.token_clamp": None,
     "objective.exponent.per": "update",
     "objective.segments": "response",
+    "objective.weight.kind": "ratio",
+    "objective.weight.level": "token",
+    "objective.weight.bound": "cap",
+    "objective.weight.cap": None,
+    "objective.weight.power_positive": 2.0,
+    "objective.weight.power_negative": 3.0,
+    "objective.weight.decay_positive": 3.0,
+    "objective.weight.decay_negative": 2.0,
+    "objective.proximal_coef": 0.0,
+    "objective.proximal": "k2",
     "task.environment": "",
     "task.max_turns": 16,
     "rollout.lag": 0,
@@ -71,6 +81,8 @@ def _decisive(config: RunConfig) -> dict[str, Any]:
         table, name = _place(data, path)
         if table[name] == silent:
             table.pop(name)
+    if not data["objective"]["weight"]:  # a table that came later
+        data["objective"].pop("weight")
     data = {name: value for name, value in data.items() if value != {}}
     for path, before in RESOLVED.items():
         table, name = _place(data, path)

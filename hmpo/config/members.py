@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from hmpo.config.objective import ExponentConfig, ObjectiveConfig
+from hmpo.config.weight import WeightConfig
 
 
 def grpo() -> ObjectiveConfig:
@@ -160,6 +161,72 @@ def reinforce() -> ObjectiveConfig:
     return ObjectiveConfig(name="reinforce", p=1.0, gate="unweighted", clip_level="none")
 
 
+def dppo_tv() -> ObjectiveConfig:
+    """DPPO with total variation (arXiv 2602.04879): min(r, 20) A log pi while pi - pi_old <= 0.2.
+
+    For A < 0 while it is >= -0.2. Mean over all tokens, as in verl. Outside the family.
+    """
+    weight = WeightConfig(bound="mask", cap=20.0)
+    near = replace(cispo(), weight=weight, clip_space="tv", clip_low=0.2, clip_high=0.2)
+    return replace(near, name="dppo_tv")
+
+
+def dppo_kl() -> ObjectiveConfig:
+    """DPPO with the binary KL (arXiv 2602.04879): `dppo_tv` while the KL is at most 0.05 nat."""
+    return replace(dppo_tv(), name="dppo_kl", clip_space="kl", clip_low=0.05, clip_high=0.05)
+
+
+def drpo() -> ObjectiveConfig:
+    """DRPO (arXiv 2606.09821): r A less |A| pi_old (r - 1)^2 / (2 eps), eps = 12.5; no clip."""
+    free = replace(dapo(), clip_level="none")
+    return replace(free, name="drpo", proximal="pearson", proximal_coef=1 / 12.5)
+
+
+def dro(beta: float = 0.1) -> ObjectiveConfig:
+    """DRO as verl has it: A log pi less beta / 2 (log r)^2, mean over all tokens.
+
+    verl has no default for beta; 0.1 is ours.
+    """
+    return replace(reinforce(), name="dro", reduction="token_mean", proximal_coef=beta)
+
+
+def aspo() -> ObjectiveConfig:
+    """ASPO (arXiv 2510.06062): weight 1 / min(r, 1.2) for A >= 0, at most 3; PPO's for A < 0.
+
+    PPO's is r between 0.8 and the dual clip 3. Outside the family.
+    """
+    weight = WeightConfig(kind="inverse", bound="mask", cap=3.0)
+    clipped = replace(cispo(), clip_low=0.2, clip_high=0.2, dual_clip=3.0, weight=weight)
+    return replace(clipped, name="aspo")
+
+
+def vespo() -> ObjectiveConfig:
+    """VESPO (arXiv 2602.10693): weight W^k e^(lambda (1 - W)), W the product of all ratios.
+
+    k = 2, lambda = 3 for A >= 0 and k = 3, lambda = 2 for A < 0; mean over all tokens, as in TRL.
+    """
+    weight = WeightConfig(kind="gamma", level="sequence")
+    return replace(cispo(), name="vespo", weight=weight, clip_level="none")
+
+
+def ctpo() -> ObjectiveConfig:
+    """CTPO (arXiv 2605.07331): weight prod_{s <= t} r_s, clipped in log space at sqrt(t) widths.
+
+    0.025 / 0.05, and 0.05 as dual clip for A < 0, as in the authors' code. Outside the family.
+    """
+    weight = WeightConfig(level="prefix", bound="mask")
+    prefix = replace(cispo(), weight=weight, clip_space="log", clip_low=0.025, clip_high=0.05)
+    return replace(prefix, name="ctpo", clip_width="sqrt", dual_clip=math.exp(0.05))
+
+
+def atr_grpo(delta: float = 0.02) -> ObjectiveConfig:
+    """ATR-GRPO (arXiv 2602.05494): GRPO whose bounds are the roots of r - 1 - log r = delta.
+
+    The paper's delta is not known to us; 0.02 (ratios 0.81 and 1.21) is near GRPO's bounds.
+    """
+    return replace(grpo(), name="atr_grpo", clip_space="k3", clip_low=delta, clip_high=delta)
+
+
 BY_NAME: dict[str, Callable[[], ObjectiveConfig]] = {
     "grpo": grpo,
     "dapo": dapo,
@@ -179,5 +246,13 @@ BY_NAME: dict[str, Callable[[], ObjectiveConfig]] = {
     "cispo": cispo,
     "tis": tis,
     "reinforce": reinforce,
+    "dppo_tv": dppo_tv,
+    "dppo_kl": dppo_kl,
+    "drpo": drpo,
+    "dro": dro,
+    "aspo": aspo,
+    "vespo": vespo,
+    "ctpo": ctpo,
+    "atr_grpo": atr_grpo,
 }
 """Members by the name a configuration file uses."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from hmpo.config.checks import EXPONENT, within_reason
+from hmpo.config.weight import MASKING, WeightConfig, check_weight, k3_bounds
 from hmpo.errors import require, require_positive
 
 WIDEST = 1e6
@@ -149,14 +150,19 @@ class ObjectiveConfig:
     """What limits the ratios: a hard clip; SAPO's smooth gate of each token ratio; clipped ratios
     as constant weights of the log-probs (CISPO, TIS), which has no mean and no p; or log-probs
     without any ratio, each with weight 1 (REINFORCE), which has no clip either."""
+    weight: WeightConfig = field(default_factory=WeightConfig)
+    """gate = "detached": which function of which ratio the weight is."""
     gate_positive: float = 1.0
     """gate = "soft": temperature tau for advantages >= 0."""
     gate_negative: float = 1.05
     """gate = "soft": temperature tau for advantages < 0."""
     clip_level: Literal["token", "sequence", "none"] = "token"
     """Where the clip sits: on token ratios before the mean, on the mean, or nowhere."""
-    clip_space: Literal["log", "ratio"] = "log"
-    """Unit of the two bounds: nats around 0 (log) or distance from 1 (ratio)."""
+    clip_space: Literal["log", "ratio", "k3", "tv", "kl"] = "log"
+    """Unit of the two bounds: nats around 0 (log); distance from 1 (ratio); or the k3 estimate
+    r - 1 - log r of a token's KL, whose two roots are the bounds. With `weight.bound = "mask"`
+    also what the token's probability has gained or lost (tv), or the KL of the old policy to this
+    one over the two events that it is sampled or not (kl)."""
     clip_low: float = 0.4
     """Lower half-width: log ratios below -clip_low (log), ratios below 1 - clip_low (ratio; 1
     there means no lower bound)."""
@@ -166,9 +172,10 @@ class ObjectiveConfig:
     """Hold each token's log ratio within +-this (nat), whatever the advantage's sign, before the
     mean is taken; beyond it a token has no gradient. With a sequence clip or none; neither
     `clip_share` nor a controller scales it."""
-    clip_width: Literal["absolute", "z"] = "absolute"
-    """The half-widths as they stand, or (sequence clip in log space) in units of
-    sigma / sqrt(L), with sigma the minibatch's standard deviation of the token log ratios."""
+    clip_width: Literal["absolute", "z", "sqrt"] = "absolute"
+    """The half-widths as they stand; (sequence clip in log space) in units of sigma / sqrt(L),
+    with sigma the minibatch's standard deviation of the token log ratios; or (weight of level
+    "prefix" or "sequence") in units of the square root of the number of tokens in the product."""
     clip_sigma: float = 0.01
     """clip_width = "z": least sigma (nat), as the log ratios of a first update are all 0."""
     clip_center: Literal["one", "drift"] = "one"
@@ -186,9 +193,10 @@ class ObjectiveConfig:
     dual_clip: float | None = None
     """For advantages < 0, ratios above this (> 1) count as this: verl's `clip_ratio_c`, and TRL's
     `delta`, which is the same function. None leaves them unbounded."""
-    segments: Literal["response", "turn"] = "response"
-    """What a mean is taken of, and a sequence clip acts on: all ratios of a response, or those of
-    each turn of a conversation. A turn has of its response's weight the share of its tokens."""
+    segments: Literal["response", "turn", "token"] = "response"
+    """What a mean is taken of, and a sequence clip acts on: all ratios of a response, those of each
+    turn of a conversation, or each ratio alone, where p has no effect. A segment has one advantage
+    and, of its response's weight, the share of its tokens."""
     reduction: Literal["sequence_mean", "token_mean", "constant", "length_sum"] = "sequence_mean"
     """Weight of a response: 1/N, its share of all tokens, L / (N * max_length), or L / N."""
     max_length: int | None = None
@@ -197,6 +205,11 @@ class ObjectiveConfig:
     """Weight of the KL term to the reference policy; 0 needs no reference."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     """Per-token estimator of that KL (J. Schulman's names)."""
+    proximal_coef: float = 0.0
+    """Weight of a penalty on the distance from the old policy; 0 has none."""
+    proximal: Literal["k2", "pearson"] = "k2"
+    """That penalty for each token, with d its log ratio: d^2 / 2 (DRO); or, by the size of the
+    advantage and the old probability, |A| pi_old (r - 1)^2 / 2 (DRPO)."""
 
     def __post_init__(self) -> None:
         exponents = dict.fromkeys(("p", "p_positive", "p_negative"), EXPONENT)
@@ -215,6 +228,7 @@ class ObjectiveConfig:
             )
         require(math.isfinite(self.kl_coef) and self.kl_coef >= 0, "kl_coef", self.kl_coef, ">= 0")
         self._check_clip()
+        check_weight(self)
         self._check_exponent()
 
     def _check_clip(self) -> None:
@@ -234,7 +248,7 @@ class ObjectiveConfig:
         for name, plain in (("clip_center", "one"), ("clip_width", "absolute")):
             value = getattr(self, name)
             require(
-                value == plain or level == "sequence",
+                value in (plain, "sqrt") or level == "sequence",
                 name,
                 value,
                 f'"{plain}" with clip_level = "{level}"',
@@ -249,14 +263,16 @@ class ObjectiveConfig:
         if self.clip_width == "z":
             require(self.clip_space == "log", "clip_space", self.clip_space, '"log" with z widths')
         if self.dual_clip is not None:
-            plain = self.gate == "clip" and level != "none" and self.clip_width == "absolute"
+            masks = self.gate == "detached" and self.weight.bound == "mask"
+            plain = self.gate == "clip" and self.clip_width == "absolute"
+            plain = level != "none" and (plain or masks)
             require(plain, "dual_clip", self.dual_clip, "None without a clip of absolute width")
             high = math.exp(min(self.log_bounds[1], LARGEST_LOG))
             require(
-                math.isfinite(self.dual_clip) and self.dual_clip > high,
+                math.isfinite(self.dual_clip) and self.dual_clip > (1 if masks else high),
                 "dual_clip",
                 self.dual_clip,
-                f"a ratio above the upper bound {high:g}",
+                "a ratio above 1" if masks else f"a ratio above the upper bound {high:g}",
             )
 
     def _check_exponent(self) -> None:
@@ -289,10 +305,12 @@ class ObjectiveConfig:
     @property
     def log_bounds(self) -> tuple[float, float]:
         """Lower and upper bound of the log ratio, in nats (z widths: in sigma / sqrt(L))."""
-        if self.clip_level == "none":
+        if self.clip_level == "none" or self.clip_space in MASKING:
             return -math.inf, math.inf
         if self.clip_space == "log":
             return -self.clip_low, self.clip_high
+        if self.clip_space == "k3":
+            return k3_bounds(self.clip_low, self.clip_high)
         low = math.log1p(-self.clip_low) if self.clip_low < 1 else -math.inf
         return low, math.log1p(self.clip_high)
 

@@ -146,9 +146,10 @@ def _member(objective: Mapping[str, Any]) -> dict[str, Any]:
         raise ConfigError(f"objective.member: got {name!r}; {hint}")
     rest = {key: value for key, value in objective.items() if key != "member"}
     start = to_dict(members.BY_NAME[name]())
-    source = rest.get("exponent")
-    if isinstance(source, Mapping) and "kind" not in source:
-        rest["exponent"] = start["exponent"] | dict(source)
+    for table in ("exponent", "weight"):
+        given = rest.get(table)
+        if isinstance(given, Mapping) and "kind" not in given:
+            rest[table] = start[table] | dict(given)
     return start | rest
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from hmpo.config.members import BY_NAME, gspo
 from hmpo.config.objective import ExponentConfig, MismatchConfig, ObjectiveConfig
+from hmpo.config.weight import WeightConfig
 from hmpo.errors import require
 
 GSPO_READS = {"clip_low": "epsilon_low", "clip_high": "epsilon_high"}
@@ -36,6 +37,8 @@ def refuse_unread_objective(objective: ObjectiveConfig, table: str = "objective"
     sources = [*(preset.exponent for preset in presets), ExponentConfig()]
     rules = _exponent_rules(objective.exponent)
     _refuse(f"{table}.exponent.", objective.exponent, sources, rules)
+    weights = [*(preset.weight for preset in presets), WeightConfig()]
+    _refuse(f"{table}.weight.", objective.weight, weights, _weight_rules(objective))
 
 
 def refuse_unread_mismatch(mismatch: MismatchConfig) -> None:
@@ -84,6 +87,8 @@ def _objective_rules(config: ObjectiveConfig) -> Iterator[Rule]:
     yield exponents, has_mean, f'gate = "{gate}", which has no p'
     signs = (config.p_positive, config.p_negative)
     yield ("p",), None in signs, "p_positive and p_negative set"
+    single = config.segments == "token" and has_mean
+    yield ("mean", "ahm_weight", *exponents), not single, 'segments = "token": one ratio, one mean'
     yield exponents, mean == "power", f'mean = "{mean}", which has no p'
     yield exponents, source not in ("matched", "reward"), f'exponent.kind = "{source}"'
     yield ("gate_positive", "gate_negative"), gate == "soft", f'gate = "{gate}"'
@@ -94,6 +99,7 @@ def _objective_rules(config: ObjectiveConfig) -> Iterator[Rule]:
     constant = config.reduction == "constant"
     yield ("max_length",), constant, f'reduction = "{config.reduction}"'
     yield ("kl_estimator",), config.kl_coef != 0, "kl_coef = 0"
+    yield ("proximal",), config.proximal_coef != 0, "proximal_coef = 0"
 
 
 def _exponent_rules(config: ExponentConfig) -> Iterator[Rule]:
@@ -104,6 +110,15 @@ def _exponent_rules(config: ExponentConfig) -> Iterator[Rule]:
     yield ("target",), config.criterion == "ess", f'exponent.criterion = "{config.criterion}"'
     yield ("saturation", "matching"), kind == "matched", why
     yield ("gamma", "clip_gain"), kind == "reward", why
+
+
+def _weight_rules(objective: ObjectiveConfig) -> Iterator[Rule]:
+    gate, kind, level = objective.gate, objective.weight.kind, objective.clip_level
+    every = tuple(field.name for field in dataclasses.fields(WeightConfig))
+    yield every, gate == "detached", f'gate = "{gate}"'
+    gamma = [name for name in every if name.startswith(("power_", "decay_"))]
+    yield tuple(gamma), kind == "gamma", f'weight.kind = "{kind}"'
+    yield ("bound",), level != "none", 'clip_level = "none"'
 
 
 def _refuse(prefix: str, config: Any, presets: list[Any], rules: Any) -> None:

@@ -39,7 +39,8 @@ def _rules(config: RunConfig) -> Iterator[tuple[str, *Rule]]:
     adapted = policy.lora_rank > 0
     talks = bool(config.task.talks_with)
     yield "task", ("max_turns",), talks, "no task.environment"
-    yield "objective", ("segments",), talks, "no task.environment"
+    single = config.objective.segments == "token"
+    yield "objective", ("segments",), talks or single, "no task.environment"
     lora = ("lora_alpha", "lora_targets", "lora_rslora")
     yield "policy", lora, adapted, "policy.lora_rank = 0"
     yield "optimizer", MUON, optimizer.name == "muon", f'optimizer.name = "{optimizer.name}"'

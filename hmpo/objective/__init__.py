@@ -12,6 +12,7 @@ _HOME = {
     "exponent_in_force": "exponent",
     "EXP_LIMIT": "bounds",
     "group_advantages": "advantages",
+    "estimate_advantages": "estimators",
     "log_power_mean": "means",
     "power_mean_weights": "means",
     "ahm_mean": "means",
@@ -24,6 +25,7 @@ __all__ = list(_HOME)
 if TYPE_CHECKING:
     from hmpo.objective.advantages import group_advantages
     from hmpo.objective.bounds import EXP_LIMIT
+    from hmpo.objective.estimators import estimate_advantages
     from hmpo.objective.exponent import exponent_in_force
     from hmpo.objective.loss import power_mean_loss, power_mean_objective
     from hmpo.objective.means import (

@@ -115,9 +115,10 @@ def active_bounds(
     """The bounds whose crossing takes the gradient away, the others infinite.
 
     For A >= 0 the upper one, for A < 0 the lower one and, with a dual clip, its logarithm. The
-    constant weights of a detached gate are bounded on both sides whatever the sign.
+    constant weights of a detached gate are cut on both sides whatever the sign, unless tokens
+    drop out instead.
     """
-    if config.gate == "detached":
+    if config.gate == "detached" and config.weight.bound == "cap":
         return low, high
     ceiling = math.inf if config.dual_clip is None else math.log(config.dual_clip)
     positive = advantages >= 0

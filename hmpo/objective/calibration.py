@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from hmpo.config.objective import ObjectiveConfig
+from hmpo.config.weight import MASKING
 from hmpo.objective.bounds import clamp_tokens, log_mean, measure_band, row_bounds
 from hmpo.objective.means import Exponent
 
@@ -126,10 +127,19 @@ def clip_scale(
 
 
 def scaled_bounds(objective: ObjectiveConfig, scale: float) -> ObjectiveConfig:
-    """The objective with both log half-widths multiplied by `scale`, in its own clip space."""
+    """The objective with both log half-widths multiplied by `scale`, in its own clip space.
+
+    A space that bounds no ratio has its two thresholds multiplied.
+    """
+    if objective.clip_space in MASKING:
+        low, high = (scale * width for width in (objective.clip_low, objective.clip_high))
+        return dataclasses.replace(objective, clip_low=low, clip_high=high)
     low, high = (scale * bound for bound in objective.log_bounds)
     if objective.clip_space == "log":
         return dataclasses.replace(objective, clip_low=-low, clip_high=high)
+    if objective.clip_space == "k3":
+        low, high = (math.expm1(bound) - bound for bound in (low, min(high, 13.0)))
+        return dataclasses.replace(objective, clip_low=low, clip_high=high)
     return dataclasses.replace(
         objective, clip_low=-math.expm1(low), clip_high=min(math.expm1(high), 1e30)
     )

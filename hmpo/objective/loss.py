@@ -14,8 +14,11 @@ band takes from the batch as a `Band`, so that micro-batches add up to the whole
 replace the clip (`hmpo.objective.bounds` has the formulas): SAPO's soft gate, M_p(gate(d_i)); and,
 outside the family, as there is no mean to differentiate,
 
-    J    = sum_i omega_i A_i mean_t const(clip(r_it)) log pi(y_it)      detached: CISPO, TIS
+    J    = sum_i omega_i A_i mean_t const(w_it) log pi(y_it)            detached: CISPO, DPPO, ...
     J    = sum_i omega_i A_i mean_t log pi(y_it)                        unweighted: REINFORCE
+
+where w_it is the clipped ratio or one of the functions of `hmpo.objective.weights`, which has the
+penalties of `proximal_coef`, too: a further term, weighted as a row's mean is.
 
 As A_i is constant in a response, min(x A, clip(x) A) = A min(x, hi) for A >= 0 and A max(x, lo)
 for A < 0, for tokens (PPO, arXiv 1707.06347, equation 7; GMPO, arXiv 2507.20673) as
@@ -23,7 +26,9 @@ for sequences (GSPO, arXiv 2507.18071, equation 5). A clipped token keeps its we
 and gets no gradient; exactly on a bound the gradient flows, as it does through PPO's minimum.
 
 With `segments = "turn"` i counts the turns of all responses (`hmpo.objective.segments`): each has
-its own mean and clip, its response's A_i, and of its response's omega_i the share of its tokens.
+its own mean and clip, and of its response's omega_i the share of its tokens; with `"token"` the
+tokens, whose mean is their ratio. A_i is the response's, or the segment's own. Where there is no
+mean, A_i may be A_it.
 
 A mean above e^20 is continued linearly in its logarithm (`EXP_LIMIT`), so that ratios which can
 only come from a broken sampler stay finite and still push in the right direction; they are
@@ -37,7 +42,7 @@ from torch import Tensor
 
 from hmpo.config.objective import ObjectiveConfig
 from hmpo.errors import ConfigError
-from hmpo.objective.bounds import limit_tokens, measure_band
+from hmpo.objective.bounds import measure_band
 from hmpo.objective.exponent import exponent_in_force
 from hmpo.objective.metrics import objective_metrics
 from hmpo.objective.segments import exponent_by_turn, tokens_by_turn, turns_of
@@ -48,9 +53,11 @@ from hmpo.objective.terms import (
     row_advantages,
     row_kl,
     row_weights,
+    segment_advantages,
     weighted_logprobs,
     with_row_corrections,
 )
+from hmpo.objective.weights import limit_or_weigh, row_penalties
 from hmpo.types import Band, Denominators, ObjectiveOutput, Tokens
 
 
@@ -58,7 +65,7 @@ def power_mean_objective(
     logprobs: Float[Tensor, "N T"],
     old_logprobs: Float[Tensor, "N T"],
     mask: Bool[Tensor, "N T"],
-    advantages: Float[Tensor, " N"],
+    advantages: Float[Tensor, " N"] | Float[Tensor, "N T"],
     config: ObjectiveConfig,
     *,
     ref_logprobs: Float[Tensor, "N T"] | None = None,
@@ -73,7 +80,7 @@ def power_mean_objective(
         logprobs: log-probs of the response tokens under the policy (nat); carries the gradient.
         old_logprobs: log-probs of the same tokens under the behaviour policy.
         mask: True on response tokens. A row without tokens does not count.
-        advantages: one per response.
+        advantages: one per response, or per token: equal within a mean (`config.segments`).
         config: the member of the family.
         ref_logprobs: log-probs under the frozen reference; needed if `config.kl_coef` > 0.
         exponent: overrides the config's exponents, for all rows or per row; differentiable.
@@ -87,7 +94,7 @@ def power_mean_objective(
         The scalar loss to minimise (0 if no row counts) and the detached metrics.
 
     Raises:
-        ShapeError: shapes or dtypes do not fit.
+        ShapeError: shapes or dtypes do not fit, or advantages vary within a segment.
         ConfigError: `config.kl_coef` > 0 without `ref_logprobs`, or `config.needs_band` with
             `denominators` and no `band`.
     """
@@ -120,7 +127,7 @@ def power_mean_loss(
     logprobs: Float[Tensor, "N T"],
     old_logprobs: Float[Tensor, "N T"],
     mask: Bool[Tensor, "N T"],
-    advantages: Float[Tensor, " N"],
+    advantages: Float[Tensor, " N"] | Float[Tensor, "N T"],
     config: ObjectiveConfig,
     *,
     ref_logprobs: Float[Tensor, "N T"] | None = None,
@@ -151,18 +158,22 @@ def power_mean_loss(
     tokens = tokens_by_turn(whole, turns)
     log_pi = weighted_logprobs(tokens)
     d = log_ratios(log_pi, tokens)
-    a = row_advantages(tokens, d.dtype)
-    limited = limit_tokens(d, tokens.mask, a, config)
+    a = segment_advantages(tokens, config, d.dtype)
+    limited = limit_or_weigh(d, tokens.logprobs, tokens.mask, a, config)
     p = exponent_by_turn(exponent, turns)
-    p = exponent_in_force(d, tokens.mask, a, config, p, limited)
+    p = exponent_in_force(d, tokens.mask, row_advantages(a, tokens.mask), config, p, limited)
     if measures_band:
         # a sequence clip has limited nothing yet
         band = measure_band(limited, tokens.mask, p, config)
+    penalties = row_penalties(d, tokens.logprobs, tokens.mask, a, config)
     del d  # a (N, T) tensor less while the mean is taken
     m = mean_ratios(limited, log_pi, tokens, a, p, config, band)
     omega = row_weights(whole, config, denominators, m.dtype)
     of_rows = omega if turns is None else turns.weights(omega)
-    loss = -torch.dot(with_row_corrections(of_rows, tokens) * a, m)
+    corrected = with_row_corrections(of_rows, tokens)
+    loss = -torch.dot(corrected * a if a.ndim == 1 else corrected, m)
+    if penalties is not None:
+        loss = loss + config.proximal_coef * torch.dot(corrected, penalties)
     if config.kl_coef > 0:
         loss = loss + config.kl_coef * (omega * row_kl(whole, config)).sum()
     return loss

@@ -17,15 +17,14 @@ from hmpo.objective.bounds import (
     active_bounds,
     clamp_tokens,
     exp_linear,
-    limit_tokens,
     log_mean,
     measure_band,
     row_bounds,
 )
 from hmpo.objective.exponent import exponent_in_force
 from hmpo.objective.kl import exp_minus_tangent, k3
-from hmpo.objective.masking import thinned
-from hmpo.objective.means import effective_sample_size, log_power_mean, power_mean_weights
+from hmpo.objective.masking import thinned, without_padding
+from hmpo.objective.means import Exponent, effective_sample_size, log_power_mean, power_mean_weights
 from hmpo.objective.segments import Turns, exponent_by_turn, tokens_by_turn, turns_of
 from hmpo.objective.terms import (
     check_tokens,
@@ -34,7 +33,9 @@ from hmpo.objective.terms import (
     row_advantages,
     row_kl,
     row_weights,
+    segment_advantages,
 )
+from hmpo.objective.weights import has_own_weight, limit_or_weigh, outside, row_penalties
 from hmpo.types import Band, Tokens
 
 
@@ -43,7 +44,7 @@ def objective_metrics(
     logprobs: Float[Tensor, "N T"],
     old_logprobs: Float[Tensor, "N T"],
     mask: Bool[Tensor, "N T"],
-    advantages: Float[Tensor, " N"],
+    advantages: Float[Tensor, " N"] | Float[Tensor, "N T"],
     config: ObjectiveConfig,
     *,
     ref_logprobs: Float[Tensor, "N T"] | None = None,
@@ -74,8 +75,9 @@ def objective_metrics(
     turns = turns_of(mask, config)
     tokens, exponent = tokens_by_turn(whole, turns), exponent_by_turn(exponent, turns)
     mask, d = tokens.mask, log_ratios(tokens.logprobs, tokens)
-    a = row_advantages(tokens, d.dtype)
-    limited = limit_tokens(d, mask, a, config)
+    of_tokens = segment_advantages(tokens, config, d.dtype)
+    a = row_advantages(of_tokens, mask)
+    limited = limit_or_weigh(d, tokens.logprobs, mask, of_tokens, config)
     p = exponent_in_force(d, mask, a, config, exponent, limited)
     if config.needs_band and band is None:
         band = measure_band(limited, mask, p, config)
@@ -83,10 +85,11 @@ def objective_metrics(
     metrics = count_metrics(tokens, d, config, band, counted)
     if not counted.rows:
         return metrics
-    m = mean_ratios(limited, tokens.logprobs, tokens, a, p, config, band)
+    m = mean_ratios(limited, tokens.logprobs, tokens, of_tokens, p, config, band)
     del limited  # a (N, T) tensor less while the rest is measured
     d_tokens = counted.of_tokens(d)
-    metrics |= loss_metrics(whole, a, m, config, turns)
+    penalties = row_penalties(d, tokens.logprobs, mask, of_tokens, config)
+    metrics |= loss_metrics(whole, of_tokens, m, config, turns, penalties)
     metrics |= kl_metrics(tokens, d_tokens, counted)
     all_p = torch.as_tensor(p, dtype=d.dtype, device=d.device).expand(len(mask))
     a_rows, p_rows = counted.of_rows(a), counted.of_rows(all_p)
@@ -94,10 +97,7 @@ def objective_metrics(
     log_m = log_mean(d_rows, mask_rows, p_rows, config)
     metrics |= row_metrics(p_rows, a_rows, counted)
     metrics |= ratio_metrics(d_rows, mask_rows, p_rows, log_m, d_tokens)
-    if config.token_clamp is not None:
-        metrics["clip/token_frac"] = (d_tokens.abs() > config.token_clamp).to(d.dtype).mean()
-        log_m = log_mean(clamp_tokens(d_rows, config), mask_rows, p_rows, config)
-    metrics |= clip_metrics(mask_rows, a_rows, config, band, log_m, d_tokens)
+    metrics |= limit_metrics(tokens, d, of_tokens, p, log_m, config, band, counted)
     return metrics if turns is None else metrics | response_metrics(whole, d.dtype)
 
 
@@ -170,23 +170,32 @@ def count_metrics(
 
 
 def loss_metrics(
-    tokens: Tokens, a: Tensor, m: Tensor, config: ObjectiveConfig, turns: Turns | None = None
+    tokens: Tokens,
+    a: Tensor,
+    m: Tensor,
+    config: ObjectiveConfig,
+    turns: Turns | None = None,
+    penalties: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """The two terms of the loss, by the rows' own denominators.
 
     Args:
         tokens: the responses.
-        a: the rows' advantages (N,).
+        a: the rows' advantages (N,), or those of tokens (N, T), which are in the means already.
         m: the rows' means (N,).
         config: the member of the family.
         turns: the rows, where they are not the responses.
+        penalties: the rows' proximal terms (N,), if there are any; they count to the first.
     """
     omega = row_weights(tokens, config, None, m.dtype)
     kl_loss = m.new_tensor(0.0)
     if config.kl_coef > 0:
         kl_loss = config.kl_coef * (omega * row_kl(tokens, config)).sum()
     omega = omega if turns is None else turns.weights(omega)
-    return {"pg_loss": -(omega * a * m).sum(), "kl_loss": kl_loss}
+    pg_loss = -((omega * a if a.ndim == 1 else omega) * m).sum()
+    if penalties is not None:
+        pg_loss = pg_loss + config.proximal_coef * (omega * penalties).sum()
+    return {"pg_loss": pg_loss, "kl_loss": kl_loss}
 
 
 def kl_metrics(tokens: Tokens, d: Tensor, counted: Counted) -> dict[str, Tensor]:
@@ -226,7 +235,10 @@ def row_metrics(p: Tensor, advantages: Tensor, counted: Counted) -> dict[str, Te
 def response_metrics(whole: Tokens, dtype: torch.dtype) -> dict[str, Tensor]:
     """What is of whole responses where the rows are turns."""
     rows = whole.mask.any(1)
-    return {"n_seq": rows.sum(), **advantage_metrics(whole.advantages[rows].to(dtype))}
+    given = whole.advantages
+    if given.ndim == 2:
+        given = row_advantages(without_padding(given, whole.mask), whole.mask)
+    return {"n_seq": rows.sum(), **advantage_metrics(given[rows].to(dtype))}
 
 
 def advantage_metrics(advantages: Tensor) -> dict[str, Tensor]:
@@ -284,6 +296,41 @@ def ratio_metrics(
     }
 
 
+def limit_metrics(
+    tokens: Tokens,
+    d: Tensor,
+    advantages: Tensor,
+    p: Exponent,
+    log_m: Tensor,
+    config: ObjectiveConfig,
+    band: Band | None,
+    counted: Counted,
+) -> dict[str, Tensor]:
+    """What clamp, clip or constant weights hold back.
+
+    Args:
+        tokens: the rows.
+        d: token log ratios (nat), 0 on padding.
+        advantages: advantage of each row, or of each token.
+        p: exponent in force.
+        log_m: log of each counted row's mean in use (nat).
+        config: the member of the family.
+        band: of the whole minibatch, where the clip needs one.
+        counted: what counts among the rows.
+    """
+    if has_own_weight(config) or advantages.ndim == 2:
+        weighed = outside(d, tokens.logprobs, tokens.mask, advantages, config)
+        sign = (advantages if advantages.ndim == 2 else advantages.unsqueeze(1)).expand_as(d)
+        return _clip_shares(*(counted.of_tokens(x) for x in (sign, *weighed)))
+    found, d_tokens, mask = {}, counted.of_tokens(d), counted.of_rows(tokens.mask)
+    if config.token_clamp is not None:
+        found["clip/token_frac"] = (d_tokens.abs() > config.token_clamp).to(d.dtype).mean()
+        p_rows = counted.of_rows(torch.as_tensor(p, dtype=d.dtype, device=d.device).expand(len(d)))
+        log_m = log_mean(clamp_tokens(counted.of_rows(d), config), mask, p_rows, config)
+    rows = counted.of_rows(advantages)
+    return found | clip_metrics(mask, rows, config, band, log_m, d_tokens)
+
+
 def clip_metrics(
     mask: Tensor,
     advantages: Tensor,
@@ -310,9 +357,13 @@ def clip_metrics(
         value, sign = d, advantages[row]
         low, high, floor, ceiling = low[row], high[row], floor[row], ceiling[row]
     above, below = value > high, value < low
+    return _clip_shares(sign, above, below, (value > ceiling) | (value < floor))
+
+
+def _clip_shares(sign: Tensor, above: Tensor, below: Tensor, blocked: Tensor) -> dict[str, Tensor]:
+    """The four shares, of units with this sign of the advantage (n,)."""
     positive, negative = sign > 0, sign < 0
     every = torch.ones_like(positive)
-    blocked = (value > ceiling) | (value < floor)
     return {
         "clip/frac": _share(blocked & (positive | negative), every),
         "clip/frac_pos": _share(above & positive, positive),

@@ -8,6 +8,8 @@ response's weight omega_i the share of its tokens,
 
 so `segments` decides what a mean is taken of, never what a response weighs. With p = 1 and no
 sequence clip the two are one function; so they are, to the bit, where no response has two turns.
+With `segments = "token"` each token is a row: its mean is its ratio for every p, and it may have an
+advantage of its own. A segment has one advantage, as its mean is one number.
 """
 
 import dataclasses
@@ -56,7 +58,7 @@ class Turns:
 
 
 def turns_of(mask: Bool[Tensor, "N T"], config: ObjectiveConfig) -> Turns | None:
-    """The turns, if the objective's mean acts on them and a response has more than one.
+    """The turns, or tokens, if the mean acts on them and a response has more than one.
 
     Args:
         mask: True on tokens that count.
@@ -64,7 +66,8 @@ def turns_of(mask: Bool[Tensor, "N T"], config: ObjectiveConfig) -> Turns | None
     """
     if config.segments == "response" or not config.has_mean:
         return None
-    starts = mask & ~torch.nn.functional.pad(mask[:, :-1], (1, 0))
+    before = torch.nn.functional.pad(mask[:, :-1], (1, 0))
+    starts = mask if config.segments == "token" else mask & ~before
     counts = starts.sum(1)
     if not bool((counts > 1).any()):
         return None

@@ -1,7 +1,7 @@
 """The symbols of the objective, one function each; `hmpo.objective.loss` puts them together.
 
     d_it      log pi(y_it) - log pi_old(y_it), the token log ratios (nat)    `log_ratios`
-    A_i       advantage, 0 for a response without tokens                     `row_advantages`
+    A_i       advantage, 0 for a response without tokens                     `segment_advantages`
     M_i       mean of the limited ratios                                     `mean_ratios`
     omega_i   weight of a response in the sum                                `row_weights`
     KL_i      token mean of KL(pi || ref) (nat)                              `row_kl`
@@ -38,7 +38,7 @@ def check_tokens(tokens: Tokens, exponent: Tensor | None) -> None:
     tensors = {
         "logprobs": (tokens.logprobs, [shape]),
         "old_logprobs": (tokens.old_logprobs, [shape]),
-        "advantages": (tokens.advantages, [rows]),
+        "advantages": (tokens.advantages, [rows, shape]),
         "ref_logprobs": (tokens.ref_logprobs, [shape]),
         "exponent": (exponent, [torch.Size(), rows]),
         "weights": (tokens.weights, [rows, shape]),
@@ -69,16 +69,48 @@ def log_ratios(logprobs: Float[Tensor, "N T"], tokens: Tokens) -> Float[Tensor, 
     return masked_difference(logprobs, tokens.old_logprobs, tokens.mask)
 
 
-def row_advantages(tokens: Tokens, dtype: torch.dtype) -> Float[Tensor, " N"]:
-    """The advantages as constants, 0 for a row without tokens."""
-    return torch.where(tokens.lengths > 0, tokens.advantages.detach(), 0).to(dtype)
+def segment_advantages(
+    tokens: Tokens, config: ObjectiveConfig, dtype: torch.dtype
+) -> Float[Tensor, " N"] | Float[Tensor, "N T"]:
+    """The advantages as constants, one per row; 0 for a row without tokens.
+
+    One per token, 0 on padding, only where they vary within a row and the objective has no mean.
+
+    Raises:
+        ShapeError: advantages of tokens that share a mean differ.
+    """
+    given = tokens.advantages.detach()
+    if given.ndim == 1:
+        return torch.where(tokens.lengths > 0, given, 0).to(dtype)
+    given = without_padding(given, tokens.mask)
+    first = given.gather(1, tokens.mask.int().argmax(1, keepdim=True))
+    varying = ((given - first) * tokens.mask != 0).any(1) & ~given.isnan().any(1)
+    if not bool(varying.any()):
+        return (first.squeeze(1) + 0 * given.sum(1)).to(dtype)  # one NaN makes its row NaN
+    if config.has_mean:
+        row = int(varying.nonzero()[0])
+        raise ShapeError(
+            f"advantages: got several in segment {row}, expected one for all tokens of a "
+            f'{config.segments}, as segments = "{config.segments}" takes one mean of them'
+        )
+    return given.to(dtype)
+
+
+def row_advantages(
+    advantages: Float[Tensor, " N"] | Float[Tensor, "N T"] | Float[Tensor, "N T"],
+    mask: Bool[Tensor, "N T"],
+) -> Float[Tensor, " N"]:
+    """One advantage a row: as they are, or the mean of those of its tokens."""
+    if advantages.ndim == 1:
+        return advantages
+    return advantages.sum(1) / mask.sum(1).clamp(min=1)
 
 
 def mean_ratios(
     limited: Float[Tensor, "N T"],
     logprobs: Float[Tensor, "N T"],
     tokens: Tokens,
-    advantages: Float[Tensor, " N"],
+    advantages: Float[Tensor, " N"] | Float[Tensor, "N T"],
     p: Exponent,
     config: ObjectiveConfig,
     band: Band | None,
@@ -86,20 +118,23 @@ def mean_ratios(
     """Each row's mean of the limited ratios, itself limited if the clip is on sequences.
 
     With a detached gate there is no such mean, and the row's value is that of
-    mean_t const(r_it) log pi(y_it); with an unweighted one the constant is 1.
+    mean_t const(r_it) log pi(y_it); with an unweighted one the constant is 1. Advantages of its
+    tokens are a factor of what the mean is taken of, and no longer one of the row.
 
     Args:
         limited: what `limit_tokens` gave (nat), 0 on padding.
         logprobs: what `weighted_logprobs` gave; used where there is no mean.
         tokens: the rows.
-        advantages: what `row_advantages` gave.
+        advantages: what `segment_advantages` gave.
         p: exponent in force.
         config: the member of the family.
         band: of the whole minibatch, where the clip needs one.
     """
     if not config.has_mean:
         product = exp_linear(limited.detach()) * without_padding(logprobs, tokens.mask)
+        product = product * advantages if advantages.ndim == 2 else product
         return product.sum(1) / tokens.lengths.clamp(min=1)
+    assert advantages.ndim == 1, "one for each mean"
     log_m = log_mean(limited, tokens.mask, p, config)
     lengths = tokens.lengths.to(advantages.dtype)
     return exp_linear(limit_means(log_m, lengths, advantages, config, band))
@@ -163,7 +198,7 @@ def minibatch_band(
     logprobs: Float[Tensor, "N T"],
     old_logprobs: Float[Tensor, "N T"],
     mask: Bool[Tensor, "N T"],
-    advantages: Float[Tensor, " N"],
+    advantages: Float[Tensor, " N"] | Float[Tensor, "N T"],
     config: ObjectiveConfig,
     *,
     exponent: Float[Tensor, ""] | Float[Tensor, " N"] | None = None,
@@ -177,5 +212,6 @@ def minibatch_band(
     tokens = tokens_by_turn(tokens, turns)
     d = log_ratios(tokens.logprobs, tokens)
     p = exponent_by_turn(exponent, turns)
-    p = exponent_in_force(d, tokens.mask, row_advantages(tokens, d.dtype), config, p)
+    a = segment_advantages(tokens, config, d.dtype)
+    p = exponent_in_force(d, tokens.mask, row_advantages(a, tokens.mask), config, p)
     return measure_band(clamp_tokens(d, config), tokens.mask, p, config)

@@ -240,12 +240,14 @@ def idle_rows(batch: Batch, objective: ObjectiveConfig) -> Bool[Tensor, " M"]:
 
     The surrogate of a response is multiplied by its advantage and weight, and what a clip band or
     a denominator takes from other rows is constant. So without a KL term a row with advantage or
-    weight 0, or without a token that counts, adds nothing to any gradient. If all rows are such,
+    weight 0, or without a token that counts, adds nothing to any gradient. A penalty that does not
+    scale with the advantage draws at rows with advantage 0, too. If all rows are idle,
     one is not called idle, so that every parameter gets its gradient of zeros, and an optimizer
     with momentum moves as it would.
     """
     mask = batch.rollout.response_mask & batch.valid[:, None]
-    idle = (batch.advantages == 0) | ~mask.any(1)
+    drawn = objective.proximal_coef > 0 and objective.proximal == "k2"
+    idle = ~mask.any(1) if drawn else (batch.advantages == 0) | ~mask.any(1)
     weights = batch.weights
     if weights is not None:
         weights = weights[:, None] if weights.ndim == 1 else weights

@@ -45,7 +45,7 @@ from tests.adapters.gradients import (
     trl_gradient,
     with_old,
 )
-from tests.config.other_values import EXPONENT, OBJECTIVE
+from tests.config.other_values import EXPONENT, OBJECTIVE, WEIGHT
 
 ROOT = Path(__file__).parents[2]
 PLAIN = {"use_cpu": True, "bf16": False, "activation_checkpointing": False}
@@ -341,11 +341,16 @@ def test_what_would_be_ignored_or_contradicts_is_refused(
         config(**settings)
 
 
-@pytest.mark.parametrize("name", [*OBJECTIVE, *(f"exponent.{name}" for name in EXPONENT)])
+TABLES = {"exponent": EXPONENT, "weight": WEIGHT}
+TABLED = [*OBJECTIVE, *(f"{table}.{name}" for table, own in TABLES.items() for name in own)]
+
+
+@pytest.mark.parametrize("name", TABLED)
 def test_every_field_of_the_objective_is_in_force_or_refused(name: str) -> None:
     own = OBJECTIVE | {"clip_level": "sequence", "clip_space": "ratio"}
-    value = EXPONENT[name.partition(".")[2]] if "." in name else own[name]
-    changed = {"exponent": {name.partition(".")[2]: value}} if "." in name else {name: value}
+    table, _, field = name.rpartition(".")
+    value = TABLES[table][field] if table else own[name]
+    changed = {table: {field: value}} if table else {name: value}
     try:
         found = config(objective={"member": "hmpo"} | changed, num_iterations=2)
     except ConfigError as refused:

@@ -29,11 +29,12 @@ from verl.workers.utils.losses import ppo_loss
 from hmpo import members
 from hmpo.adapters.verl import AGGREGATION, METRICS, PowerMeanLossConfig, power_mean
 from hmpo.config.objective import ExponentConfig, ObjectiveConfig
+from hmpo.config.weight import WeightConfig
 from hmpo.errors import ConfigError, ShapeError
 from hmpo.objective.loss import power_mean_loss
 from hmpo.objective.metrics import objective_metrics
 from hmpo.types import Denominators
-from tests.config.other_values import EXPONENT, OBJECTIVE
+from tests.config.other_values import EXPONENT, OBJECTIVE, WEIGHT
 
 ROOT = Path(__file__).resolve().parents[2]
 LENGTHS = (10, 7, 1, 4, 10, 6, 3, 10)
@@ -358,13 +359,15 @@ OTHER_VALUES = (
     OBJECTIVE
     | {"clip_level": "sequence", "clip_space": "ratio"}
     | {f"exponent_{name}": value for name, value in EXPONENT.items()}
+    | {f"weight_{name}": value for name, value in WEIGHT.items()}
 )
 """For every field a value that HMPO does not have."""
 
 
 def test_every_field_of_the_objective_is_offered() -> None:
-    fields = {f.name for f in dataclasses.fields(ObjectiveConfig)} - {"name", "exponent"}
+    fields = {f.name for f in dataclasses.fields(ObjectiveConfig)} - {"name", "exponent", "weight"}
     source = {f"exponent_{f.name}" for f in dataclasses.fields(ExponentConfig)}
+    source |= {f"weight_{f.name}" for f in dataclasses.fields(WeightConfig)}
     assert OTHER_VALUES.keys() | {"exponent_allow_surrogate"} == fields | source
 
 
@@ -376,7 +379,8 @@ def test_every_field_reaches_the_loss_or_is_refused(case: Case, name: str) -> No
     try:
         loss = PowerMeanLossConfig(**{"clip_high": 0.3, name: OTHER_VALUES[name]})
     except ConfigError as refused:
-        assert name.removeprefix("exponent_") in str(refused) and "\n" not in str(refused)
+        field = name.removeprefix("exponent_").removeprefix("weight_")
+        assert field in str(refused) and "\n" not in str(refused)
         return
     mode = AGGREGATION[loss.objective().reduction]
     after = through_verl(case, actor(policy_loss=loss, loss_agg_mode=mode), parts=2)

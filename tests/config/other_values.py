@@ -6,9 +6,16 @@ OBJECTIVE = {
     "clip_space": "log", "clip_low": 0.1, "clip_high": 0.1, "clip_width": "z", "clip_sigma": 0.1,
     "clip_center": "drift", "clip_share": 0.1, "clip_rollouts": 3, "sign_convention": "paper",
     "dual_clip": 3.0, "reduction": "token_mean", "max_length": 9, "kl_coef": 0.5,
-    "kl_estimator": "k1", "token_clamp": 0.05, "segments": "turn",
+    "kl_estimator": "k1", "token_clamp": 0.05, "segments": "turn", "proximal_coef": 0.5,
+    "proximal": "pearson",
 }  # fmt: skip
-"""Fields of `ObjectiveConfig` but `name` and `exponent`."""
+"""Fields of `ObjectiveConfig` but `name`, `exponent` and `weight`."""
+
+WEIGHT = {
+    "kind": "inverse", "level": "sequence", "bound": "mask", "cap": 0.9, "power_positive": 0.5,
+    "power_negative": 0.5, "decay_positive": 0.5, "decay_negative": 0.5,
+}  # fmt: skip
+"""Fields of `WeightConfig`."""
 
 EXPONENT = {
     "kind": "matched", "end": 1.0, "updates": 3, "criterion": "variance", "target": 0.5,

@@ -28,6 +28,16 @@ OTHER = {
     "objective.token_clamp": 0.1,
     "objective.exponent.per": "rollout",
     "objective.segments": "turn",
+    "objective.weight.kind": "gamma",
+    "objective.weight.level": "prefix",
+    "objective.weight.bound": "mask",
+    "objective.weight.cap": 2.0,
+    "objective.weight.power_positive": 1.0,
+    "objective.weight.power_negative": 1.0,
+    "objective.weight.decay_positive": 1.0,
+    "objective.weight.decay_negative": 1.0,
+    "objective.proximal_coef": 0.5,
+    "objective.proximal": "pearson",
     "task.environment": "a.py:A",
     "task.max_turns": 3,
     "eval.success": 0.5,
@@ -65,6 +75,7 @@ def test_a_choice_in_a_later_setting_changes_the_hash(path: str) -> None:
 def test_an_older_run_of_holder_keeps_its_bounds_and_its_schedule(tmp_path: Path) -> None:
     data = to_dict(run_config({"objective": {"member": "holder"}}))["objective"]
     del data["token_clamp"], data["segments"], data["exponent"]["per"]
+    del data["weight"], data["proximal"], data["proximal_coef"]
     path = old_config(tmp_path, objective=data | {"clip_low": 3e-4, "clip_high": 4e-4})
     objective = load_run_config(path).objective
     assert (objective.name, objective.exponent.per) == ("holder", "update")

@@ -15,12 +15,13 @@ from hmpo.config import (
     PowerMeanConfig,
     RunConfig,
     TrainerConfig,
+    WeightConfig,
 )
 from hmpo.config.reading import run_config
 from hmpo.config.unread import GSPO_READS
 from hmpo.errors import ConfigError
 from hmpo.run.build import trainer_config
-from tests.config.other_values import EXPONENT, MISMATCH, OBJECTIVE, TRAINER
+from tests.config.other_values import EXPONENT, MISMATCH, OBJECTIVE, TRAINER, WEIGHT
 
 GSPO = {"algorithm": "gspo", "objective": {"member": "gspo"}}
 DECIDED = {"eos_token": (5,), "pad_token": 1, "seed": 4}
@@ -44,8 +45,9 @@ def names(cls: type) -> set[str]:
 
 
 def test_the_walk_covers_every_field() -> None:
-    assert OBJECTIVE.keys() == names(ObjectiveConfig) - {"name", "exponent"}
+    assert OBJECTIVE.keys() == names(ObjectiveConfig) - {"name", "exponent", "weight"}
     assert EXPONENT.keys() == names(ExponentConfig) - {"allow_surrogate"}
+    assert WEIGHT.keys() == names(WeightConfig)
     assert MISMATCH.keys() == names(MismatchConfig)
     assert TRAINER.keys() == names(TrainerConfig)
 
@@ -70,6 +72,12 @@ def test_the_baseline_refuses_each_field_of_the_exponent(name: str) -> None:
     value = "linear" if name == "kind" else EXPONENT[name]
     text = refusal(baseline(objective={"exponent": {name: value}}))
     assert text.startswith(f"objective.exponent.{name}: got {value!r}")
+
+
+@pytest.mark.parametrize("name", WEIGHT)
+def test_the_baseline_refuses_each_field_of_the_weight(name: str) -> None:
+    text = refusal(baseline(objective={"weight": {name: WEIGHT[name]}}))
+    assert text.startswith(f"objective.weight.{name}: got {WEIGHT[name]!r}")
 
 
 @pytest.mark.parametrize("name", MISMATCH)
@@ -117,6 +125,11 @@ WITHOUT_EFFECT = [
     ("sapo", {"clip_space": "ratio"}, "objective.clip_space", 'clip_level = "none"'),
     ("cispo", {"p": 0.5}, "objective.p", "which has no p"),
     ("reinforce", {"p": 0.5}, "objective.p", "which has no p"),
+    ("reinforce", {"weight": {"cap": 2.0}}, "objective.weight.cap", 'gate = "unweighted"'),
+    ("cispo", {"weight": {"power_positive": 1.0}}, "objective.weight.power_positive", '"ratio"'),
+    ("hmpo", {"weight": {"level": "prefix"}}, "objective.weight.level", 'gate = "clip"'),
+    ("hmpo", {"proximal": "pearson"}, "objective.proximal", "proximal_coef = 0"),
+    ("hmpo", {"segments": "token", "p": 0.5}, "objective.p", 'segments = "token"'),
     ("reinforce", {"mean": "ahm"}, "objective.mean", "which has no mean"),
     ("reinforce", {"clip_low": 0.1}, "objective.clip_low", 'clip_level = "none"'),
     ("sign_aware", {"p": 0.5}, "objective.p", "p_positive and p_negative set"),

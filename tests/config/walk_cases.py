@@ -7,7 +7,7 @@ table in it has no entry. The settings of the controllers are walked over record
 
 from typing import Any
 
-from tests.config.other_values import EXPONENT, MISMATCH, OBJECTIVE, TRAINER
+from tests.config.other_values import EXPONENT, MISMATCH, OBJECTIVE, TRAINER, WEIGHT
 
 Case = tuple[dict[str, Any], Any]
 """What else is set, as `table__key`, and another value of the field."""
@@ -28,6 +28,8 @@ LEARNABLE = {"objective__exponent__kind": "learnable", "objective__p": -0.5}
 MATCHED = {"objective__member": "pmpo", "objective__clip_low": 0.01, "objective__clip_high": 0.01}
 BY_REWARD = {"objective__member": "apmpo"}
 TIGHT = {"objective__clip_low": 0.01, "objective__clip_high": 0.01}
+MASKED = {"objective__member": "cispo", "objective__weight__bound": "mask"}
+GAMMA = {"objective__member": "vespo"}
 NARROW = {"trainer__top_k": 4, "trainer__temperature": 1.5}
 WILD = {"optimizer__lr": 1e37, "trainer__qk_clip": False}
 """A learning rate at which nothing is finite."""
@@ -138,6 +140,12 @@ NEEDED: dict[str, dict[str, Any]] = {
     "objective.exponent.matching": MATCHED,
     "objective.exponent.gamma": BY_REWARD,
     "objective.exponent.clip_gain": BY_REWARD,
+    "objective.proximal": {"objective__proximal_coef": 0.5},
+    "objective.weight.kind": MASKED | TIGHT,
+    "objective.weight.level": {"objective__member": "cispo"},
+    "objective.weight.bound": {"objective__member": "cispo", **TIGHT},
+    "objective.weight.cap": {"objective__member": "cispo"},
+    **{f"objective.weight.{name}": GAMMA for name in WEIGHT if "_" in name},
     "mismatch.recompute": NARROW,
     "mismatch.correction": NARROW,
     "mismatch.level": NARROW | {"mismatch__correction": "truncate"},
@@ -179,6 +187,7 @@ def _cases() -> dict[str, Case]:
     tables = {
         "objective": OBJECTIVE | {"name": "mine"},
         "objective.exponent": EXPONENT | {"allow_surrogate": True},
+        "objective.weight": WEIGHT,
         "mismatch": MISMATCH,
         "trainer": TRAINER,
     }
@@ -209,6 +218,9 @@ THE_SAME = {
 UNREAD: dict[str, Case] = {
     "task.max_turns": ({}, 2),
     "objective.segments": ({}, "turn"),
+    "objective.proximal": ({}, "pearson"),
+    "objective.weight.kind": ({}, "gamma"),
+    "objective.weight.cap": ({}, 0.9),
     "optimizer.betas": (SGD, [0.5, 0.9]),
     "optimizer.momentum": ({}, 0.5),
     "tracker.project": ({}, "other"),

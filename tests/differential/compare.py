@@ -80,7 +80,7 @@ def ours(case: Case, config: ObjectiveConfig, denominators: Denominators | None 
 
 def on_case(config: ObjectiveConfig, case: str) -> ObjectiveConfig:
     """`config`, with its finite bounds on the tied ratios 1/2 and 2 of the case `ties`."""
-    if case != "ties" or config.clip_level == "none":
+    if case != "ties" or config.clip_level == "none" or config.clip_space in ("tv", "kl"):
         return config
     if config.clip_space == "log":
         return dataclasses.replace(config, clip_low=LN2, clip_high=LN2)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from hmpo import members
 from hmpo.config import ExponentConfig, ObjectiveConfig
@@ -19,7 +20,7 @@ from tests.differential.compare import (
     ours,
     rows_of,
 )
-from tests.oracles import family
+from tests.oracles import family, weights
 from tests.oracles import objective as basic
 
 PEER = "our oracles"
@@ -54,6 +55,27 @@ def reinforce(case: Case, config: ObjectiveConfig) -> Value:
     return from_rows(*basic.reinforce(rows_of(case.new, case), case.advantages.tolist()), case)
 
 
+def weighed(function: Callable[..., Any], **options: Any) -> Function:
+    """A function of tests/oracles/weights.py on a case."""
+
+    def run(case: Case, config: ObjectiveConfig) -> Value:
+        ratios, logs = rows_of(case.new - case.old, case), rows_of(case.new, case)
+        loss, slopes = function(ratios, case.advantages.tolist(), logs, **options)
+        return from_rows(loss, slopes, case)
+
+    return run
+
+
+def aspo(case: Case, config: ObjectiveConfig) -> Value:
+    bounds = {"low": config.clip_low, "high": config.clip_high, "cap": 3.0}
+    return weighed(weights.aspo, **bounds)(case, config)
+
+
+def atr(case: Case, config: ObjectiveConfig) -> Value:
+    ratios = rows_of(case.new - case.old, case)
+    return from_rows(*weights.atr(ratios, case.advantages.tolist(), config.clip_high), case)
+
+
 def holder(p: float) -> Function:
     return oracle(basic.holder, p=p)
 
@@ -73,6 +95,8 @@ def fixed(make: Callable[[], ObjectiveConfig], p: float) -> ObjectiveConfig:
 
 P_APMPO = math.exp(-0.8 * 0.5)
 UNTIED = ("ragged", "on_policy", "large")
+FREE = (*UNTIED, "overflow")
+SMALL = ("ragged", "on_policy")
 
 HOLDERS = [
     ("holder", "code of arXiv 2605.12058", holder),
@@ -133,6 +157,34 @@ COMPARISONS = [
     Comparison("tis", members.tis(), "arXiv 1606.02647", tis, BOUNDED),
     Comparison("reinforce", members.reinforce(), "Williams 1992", reinforce, BOUNDED),
     Comparison("sign_aware", members.sign_aware(), "its definition", oracle(basic.sign_aware)),
+    *(
+        Comparison(
+            f"dppo_{name}",
+            members.BY_NAME[f"dppo_{name}"](),
+            "arXiv 2602.04879 as in verl",
+            weighed(weights.dppo, distance=name, low=bound, high=bound, cap=20.0),
+            FREE,
+        )
+        for name, bound in (("tv", 0.2), ("kl", 0.05))
+    ),
+    Comparison("drpo", members.drpo(), "arXiv 2606.09821", weighed(weights.drpo, eps=12.5), SMALL),
+    Comparison("dro", members.dro(), "verl's `dro`", weighed(weights.dro, beta=0.1), FREE),
+    Comparison("aspo", members.aspo(), "code of arXiv 2510.06062", aspo, BOUNDED),
+    Comparison(
+        "vespo",
+        members.vespo(),
+        "arXiv 2602.10693",
+        weighed(weights.vespo, up=(2.0, 3.0), down=(3.0, 2.0)),
+        BOUNDED,
+    ),
+    Comparison(
+        "ctpo",
+        members.ctpo(),
+        "code of arXiv 2605.07331",
+        weighed(weights.ctpo, low=0.025, high=0.05, dual=0.05),
+        FREE,
+    ),
+    Comparison("atr_grpo", members.atr_grpo(), "arXiv 2602.05494", atr, UNTIED),
 ]
 
 DIFFERENCES = [

@@ -57,7 +57,12 @@ def trainer(case: Case, config: ObjectiveConfig, new: Tensor, **settings: Any) -
             sapo_temperature_pos=config.gate_positive,
             sapo_temperature_neg=config.gate_negative,
             steps_per_generation=settings.get("steps_per_generation", 1),
+            vespo_k_pos=config.weight.power_positive,
+            vespo_k_neg=config.weight.power_negative,
+            vespo_lambda_pos=config.weight.decay_positive,
+            vespo_lambda_neg=config.weight.decay_negative,
         ),
+        get_gamma_weights=GRPOTrainer.get_gamma_weights,
         model=SimpleNamespace(training=True),
         accelerator=SimpleNamespace(
             num_processes=1, gather=lambda x: x, reduce=lambda x, reduction: x
@@ -106,6 +111,9 @@ TEMPERATURES = {
 # eight can have a single token.
 ROUNDING = 1.05 * 2**-24
 ABOVE = "`epsilon_high` is the cap itself here, and there is no lower bound"
+OTHER = {
+    "power_positive": 1.0, "power_negative": 0.5, "decay_positive": 0.5, "decay_negative": 4.0,
+}  # fmt: skip
 ROUNDED = "TRL keeps tau as float32: 1.05 becomes 1.0499999523, and the gate with it"
 
 COMPARISONS = [
@@ -172,6 +180,22 @@ COMPARISONS = [
         trl(loss_type="cispo"),
         BOUNDED,
         note=ABOVE,
+    ),
+    Comparison("vespo", members.vespo(), '`loss_type="vespo"`', trl(loss_type="vespo"), BOUNDED),
+    Comparison(
+        "vespo",
+        members.vespo(),
+        '`loss_type="vespo"`, 4 micro-batches',
+        trl(4, loss_type="vespo"),
+        BOUNDED,
+    ),
+    Comparison(
+        "vespo",
+        replace(members.vespo(), weight=replace(members.vespo().weight, **OTHER)),
+        '`loss_type="vespo"`, k = 1, 0.5, lambda = 0.5, 4',
+        trl(loss_type="vespo"),
+        ("ragged", "ties", "on_policy"),
+        note="TRL's W is at least 1e-8, which is seen in small powers of it",
     ),
 ]
 
@@ -248,5 +272,6 @@ ROBUSTNESS = {
     "sequence level": (trl(**SEQUENCE), members.gspo()),
     '`loss_type="sapo"`': (trl(loss_type="sapo"), members.sapo()),
     '`loss_type="cispo"`': (trl(loss_type="cispo"), members.cispo()),
+    '`loss_type="vespo"`': (trl(loss_type="vespo"), members.vespo()),
     "`GMPOTrainer`": (GMPO, members.gmpo()),
 }

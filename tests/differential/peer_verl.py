@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 from verl.trainer.ppo.core_algos import get_policy_loss_fn
-from verl.workers.config import ActorConfig
+from verl.workers.config import ActorConfig, PolicyLossConfig
 
 from hmpo import members
 from hmpo.config import ObjectiveConfig
@@ -36,9 +36,10 @@ def verl(mode: str, aggregation: str, parts: int = 1, **options: Any) -> Functio
             ppo_micro_batch_size_per_gpu=len(new) // parts,
             clip_ratio_low=config.clip_low,
             clip_ratio_high=config.clip_high,
-            clip_ratio_c=NEVER if config.dual_clip is None else config.dual_clip,
+            clip_ratio_c=config.weight.cap or config.dual_clip or NEVER,
             tau_pos=config.gate_positive,
             tau_neg=config.gate_negative,
+            policy_loss=PolicyLossConfig(dro_beta=config.proximal_coef),
             loss_agg_mode=aggregation,
             global_batch_info={
                 "dp_size": 1,
@@ -134,6 +135,23 @@ COMPARISONS = [
         BOUNDED,
         note="a lower bound of 0 is none",
     ),
+    *(
+        Comparison(
+            f"dppo_{distance}",
+            members.BY_NAME[f"dppo_{distance}"](),
+            f"`dppo_{distance}`, {TOKEN}{tail}",
+            verl(f"dppo_{distance}", TOKEN, parts),
+            BOUNDED,
+        )
+        for distance in ("tv", "kl")
+        for parts, tail in ((1, ""), (4, ", 4 micro-batches"))
+    ),
+    Comparison(
+        "dro", members.dro(), f"`dro`, {TOKEN}, `dro_beta=0.1`", verl("dro", TOKEN), BOUNDED
+    ),
+    Comparison(
+        "dro", members.dro(1.0), f"`dro`, {TOKEN}, `dro_beta=1`", verl("dro", TOKEN), BOUNDED
+    ),
 ]
 
 RAGGED = cases.ragged()
@@ -224,4 +242,7 @@ ROBUSTNESS = {
     "`geo_mean`": (verl("geo_mean", TOKEN), members.gmpo()),
     "`sapo`": (verl("sapo", TOKEN), members.sapo()),
     f"`cispo`, {TOKEN}": (verl("cispo", TOKEN), members.cispo()),
+    f"`dppo_tv`, {TOKEN}": (verl("dppo_tv", TOKEN), members.dppo_tv()),
+    f"`dppo_kl`, {TOKEN}": (verl("dppo_kl", TOKEN), members.dppo_kl()),
+    f"`dro`, {TOKEN}": (verl("dro", TOKEN), members.dro()),
 }

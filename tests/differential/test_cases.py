@@ -52,6 +52,8 @@ def test_another_setting_does_not_pass(comparison):
         other = dataclasses.replace(config, gate_negative=config.gate_negative + 1e-5)
     elif config.token_clamp is not None:
         other = dataclasses.replace(config, token_clamp=config.token_clamp * 1.05)
+    elif config.proximal_coef > 0:
+        other = dataclasses.replace(config, proximal_coef=config.proximal_coef * 1.05)
     elif not config.has_mean:
         other = dataclasses.replace(config, reduction=REDUCTIONS[config.reduction])
     else:

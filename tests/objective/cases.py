@@ -33,7 +33,9 @@ ADVANTAGES = [1.0, -0.7, 0.4, 0.0, -1.3, 2.0, -0.2, 0.6]
 OPEN = ObjectiveConfig(clip_level="none")
 CLAMPED = [make for make in members.BY_NAME.values() if make().token_clamp is not None]
 CLIPPING = [
-    make for make in members.BY_NAME.values() if make().gate == "clip" and make not in CLAMPED
+    make
+    for make in members.BY_NAME.values()
+    if make().gate == "clip" and make().clip_level != "none" and make not in CLAMPED
 ]
 
 

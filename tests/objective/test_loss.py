@@ -373,7 +373,8 @@ wrong = {
     "old_logprobs: got torch.float32 (2, 4), expected float (2, 3)":
         {"old_logprobs": torch.zeros(2, 4)},
     "mask: got torch.int64 (2, 3), expected bool (2, 3)": {"mask": torch.ones(2, 3).long()},
-    "advantages: got torch.float32 (2, 3), expected float (2,)": {"advantages": torch.zeros(2, 3)},
+    "advantages: got torch.float32 (2, 2), expected float (2,) or (2, 3)":
+        {"advantages": torch.zeros(2, 2)},
     "ref_logprobs: got torch.float32 (3, 2)": {"ref_logprobs": torch.zeros(3, 2)},
     "exponent: got torch.float32 (3,), expected float () or (2,)": {"exponent": torch.zeros(3)},
 }

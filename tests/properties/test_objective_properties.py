@@ -30,6 +30,9 @@ clamped = st.builds(
     clip_level=st.sampled_from(["sequence", "none"]),
 )
 configs = st.one_of(clipping, clamped, st.sampled_from(MEMBERS))
+unordered = configs.filter(lambda config: config.weight.level != "prefix")
+pulled = ("drpo", "dro")
+"""Members that draw a token back to the old policy, whatever its advantage."""
 rewards = st.lists(st.integers(-1000, 1000), min_size=12, max_size=12)
 
 
@@ -131,7 +134,7 @@ def test_padding_does_not_matter(config, inputs, amount, garbage):
     assert not padded_grad[:, d.shape[1] :].any()
 
 
-@given(configs, batches(), st.randoms(use_true_random=False))
+@given(unordered, batches(), st.randoms(use_true_random=False))
 def test_order_of_tokens_and_responses_does_not_matter(config, inputs, random):
     d, mask, advantages = inputs
     rows = torch.tensor(random.sample(range(len(d)), len(d)))
@@ -234,7 +237,7 @@ def test_order_of_groups_does_not_matter(values, size, data):
     close(moved, base[order][:, inside])
 
 
-@given(configs, batches(), st.floats(0.125, 8))
+@given(configs.filter(lambda c: c.name != "dro"), batches(), st.floats(0.125, 8))
 def test_linear_in_the_advantages(config, inputs, factor):
     d, mask, advantages = inputs
     loss, grad = evaluate(config, d, mask, advantages)
@@ -251,7 +254,7 @@ def test_clipped_surrogate_is_a_lower_bound(config, inputs):
     assert clipped.item() >= free.item() - 1e-12 * (1 + abs(free.item()))
 
 
-@given(configs, batches())
+@given(configs.filter(lambda c: c.name not in pulled), batches())
 def test_gradient_pushes_in_the_direction_of_the_advantage(config, inputs):
     d, mask, advantages = inputs
     _, grad = evaluate(config, d, mask, advantages)

@@ -20,6 +20,12 @@ PAPERS = {
     "apmpo": "2605.04066",
     "sapo": "2511.20347",
     "cispo": "2506.13585",
+    "dppo_tv": "2602.04879",
+    "dppo_kl": "2602.04879",
+    "drpo": "2606.09821",
+    "aspo": "2510.06062",
+    "vespo": "2602.10693",
+    "ctpo": "2605.07331",
 }
 """arXiv number by member. PMPO is our reconstruction; HMPO and sqrt(AH) have no paper."""
 
@@ -51,5 +57,6 @@ def _changes(objective: ObjectiveConfig) -> dict[str, Any]:
 
 def _flat(objective: ObjectiveConfig) -> dict[str, Any]:
     table = to_dict(objective)
-    inner = table.pop("exponent")
-    return table | {f"exponent.{name}": value for name, value in inner.items()}
+    for name in ("exponent", "weight"):
+        table |= {f"{name}.{field}": value for field, value in table.pop(name).items()}
+    return table

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hmpo.config.members import BY_NAME
 from hmpo.config.objective import ExponentConfig, ObjectiveConfig
+from hmpo.config.weight import WeightConfig
 from hmpo.errors import require
 from hmpo.objective.in_force import ObjectiveInForce
 
@@ -94,6 +95,8 @@ def without_limits(variant: Variant) -> Variant:
     objective = dataclasses.replace(
         variant.objective,
         gate="clip",
+        weight=WeightConfig(),
+        proximal_coef=0.0,
         clip_level="none",
         clip_width="absolute",
         clip_center="one",
