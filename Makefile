@@ -2,19 +2,21 @@
 PYTHON ?= python3
 VENV ?= .venv
 PEERS ?= .venv-peers
+VLLM ?= .venv-vllm
 JOBS ?= 2
 export OMP_WAIT_POLICY ?= PASSIVE
 HASH = import hashlib, os, sys; print(hashlib.sha256(os.getcwd().encode() + b"".join(open(f, "rb").read() for f in sys.argv[1:])).hexdigest()[:16])
 RUN := $(VENV)/run-$(shell $(PYTHON) -c '$(HASH)' requirements.txt).stamp
 DEV := $(VENV)/dev-$(shell $(PYTHON) -c '$(HASH)' requirements.txt requirements-dev.txt).stamp
 PEER := $(PEERS)/peers-$(shell $(PYTHON) -c '$(HASH)' requirements-peers.txt pyproject.toml).stamp
+SERVER := $(VLLM)/vllm-$(shell $(PYTHON) -c '$(HASH)' requirements-vllm.txt).stamp
 PEER_TESTS = $(wildcard tests/adapters/test_verl.py tests/adapters/test_verl_ray.py tests/differential tests/lab/suite/test_on_ray.py tests/environments/test_verif*.py tests/tasks/test_verif*.py)
 QUICK = $(foreach slow,adapters differential run test_run.py,--ignore=tests/$(slow))
 NUMERIC = python -m pytest -q -n $(JOBS) -m numeric
 OLD_CPU = OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=default DNNL_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBLE
 AVX2_CPU = OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=avx2 DNNL_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
 
-.PHONY: demo test check test-processors test-kills test-models test-verl peers peers-test bench docs clean
+.PHONY: demo test check test-processors test-kills test-models test-verl test-vllm peers peers-test bench docs clean
 demo: $(RUN) # trains the bundled policy; makes .venv first where needed
 	$(VENV)/bin/hmpo demo
 test: $(DEV) peers-test # the whole gate; makes .venv and .venv-peers first where needed
@@ -38,6 +40,8 @@ test-models: # every architecture of transformers against an oracle; resumes wha
 	OMP_NUM_THREADS=1 python -m tests.models_matrix.run && python scripts/make_models_page.py
 test-verl: $(PEER) # verl's own trainer over two workers; benchmarks/results/verl_ray.json
 	$(PEERS)/bin/python -m benchmarks.verl_ray
+test-vllm: $(DEV) $(SERVER) # rollouts from a real vLLM server, in .venv-vllm
+	OMP_NUM_THREADS=1 HMPO_VLLM_PYTHON=$(abspath $(VLLM))/bin/python $(VENV)/bin/python -m pytest -q tests/engines/test_real_vllm.py
 peers: $(PEER) # the second environment, .venv-peers: verl, OpenRLHF and verifiers
 peers-test: $(PEER) # what is compared with them and runs inside them
 	OMP_NUM_THREADS=1 $(PEERS)/bin/python -m pytest -q -n $(JOBS) $(PEER_TESTS)
@@ -65,4 +69,9 @@ $(PEER):
 	$(PEERS)/bin/python -m pip install -q torch==2.13.0
 	$(PEERS)/bin/python -m pip install -q --no-deps -r requirements-peers.txt
 	$(PEERS)/bin/python -m pip install -q --no-deps --no-build-isolation -e .
+	@touch $@
+$(SERVER):
+	rm -f $(VLLM)/*.stamp && $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install -q torch==2.13.0
+	$(VLLM)/bin/python -m pip install -q --no-deps -r requirements-vllm.txt
 	@touch $@

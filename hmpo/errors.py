@@ -36,6 +36,10 @@ class ConversationError(HmpoError, ValueError):
     """An environment or a tool raised, or returned something unusable."""
 
 
+class EngineError(HmpoError, RuntimeError):
+    """A server that draws rollouts is missing, has failed, or does not serve the policy."""
+
+
 class NonFiniteError(HmpoError, FloatingPointError):
     """NaN or infinity reached a place where it would corrupt the run."""
 

@@ -29,6 +29,7 @@ ROOMS = {
     "tasks": "Tasks and data",
     "rewards": "Rewards",
     "sampling": "Sampling",
+    "engines": "Rollout engines",
     "logprobs": "Log-probs",
     "attention": "Attention",
     "objective": "Objective",

@@ -35,6 +35,7 @@ LATER = {
     "task.environment": "",
     "task.max_turns": 16,
     "rollout.lag": 0,
+    "rollout.engine": "hmpo",
     "task.chat": False,
     "task.system": "",
     "task.template_options": {},
@@ -75,6 +76,11 @@ def _decisive(config: RunConfig) -> dict[str, Any]:
     free = {"name", "out", "sinks", "tracker", "samples", "checkpoint", "updates", "relative_to"}
     for name in free - kept:
         data.pop(name)
+    rollout = data["rollout"]
+    for name in ("python", "arguments", "timeout"):  # where the server is, not what it draws
+        rollout.pop(name)
+    if rollout["engine"] != "hmpo":
+        rollout["engine"] = "vllm"
     if config.agm.mode == "off":  # what nobody asks decides nothing
         data.pop("agm")
     for path, silent in LATER.items():

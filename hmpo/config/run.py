@@ -16,6 +16,7 @@ from typing import Any, Literal
 from hmpo.config.checks import within_reason
 from hmpo.config.control import ControlConfig
 from hmpo.config.objective import MismatchConfig, ObjectiveConfig
+from hmpo.config.rollout import RolloutConfig
 from hmpo.config.trainer import TrainerConfig
 from hmpo.errors import require, require_positive
 
@@ -27,8 +28,6 @@ WINDOWS_RESERVED = frozenset(
 
 VERIFIERS = "verifiers:"
 """What names of tasks of that library begin with."""
-MOST_LAG = 256
-"""Largest `rollout.lag`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,20 +116,6 @@ class TaskConfig:
     def talks_with(self) -> str:
         """What the policy talks with: `environment`, else the task where it is one of those."""
         return self.environment or (self.name if self.name.startswith(VERIFIERS) else "")
-
-
-@dataclass(frozen=True, kw_only=True)
-class RolloutConfig:
-    """How old the policy is that samples."""
-
-    lag: int = 0
-    """Rollouts between the weights that sample and those that learn: rollout n is drawn with the
-    weights that the policy had when rollout max(0, n - lag) began. 0 draws each with the present
-    ones. That many copies of the trained weights are kept in memory and in each checkpoint."""
-
-    def __post_init__(self) -> None:
-        whole = type(self.lag) is int and 0 <= self.lag <= MOST_LAG
-        require(whole, "lag", self.lag, f"an integer from 0 to {MOST_LAG}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -346,6 +331,7 @@ class RunConfig:
             self.trainer.minibatches,
             f"at most the {responses} responses of a rollout",
         )
+        self.rollout.check(self.policy, self.task, self.trainer)
         self.agm.check(self.algorithm, self.objective)
 
 

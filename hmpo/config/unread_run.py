@@ -51,6 +51,10 @@ def _rules(config: RunConfig) -> Iterator[tuple[str, *Rule]]:
     yield "trainer", ("std_ddof",), scale == "std", f'trainer.advantage_scale = "{scale}"'
     schedule = 'trainer.lr_schedule = "constant" and no schedule of p'
     yield "trainer", ("total_updates",), has_schedule(config), schedule
+    engine = config.rollout.engine
+    started, why = engine == "vllm", f'rollout.engine = "{engine}"'
+    yield "rollout", ("python", "arguments"), started, why
+    yield "rollout", ("timeout",), engine != "hmpo", why
     climbs = agm.mode == "apply" and "level" in agm.controls
     yield "agm", ("first_level",), climbs, 'agm.mode other than "apply", or no "level" in controls'
     yield "tracker", ("project", "name"), bool(config.sinks), "sinks = []"

@@ -12,6 +12,7 @@ from hmpo.checkpoint import load_checkpoint
 from hmpo.config import GSPOConfig, OptimizerConfig, PowerMeanConfig, RunConfig
 from hmpo.config.identity import has_schedule
 from hmpo.config.unread import GSPO_READS, refuse_unread_by_gspo
+from hmpo.engines.protocol import RolloutEngine
 from hmpo.environments import Environments, load_environment
 from hmpo.environments.pool import COLUMN
 from hmpo.environments.verifiers import environment_of
@@ -221,6 +222,7 @@ def make_trainer(
     rewards: Rewards,
     options: PromptOptions | None = None,
     environments: Environments | None = None,
+    engine: RolloutEngine | None = None,
 ) -> Trainer:
     """The trainer of a run, with its optimizer and reference policy."""
     reference = frozen_copy(loaded.model) if config.reference == "start" else None
@@ -242,6 +244,7 @@ def make_trainer(
         lag=config.rollout.lag,
         prompt_options=options,
         environment=environments,
+        engine=engine,
     )
 
 

@@ -33,6 +33,7 @@ from hmpo.run.build import (
 )
 from hmpo.run.consent import resume_command
 from hmpo.run.ending import failure_text
+from hmpo.run.engine import make_engine
 from hmpo.run.evaluation import Evaluation, make_evaluator
 from hmpo.run.evidence import Evidence
 from hmpo.run.files import RunFiles, check_folder, run_folder
@@ -140,7 +141,9 @@ class Run:
         if not ranks.rank and (note := plain_prompts(config, loaded.tokenizer, self.task)):
             logger.warning(note)
         check_prompts(self.task, loaded.tokenizer, loaded.model, length, options)
-        self.trainer = make_trainer(config, loaded, self.task, self.rewards, options, talks)
+        self.engine = make_engine(config, loaded, place.path, ranks)
+        parts = (self.task, self.rewards, options, talks, self.engine)
+        self.trainer = make_trainer(config, loaded, *parts)
         self.teller.trainer = self.trainer
         settings = self.trainer.config
         self.evaluator = make_evaluator(
@@ -164,7 +167,7 @@ class Run:
         All that can be refused comes first, so that a refused start leaves the folder as it was.
         """
         files = self.files
-        stack.callback(self.rewards.close)
+        stack.callback(self.close)
         saved = files.take(stack, resume=resume, exist_ok=exist_ok, overwrite=overwrite)
         files.check_room(self.trainer.state_dict())
         header = files.header(self.steering.base, saved)
@@ -186,6 +189,12 @@ class Run:
         self.teller.log("inputs_changed", {"changed": changed} if changed else {})
         for name, why in saved.skipped if saved is not None else ():
             self.teller.tell("checkpoint_skipped", {"checkpoint": name, "why": why})
+
+    def close(self) -> None:
+        """Let go of what works for the run in other processes."""
+        self.rewards.close()
+        if self.engine is not None:
+            self.engine.close()
 
     def _fail(self, error: BaseException) -> None:
         """Save what is sound and write why the run ended; the error itself goes on."""
@@ -215,6 +224,8 @@ class Run:
             raise
 
     def _loop(self) -> None:
+        if self.engine is not None and not self._is_over():
+            self.engine.start()  # gets ready while the policy is measured
         if self.saver.before is None:
             self._evaluate("before", final=True)
             self.saver.note()

@@ -61,7 +61,7 @@ def rehearse(
         stack.enter_context(stop.listening())
         with stop.at_once():
             run = Run(config, place, observer, stop, resume=False)
-            stack.callback(run.rewards.close)
+            stack.callback(run.close)
             run.files.check_room(run.trainer.state_dict())
             run.steering.start(run.files.header(run.steering.base, None))
             with run.saver.drawing():

@@ -13,18 +13,18 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from hmpo.config import TrainerConfig
+from hmpo.engines.protocol import RolloutEngine
 from hmpo.environments import Environments
-from hmpo.errors import NonFiniteError, require
+from hmpo.errors import NonFiniteError
 from hmpo.models.chat import PromptOptions
 from hmpo.models.evaluation import evaluating
 from hmpo.models.policy import bare_policy, load_trained_state, trained_state
 from hmpo.optim import MuonClip, MuonClipConfig, discard_qk_readings, with_qk_clip
 from hmpo.optim.state import clip_metrics, join_clip_state, split_clip_state
-from hmpo.randomness import keyed_generator
 from hmpo.ranks.world import Ranks
 from hmpo.rewards import Rewards
 from hmpo.stopwatch import section
@@ -49,7 +49,7 @@ from hmpo.trainer.learning import (
 from hmpo.trainer.prompts import Prompts, with_tokens
 from hmpo.trainer.rates import LearningRates
 from hmpo.trainer.rollout import Collected, Collector
-from hmpo.trainer.rows import refuse_different
+from hmpo.trainer.rows import minibatch_rows, refuse_different
 from hmpo.types import Batch, Event, Metrics, MinibatchGradient
 
 logger = logging.getLogger(__name__)
@@ -76,6 +76,7 @@ class Trainer(ABC, Generic[C]):
         environment: Callable[[], Any] | Environments | None = None,
         tools: Sequence[Callable[..., Any]] = (),
         max_turns: int | None = None,
+        engine: RolloutEngine | None = None,
     ) -> None:
         policy_model = bare_policy(policy_model)
         ref_model = None if ref_model is None else bare_policy(ref_model)
@@ -98,6 +99,7 @@ class Trainer(ABC, Generic[C]):
             environments=talks,
             ranks=self.ranks,
             recompute=self.recomputes_logprobs,
+            engine=engine,
         )
         config.lr_factor(0)  # an incomplete schedule is refused now, not at the first update
         if config.qk_clip and not isinstance(optimizer, MuonClip):
@@ -381,20 +383,3 @@ class Trainer(ABC, Generic[C]):
         self.rollout_metrics = dict(saved["rollout_metrics"])
         batch = saved["batch"]
         self.batch = None if batch is None else Batch.from_state_dict(batch, self.device)
-
-
-def minibatch_rows(
-    rows: int, minibatches: int, *, seed: int, rollout: int, epoch: int
-) -> list[Int[Tensor, " M"]]:
-    """A random partition of a rollout's rows into `minibatches` parts of nearly equal size.
-
-    Args:
-        rows: N, responses of the rollout.
-        minibatches: parts, at most N.
-        seed: of the run.
-        rollout: index of the rollout.
-        epoch: pass over the rollout.
-    """
-    require(1 <= minibatches <= rows, "minibatches", minibatches, f"1 to {rows}")
-    generator = keyed_generator(seed, f"minibatch-{epoch}", rollout)
-    return list(torch.randperm(rows, generator=generator).tensor_split(minibatches))

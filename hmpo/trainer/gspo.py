@@ -43,6 +43,7 @@ class GSPOTrainer(Trainer[GSPOConfig]):
         prompt_options: how text and messages become token ids.
         environment: as in `PowerMeanTrainer`, and so are `tools` and `max_turns`; a conversation
             is one response, whose mean is over what was sampled.
+        engine: draws the rollouts instead of `hmpo.sampling`.
     """
 
     def advantages(

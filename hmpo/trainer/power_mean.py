@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from hmpo.config import HMPOConfig, PowerMeanConfig
 from hmpo.config.objective import ObjectiveConfig
+from hmpo.engines.protocol import RolloutEngine
 from hmpo.environments import Environments
 from hmpo.errors import ConfigError
 from hmpo.models.chat import PromptOptions
@@ -54,6 +55,7 @@ class PowerMeanTrainer(Trainer[PowerMeanConfig]):
             `environment_factory`; its rewards are added, and `reward_fn` may be None beside them.
         tools: functions that the policy may call, as TRL's.
         max_turns: most turns of a conversation; None is 16.
+        engine: draws the rollouts instead of `hmpo.sampling` (`hmpo.engines`); None for that.
 
     Example:
         trainer = HMPOTrainer(policy, None, optimizer, HMPOConfig(), reward_fn)
@@ -76,6 +78,7 @@ class PowerMeanTrainer(Trainer[PowerMeanConfig]):
         environment: Callable[[], Any] | Environments | None = None,
         tools: Sequence[Callable[..., Any]] = (),
         max_turns: int | None = None,
+        engine: RolloutEngine | None = None,
     ) -> None:
         device = next(policy_model.parameters()).device
         objective = config.resolved_objective
@@ -107,6 +110,7 @@ class PowerMeanTrainer(Trainer[PowerMeanConfig]):
             environment=environment,
             tools=tools,
             max_turns=max_turns,
+            engine=engine,
         )
 
     @property

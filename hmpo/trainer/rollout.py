@@ -12,7 +12,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from hmpo.config import TrainerConfig
+from hmpo.config.rollout import COLDEST
+from hmpo.engines.check import refuse_other_weights
+from hmpo.engines.protocol import RolloutEngine
 from hmpo.environments import Environments
+from hmpo.errors import ConfigError
 from hmpo.logprobs.responses import token_logprobs
 from hmpo.models.chat import PromptOptions
 from hmpo.models.policy import autocast
@@ -21,13 +25,13 @@ from hmpo.randomness import keyed_generator, keyed_seed
 from hmpo.ranks.world import Ranks
 from hmpo.rewards import Rewards
 from hmpo.sampling.options import SamplingOptions
-from hmpo.sampling.responses import Noise, sample_rollout
 from hmpo.stopwatch import section
 from hmpo.trainer.conversation import Conversations, converse
 from hmpo.trainer.conversation_rewards import environment_events, refuse_given, scored_parts
-from hmpo.trainer.prompts import EncodedPrompts, Prompts, prompts_for
-from hmpo.trainer.responses import completions_of, repeated_columns, reward_events, with_ends
-from hmpo.trainer.rows import ALONE, joined, joined_rollout, rows_of_rank
+from hmpo.trainer.prompts import Prompts
+from hmpo.trainer.responses import completions_of, repeated_columns, reward_events
+from hmpo.trainer.rows import ALONE, joined, rows_of_rank
+from hmpo.trainer.sampled import EngineTurn, sampled
 from hmpo.trainer.scored import ScoredResponses, describe, samples_of
 from hmpo.types import Event, Metrics, Rollout
 
@@ -50,6 +54,7 @@ def sample_and_score(
     prompt_options: PromptOptions | None = None,
     environments: Environments | None = None,
     ranks: Ranks = ALONE,
+    engine: EngineTurn | None = None,
 ) -> ScoredResponses:
     """Sample responses and score them, for a rollout or an evaluation.
 
@@ -68,11 +73,13 @@ def sample_and_score(
         prompt_options: how prompts given as text or messages become ids.
         environments: what the policy talks with; None for one turn a response.
         ranks: that share the prompts; rewards are given once, and so are conversations had.
+        engine: what draws the responses; None for the sampler of this package.
 
     Raises:
         ConfigError: no prompts, text without a tokenizer, or a column of another length.
         RewardError: a reward function gave something unusable, and that is not to be skipped.
         ConversationError: an environment did.
+        EngineError: the engine failed, or drew from other weights.
     """
     shared = (policy, prompts, config, options, group_size, generator)
     told = {"step": step, "seed": reward_seed}
@@ -80,58 +87,15 @@ def sample_and_score(
         talk = functools.partial(_talked, *shared, columns, environments, prompt_options)
         parts = ranks.once(lambda: scored_parts(talk(), columns, group_size, rewards, **told))
         return ScoredResponses(**parts)
-    rollout, asked = _sampled(*shared, tokenizer, prompt_options, ranks)
+    rollout, asked = sampled(*shared, tokenizer, prompt_options, ranks, engine)
     with section("rewards"):
         repeated = [prompt for prompt in asked.given for _ in range(group_size)]
         completions, token_ids = completions_of(rollout, tokenizer, options.stop, asked)
         by_response = repeated_columns(columns, len(asked.given), group_size)
         result = ranks.once(lambda: rewards(repeated, completions, token_ids, by_response, **told))
-    return ScoredResponses(
-        rollout=rollout,
-        rewards=torch.tensor(result.total, device=rollout.finished.device),
-        prompts=repeated,
-        completions=completions,
-        columns=by_response,
-        result=result,
-    )
-
-
-def _sampled(
-    policy: nn.Module,
-    prompts: Prompts,
-    config: TrainerConfig,
-    options: SamplingOptions,
-    group_size: int,
-    generator: torch.Generator,
-    tokenizer: Any,
-    prompt_options: PromptOptions | None,
-    ranks: Ranks,
-) -> tuple[Rollout, EncodedPrompts]:
-    """One turn for each response, and the prompts that were asked.
-
-    Noise is drawn for the whole rollout, and each rank takes its rows.
-    """
-    device = next(policy.parameters()).device
-    with section("sampling"), autocast(device, config):
-        asked = prompts_for(policy, prompts, tokenizer, config, prompt_options)
-        ids, mask = asked.ids.to(device), asked.mask.to(device)
-        own = ranks.own([1.0] * len(ids))
-        sample = functools.partial(
-            sample_rollout,
-            policy,
-            options=with_ends(options, asked.ends),
-            group_size=group_size,
-            generator=generator,
-            tokenizer=tokenizer,
-        )
-        if ranks.alone:
-            return sample(ids, mask), asked
-        ranks.agree("list of prompts", repr(torch.where(mask, ids, -1).tolist()))
-        rows = tuple(prompt * group_size + g for prompt in own for g in range(group_size))
-        noise = Noise(rows, len(ids) * group_size)
-        part = sample(ids[own], mask[own], noise=noise) if own else None
-    whole = joined_rollout(part, own, (ids, mask), group_size, options, policy, ranks)
-    return whole, asked
+    given = {"prompts": repeated, "completions": completions, "columns": by_response}
+    total = torch.tensor(result.total, device=rollout.finished.device)
+    return ScoredResponses(rollout=rollout, rewards=total, result=result, **given)
 
 
 def _talked(
@@ -219,8 +183,12 @@ class Collector:
     recompute: bool = False
     """Whether old log-probs come from the policy's own forward pass even where the sampler's are
     exact to float32 rounding."""
+    engine: RolloutEngine | None = None
+    """What draws the responses; None for the sampler of this package."""
 
     def __post_init__(self) -> None:
+        if self.engine is not None:
+            self._refuse_with_engine()
         policy_facts(self.policy)  # asked before anything listens to its attention
         if self.config.sampling_dtype == "bfloat16" and not _fast_at_bfloat16(self.device):
             logger.warning(
@@ -236,10 +204,15 @@ class Collector:
         A token's log-prob in bfloat16 depends on the shape of the batch, by about 0.01 nat: more
         than a tight clip (GSPO: 3e-4) bears, so the sampler's are not taken for the trainer's.
         """
+        return self.recompute or self.engine is not None or self._rounded
+
+    @property
+    def _rounded(self) -> bool:
+        """Whether policy or sampler computes in 16 bits."""
         config = self.config
         rounded = config.autocast == "bfloat16" or config.sampling_dtype == "bfloat16"
         half = (torch.bfloat16, torch.float16)
-        return self.recompute or rounded or any(p.dtype in half for p in self.policy.parameters())
+        return rounded or any(p.dtype in half for p in self.policy.parameters())
 
     @property
     def options(self) -> SamplingOptions:
@@ -278,11 +251,19 @@ class Collector:
             prompt_options=self.prompt_options,
             environments=self.environments,
             ranks=self.ranks,
+            engine=None if self.engine is None else EngineTurn(self.engine, index),
         )
         rollout, rewards = scored.rollout, scored.rewards
         if self.recomputes:
             rollout = dataclasses.replace(
                 rollout, old_logprobs=self._logprobs(self.policy, rollout)
+            )
+        if self.engine is not None:
+            refuse_other_weights(
+                rollout.old_logprobs,
+                rollout.sampling_logprobs,
+                rollout.response_mask,
+                rounded=self._rounded,
             )
         valid = rewards.isfinite()
         if config.mask_truncated:
@@ -297,6 +278,26 @@ class Collector:
             events=reward_events(scored.result, step)
             + environment_events(scored.conversations, step),
         )
+
+    def _refuse_with_engine(self) -> None:
+        """Refuse what an engine cannot do, as `RolloutConfig.check` does for a run.
+
+        Raises:
+            ConfigError: one line.
+        """
+        config = self.config
+        faults = {
+            f"{self.ranks.size} ranks": not self.ranks.alone,
+            "an environment": self.environments is not None,
+            f"top_k = {config.top_k}": config.top_k > 0,
+            f"top_p = {config.top_p}": config.top_p < 1,
+            f"temperature = {config.temperature}": config.temperature < COLDEST,
+        }
+        for fault in (name for name, there in faults.items() if there):
+            raise ConfigError(
+                f"engine: got one with {fault}, expected one process, one turn a response, all "
+                f"tokens (top_k = 0, top_p = 1), and a temperature of at least {COLDEST}"
+            )
 
     def _logprobs(self, model: nn.Module, rollout: Rollout) -> Tensor:
         """Log-probs of the responses by a model's own forward pass, without gradient."""

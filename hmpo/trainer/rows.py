@@ -7,6 +7,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from hmpo.errors import require
+from hmpo.randomness import keyed_generator
 from hmpo.ranks.world import Ranks
 from hmpo.sampling.options import SamplingOptions
 from hmpo.types import Rollout
@@ -130,3 +132,20 @@ def refuse_different(ranks: Ranks, policy: nn.Module, config: object) -> None:
     for parameter in policy.parameters():  # bytes, as processors differ in how they sum
         digest.update(parameter.detach().flatten().view(torch.uint8).cpu().numpy().tobytes())
     ranks.agree("policy", digest.digest())
+
+
+def minibatch_rows(
+    rows: int, minibatches: int, *, seed: int, rollout: int, epoch: int
+) -> list[Int[Tensor, " M"]]:
+    """A random partition of a rollout's rows into `minibatches` parts of nearly equal size.
+
+    Args:
+        rows: N, responses of the rollout.
+        minibatches: parts, at most N.
+        seed: of the run.
+        rollout: index of the rollout.
+        epoch: pass over the rollout.
+    """
+    require(1 <= minibatches <= rows, "minibatches", minibatches, f"1 to {rows}")
+    generator = keyed_generator(seed, f"minibatch-{epoch}", rollout)
+    return list(torch.randperm(rows, generator=generator).tensor_split(minibatches))

@@ -16,6 +16,10 @@ from tests.config.walk_cases import ALSO, CASES, THE_SAME, UNREAD
 
 ROOT = Path(__file__).parents[2]
 REFUSED = {
+    "rollout.engine": "rollout.engine: got 'http://127.0.0.1:1', where no server is ready",
+    "rollout.python": "rollout.python: got 'nowhere/python', which is no program",
+    "rollout.arguments": "rollout.arguments: got '--port', expected others than",
+    "rollout.timeout": "rollout.timeout: got 0.0, expected a finite number > 0",
     "device": "device: got 'cuda:77', but there are ",
     "objective.name": "objective: got 'mine', expected member = \"gspo\"",
     "trainer.eos_token": "trainer.eos_token: got 7, expected nothing: the run decides it",

@@ -42,6 +42,7 @@ OTHER = {
     "task.max_turns": 3,
     "eval.success": 0.5,
     "rollout.lag": 2,
+    "rollout.engine": "vllm",
     "rewards.options": {"exact.casefold": True},
     "trainer.eos_token": [7],
     "trainer.pad_token": 3,

@@ -186,6 +186,11 @@ class _Replay:
                     "which are fresher, are not seen"
                 )
             return
+        engine = self.config.rollout.engine
+        if engine != "hmpo":
+            self.notes.append(
+                f'rollout.engine = "{engine}": the rollout is drawn by the sampler of hmpo instead'
+            )
         examples = self.steering.examples()
         prompts = [example.prompt for example in examples]
         trainer.begin_rollout(prompts, gather_columns(examples))
