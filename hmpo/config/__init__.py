@@ -7,6 +7,7 @@ when two runs are the same.
 """
 
 from hmpo.config.control import ControlConfig
+from hmpo.config.distributed import DistributedConfig
 from hmpo.config.objective import ExponentConfig, MismatchConfig, ObjectiveConfig
 from hmpo.config.run import (
     CheckpointConfig,
@@ -26,6 +27,7 @@ from hmpo.config.trainer import GSPOConfig, HMPOConfig, PowerMeanConfig, Trainer
 __all__ = [
     "CheckpointConfig",
     "ControlConfig",
+    "DistributedConfig",
     "EvalConfig",
     "ExponentConfig",
     "GSPOConfig",

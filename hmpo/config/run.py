@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from hmpo.config.checks import within_reason
 from hmpo.config.control import ControlConfig
+from hmpo.config.distributed import DistributedConfig
 from hmpo.config.objective import MismatchConfig, ObjectiveConfig
 from hmpo.config.trainer import TrainerConfig
 from hmpo.errors import require, require_positive
@@ -314,6 +315,7 @@ class RunConfig:
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
     agm: ControlConfig = field(default_factory=ControlConfig)
 
     def __post_init__(self) -> None:

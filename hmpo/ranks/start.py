@@ -20,12 +20,9 @@ from hmpo.errors import RankError
 from hmpo.ranks.launched import launched
 from hmpo.ranks.world import Ranks
 
-TIMEOUT_S = 600.0
-"""Seconds that a rank waits for another one, which is taken for stopped then."""
-
 
 @contextlib.contextmanager
-def joined(device: str, timeout_s: float = TIMEOUT_S) -> Iterator[Ranks]:
+def joined(device: str, timeout_s: float) -> Iterator[Ranks]:
     """The ranks that train together, inside: those of the launch, or of a group that is there.
 
     Args:

@@ -90,7 +90,7 @@ def train(
     place = Place(run_folder(config) if folder is None else folder)
     ways = {"resume": resume, "exist_ok": exist_ok, "overwrite": overwrite}
     with contextlib.ExitStack() as stack:
-        ranks = stack.enter_context(joined(use_machine(config)))
+        ranks = stack.enter_context(joined(use_machine(config), config.distributed.timeout))
         ranks.once(lambda: check_folder(config, place.path, **ways))
         observer = Observer() if ranks.rank else observer or default_observer()
         stop = StopRequest(observer.on_stop)

@@ -26,7 +26,7 @@ def meeting(monkeypatch) -> None:
 
 def test_a_process_without_a_launch_is_alone(monkeypatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    with joined("cpu") as ranks:
+    with joined("cpu", 60.0) as ranks:
         assert ranks == Ranks() and not dist.is_initialized()
 
 
@@ -44,5 +44,5 @@ def test_a_launch_that_cannot_be_joined_is_one_line(monkeypatch) -> None:
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     line = r"rank 1: cannot join the others: .*MASTER_ADDR"
-    with pytest.raises(RankError, match=line), joined("cpu"):
+    with pytest.raises(RankError, match=line), joined("cpu", 60.0):
         pass
