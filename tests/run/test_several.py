@@ -1,92 +1,26 @@
 """Runs over two ranks: the numbers of one process, whatever is killed, and any number goes on."""
 
-import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch.distributed as dist
 
-from hmpo.checkpoint import load_checkpoint
+from tests.run.several import (
+    command,
+    controlled,
+    decided,
+    ended,
+    ranks_of,
+    records,
+    started,
+    train,
+    weights,
+)
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs the gloo backend")
-
-ROOT = Path(__file__).parents[2]
-RUN = """
-name = "{name}"
-out = "{out}"
-updates = {updates}
-prompts_per_rollout = 4
-threads = 1
-[policy]
-path = "tiny-sort"
-[task]
-name = "sort"
-[trainer]
-group_size = 4
-max_length = 12
-minibatches = 2
-[eval]
-every = 2
-prompts = 8
-final_prompts = 8
-[checkpoint]
-every = 2
-keep = 9
-"""
-
-
-def command(folder: Path, name: str, ranks: int, *words: str, updates: int = 10) -> list[str]:
-    file = folder / f"{name}.toml"
-    file.write_text(RUN.format(name=name, out=folder, updates=updates), encoding="utf-8")
-    start = [str(file)] if "--resume" not in words else []
-    more = ["--ranks", str(ranks)] if ranks > 1 else []
-    return [sys.executable, "-m", "hmpo", "train", *start, "--no-report", "--quiet", *words, *more]
-
-
-def started(words: list[str]) -> "subprocess.Popen[str]":
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(
-        words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
-    )
-
-
-def ended(words: list[str], code: int = 0) -> str:
-    process = started(words)
-    text = process.communicate(timeout=240)[0]
-    assert process.returncode == code, text[-3000:]
-    return text
-
-
-def records(folder: Path) -> list[dict[str, Any]]:
-    lines = (folder / "telemetry.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
-
-
-def weights(folder: Path) -> dict[str, Any]:
-    saved = load_checkpoint(folder / "checkpoints")
-    assert saved is not None
-    return saved.state["model"]
-
-
-def ranks_of(name: str) -> list[int]:
-    """Process ids of the ranks of a run, in the order of their ranks."""
-    found = {}
-    for place in Path("/proc").glob("[0-9]*"):
-        try:
-            words = (place / "cmdline").read_bytes().split(b"\0")
-            entries = (place / "environ").read_bytes().split(b"\0")
-        except OSError:
-            continue
-        rank = [entry[5:] for entry in entries if entry.startswith(b"RANK=")]
-        if rank and any(word.endswith(f"{name}.toml".encode()) for word in words):
-            found[int(rank[0])] = int(place.name)
-    return [found[rank] for rank in sorted(found)]
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +77,19 @@ def test_a_rank_that_is_killed_ends_all_and_the_resumed_run_is_that_of_no_kill(
     assert records(place)[1:] == records(runs / name)[1:]  # the first names the folder
     other = runs / name / "completions.jsonl"
     assert (place / "completions.jsonl").read_bytes() == other.read_bytes()
+
+
+def test_controllers_decide_over_two_ranks_what_they_decide_in_one_process(tmp_path: Path) -> None:
+    file = controlled(tmp_path)
+    for name, ranks in (("one", 1), ("two", 2)):
+        ended(train(file, name, ranks))
+    one, two = [decided(tmp_path / name) for name in ("one", "two")]
+    for name in ("level", "lr", "eps", "p"):
+        values = {decision.get(f"decision/{name}") for decision in one} - {None}
+        assert len(values) > 1, f"{name} has moved"
+    assert one == two
+    compared = [(tmp_path / name / "completions.jsonl").read_bytes() for name in ("one", "two")]
+    assert compared[0] == compared[1]
 
 
 def test_one_process_goes_on_with_a_run_of_two_ranks(runs: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ Left in OUT: by case the metrics of each rollout and the weights after them.
 
 import copy
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -124,17 +125,17 @@ def cases() -> dict[str, Any]:
     return made
 
 
-def main(file: str, rank: str, size: str, out: str) -> None:
+def as_rank(file: str, rank: str, size: str, out: str, *, found: Callable[[], Any]) -> None:
+    """Be one rank of several, and leave in OUT what it finds."""
     torch.set_num_threads(1)
     if int(size) > 1:
         dist.init_process_group(
             "gloo", init_method=f"file://{file}", rank=int(rank), world_size=int(size)
         )
-    found = {name: trained(trainer) for name, trainer in cases().items()}
-    torch.save(found, out)
+    torch.save(found(), out)
     if int(size) > 1:
         dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    as_rank(*sys.argv[1:], found=lambda: {name: trained(made) for name, made in cases().items()})
