@@ -10,8 +10,9 @@ import logging
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -58,6 +59,24 @@ def start_ranks(arguments: Sequence[str], count: int) -> int:
         arguments: of the command line.
         count: of processes.
     """
+    return launch(sys.executable, ("-m", "hmpo", *arguments), count)
+
+
+def launch(
+    entry: str | Callable[..., None],
+    arguments: Sequence[Any],
+    count: int,
+    *,
+    start_method: str = "spawn",
+) -> int:
+    """Run a program, or a function, as `count` ranks on this machine; gives the exit code.
+
+    Args:
+        entry: of each rank.
+        arguments: that it takes.
+        count: of processes.
+        start_method: of processes that run a function, as `multiprocessing` names it.
+    """
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -75,11 +94,12 @@ def start_ranks(arguments: Sequence[str], count: int) -> int:
             run_id=f"hmpo-{os.getpid()}",
             max_restarts=0,
             monitor_interval=0.1,
+            start_method=start_method,
             logs_specs=logs,
         )
         logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # ours say it
         try:
-            elastic_launch(config, sys.executable)("-m", "hmpo", *arguments)
+            elastic_launch(config, entry)(*arguments)
         except SignalException as error:  # which the ranks have answered
             return 128 + int(error.sigval)
         except ChildFailedError as error:
@@ -87,10 +107,14 @@ def start_ranks(arguments: Sequence[str], count: int) -> int:
     return 0
 
 
-def _told(failures: Mapping[int, object], folder: str) -> int:
-    """The exit code of the rank that failed first; what it said, where it is not the first."""
-    rank, first = min(failures.items(), key=lambda item: item[1].timestamp)  # type: ignore[attr-defined]
-    code: int = first.exitcode  # type: ignore[attr-defined]
+def _told(failures: Mapping[int, Any], folder: str) -> int:
+    """The exit code of the rank that failed first; what it said, where it is not the first.
+
+    One that was ended by a signal comes before those that failed because it was gone: times are in
+    whole seconds.
+    """
+    rank, first = min(failures.items(), key=lambda item: (item[1].exitcode >= 0, item[1].timestamp))
+    code: int = first.exitcode
     if rank:
         for path in sorted(Path(folder).rglob(f"{rank}/stderr.log")):
             sys.stderr.write(path.read_text(encoding="utf-8", errors="replace")[-4000:])
