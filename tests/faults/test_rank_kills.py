@@ -16,7 +16,7 @@ CASE = "Muon and a learnable p, 2 ranks"
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="needs the gloo backend")
 @pytest.mark.skipif(sys.platform != "linux", reason="forks, and adopts orphans")
 @pytest.mark.timeout(600)
-def test_ranks_killed_at_random_instants_are_named_and_runs_resume_to_the_same_bytes() -> None:
+def test_a_rank_killed_at_a_random_instant_ends_all_and_the_run_resumes_to_the_same_bytes() -> None:
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "tests.faults.rank_kills", "3", "1", CASE],
         cwd=ROOT,
@@ -27,5 +27,5 @@ def test_ranks_killed_at_random_instants_are_named_and_runs_resume_to_the_same_b
     assert done.returncode == 0, done.stderr[-3000:]
     tally = json.loads(done.stdout.splitlines()[-1])[CASE]
     assert tally["failures"] == []
-    assert tally["kills"] >= 3 and tally["named"] == tally["kills"]
+    assert tally["kills"] >= 3
     assert tally["runs"] == tally["identical"] >= 1
