@@ -48,6 +48,7 @@ MEMBERS: dict[str, dict[str, Any]] = {
 CASES = (
     *MEMBERS,
     "a conversation",
+    "fewer prompts than ranks",
     "lag",
     "muon",
     "gspo, from its paper",
@@ -59,7 +60,7 @@ def reward(prompts, completions, completion_ids, **columns) -> list[float | None
     """Some signal, one dropped reward, and a group whose rewards are all equal."""
     values: list[float | None] = [float(sum(ids) % 5) for ids in completion_ids]
     values[1] = None
-    values[6:9] = [1.0, 1.0, 1.0]
+    values[6:9] = [1.0] * len(values[6:9])
     return values
 
 
@@ -108,6 +109,10 @@ def cases() -> dict[str, Any]:
         ref = copy.deepcopy(llama()).requires_grad_(False)
         config = PowerMeanConfig(**BASE | options)
         made[name] = PowerMeanTrainer(model, ref, adamw(model), config, reward)
+    model = llama()
+    config = PowerMeanConfig(**BASE)
+    made["fewer prompts than ranks"] = PowerMeanTrainer(model, None, adamw(model), config, reward)
+    made["fewer prompts than ranks"].prompts = [[5, 3, 9]]
     model = llama()
     made["lag"] = PowerMeanTrainer(
         model, None, adamw(model), PowerMeanConfig(**BASE), reward, lag=1
