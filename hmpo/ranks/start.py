@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from hmpo.errors import RankError
-from hmpo.ranks.launched import launched
+from hmpo.ranks.launched import launched, restarts
 from hmpo.ranks.world import Ranks
 
 
@@ -40,14 +40,35 @@ def joined(device: str, timeout_s: float) -> Iterator[Ranks]:
     try:
         if backend == "nccl":
             torch.cuda.set_device(device)
-        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_s))
+        timeout = datetime.timedelta(seconds=timeout_s)
+        dist.init_process_group(backend, timeout=timeout, **_meeting(timeout))
     except Exception as error:
         text = " ".join(str(error).split())[:200]
+        if "EADDRINUSE" in text:
+            port = os.environ.get("MASTER_PORT")
+            text = f"MASTER_PORT = {port} is taken by another process; give another port"
         raise RankError(f"rank {os.environ['RANK']}: cannot join the others: {text}") from error
     try:
         yield Ranks.of_processes()
     finally:
         dist.destroy_process_group()
+
+
+def _meeting(timeout: datetime.timedelta) -> dict[str, Any]:
+    """Where the ranks of a launch meet; {} leaves that to torch.
+
+    torchrun keeps one store for all starts of a group, in which the addresses of the first one
+    would lead to ranks that are gone (pytorch issue 135712): a restarted group has its own keys.
+    """
+    if not restarts() or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return {}
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(address, port, is_master=False, timeout=timeout)
+    return {
+        "store": dist.PrefixStore(f"restart-{restarts()}", store),
+        "rank": int(os.environ["RANK"]),
+        "world_size": launched(),
+    }
 
 
 def start_ranks(arguments: Sequence[str], count: int) -> int:

@@ -46,3 +46,16 @@ def test_a_launch_that_cannot_be_joined_is_one_line(monkeypatch) -> None:
     line = r"rank 1: cannot join the others: .*MASTER_ADDR"
     with pytest.raises(RankError, match=line), joined("cpu", 60.0):
         pass
+
+
+def test_a_port_that_is_taken_is_one_line(monkeypatch) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        told = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        for name, value in told.items():
+            monkeypatch.setenv(name, value)
+        line = rf"^rank 0: cannot join the others: MASTER_PORT = {port} is taken by another process"
+        with pytest.raises(RankError, match=line), joined("cpu", 5.0):
+            pass

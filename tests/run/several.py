@@ -44,6 +44,12 @@ def command(folder: Path, name: str, ranks: int, *words: str, updates: int = 10)
     return [sys.executable, "-m", "hmpo", "train", *start, "--no-report", "--quiet", *words, *more]
 
 
+def torchrun(ranks: int, *words: str) -> list[str]:
+    """The command line of torch's own launcher, for `hmpo` with these words."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return [*launch, f"--nproc-per-node={ranks}", *words]
+
+
 def started(words: list[str]) -> "subprocess.Popen[str]":
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(

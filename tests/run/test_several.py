@@ -1,7 +1,9 @@
 """Runs over two ranks: the numbers of one process, whatever is killed, and any number goes on."""
 
 import os
+import shlex
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from tests.run.several import (
     ranks_of,
     records,
     started,
+    torchrun,
     train,
     weights,
 )
@@ -56,17 +59,26 @@ def test_two_ranks_end_with_the_weights_of_one_process(runs: Path) -> None:
         assert (two[name] - value).norm() <= 1e-5 * value.norm(), name
 
 
-@pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the ranks in /proc")
+IN_PROC = pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the ranks in /proc")
+
+
+def saved(process: "subprocess.Popen[str]", place: Path) -> None:
+    """Wait until a run has saved its second update."""
+    until = time.monotonic() + 240
+    while not list(place.glob("checkpoints/step-*2")) and time.monotonic() < until:
+        assert process.poll() is None, "over before it saved"
+        time.sleep(0.01)
+
+
+@IN_PROC
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_is_killed_ends_all_and_the_resumed_run_is_that_of_no_kill(
     runs: Path, tmp_path: Path, rank: int
 ) -> None:
     name = "two"  # the name is part of the run
     process = started(command(tmp_path, name, 2))
-    place, until = tmp_path / name, time.monotonic() + 120
-    while not list(place.glob("checkpoints/step-*2")) and time.monotonic() < until:
-        assert process.poll() is None, "over before anything was killed"
-        time.sleep(0.01)
+    place = tmp_path / name
+    saved(process, place)
     found = ranks_of(name)
     os.kill(found[rank], signal.SIGKILL)
     text = process.communicate(timeout=60)[0]
@@ -77,6 +89,48 @@ def test_a_rank_that_is_killed_ends_all_and_the_resumed_run_is_that_of_no_kill(
     assert records(place)[1:] == records(runs / name)[1:]  # the first names the folder
     other = runs / name / "completions.jsonl"
     assert (place / "completions.jsonl").read_bytes() == other.read_bytes()
+
+
+@IN_PROC
+def test_torchrun_starts_a_killed_group_anew_and_it_goes_on(runs: Path, tmp_path: Path) -> None:
+    name = "two"
+    words = command(tmp_path, name, 1)[1:]
+    process = started(torchrun(2, "--max-restarts=1", *words))
+    place = tmp_path / name
+    saved(process, place)
+    os.kill(ranks_of(name)[1], signal.SIGKILL)
+    text = process.communicate(timeout=240)[0]
+    assert process.returncode == 0, text[-3000:]
+    assert records(place)[1:] == records(runs / name)[1:]
+    other = runs / name / "completions.jsonl"
+    assert (place / "completions.jsonl").read_bytes() == other.read_bytes()
+
+
+@IN_PROC
+def test_a_rank_that_stops_is_given_up_after_the_time_that_the_settings_say(tmp_path: Path) -> None:
+    name = "two"
+    process = started(command(tmp_path, name, 2, "--set", "distributed.timeout=30"))
+    saved(process, tmp_path / name)
+    first, second = ranks_of(name)
+    os.kill(second, signal.SIGSTOP)
+    while Path(f"/proc/{first}").is_dir():  # the launcher kills the stopped one later than that
+        time.sleep(0.05)
+    os.kill(second, signal.SIGCONT)
+    text = process.communicate(timeout=60)[0]
+    assert process.returncode == 2, text[-3000:]
+    assert text.count("hmpo: rank 0 of 2: waited for too long") == 1 and "Traceback" not in text
+    assert not ranks_of(name)
+
+
+def test_a_disk_that_takes_no_checkpoint_ends_all_ranks_with_the_first_ones_line(
+    tmp_path: Path,
+) -> None:
+    limit = f"ulimit -f 64; exec {shlex.join(command(tmp_path, 'full', 2))}"  # blocks of 1 KiB
+    text = ended(["bash", "-c", limit], 2)
+    lines = [line for line in text.splitlines() if line.startswith("hmpo:")]
+    assert "checkpoints/step-00000002" in lines[0] and len(lines) <= 2
+    assert all("rank 1 of 2: another one has ended" in line for line in lines[1:])
+    assert "Traceback" not in text and not ranks_of("full")
 
 
 def test_controllers_decide_over_two_ranks_what_they_decide_in_one_process(tmp_path: Path) -> None:
