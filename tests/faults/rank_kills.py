@@ -14,6 +14,7 @@ that were started as a user starts them.
 
 import ctypes
 import dataclasses
+import faulthandler
 import json
 import logging
 import os
@@ -160,12 +161,14 @@ def _chain(case: Undisturbed, rng: random.Random, tally: Tally) -> None:
         if attempt < PER_CHAIN:
             _wait(rng, marks, case, pid)
             with suppress(ProcessLookupError):
-                os.kill(marks[PIDS + rank], signal.SIGKILL)
-                began = time.monotonic()
+                if marks[PIDS + rank]:
+                    os.kill(marks[PIDS + rank], signal.SIGKILL)
+                    began = time.monotonic()
         inside = marks[BEGUN] > marks[FINISHED]
         code = _gone(pid, marks, case.ranks)
         if code is None:
-            tally.failures.append(f"start {attempt}: not gone in time")
+            stacks = log.with_name("stacks").read_text(errors="replace")
+            tally.failures.append(f"start {attempt}, rank {rank}: not gone in time: {stacks}")
             return
         if code == 0:
             break
@@ -226,13 +229,20 @@ def _gone(pid: int, marks: Counters, ranks: int) -> int | None:
         if code is not None and not any(_lives(marks[PIDS + rank]) for rank in range(ranks)):
             return code
         time.sleep(0.001)
-    for victim in (pid, *(marks[PIDS + rank] for rank in range(ranks))):
+    for rank in range(ranks):  # where they are, for the record
+        with suppress(ProcessLookupError):
+            if marks[PIDS + rank]:
+                os.kill(marks[PIDS + rank], signal.SIGUSR1)
+    time.sleep(2)
+    for victim in filter(None, (pid, *(marks[PIDS + rank] for rank in range(ranks)))):
         with suppress(ProcessLookupError):
             os.kill(victim, signal.SIGKILL)
     return None
 
 
 def _lives(pid: int) -> bool:
+    if not pid:  # it has not begun
+        return False
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -245,13 +255,15 @@ def _launch(config: RunConfig, ranks: int, marks: Counters, log: Path) -> None:
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for fd in (1, 2):
         os.dup2(out, fd)
-    code = launch(_rank, (config, marks), ranks, start_method="fork")
+    log.with_name("stacks").write_text("")
+    code = launch(_rank, (config, marks, log.with_name("stacks")), ranks, start_method="fork")
     sys.stderr.flush()
     os._exit(code)
 
 
-def _rank(config: RunConfig, marks: Counters) -> None:
+def _rank(config: RunConfig, marks: Counters, stacks: Path) -> None:
     """In a child of the launcher: start or resume, marking every save's begin and end."""
+    faulthandler.register(signal.SIGUSR1, file=stacks.open("a"), all_threads=True)
     marks[PIDS + int(os.environ["RANK"])] = os.getpid()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the launcher's handler
     logging.disable(logging.WARNING)  # of stale locks, which are the point here
