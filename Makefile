@@ -16,7 +16,7 @@ NUMERIC = python -m pytest -q -n $(JOBS) -m numeric
 OLD_CPU = OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=default DNNL_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBLE
 AVX2_CPU = OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=avx2 DNNL_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
 
-.PHONY: demo test check test-processors test-kills test-models test-verl test-vllm peers peers-test bench docs clean
+.PHONY: demo test check test-processors test-kills test-ranks-kills test-models test-verl test-vllm peers peers-test bench docs clean
 demo: $(RUN) # trains the bundled policy; makes .venv first where needed
 	$(VENV)/bin/hmpo demo
 test: $(DEV) peers-test # the whole gate; makes .venv and .venv-peers first where needed
@@ -34,8 +34,8 @@ test-processors: # the numeric tests as other processors and libraries would rou
 	OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=default $(NUMERIC)
 	OMP_NUM_THREADS=1 MKL_CBWR=COMPATIBLE $(NUMERIC)
 	OMP_NUM_THREADS=2 $(NUMERIC)
-test-kills: # hundreds of SIGKILLs over every kind of run; benchmarks/results/kill_and_resume.json
-	OMP_NUM_THREADS=1 python -m benchmarks.kill_and_resume
+test-kills test-ranks-kills: # SIGKILLs of runs, hundreds, and of single ranks; benchmarks/results
+	OMP_NUM_THREADS=1 python -m benchmarks.$(if $(findstring ranks,$@),ranks_kills,kill_and_resume)
 test-models: # every architecture of transformers against an oracle; resumes what is not done yet
 	OMP_NUM_THREADS=1 python -m tests.models_matrix.run && python scripts/make_models_page.py
 test-verl: $(PEER) # verl's own trainer over two workers; benchmarks/results/verl_ray.json

@@ -1,15 +1,18 @@
 """One process, two ranks, four: the same tokens, the same weights, and how much faster.
 
 python -m benchmarks.ranks                  all of it; results as they come
-python -m benchmarks.ranks equal speed      parts of it
+python -m benchmarks.ranks equal speed      parts of it; the rows of the others stay
 
-equal: every case of tests/trainer/rank_cases.py, two rollouts in float64.
+equal: every case of tests/trainer/rank_cases.py and rank_grid.py (members x exponent sources,
+       x advantage estimators; bounds, corrections, optimizers), two rollouts in float64.
+controlled: whole runs in float32 whose controllers move learning rate, exponent, clip and level.
 long: 50 updates of some members in float32, weights against those of one process.
 speed: rollouts and updates of a 4.9M policy, one rank on one core against two on two, in turn.
 alone: what a process group of one rank costs against none.
 """
 
 import argparse
+import json
 import os
 import statistics
 import sys
@@ -25,12 +28,15 @@ import torch.distributed as dist
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent))
-from common import save
+from common import RESULTS, commit, save
 
 from hmpo.config import PowerMeanConfig, members
 from hmpo.config.objective import ExponentConfig, ObjectiveConfig
 from hmpo.trainer.power_mean import PowerMeanTrainer
 from tests.ranks.processes import run_ranks
+from tests.run.several import controlled as controlled_run
+from tests.run.several import decided, ended, train
+from tests.run.several import weights as saved_weights
 from tests.support import tiny_llama
 
 SIZES = (2, 4)
@@ -53,22 +59,48 @@ def furthest(one: dict[str, Any], other: dict[str, Any]) -> float:
 
 def equal(folder: Path) -> list[dict[str, Any]]:
     """Weights and tokens of every case in float64."""
-    runs = {
-        size: torch.load(run_ranks("tests.trainer.rank_cases", size, folder)[0], weights_only=False)
-        for size in (1, *SIZES)
-    }
-    rows = []
-    for name, one in runs[1].items():
-        row: dict[str, Any] = {"part": "equal", "case": name}
-        for size in SIZES:
-            other = runs[size][name]
-            tokens = [[s["completion"] for s in run["responses"]] for run in (one, other)]
-            row[f"ranks_{size}"] = {
-                "same_tokens": tokens[0] == tokens[1],
-                "weights": furthest(one["weights"], other["weights"]),
-            }
-        rows.append(row)
+    rows: list[dict[str, Any]] = []
+    for module in ("tests.trainer.rank_cases", "tests.trainer.rank_grid"):
+        runs = {
+            size: torch.load(
+                run_ranks(module, size, folder / module, timeout=3000)[0], weights_only=False
+            )
+            for size in (1, *SIZES)
+        }
+        for name, one in runs[1].items():
+            row: dict[str, Any] = {"part": "equal", "case": name}
+            for size in SIZES:
+                other = runs[size][name]
+                row[f"ranks_{size}"] = {
+                    "same_tokens": _tokens(one) == _tokens(other),
+                    "weights": furthest(one["weights"], other["weights"]),
+                }
+            rows.append(row)
     return rows
+
+
+def _tokens(run: dict[str, Any]) -> list[Any]:
+    """The completions of a case."""
+    return run.get("completions") or [sample["completion"] for sample in run["responses"]]
+
+
+def controlled(folder: Path) -> list[dict[str, Any]]:
+    """Decisions, completions and weights of runs under live controllers."""
+    folder.mkdir(parents=True)
+    file = controlled_run(folder)
+    sizes = (1, *SIZES)
+    for size in sizes:
+        ended(train(file, f"ranks-{size}", size))
+    one, *others = [folder / f"ranks-{size}" for size in sizes]
+    row: dict[str, Any] = {"part": "controlled", "decisions": len(decided(one))}
+    for size, other in zip(SIZES, others):
+        row[f"ranks_{size}"] = {
+            "same_decisions": decided(one) == decided(other),
+            "same_tokens": (one / "completions.jsonl").read_bytes()
+            == (other / "completions.jsonl").read_bytes(),
+            "weights": furthest(saved_weights(one), saved_weights(other)),
+        }
+    return [row]
 
 
 def long(folder: Path) -> list[dict[str, Any]]:
@@ -157,6 +189,7 @@ def speed(folder: Path) -> list[dict[str, Any]]:
 
 def alone(folder: Path) -> list[dict[str, Any]]:
     """Process time of a group of one rank against none, in turn."""
+    folder.mkdir(parents=True)
     taken: dict[str, list[float]] = {"none": [], "group of one": []}
     for k in range(ROUNDS):
         for name, found in taken.items():
@@ -183,7 +216,22 @@ def as_rank(file: str, rank: str, size: str, out: str) -> None:
         dist.destroy_process_group()
 
 
-PARTS = {"equal": equal, "long": long, "speed": speed, "alone": alone}
+PARTS = {
+    "equal": equal,
+    "controlled": controlled,
+    "long": long,
+    "speed": speed,
+    "alone": alone,
+}
+
+
+def other_rows(parts: list[str]) -> list[dict[str, Any]]:
+    """Rows of the other parts, as they were measured at the commit that each of them names."""
+    path = RESULTS / "ranks.json"
+    if not path.is_file():
+        return []
+    found = json.loads(path.read_text())
+    return [{"commit": found["commit"], **row} for row in found["rows"] if row["part"] not in parts]
 
 
 def main() -> None:
@@ -191,12 +239,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("parts", nargs="*", metavar="PART")
     parts = parser.parse_args().parts or list(PARTS)
+    if unknown := [part for part in parts if part not in PARTS]:
+        parser.error(f"{unknown[0]}: no such part; one of {', '.join(PARTS)}")
     torch.set_num_threads(1)
-    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         for part in parts:
-            rows += PARTS[part](Path(folder) / part)
-            save("ranks", " ".join(["python -m benchmarks.ranks", *parts]), rows)
+            rows = [row | {"commit": commit()} for row in PARTS[part](Path(folder) / part)]
+            whole = [*other_rows([part]), *rows]
+            whole.sort(key=lambda row: list(PARTS).index(row["part"]))
+            save("ranks", f"python -m benchmarks.ranks {part}", whole, show=False)
+            for row in rows:
+                print(row)
 
 
 if __name__ == "__main__":

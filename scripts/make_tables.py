@@ -14,6 +14,7 @@ import lab_tables
 import muonclip_tables
 import performance_tables
 import run_tables
+import scaling_tables
 import speed_tables
 import study_tables
 
@@ -24,6 +25,7 @@ TABLE = re.compile(r"(<!-- table: ([a-z0-9_-]+) -->\n).*?(<!-- /table -->)", re.
 MAKERS: dict[str, Callable[[], str]] = {
     **run_tables.TABLES,
     **speed_tables.TABLES,
+    **scaling_tables.TABLES,
     "logprobs": performance_tables.logprobs,
     "logprobs_parts": performance_tables.logprobs_parts,
     "logprobs_tried": performance_tables.logprobs_tried,

@@ -37,7 +37,7 @@ from hmpo.cli.preflight import (
     refuse_unknown_command,
 )
 from hmpo.errors import ConfigError, HmpoError, require
-from hmpo.ranks.launched import launched
+from hmpo.ranks.launched import launched, who
 from hmpo.telemetry.visible import writable
 
 app = tyro.extras.SubcommandApp()
@@ -288,7 +288,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments in (["--version"], ["version"]):
         print(hmpo.__version__)
         return 0
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(level=logging.WARNING, format=f"{who()}%(levelname)s %(name)s: %(message)s")
     with _warnings_in_one_line():
         return _run(arguments)
 
@@ -325,7 +325,7 @@ def _warnings_in_one_line() -> Iterator[None]:
     def line(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> str:
         if category is not UserWarning:
             return plain(message, category, *place, **more)
-        return f"hmpo: warning: {' '.join(str(message).split())}\n"
+        return f"hmpo: {who()}warning: {' '.join(str(message).split())}\n"
 
     warnings.formatwarning = line
     try:
@@ -337,7 +337,8 @@ def _warnings_in_one_line() -> Iterator[None]:
 def _refuse(text: str) -> int:
     """Say in one line on standard error what is wrong; the exit code of it."""
     with contextlib.suppress(OSError, ValueError, AttributeError):  # no standard error
-        line = writable(f"hmpo: {' '.join(text.split())}", sys.stderr.encoding)
+        rank = "" if text.startswith("rank ") else who()
+        line = writable(f"hmpo: {rank}{' '.join(text.split())}", sys.stderr.encoding)
         print(line, file=sys.stderr, flush=True)
     return 2
 

@@ -7,6 +7,7 @@ when two runs are the same.
 """
 
 from hmpo.config.control import ControlConfig
+from hmpo.config.distributed import DistributedConfig
 from hmpo.config.objective import ExponentConfig, MismatchConfig, ObjectiveConfig
 from hmpo.config.run import (
     CheckpointConfig,
@@ -27,6 +28,7 @@ from hmpo.config.weight import WeightConfig
 __all__ = [
     "CheckpointConfig",
     "ControlConfig",
+    "DistributedConfig",
     "EvalConfig",
     "ExponentConfig",
     "GSPOConfig",

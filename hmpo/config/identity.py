@@ -74,6 +74,7 @@ def _decisive(config: RunConfig) -> dict[str, Any]:
     ends = has_schedule(config) and config.trainer.total_updates is None
     kept = {"updates"} if ends else set()
     free = {"name", "out", "sinks", "tracker", "samples", "checkpoint", "updates", "relative_to"}
+    free |= {"distributed"}
     for name in free - kept:
         data.pop(name)
     rollout = data["rollout"]

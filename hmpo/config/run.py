@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from hmpo.config.checks import within_reason
 from hmpo.config.control import ControlConfig
+from hmpo.config.distributed import DistributedConfig
 from hmpo.config.objective import MismatchConfig, ObjectiveConfig
 from hmpo.config.rollout import RolloutConfig
 from hmpo.config.trainer import TrainerConfig
@@ -22,6 +23,7 @@ from hmpo.errors import require, require_positive
 
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 TRACKED_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._-]{0,99}")
+DEVICE = re.compile(r"auto|cpu|cuda(?::[0-9]{1,4})?")
 WINDOWS_RESERVED = frozenset(
     ["con", "prn", "aux", "nul", *(f"{d}{n}" for d in ("com", "lpt") for n in range(1, 10))]
 )
@@ -299,6 +301,7 @@ class RunConfig:
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
     agm: ControlConfig = field(default_factory=ControlConfig)
 
     def __post_init__(self) -> None:
@@ -309,6 +312,8 @@ class RunConfig:
             self.prompts_per_rollout >= 1, "prompts_per_rollout", self.prompts_per_rollout, ">= 1"
         )
         require(self.threads >= 0, "threads", self.threads, "an integer >= 0")
+        named = DEVICE.fullmatch(self.device) is not None
+        require(named, "device", self.device, "auto, cpu, cuda or cuda:N")
         require(self.samples >= 0, "samples", self.samples, "an integer >= 0")
         require(
             self.objective.kl_coef == 0 or self.reference != "none",

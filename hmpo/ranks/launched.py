@@ -27,6 +27,24 @@ def rank_of_launch() -> int:
     return int(os.environ["RANK"]) if launched() else 0
 
 
+def who() -> str:
+    """What a message begins with where ranks share a terminal: "rank 2: "; "" of the first."""
+    size, rank = os.environ.get("WORLD_SIZE", ""), os.environ.get("RANK", "")
+    several = size.isdigit() and int(size) > 1 and rank.isdigit() and int(rank) > 0
+    return f"rank {rank}: " if several else ""
+
+
+def restarts() -> int:
+    """How many times torchrun has started this group anew after a failure."""
+    count = os.environ.get("TORCHELASTIC_RESTART_COUNT", "")
+    return int(count) if count.isdigit() else 0
+
+
+def launcher() -> int | None:
+    """Process id of the torchrun that has started this process; None where none has."""
+    return os.getppid() if "TORCHELASTIC_RESTART_COUNT" in os.environ else None
+
+
 def ranks_here() -> int:
     """How many of them are on this machine; 1 of a process alone."""
     here = os.environ.get("LOCAL_WORLD_SIZE", "")

@@ -10,22 +10,20 @@ import logging
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from hmpo.errors import RankError
-from hmpo.ranks.launched import launched
+from hmpo.ranks.launched import launched, restarts
 from hmpo.ranks.world import Ranks
-
-TIMEOUT_S = 600.0
-"""Seconds that a rank waits for another one, which is taken for stopped then."""
 
 
 @contextlib.contextmanager
-def joined(device: str, timeout_s: float = TIMEOUT_S) -> Iterator[Ranks]:
+def joined(device: str, timeout_s: float) -> Iterator[Ranks]:
     """The ranks that train together, inside: those of the launch, or of a group that is there.
 
     Args:
@@ -42,14 +40,35 @@ def joined(device: str, timeout_s: float = TIMEOUT_S) -> Iterator[Ranks]:
     try:
         if backend == "nccl":
             torch.cuda.set_device(device)
-        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_s))
+        timeout = datetime.timedelta(seconds=timeout_s)
+        dist.init_process_group(backend, timeout=timeout, **_meeting(timeout))
     except Exception as error:
         text = " ".join(str(error).split())[:200]
+        if "EADDRINUSE" in text:
+            port = os.environ.get("MASTER_PORT")
+            text = f"MASTER_PORT = {port} is taken by another process; give another port"
         raise RankError(f"rank {os.environ['RANK']}: cannot join the others: {text}") from error
     try:
         yield Ranks.of_processes()
     finally:
         dist.destroy_process_group()
+
+
+def _meeting(timeout: datetime.timedelta) -> dict[str, Any]:
+    """Where the ranks of a launch meet; {} leaves that to torch.
+
+    torchrun keeps one store for all starts of a group, in which the addresses of the first one
+    would lead to ranks that are gone (pytorch issue 135712): a restarted group has its own keys.
+    """
+    if not restarts() or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return {}
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(address, port, is_master=False, timeout=timeout)
+    return {
+        "store": dist.PrefixStore(f"restart-{restarts()}", store),
+        "rank": int(os.environ["RANK"]),
+        "world_size": launched(),
+    }
 
 
 def start_ranks(arguments: Sequence[str], count: int) -> int:
@@ -60,6 +79,24 @@ def start_ranks(arguments: Sequence[str], count: int) -> int:
     Args:
         arguments: of the command line.
         count: of processes.
+    """
+    return launch(sys.executable, ("-m", "hmpo", *arguments), count)
+
+
+def launch(
+    entry: str | Callable[..., None],
+    arguments: Sequence[Any],
+    count: int,
+    *,
+    start_method: str = "spawn",
+) -> int:
+    """Run a program, or a function, as `count` ranks on this machine; gives the exit code.
+
+    Args:
+        entry: of each rank.
+        arguments: that it takes.
+        count: of processes.
+        start_method: of processes that run a function, as `multiprocessing` names it.
     """
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -78,11 +115,12 @@ def start_ranks(arguments: Sequence[str], count: int) -> int:
             run_id=f"hmpo-{os.getpid()}",
             max_restarts=0,
             monitor_interval=0.1,
+            start_method=start_method,
             logs_specs=logs,
         )
         logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # ours say it
         try:
-            elastic_launch(config, sys.executable)("-m", "hmpo", *arguments)
+            elastic_launch(config, entry)(*arguments)
         except SignalException as error:  # which the ranks have answered
             return 128 + int(error.sigval)
         except ChildFailedError as error:
@@ -90,10 +128,14 @@ def start_ranks(arguments: Sequence[str], count: int) -> int:
     return 0
 
 
-def _told(failures: Mapping[int, object], folder: str) -> int:
-    """The exit code of the rank that failed first; what it said, where it is not the first."""
-    rank, first = min(failures.items(), key=lambda item: item[1].timestamp)  # type: ignore[attr-defined]
-    code: int = first.exitcode  # type: ignore[attr-defined]
+def _told(failures: Mapping[int, Any], folder: str) -> int:
+    """The exit code of the rank that failed first; what it said, where it is not the first.
+
+    One that was ended by a signal comes before those that failed because it was gone: times are in
+    whole seconds.
+    """
+    rank, first = min(failures.items(), key=lambda item: (item[1].exitcode >= 0, item[1].timestamp))
+    code: int = first.exitcode
     if rank:
         for path in sorted(Path(folder).rglob(f"{rank}/stderr.log")):
             sys.stderr.write(path.read_text(encoding="utf-8", errors="replace")[-4000:])

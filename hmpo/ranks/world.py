@@ -21,6 +21,11 @@ from hmpo.errors import RankError
 from hmpo.ranks.share import dealt
 
 T = TypeVar("T")
+DTYPES = (
+    *(torch.float64, torch.float32, torch.bfloat16, torch.float16),
+    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
+)
+"""Of what ranks join, in an order that they tell it by."""
 BUCKET = 2**25
 """Elements of the gradient that are summed at once."""
 
@@ -55,20 +60,24 @@ class Ranks:
         """All ranks' values in the order of the pieces that they are of.
 
         Args:
-            values: (m, ...) of this rank, of one dtype and number of axes on all; a second axis
-                may be shorter than that of others.
+            values: (m, ...) of this rank, of one number of axes on all, and of one dtype on those
+                that have a piece; a second axis may be shorter than that of others.
             pieces: (m,) which of all pieces they are of; each is one rank's.
             total: of pieces on all ranks.
             fill: behind values whose second axis is shorter.
 
         Returns:
-            (total, ...).
+            (total, ...), of the dtype of those that have a piece.
+
+        Raises:
+            RankError: they differ in it.
         """
         if self.alone:
             return values[pieces.argsort()]
-        shapes = self._each(torch.tensor(values.shape))
-        counts = [int(shape[0]) for shape in shapes]
-        widest = torch.stack(shapes).amax(0).tolist()
+        facts = self._each(torch.tensor([DTYPES.index(values.dtype), *values.shape]))
+        counts = [int(fact[1]) for fact in facts]
+        values = values.to(self._dtype([int(fact[0]) for fact in facts], counts))
+        widest = torch.stack(facts).amax(0)[1:].tolist()
         padded = values.new_full(widest, fill)
         padded[tuple(map(slice, values.shape))] = values
         numbers = pieces.new_zeros(widest[0])
@@ -81,6 +90,14 @@ class Ranks:
         assert len(order) == total, f"{len(order)} of {total} pieces"
         joined = joined[order.to(joined.device)]
         return joined.bool() if flags else joined
+
+    def _dtype(self, kinds: Sequence[int], counts: Sequence[int]) -> torch.dtype:
+        """The dtype of the ranks that have values; of the first one where none has."""
+        held = {kind for kind, count in zip(kinds, counts) if count} or {kinds[0]}
+        if len(held) > 1:
+            names = " and ".join(str(DTYPES[kind]) for kind in sorted(held))
+            raise RankError(f"rank {self.rank} of {self.size}: ranks hold values of {names}")
+        return DTYPES[held.pop()]
 
     def total(self, value: Tensor) -> Tensor:
         """The sum over the ranks of a tensor that has one shape on all."""

@@ -24,7 +24,7 @@ from hmpo.models.tokens import pad_token_id
 from hmpo.optim.eight_bit import adamw_8bit
 from hmpo.optim.masters import with_masters
 from hmpo.optim.param_groups import MuonWithAdamW, runs_fused, split_param_groups
-from hmpo.ranks.launched import device_of_rank
+from hmpo.ranks.launched import device_of_rank, launched, ranks_here
 from hmpo.rewards import Rewards, load_reward
 from hmpo.run.place import Step, chosen_step
 from hmpo.run.source import pinned
@@ -42,13 +42,20 @@ def use_machine(config: RunConfig) -> str:
     """Take the threads that a run asks for; returns its device: cpu, cuda or cuda:N.
 
     Of several ranks on a machine each has the GPU of its own number.
+
+    Raises:
+        ModelError: one line: there is no such GPU.
     """
     if config.threads:
         torch.set_num_threads(config.threads)
     device = config.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    return device_of_rank(device)
+    device, gpus = device_of_rank(device), torch.cuda.device_count()
+    if device.startswith("cuda") and (torch.device(device).index or 0) >= gpus:
+        shared = f" for {ranks_here()} ranks" if launched() else ""
+        raise ModelError(f"device: got {config.device!r}, but there are {gpus} GPUs{shared}")
+    return device
 
 
 def make_environments(config: RunConfig, tokenizer: Any, task: Task) -> Environments | None:

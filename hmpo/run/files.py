@@ -32,6 +32,7 @@ from hmpo.config.identity import changed_settings, config_hash
 from hmpo.config.reading import load_run_config
 from hmpo.config.unread_run import refuse_unread_run
 from hmpo.errors import ConfigError, RunFolderError, StorageError, TelemetryError, require
+from hmpo.ranks.launched import launcher
 from hmpo.run.afresh import delete, leftovers, without_update
 from hmpo.run.best import keeps_best
 from hmpo.run.consent import resume_command
@@ -319,6 +320,7 @@ class RunFiles:
                 started_s=time.time(),
                 pid=os.getpid(),
                 resumed_from_step=resumed,
+                launcher=launcher(),
             )
         )
 

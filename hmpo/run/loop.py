@@ -20,6 +20,7 @@ from hmpo.optim.state import clip_lists
 from hmpo.randomness import seed_everything
 from hmpo.ranks.start import joined
 from hmpo.ranks.world import Ranks
+from hmpo.run.alike import refuse_unlike
 from hmpo.run.best import ON_THE_WAY
 from hmpo.run.build import (
     early_rewards,
@@ -41,6 +42,7 @@ from hmpo.run.folder import Place
 from hmpo.run.inputs import describe_inputs
 from hmpo.run.notebook import default_observer
 from hmpo.run.observer import Observer, RunResult
+from hmpo.run.restarted import ways_of_start
 from hmpo.run.result import write_policy
 from hmpo.run.saving import Saver
 from hmpo.run.shared import SharedFiles
@@ -70,7 +72,8 @@ def train(
 ) -> RunResult:
     """Train from a configuration; everything is written below `config.out/config.name`.
 
-    Seeds the global random state of Python, NumPy and torch.
+    Seeds the global random state of Python, NumPy and torch. Where torchrun has started the process
+    anew after a failure, it goes on with the run that it had begun.
 
     Args:
         config: the run.
@@ -92,13 +95,15 @@ def train(
     place = Place(run_folder(config) if folder is None else folder)
     ways = {"resume": resume, "exist_ok": exist_ok, "overwrite": overwrite}
     with contextlib.ExitStack() as stack:
-        ranks = stack.enter_context(joined(use_machine(config)))
+        ranks = stack.enter_context(joined(use_machine(config), config.distributed.timeout))
+        refuse_unlike(ranks, config)
+        ways = ranks.once(lambda: ways_of_start(place.path, **ways))
         ranks.once(lambda: check_folder(config, place.path, **ways))
         observer = Observer() if ranks.rank else observer or default_observer()
         stop = StopRequest(observer.on_stop)
         stack.enter_context(stop.listening())
         with stop.at_once():
-            run = Run(config, place, observer, stop, ranks, resume=resume)
+            run = Run(config, place, observer, stop, ranks, resume=ways["resume"])
             run.allow_changed = allow_changed
         run.open(stack, **ways)
         return run.go()

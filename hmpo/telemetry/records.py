@@ -171,10 +171,12 @@ def segment_record(
     started_s: float | int,
     pid: int,
     resumed_from_step: int | None = None,
+    launcher: int | None = None,
 ) -> dict[str, Any]:
     """Record of timing.jsonl: a process started; `started_s` is Unix time in seconds."""
     record = {"type": "segment", "schema": SCHEMA, "run_id": run_id, "segment": segment}
     record |= {"started_s": started_s, "pid": pid, "resumed_from_step": resumed_from_step}
+    record |= {"launcher": launcher}
     return _checked({key: value for key, value in record.items() if value is not None})
 
 

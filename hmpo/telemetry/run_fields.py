@@ -99,5 +99,6 @@ TIMING = (
         ),
         count("pid", "Process id.", records=("segment",)),
         count("resumed_from_step", "Step of the checkpoint it started from.", records=("segment",)),
+        count("launcher", "Process id of the torchrun that started it.", records=("segment",)),
     ),
 )

@@ -76,7 +76,6 @@ def joined_rollout(
     asked: tuple[Int[Tensor, "B P"], Bool[Tensor, "B P"]],
     group_size: int,
     options: SamplingOptions,
-    policy: nn.Module,
     ranks: Ranks,
 ) -> Rollout:
     """The responses to all prompts, from those that each rank has sampled to its own.
@@ -87,15 +86,11 @@ def joined_rollout(
         asked: ids and mask of all prompts.
         group_size: G, responses per prompt.
         options: how responses were drawn.
-        policy: what drew them.
         ranks: that share the prompts.
     """
     ids, mask = (x.repeat_interleave(group_size, 0) for x in asked)
     if part is None:
-        wide = next(policy.parameters()).dtype == torch.float64
-        floats = torch.zeros(
-            0, 1, dtype=torch.float64 if wide else torch.float32, device=ids.device
-        )
+        floats = torch.zeros(0, 1, device=ids.device)  # of the dtype of those that have rows
         flags = torch.zeros(0, 1, dtype=torch.bool, device=ids.device)
         part = Rollout(
             prompt_ids=ids[:0], prompt_mask=mask[:0], response_ids=ids[:0, :1],

@@ -69,7 +69,7 @@ def sampled(
         rows = tuple(prompt * group_size + g for prompt in own for g in range(group_size))
         noise = Noise(rows, len(ids) * group_size)
         part = sample(ids[own], mask[own], noise=noise) if own else None
-    whole = joined_rollout(part, own, (ids, mask), group_size, options, policy, ranks)
+    whole = joined_rollout(part, own, (ids, mask), group_size, options, ranks)
     return whole, asked
 
 

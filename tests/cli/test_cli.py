@@ -83,7 +83,7 @@ FILES = {
     "not callable": (f'[rewards]\nfunctions = ["{REWARDS}not_callable"]', "got 3"),
     "no colon": ('[rewards]\nfunctions = ["thing"]', "expected 'module:name'"),
     "two weights": ("[rewards]\nweights = [1.0, 2.0]", "weights: got .*expected 0 numbers"),
-    "bad device": ('device = "tpu9000"', "device: got 'tpu9000', expected cpu"),
+    "bad device": ('device = "tpu9000"', "device: got 'tpu9000', expected auto, cpu"),
     "no gpu": ('device = "cuda:77"', "device: got 'cuda:77', but there are"),
     "gspo as hmpo": ('algorithm = "gspo"', 'expected member = "gspo" with algorithm = "gspo"'),
     "kl alone": ("[objective]\nkl_coef = 0.1", "reference: got 'none', expected \"start\""),

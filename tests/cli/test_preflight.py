@@ -108,6 +108,30 @@ def test_what_one_process_makes_is_refused_to_several(tmp_path, capsys, monkeypa
     assert "the demo is made by one process" in refusal(capsys, "demo", "--out", str(tmp_path))
 
 
+def test_ranks_ask_for_gpus_that_are_there_and_for_a_device_that_is_one(
+    tmp_path, capsys, monkeypatch
+) -> None:
+    import torch
+
+    path = tmp_path / "run.toml"
+    path.write_text(f'out = "{tmp_path}"\n')
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    line = train_refusal(capsys, str(path), "--ranks", "2", "--set", "device=cuda")
+    assert "--ranks: got 2, expected at most 1 (one GPU for each" in line
+    line = train_refusal(capsys, str(path), "--ranks", "2", "--set", "device=foo")
+    assert "device: got 'foo', expected auto, cpu, cuda or cuda:N" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_line_of_a_later_rank_begins_with_its_number(tmp_path, capsys, monkeypatch) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text("updates = 0\n")
+    for rank, begin in (("0", "hmpo: "), ("1", "hmpo: rank 1: ")):
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        monkeypatch.setenv("RANK", rank)
+        assert train_refusal(capsys, str(path)).startswith(f"{begin}{path}: updates: got 0")
+
+
 @pytest.mark.parametrize("updates", ["0", "-3"])
 def test_a_demo_of_no_updates_is_refused(updates, tmp_path, capsys) -> None:
     line = refusal(capsys, "demo", "--updates", updates, "--out", str(tmp_path))

@@ -186,7 +186,7 @@ def test_the_examples_load_and_round_trip_through_json(path) -> None:
 def test_the_hash_covers_what_decides_the_numbers_and_nothing_else() -> None:
     base = RunConfig()
     same = {"name": "b", "out": "x", "sinks": ["tensorboard"], "samples": 0, "updates": 9}
-    same |= {"relative_to": ["a"]}
+    same |= {"relative_to": ["a"], "distributed": {"timeout": 9.0}}
     for key, value in (same | {"checkpoint": {"every": 3, "keep": 1}}).items():
         changed = run_config({key: value})
         assert config_hash(changed) == config_hash(base), key
@@ -209,7 +209,8 @@ def test_the_hash_covers_what_decides_the_numbers_and_nothing_else() -> None:
         "eval": {"every": 3},
         "agm": {"mode": "advise"},
     }
-    kept = {"name", "out", "sinks", "samples", "updates", "checkpoint", "relative_to"} | {"tracker"}
+    kept = {"name", "out", "sinks", "samples", "updates", "checkpoint", "relative_to"}
+    kept |= {"tracker", "distributed"}
     assert {*other, *kept} == {f.name for f in dataclasses.fields(RunConfig)}, "all are covered"
     hashes = {config_hash(run_config({key: value})) for key, value in other.items()}
     assert len(hashes | {config_hash(base)}) == len(other) + 1
@@ -323,3 +324,9 @@ def test_no_mutated_configuration_gives_anything_but_a_config_error(data) -> Non
 )
 def test_no_override_gives_anything_but_a_config_error(items) -> None:
     try_out({}, items)
+
+
+@pytest.mark.parametrize("timeout", [0.0, 0.5, -1.0, 1e9])
+def test_a_wait_of_no_length_or_of_weeks_is_refused(timeout: float) -> None:
+    line = rf"distributed\.timeout: got {timeout}, expected seconds, from 1 to 604800"
+    refused(line, {"distributed": {"timeout": timeout}})

@@ -74,7 +74,7 @@ def differences(before: dict[str, Any], changed: dict[str, Any]) -> list[str]:
     return names
 
 
-block_rows = head.block_rows
+block_rows, joined = head.block_rows, run.joined
 
 
 def noted(found: set[int], value: int) -> int:
@@ -113,7 +113,8 @@ def observe(policy: Path, out: Path, changes: dict[str, Any]) -> dict[str, Any]:
     changes = SMALL | changes
     rows: set[int] = set()
     head.block_rows = one_pass.block_rows = lambda *given: noted(rows, block_rows(*given))
-    again = Recomputed()
+    again, waits = Recomputed(), []
+    run.joined = lambda device, seconds: (waits.append(seconds), joined(device, seconds))[1]
     try:
         config = micro_config(policy, out / changes.pop("out", ""), **changes)
         with again.counted():
@@ -125,6 +126,7 @@ def observe(policy: Path, out: Path, changes: dict[str, Any]) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "rows of a block of logits": sorted(rows),
         "layers that are run again": again.layers,
+        "seconds that a rank waits": waits,
         "folder": folder.relative_to(out).as_posix(),
         "status": (result.status, result.step),
     }

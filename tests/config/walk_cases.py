@@ -49,6 +49,7 @@ RUN: dict[str, Case] = {
     "relative_to": (FROM_FILE, ["elsewhere"]),
     "tracker.project": ({"sinks": ["tensorboard"]}, "other"),
     "tracker.name": ({"sinks": ["tensorboard"]}, "other"),
+    "distributed.timeout": ({}, 30.0),
     "policy.path": ({}, "tiny-sort"),
     "policy.start": ({}, "0/run"),
     "policy.revision": ({}, "v1"),

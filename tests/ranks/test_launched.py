@@ -1,9 +1,19 @@
 """What a launcher has told a process: how many there are, which one it is, and its GPU."""
 
+import os
+
 import pytest
 
 from hmpo.errors import ConfigError
-from hmpo.ranks.launched import device_of_rank, launched, rank_of_launch, ranks_here
+from hmpo.ranks.launched import (
+    device_of_rank,
+    launched,
+    launcher,
+    rank_of_launch,
+    ranks_here,
+    restarts,
+    who,
+)
 
 NAMES = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
@@ -48,3 +58,18 @@ def test_one_gpu_for_all_ranks_is_one_line(told) -> None:
     told("2", "1", "1", "2")
     with pytest.raises(ConfigError, match=r"device = 'cuda:0' with 2 ranks: .* device = .cuda"):
         device_of_rank("cuda:0")
+
+
+def test_messages_of_later_ranks_begin_with_their_number(told) -> None:
+    assert who() == ""
+    told("4", "0")
+    assert who() == ""
+    told("4", "3")
+    assert who() == "rank 3: "
+
+
+def test_restarts_are_counted_where_torchrun_tells_them(monkeypatch) -> None:
+    monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT", raising=False)
+    assert (restarts(), launcher()) == (0, None)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "2")
+    assert (restarts(), launcher()) == (2, os.getppid())

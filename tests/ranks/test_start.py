@@ -26,7 +26,7 @@ def meeting(monkeypatch) -> None:
 
 def test_a_process_without_a_launch_is_alone(monkeypatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    with joined("cpu") as ranks:
+    with joined("cpu", 60.0) as ranks:
         assert ranks == Ranks() and not dist.is_initialized()
 
 
@@ -44,5 +44,18 @@ def test_a_launch_that_cannot_be_joined_is_one_line(monkeypatch) -> None:
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     line = r"rank 1: cannot join the others: .*MASTER_ADDR"
-    with pytest.raises(RankError, match=line), joined("cpu"):
+    with pytest.raises(RankError, match=line), joined("cpu", 60.0):
         pass
+
+
+def test_a_port_that_is_taken_is_one_line(monkeypatch) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        told = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        for name, value in told.items():
+            monkeypatch.setenv(name, value)
+        line = rf"^rank 0: cannot join the others: MASTER_PORT = {port} is taken by another process"
+        with pytest.raises(RankError, match=line), joined("cpu", 5.0):
+            pass

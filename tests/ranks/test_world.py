@@ -32,6 +32,12 @@ def test_a_rank_without_rows_adds_none(both: list[dict]) -> None:
     assert all(found["of one"].tolist() == [0, 1, 2] for found in both)
 
 
+def test_a_rank_without_rows_takes_the_precision_of_those_that_have_some(both) -> None:
+    assert all(found["wide"].dtype == torch.float64 for found in both)
+    line = "of 2: ranks hold values of torch.float64 and torch.float32"
+    assert [found["dtypes"] for found in both] == [f"RankError: rank {r} {line}" for r in (0, 1)]
+
+
 def test_sums_and_flags_are_of_all_ranks(both: list[dict]) -> None:
     assert all(found["total"].tolist() == [2.0, 1.0] for found in both)
     assert all(found["any"] == (True, False) for found in both)

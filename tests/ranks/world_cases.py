@@ -46,6 +46,12 @@ def main(file: str, rank: str, size: str, out: str) -> None:
         "joined": ranks.join(values, pieces, 5, fill=-1),
         "flags": ranks.join(pieces % 2 == 0, pieces, 5),
         "of one": ranks.join(*[torch.tensor(none, dtype=torch.int64)] * 2, 3),
+        "wide": ranks.join(
+            torch.zeros(len(none), 2, dtype=torch.float64 if none else torch.bfloat16),
+            torch.tensor(none, dtype=torch.int64),
+            3,
+        ),
+        "dtypes": refused(lambda: ranks.join(values.double() if ranks.rank else values, pieces, 5)),
         "total": ranks.total(torch.tensor([1.0, float(ranks.rank)])),
         "any": (ranks.any(ranks.rank == 1), ranks.any(False)),
         "gradients": gradients(ranks.rank),

@@ -1,92 +1,29 @@
 """Runs over two ranks: the numbers of one process, whatever is killed, and any number goes on."""
 
-import json
 import os
+import shlex
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch.distributed as dist
 
-from hmpo.checkpoint import load_checkpoint
+from tests.run.several import (
+    command,
+    controlled,
+    decided,
+    ended,
+    ranks_of,
+    records,
+    started,
+    torchrun,
+    train,
+    weights,
+)
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs the gloo backend")
-
-ROOT = Path(__file__).parents[2]
-RUN = """
-name = "{name}"
-out = "{out}"
-updates = {updates}
-prompts_per_rollout = 4
-threads = 1
-[policy]
-path = "tiny-sort"
-[task]
-name = "sort"
-[trainer]
-group_size = 4
-max_length = 12
-minibatches = 2
-[eval]
-every = 2
-prompts = 8
-final_prompts = 8
-[checkpoint]
-every = 2
-keep = 9
-"""
-
-
-def command(folder: Path, name: str, ranks: int, *words: str, updates: int = 10) -> list[str]:
-    file = folder / f"{name}.toml"
-    file.write_text(RUN.format(name=name, out=folder, updates=updates), encoding="utf-8")
-    start = [str(file)] if "--resume" not in words else []
-    more = ["--ranks", str(ranks)] if ranks > 1 else []
-    return [sys.executable, "-m", "hmpo", "train", *start, "--no-report", "--quiet", *words, *more]
-
-
-def started(words: list[str]) -> "subprocess.Popen[str]":
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(
-        words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
-    )
-
-
-def ended(words: list[str], code: int = 0) -> str:
-    process = started(words)
-    text = process.communicate(timeout=240)[0]
-    assert process.returncode == code, text[-3000:]
-    return text
-
-
-def records(folder: Path) -> list[dict[str, Any]]:
-    lines = (folder / "telemetry.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
-
-
-def weights(folder: Path) -> dict[str, Any]:
-    saved = load_checkpoint(folder / "checkpoints")
-    assert saved is not None
-    return saved.state["model"]
-
-
-def ranks_of(name: str) -> list[int]:
-    """Process ids of the ranks of a run, in the order of their ranks."""
-    found = {}
-    for place in Path("/proc").glob("[0-9]*"):
-        try:
-            words = (place / "cmdline").read_bytes().split(b"\0")
-            entries = (place / "environ").read_bytes().split(b"\0")
-        except OSError:
-            continue
-        rank = [entry[5:] for entry in entries if entry.startswith(b"RANK=")]
-        if rank and any(word.endswith(f"{name}.toml".encode()) for word in words):
-            found[int(rank[0])] = int(place.name)
-    return [found[rank] for rank in sorted(found)]
 
 
 @pytest.fixture(scope="module")
@@ -122,17 +59,26 @@ def test_two_ranks_end_with_the_weights_of_one_process(runs: Path) -> None:
         assert (two[name] - value).norm() <= 1e-5 * value.norm(), name
 
 
-@pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the ranks in /proc")
+IN_PROC = pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the ranks in /proc")
+
+
+def saved(process: "subprocess.Popen[str]", place: Path) -> None:
+    """Wait until a run has saved its second update."""
+    until = time.monotonic() + 240
+    while not list(place.glob("checkpoints/step-*2")) and time.monotonic() < until:
+        assert process.poll() is None, "over before it saved"
+        time.sleep(0.01)
+
+
+@IN_PROC
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_is_killed_ends_all_and_the_resumed_run_is_that_of_no_kill(
     runs: Path, tmp_path: Path, rank: int
 ) -> None:
     name = "two"  # the name is part of the run
     process = started(command(tmp_path, name, 2))
-    place, until = tmp_path / name, time.monotonic() + 120
-    while not list(place.glob("checkpoints/step-*2")) and time.monotonic() < until:
-        assert process.poll() is None, "over before anything was killed"
-        time.sleep(0.01)
+    place = tmp_path / name
+    saved(process, place)
     found = ranks_of(name)
     os.kill(found[rank], signal.SIGKILL)
     text = process.communicate(timeout=60)[0]
@@ -143,6 +89,61 @@ def test_a_rank_that_is_killed_ends_all_and_the_resumed_run_is_that_of_no_kill(
     assert records(place)[1:] == records(runs / name)[1:]  # the first names the folder
     other = runs / name / "completions.jsonl"
     assert (place / "completions.jsonl").read_bytes() == other.read_bytes()
+
+
+@IN_PROC
+def test_torchrun_starts_a_killed_group_anew_and_it_goes_on(runs: Path, tmp_path: Path) -> None:
+    name = "two"
+    words = command(tmp_path, name, 1)[1:]
+    process = started(torchrun(2, "--max-restarts=1", *words))
+    place = tmp_path / name
+    saved(process, place)
+    os.kill(ranks_of(name)[1], signal.SIGKILL)
+    text = process.communicate(timeout=240)[0]
+    assert process.returncode == 0, text[-3000:]
+    assert records(place)[1:] == records(runs / name)[1:]
+    other = runs / name / "completions.jsonl"
+    assert (place / "completions.jsonl").read_bytes() == other.read_bytes()
+
+
+@IN_PROC
+def test_a_rank_that_stops_is_given_up_after_the_time_that_the_settings_say(tmp_path: Path) -> None:
+    name = "two"
+    process = started(command(tmp_path, name, 2, "--set", "distributed.timeout=30"))
+    saved(process, tmp_path / name)
+    first, second = ranks_of(name)
+    os.kill(second, signal.SIGSTOP)
+    while Path(f"/proc/{first}").is_dir():  # the launcher kills the stopped one later than that
+        time.sleep(0.05)
+    os.kill(second, signal.SIGCONT)
+    text = process.communicate(timeout=60)[0]
+    assert process.returncode == 2, text[-3000:]
+    assert text.count("hmpo: rank 0 of 2: waited for too long") == 1 and "Traceback" not in text
+    assert not ranks_of(name)
+
+
+def test_a_disk_that_takes_no_checkpoint_ends_all_ranks_with_the_first_ones_line(
+    tmp_path: Path,
+) -> None:
+    limit = f"ulimit -f 64; exec {shlex.join(command(tmp_path, 'full', 2))}"  # blocks of 1 KiB
+    text = ended(["bash", "-c", limit], 2)
+    lines = [line for line in text.splitlines() if line.startswith("hmpo:")]
+    assert "checkpoints/step-00000002" in lines[0] and len(lines) <= 2
+    assert all("rank 1 of 2: another one has ended" in line for line in lines[1:])
+    assert "Traceback" not in text and not ranks_of("full")
+
+
+def test_controllers_decide_over_two_ranks_what_they_decide_in_one_process(tmp_path: Path) -> None:
+    file = controlled(tmp_path)
+    for name, ranks in (("one", 1), ("two", 2)):
+        ended(train(file, name, ranks))
+    one, two = [decided(tmp_path / name) for name in ("one", "two")]
+    for name in ("level", "lr", "eps", "p"):
+        values = {decision.get(f"decision/{name}") for decision in one} - {None}
+        assert len(values) > 1, f"{name} has moved"
+    assert one == two
+    compared = [(tmp_path / name / "completions.jsonl").read_bytes() for name in ("one", "two")]
+    assert compared[0] == compared[1]
 
 
 def test_one_process_goes_on_with_a_run_of_two_ranks(runs: Path, tmp_path: Path) -> None:

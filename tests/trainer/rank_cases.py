@@ -7,6 +7,7 @@ Left in OUT: by case the metrics of each rollout and the weights after them.
 
 import copy
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -47,6 +48,7 @@ MEMBERS: dict[str, dict[str, Any]] = {
 CASES = (
     *MEMBERS,
     "a conversation",
+    "fewer prompts than ranks",
     "lag",
     "muon",
     "gspo, from its paper",
@@ -58,7 +60,7 @@ def reward(prompts, completions, completion_ids, **columns) -> list[float | None
     """Some signal, one dropped reward, and a group whose rewards are all equal."""
     values: list[float | None] = [float(sum(ids) % 5) for ids in completion_ids]
     values[1] = None
-    values[6:9] = [1.0, 1.0, 1.0]
+    values[6:9] = [1.0] * len(values[6:9])
     return values
 
 
@@ -108,6 +110,10 @@ def cases() -> dict[str, Any]:
         config = PowerMeanConfig(**BASE | options)
         made[name] = PowerMeanTrainer(model, ref, adamw(model), config, reward)
     model = llama()
+    config = PowerMeanConfig(**BASE)
+    made["fewer prompts than ranks"] = PowerMeanTrainer(model, None, adamw(model), config, reward)
+    made["fewer prompts than ranks"].prompts = [[5, 3, 9]]
+    model = llama()
     made["lag"] = PowerMeanTrainer(
         model, None, adamw(model), PowerMeanConfig(**BASE), reward, lag=1
     )
@@ -124,17 +130,17 @@ def cases() -> dict[str, Any]:
     return made
 
 
-def main(file: str, rank: str, size: str, out: str) -> None:
+def as_rank(file: str, rank: str, size: str, out: str, *, found: Callable[[], Any]) -> None:
+    """Be one rank of several, and leave in OUT what it finds."""
     torch.set_num_threads(1)
     if int(size) > 1:
         dist.init_process_group(
             "gloo", init_method=f"file://{file}", rank=int(rank), world_size=int(size)
         )
-    found = {name: trained(trainer) for name, trainer in cases().items()}
-    torch.save(found, out)
+    torch.save(found(), out)
     if int(size) > 1:
         dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    as_rank(*sys.argv[1:], found=lambda: {name: trained(made) for name, made in cases().items()})

@@ -22,7 +22,10 @@ CELL = r"[a-z0-9][a-z0-9._+-]{0,119}"
 FACTOR = r"[a-z][a-z0-9_]{0,39}"
 KEYS = ("name", "role", "levels", "settings", "seeds", "against")
 MOST_CELLS = 100_000
-PLACES = ("name", "out", "relative_to", "seed", "sinks", "tracker", "samples", "checkpoint")
+PLACES = (
+    *("name", "out", "relative_to", "seed"),
+    *("sinks", "tracker", "samples", "checkpoint", "distributed"),
+)
 """Settings that change no number of a cell, or that differ from run to run."""
 
 
