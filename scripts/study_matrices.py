@@ -1,5 +1,6 @@
 """What a suite found, as one table: compared levels in rows, blocks in columns."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 from study_rates import STUDIES, missing, read_study
@@ -66,9 +67,28 @@ def matrix_of(study: Study) -> str:
         "undecided; Holm within a column."
     )
     more = sentences(study) if len(blocks) == 1 else []
-    return "\n".join(
-        [*lines, "", note, *_listed([*more, *_further(study)]), "", controls_of(study)]
-    )
+    told = _listed([*more, *_further(study)])
+    folded = decided(study) if len(blocks) > 1 else []
+    return "\n".join([*lines, "", note, *told, "", controls_of(study), *folded])
+
+
+def decided(study: Study) -> list[str]:
+    """Every difference that was decided, folded away; each pair of baselines once."""
+    seen: set[frozenset[str]] = set()
+    found = []
+    for contrast in study.contrasts:
+        pair = frozenset((contrast.cell, contrast.against))
+        if contrast.verdict is None or contrast.verdict.word == "undecided" or pair in seen:
+            continue
+        seen.add(pair)
+        found.append(contrast)
+    words = Counter(contrast.verdict.word for contrast in found if contrast.verdict)
+    head = ", ".join(f"{words[word]} {word}" for word in MARKS if words[word])
+    if not found:
+        return []
+    lines = [f"* {finding(study, contrast)['text']}." for contrast in found]
+    summary = f"<summary>All that was decided: {head}</summary>"
+    return ["", '<details markdown="1">', summary, "", *lines, "", "</details>"]
 
 
 def _listed(lines: Sequence[str]) -> list[str]:

@@ -271,7 +271,12 @@ def test_a_complete_suite_has_a_row_for_each_level_and_a_mark_for_each_verdict(s
     assert not {"+", "=", "?"} & set(grpo)
     assert [cell.split()[-1] for cell in gspo.strip("| ").split(" | ")[1:]] == ["+", "-", "="]
     assert [cell.split()[-1] for cell in hmpo.strip("| ").split(" | ")[1:]] == ["=", "=", "?"]
-    assert rest[-1].startswith("Controls: ") and "again" in rest[-1]
+    (controls,) = [line for line in rest if line.startswith("Controls: ")]
+    assert "again" in controls
+    told = rest[rest.index('<details markdown="1">') + 1 :]
+    assert told[0] == "<summary>All that was decided: 1 better, 1 worse, 3 no difference</summary>"
+    assert len([line for line in told if line.startswith("* ")]) == 5
+    assert "* gspo+0.1m is better than grpo+0.1m by 10.0 points" in "\n".join(told)
 
 
 def test_cells_beside_the_product_are_told_in_words(scripts):

@@ -14,7 +14,7 @@ from hmpo.lab.study.plan import Cell, Plan
 from hmpo.lab.study.scores import Score, bits, score
 
 COMPARED = ("main", "null")
-"""Roles of cells that the blocks are made of."""
+"""Roles of the cells of blocks, but for those that name the one cell that they are held against."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,11 @@ class Study:
             if cell.name in self.runs and (not roles or cell.role in roles)
         ]
 
+    @property
+    def compared(self) -> list[Cell]:
+        """Cells with an outcome that the blocks are made of."""
+        return [cell for cell in self.cells(*COMPARED) if not cell.against]
+
     def successes(self, cell: str) -> list[float]:
         """The endpoint of each run of a cell that has one."""
         return list(endpoints(self.runs.get(cell, {})).values())
@@ -136,7 +141,7 @@ class Study:
         to where the best cell of the block did.
         """
         block = block_of(self.plan, cell)
-        peers = [c for c in self.cells(*COMPARED) if block_of(self.plan, c) == block]
+        peers = [c for c in self.compared if block_of(self.plan, c) == block]
         firsts = [c for c in peers if c.levels.get(self.plan.factor) in self.plan.to[:1]]
         ends = [mean(self.successes(c.name)) for c in firsts or peers if self.successes(c.name)]
         starts = [
@@ -178,8 +183,12 @@ def block_of(plan: Plan, cell: Cell) -> tuple[tuple[str, str], ...]:
 
 
 def _blocks(plan: Plan, runs: Mapping[str, Mapping[int, Run]]) -> list[Contrast]:
-    """Every cell against each baseline that shares all its other levels; Holm by block."""
-    cells = [c for c in plan.cells if c.name in runs and c.role in COMPARED]
+    """Every cell against each baseline that shares all its other levels; Holm by block.
+
+    A cell that names the one that it is held against is neither compared here nor a baseline,
+    whatever its levels.
+    """
+    cells = [c for c in plan.cells if c.name in runs and c.role in COMPARED and not c.against]
     by_levels = {tuple(sorted(cell.levels.items())): cell for cell in cells if cell.levels}
     by_block: dict[tuple[tuple[str, str], ...], list[Contrast]] = {}
     for cell in cells:

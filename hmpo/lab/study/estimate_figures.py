@@ -161,7 +161,7 @@ def profile(study: Study) -> Figure | None:
     """Share of runs above each success, by level of the compared factor over all blocks."""
     factor = study.plan.factor
     by_level: dict[str, list[list[float]]] = {}
-    for cell in study.cells(*COMPARED):
+    for cell in study.compared:
         if factor in cell.levels and study.successes(cell.name):
             by_level.setdefault(cell.levels[factor], []).append(study.successes(cell.name))
     if len(by_level) < 2:

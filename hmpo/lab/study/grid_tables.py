@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hmpo.errors import TelemetryError
-from hmpo.lab.study.analysis import COMPARED, Study
+from hmpo.lab.study.analysis import Study
 from hmpo.lab.study.main_table import (
     COMPARISON,
     average,
@@ -47,7 +47,7 @@ class Place:
 def places(study: Study) -> dict[str, Place]:
     """Cells that have one exponent, by name; {} unless there are two p and two lags."""
     found = {}
-    for cell in study.cells(*COMPARED):
+    for cell in study.compared:
         p = exponent(cell)
         if p is not None:
             found[cell.name] = Place(p, staleness(cell))

@@ -1,6 +1,6 @@
 """T1-all: each level of the compared factor over all blocks."""
 
-from hmpo.lab.study.analysis import COMPARED, Study, block_of
+from hmpo.lab.study.analysis import Study, block_of
 from hmpo.lab.study.further import wins_over_blocks
 from hmpo.lab.study.main_table import average, count_of, iqm_of
 from hmpo.lab.study.tabular import EMPTY, Column, Table, estimate, rows_of, share, whole, word
@@ -9,7 +9,7 @@ from hmpo.lab.study.tabular import EMPTY, Column, Table, estimate, rows_of, shar
 def overall_table(study: Study) -> Table | None:
     """Each level of the compared factor over all blocks; None with fewer than two of those."""
     factor = study.plan.factor
-    cells = [cell for cell in study.cells(*COMPARED) if factor in cell.levels]
+    cells = [cell for cell in study.compared if factor in cell.levels]
     blocks = list(dict.fromkeys(block_of(study.plan, cell) for cell in cells))
     if len(blocks) < 2:
         return None

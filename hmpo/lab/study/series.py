@@ -87,9 +87,14 @@ def blocks(study: Study) -> dict[str, list[Cell]]:
 def label_of(study: Study, cell: Cell, within: Sequence[Cell]) -> str:
     """The level of the compared factor where it tells the cells apart, else the cell's name."""
     factor = study.plan.factor
-    levels = [other.levels.get(factor) for other in within]
+    levels = [other.levels.get(factor) for other in within if not other.against]
     level = cell.levels.get(factor)
-    alone = level is not None and levels.count(level) == 1 and cell.role in COMPARED
+    alone = (
+        level is not None
+        and levels.count(level) == 1
+        and cell.role in COMPARED
+        and not cell.against
+    )
     return level if alone and level is not None else cell.name
 
 

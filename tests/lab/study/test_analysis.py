@@ -56,6 +56,33 @@ def test_equivalence_is_corrected_within_a_block_too() -> None:
     assert words("grpo", "gspo", "hmpo") == ["undecided", "undecided"]
 
 
+def test_a_cell_held_against_one_other_is_no_baseline_and_no_test_of_its_block() -> None:
+    cells = [Cell(name=m, levels={"member": m}, seeds=(1, 2, 3)) for m in ("grpo", "gspo")]
+    beside = Cell(
+        name="sgd", role="null", levels={"member": "grpo"}, seeds=(1, 2, 3), against="grpo"
+    )
+    ends = {"grpo": 0.5, "gspo": 0.6, "sgd": 0.1}
+
+    def study(*cells: Cell) -> Study:
+        plan = Plan(name="s", cells=cells, factor="member", to=("grpo",))
+        return Study.of(
+            plan,
+            [
+                make_outcome(c.name, seed, ends[c.name] + 0.01 * seed * (c.name != "grpo"))
+                for c in cells
+                for seed in c.seeds
+            ],
+        )
+
+    with_it, without = study(*cells, beside), study(*cells)
+    assert with_it.contrasts == without.contrasts
+    assert [(c.cell, c.against) for c in with_it.contrasts] == [("gspo", "grpo")]
+    assert [(c.cell, c.against) for c in with_it.others] == [("sgd", "grpo")]
+    assert with_it.compared == without.compared and with_it.target(cells[0]) == without.target(
+        cells[0]
+    )
+
+
 def test_a_run_without_a_partner_is_left_out_and_counted(study: Study) -> None:
     contrast = study.contrast("gspo+dense+fresh", "grpo+dense+fresh")
     assert contrast is not None
