@@ -5,6 +5,7 @@ to cross a process border and because the caller decides between raising and dro
 """
 
 import asyncio
+import atexit
 import difflib
 import inspect
 import math
@@ -13,6 +14,7 @@ import os
 import re
 import traceback
 import weakref
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -110,15 +112,17 @@ class EventLoop:
         async def result() -> Any:
             return await awaitable
 
+        _close_left()
         if self._end is None or not self._end.alive:
             self._runner = asyncio.Runner()
-            self._end = weakref.finalize(self, _close, self._runner, os.getpid())
+            _open[id(self._runner)] = self._runner, os.getpid()
+            self._end = weakref.finalize(self, _left.append, id(self._runner))
         return _aside(lambda: self._runner.run(result()), self._cancel)
 
     def close(self) -> None:
         """End it, what still runs in it included; a later call makes a new one."""
-        if self._end is not None:
-            self._end()
+        if self._end is not None and self._end.detach() is not None:
+            _close(id(self._runner))
 
     def _cancel(self) -> None:
         """Cancel what runs in it, from another thread."""
@@ -145,10 +149,31 @@ def _aside(call: Callable[[], Any], cancel: Callable[[], Any] | None = None) -> 
             raise
 
 
-def _close(runner: asyncio.Runner, owner: int) -> None:
+_open: dict[int, tuple[asyncio.Runner, int]] = {}
+"""Loops that are not closed, each with the process that made it, by the id of their runner."""
+_left: deque[int] = deque()
+"""Those among them whose owner is gone: garbage is collected anywhere, also where this thread holds
+a lock that closing would wait for, so they are closed later."""
+
+
+def _close(key: int) -> None:
     """Close a loop, in the process that made it only."""
-    if os.getpid() == owner:
+    runner, owner = _open.pop(key, (None, 0))
+    if runner is not None and os.getpid() == owner:
         _aside(runner.close)
+
+
+def _close_left() -> None:
+    """Close the loops whose owners are gone."""
+    while _left:
+        _close(_left.popleft())
+
+
+@atexit.register
+def _close_all() -> None:
+    """Close what is open as the process ends."""
+    for key in list(_open):
+        _close(key)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
