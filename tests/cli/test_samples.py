@@ -98,4 +98,4 @@ def test_a_device_that_is_not_supported_is_one_line(device, tmp_path, capsys):
     (tmp_path / "run.toml").write_text(table)
     assert hmpo.cli.main(["train", str(tmp_path / "run.toml"), "--quiet"]) == 2
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "expected cpu, cuda" in error
+    assert error.count("\n") == 1 and "expected auto, cpu, cuda or cuda:N" in error
