@@ -91,7 +91,7 @@ class Study:
     @property
     def compared(self) -> list[Cell]:
         """Cells with an outcome that the blocks are made of."""
-        return [cell for cell in self.cells(*COMPARED) if not cell.against]
+        return _compared(self.plan, self.runs)
 
     def successes(self, cell: str) -> list[float]:
         """The endpoint of each run of a cell that has one."""
@@ -182,13 +182,25 @@ def block_of(plan: Plan, cell: Cell) -> tuple[tuple[str, str], ...]:
     return tuple((factor, cell.levels.get(factor, "")) for factor in plan.within)
 
 
-def _blocks(plan: Plan, runs: Mapping[str, Mapping[int, Run]]) -> list[Contrast]:
-    """Every cell against each baseline that shares all its other levels; Holm by block.
+def _compared(plan: Plan, runs: Mapping[str, Mapping[int, Run]]) -> list[Cell]:
+    """The cells of the blocks.
 
-    A cell that names the one that it is held against is neither compared here nor a baseline,
-    whatever its levels.
+    Not among them, and no baseline, whatever its levels: a cell that names the one that it is held
+    against, and one beside the product that has the levels of an earlier one.
     """
-    cells = [c for c in plan.cells if c.name in runs and c.role in COMPARED and not c.against]
+    found: list[Cell] = []
+    for cell in plan.cells:
+        if cell.role not in COMPARED or cell.against:
+            continue
+        taken = bool(cell.levels) and any(other.levels == cell.levels for other in found)
+        if not taken:
+            found.append(cell)
+    return [cell for cell in found if cell.name in runs]
+
+
+def _blocks(plan: Plan, runs: Mapping[str, Mapping[int, Run]]) -> list[Contrast]:
+    """Every cell against each baseline that shares all its other levels; Holm by block."""
+    cells = _compared(plan, runs)
     by_levels = {tuple(sorted(cell.levels.items())): cell for cell in cells if cell.levels}
     by_block: dict[tuple[tuple[str, str], ...], list[Contrast]] = {}
     for cell in cells:

@@ -56,10 +56,12 @@ def test_equivalence_is_corrected_within_a_block_too() -> None:
     assert words("grpo", "gspo", "hmpo") == ["undecided", "undecided"]
 
 
-def test_a_cell_held_against_one_other_is_no_baseline_and_no_test_of_its_block() -> None:
+@pytest.mark.parametrize("against", ["grpo", ""])
+def test_a_cell_beside_a_block_is_no_baseline_and_no_test_of_it(against: str) -> None:
+    """One that is held against another, and one with the levels of an earlier one."""
     cells = [Cell(name=m, levels={"member": m}, seeds=(1, 2, 3)) for m in ("grpo", "gspo")]
     beside = Cell(
-        name="sgd", role="null", levels={"member": "grpo"}, seeds=(1, 2, 3), against="grpo"
+        name="sgd", role="null", levels={"member": "grpo"}, seeds=(1, 2, 3), against=against
     )
     ends = {"grpo": 0.5, "gspo": 0.6, "sgd": 0.1}
 
@@ -77,7 +79,7 @@ def test_a_cell_held_against_one_other_is_no_baseline_and_no_test_of_its_block()
     with_it, without = study(*cells, beside), study(*cells)
     assert with_it.contrasts == without.contrasts
     assert [(c.cell, c.against) for c in with_it.contrasts] == [("gspo", "grpo")]
-    assert [(c.cell, c.against) for c in with_it.others] == [("sgd", "grpo")]
+    assert [(c.cell, c.against) for c in with_it.others] == [("sgd", "grpo")] * bool(against)
     assert with_it.compared == without.compared and with_it.target(cells[0]) == without.target(
         cells[0]
     )
