@@ -1,5 +1,6 @@
 """Joining a launch: the group that is made, and ranks that cannot be reached any more."""
 
+import datetime
 import socket
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from hmpo.errors import RankError
+from hmpo.ranks import start
 from hmpo.ranks.start import joined
 from hmpo.ranks.world import Ranks
 from tests.ranks.processes import run_ranks
@@ -59,3 +61,13 @@ def test_a_port_that_is_taken_is_one_line(monkeypatch) -> None:
         line = rf"^rank 0: cannot join the others: MASTER_PORT = {port} is taken by another process"
         with pytest.raises(RankError, match=line), joined("cpu", 5.0):
             pass
+
+
+def test_a_restarted_group_has_its_own_keys_only_in_the_store_of_its_launcher(monkeypatch) -> None:
+    """`tests/run/test_restarts.py` has the other side: a real restart, which sets both."""
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "False")
+    assert start._meeting(datetime.timedelta(seconds=1)) == {}
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    assert start._meeting(datetime.timedelta(seconds=1)) == {}

@@ -73,6 +73,8 @@ def member_config(policy: Path, out: Path, member: str, optimizer: str) -> RunCo
         changes = {"objective__member": "gspo", "algorithm": "gspo"}
     if member == "dapo":
         changes |= {"reference": "start", "objective__kl_coef": 0.1}
+    if member == "ctpo":  # whose own bounds mask every token of an update here
+        changes |= {"objective__clip_low": 1.0, "objective__clip_high": 2.0}
     return micro_config(
         policy,
         out,
