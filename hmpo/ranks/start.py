@@ -102,9 +102,7 @@ def launch(
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    threads = str(max(1, (os.cpu_count() or 1) // count))
-    os.environ.setdefault("OMP_NUM_THREADS", threads)
-    with tempfile.TemporaryDirectory(prefix="hmpo-ranks-") as folder:
+    with _threads(count), tempfile.TemporaryDirectory(prefix="hmpo-ranks-") as folder:
         logs = DefaultLogsSpecs(log_dir=folder, redirects=dict.fromkeys(range(1, count), Std.ALL))
         config = LaunchConfig(
             min_nodes=1,
@@ -118,14 +116,31 @@ def launch(
             start_method=start_method,
             logs_specs=logs,
         )
-        logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # ours say it
+        log = logging.getLogger("torch.distributed.elastic")
+        level = log.level
+        log.setLevel(logging.CRITICAL)  # ours say it
         try:
             elastic_launch(config, entry)(*arguments)
         except SignalException as error:  # which the ranks have answered
             return 128 + int(error.sigval)
         except ChildFailedError as error:
             return _told(error.failures, folder)
+        finally:
+            log.setLevel(level)
     return 0
+
+
+@contextlib.contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """The cores dealt to the processes that are started inside, where nobody has said otherwise."""
+    if "OMP_NUM_THREADS" in os.environ:
+        yield
+        return
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // count))
+    try:
+        yield
+    finally:
+        os.environ.pop("OMP_NUM_THREADS", None)
 
 
 def _told(failures: Mapping[int, Any], folder: str) -> int:
