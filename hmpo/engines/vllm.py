@@ -71,6 +71,7 @@ class VLLMEngine:
             self.server.start()
             self.server.wait()
             self.ready = True
+        self.policy = policy  # which is sent again where the server was restarted
         label = f"{self.run}.{version}"
         write_weights(policy, self.folder / "weights")
         reload = {"weights_path": str(self.folder / "weights")}
