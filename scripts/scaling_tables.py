@@ -104,9 +104,16 @@ def kills(result: dict[str, Any]) -> list[Row]:
         f"all gone within {max(row['ended_s'] for row in rows):.0f} s"
     )
     if late:
-        told = "; ".join(f"{row['case']}: {one[:80]}" for row in rows for one in row["failures"])
+        told = "; ".join(f"{row['case']}: {_shown(f)}" for row in rows for f in row["failures"])
         text += f". Failures, not explained yet: {told}"
     return [("native ranks, killed at random", "2, 4", result["command"], text)]
+
+
+def _shown(failure: str) -> str:
+    """What a start that failed said first, and its line of ours, where there is one."""
+    what, _, text = failure.partition(": ")
+    lines = [line.removeprefix("hmpo: ") for line in text.splitlines() if line.startswith("hmpo: ")]
+    return f"{what} ({lines[0]})" if lines else failure[:80]
 
 
 def verl(result: dict[str, Any]) -> list[Row]:
