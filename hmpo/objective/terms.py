@@ -119,7 +119,7 @@ def mean_ratios(
 
     With a detached gate there is no such mean, and the row's value is that of
     mean_t const(r_it) log pi(y_it); with an unweighted one the constant is 1. Advantages of its
-    tokens are a factor of what the mean is taken of, and no longer one of the row.
+    tokens are a factor of what the mean is taken of, and none of the row.
 
     Args:
         limited: what `limit_tokens` gave (nat), 0 on padding.
