@@ -10,7 +10,7 @@ import logging
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,20 +83,13 @@ def start_ranks(arguments: Sequence[str], count: int) -> int:
     return launch(sys.executable, ("-m", "hmpo", *arguments), count)
 
 
-def launch(
-    entry: str | Callable[..., None],
-    arguments: Sequence[Any],
-    count: int,
-    *,
-    start_method: str = "spawn",
-) -> int:
-    """Run a program, or a function, as `count` ranks on this machine; gives the exit code.
+def launch(program: str, arguments: Sequence[str], count: int) -> int:
+    """Run a program as `count` ranks on this machine; gives the exit code.
 
     Args:
-        entry: of each rank.
+        program: of each rank.
         arguments: that it takes.
         count: of processes.
-        start_method: of processes that run a function, as `multiprocessing` names it.
     """
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -113,14 +106,13 @@ def launch(
             run_id=f"hmpo-{os.getpid()}",
             max_restarts=0,
             monitor_interval=0.1,
-            start_method=start_method,
             logs_specs=logs,
         )
         log = logging.getLogger("torch.distributed.elastic")
         level = log.level
         log.setLevel(logging.CRITICAL)  # ours say it
         try:
-            elastic_launch(config, entry)(*arguments)
+            elastic_launch(config, program)(*arguments)
         except SignalException as error:  # which the ranks have answered
             return 128 + int(error.sigval)
         except ChildFailedError as error:

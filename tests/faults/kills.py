@@ -12,13 +12,19 @@ import struct
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 
 class Counters:
-    """Counters that a child counts up and that survive it."""
+    """Counters that a child counts up and that survive it; in a file, any process that opens it."""
 
-    def __init__(self, count: int) -> None:
-        self._memory = mmap.mmap(-1, 8 * count)
+    def __init__(self, count: int, file: Path | None = None) -> None:
+        if file is None:
+            self._memory = mmap.mmap(-1, 8 * count)
+            return
+        with file.open("r+b" if file.exists() else "w+b") as opened:
+            opened.truncate(8 * count)
+            self._memory = mmap.mmap(opened.fileno(), 8 * count)
 
     def add(self, place: int) -> None:
         self[place] = self[place] + 1

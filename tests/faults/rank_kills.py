@@ -1,15 +1,13 @@
 """Kill single ranks of whole runs with SIGKILL at random instants, resume, compare what they leave.
 
 One chain is one run by several ranks: started by torch's launcher as `hmpo train --ranks` does, a
-rank of it killed, resumed, another killed, and at last left to finish. Launcher and ranks are forks
-of this process, which has torch imported. Half of the kills aim at a checkpoint save; markers in
-shared memory prove which ones hit inside.
-
-Of forked ranks torch's launcher reports one that failed, and not always the first: where that is
-one that another has left alone, its line is what is seen. `tests/run/test_several.py` kills ranks
-that were started as a user starts them.
+rank of it killed, resumed, another killed, and at last left to finish. The launcher is a fork of
+this process; the ranks are programs of their own, as a user's are: a launcher has threads by then,
+and a fork of a process with threads may find a lock taken for ever. Half of the kills aim at a
+checkpoint save; markers in shared memory prove which ones hit inside.
 
     python -m tests.faults.rank_kills KILLS SEED [CASE ...]      prints the tallies as JSON
+    python -m tests.faults.rank_kills rank RANKS FOLDER          what the launcher starts
 """
 
 import ctypes
@@ -35,7 +33,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 
-from hmpo.config import RunConfig
+from hmpo.config import RunConfig, to_dict
+from hmpo.config.reading import run_config
 from hmpo.errors import HmpoError
 from hmpo.ranks.start import launch
 from hmpo.run import files
@@ -107,7 +106,7 @@ class Undisturbed:
 def campaign(
     root: Path, *, kills: int, seed: int, cases: Iterable[str] = CASES, until: float = float("inf")
 ) -> dict[str, Tally]:
-    """At least `kills` SIGKILLs of ranks of each case, until the clock says `until`.
+    """`kills` SIGKILLs of ranks of each case, until the clock says `until`.
 
     Args:
         root: an empty folder, better in memory.
@@ -123,7 +122,8 @@ def campaign(
             ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
         case, tally = _undisturbed(name, policy, root), Tally()
         while tally.kills < kills and not tally.failures and time.monotonic() < until:
-            _chain(case, random.Random(f"{seed}/{name}/{tally.runs}"), tally)
+            rng = random.Random(f"{seed}/{name}/{tally.runs}")
+            _chain(case, rng, tally, min(PER_CHAIN, kills - tally.kills))
         (root / f"{name}.json").write_text(json.dumps(dataclasses.asdict(tally)))
 
     names = list(cases)
@@ -139,26 +139,30 @@ def _undisturbed(name: str, policy: Path, root: Path) -> Undisturbed:
     changes = SETTINGS[settings] | {"updates": 8, "distributed__timeout": TIMEOUT_S}
     config = micro_config(policy, root / name, **changes)
     folder = Path(config.out) / config.name
-    marks, log = Counters(PIDS + ranks), root / name / "log"
-    log.parent.mkdir()
-    pid = fork(lambda: _launch(config, ranks, marks, log))
+    place = root / name
+    place.mkdir()
+    (place / "config.json").write_text(json.dumps(to_dict(config)))
+    marks = Counters(PIDS + ranks, place / "marks")
+    pid = fork(lambda: _launch(ranks, place))
     _until(lambda: all(marks[PIDS + rank] for rank in range(ranks)), pid)
     began = time.monotonic()
     status = os.waitpid(pid, 0)[1]
-    assert status == 0, f"{name}: {log.read_text()[-3000:]}"
+    assert status == 0, f"{name}: {(place / 'log').read_text()[-3000:]}"
     return Undisturbed(config, ranks, everything(folder), time.monotonic() - began)
 
 
-def _chain(case: Undisturbed, rng: random.Random, tally: Tally) -> None:
-    """One run: ranks of it killed up to `PER_CHAIN` times, then left to finish and compared."""
+def _chain(case: Undisturbed, rng: random.Random, tally: Tally, kills: int) -> None:
+    """One run: ranks of it killed up to `kills` times, then left to finish and compared."""
     shutil.rmtree(case.folder, ignore_errors=True)
-    log = case.folder.parent / "log"
+    place = case.folder.parent
+    log = place / "log"
     tally.runs += 1
-    for attempt in range(PER_CHAIN + 1):
-        marks, rank = Counters(PIDS + case.ranks), rng.randrange(case.ranks)
-        pid = fork(lambda shared=marks: _launch(case.config, case.ranks, shared, log))
+    for attempt in range(kills + 1):
+        (place / "marks").unlink()  # what a killed rank still has open is not this start's
+        marks, rank = Counters(PIDS + case.ranks, place / "marks"), rng.randrange(case.ranks)
+        pid = fork(lambda: _launch(case.ranks, place))
         began = None
-        if attempt < PER_CHAIN:
+        if attempt < kills:
             _wait(rng, marks, case, pid)
             with suppress(ProcessLookupError):
                 if marks[PIDS + rank]:
@@ -250,22 +254,23 @@ def _lives(pid: int) -> bool:
     return True
 
 
-def _launch(config: RunConfig, ranks: int, marks: Counters, log: Path) -> None:
+def _launch(ranks: int, place: Path) -> None:
     """In a child: torch's launcher, whose output goes to a file."""
-    out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    out = os.open(place / "log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for fd in (1, 2):
         os.dup2(out, fd)
-    log.with_name("stacks").write_text("")
-    code = launch(_rank, (config, marks, log.with_name("stacks")), ranks, start_method="fork")
+    (place / "stacks").write_text("")
+    program = ("-W", "ignore", "-m", __spec__.name, "rank", str(ranks), str(place))
+    code = launch(sys.executable, program, ranks)
     sys.stderr.flush()
     os._exit(code)
 
 
-def _rank(config: RunConfig, marks: Counters, stacks: Path) -> None:
-    """In a child of the launcher: start or resume, marking every save's begin and end."""
-    faulthandler.register(signal.SIGUSR1, file=stacks.open("a"), all_threads=True)
+def _rank(ranks: int, place: Path) -> None:
+    """A program that the launcher started: start or resume, marking every save's begin and end."""
+    faulthandler.register(signal.SIGUSR1, file=(place / "stacks").open("a"), all_threads=True)
+    marks = Counters(PIDS + ranks, place / "marks")
     marks[PIDS + int(os.environ["RANK"])] = os.getpid()
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the launcher's handler
     logging.disable(logging.WARNING)  # of stale locks, which are the point here
     save = files.save_checkpoint
 
@@ -277,7 +282,9 @@ def _rank(config: RunConfig, marks: Counters, stacks: Path) -> None:
 
     files.save_checkpoint = marked
     try:
-        run.train(config, resume=True, exist_ok=True)
+        run.train(
+            run_config(json.loads((place / "config.json").read_text())), resume=True, exist_ok=True
+        )
     except HmpoError as error:  # as the command line tells it
         sys.stderr.write(f"hmpo: {error}\n")
         sys.exit(2)
@@ -285,6 +292,8 @@ def _rank(config: RunConfig, marks: Counters, stacks: Path) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    if sys.argv[1] == "rank":
+        sys.exit(_rank(int(sys.argv[2]), Path(sys.argv[3])))
     with fast_folder() as place:
         counted = campaign(
             place, kills=int(sys.argv[1]), seed=int(sys.argv[2]), cases=sys.argv[3:] or CASES
