@@ -89,11 +89,13 @@ def member_config(policy: Path, out: Path, member: str, optimizer: str) -> RunCo
     )
 
 
-OPTIMIZERS = {"adamw": MEMBERS, "muon": MEMBERS, "sgd": ["hmpo", "reinforce", "algorithm gspo"]}
+EVERY = {"adamw": ["hmpo", "dapo", "apmpo"], "muon": ["hmpo"], "sgd": ["hmpo", "algorithm gspo"]}
+"""What each kind of state is saved in: with a reference, with what follows rewards, by optimizer.
+"""
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "member"), [(name, m) for name, found in OPTIMIZERS.items() for m in found]
+    ("optimizer", "member"), [(name, m) for name, found in EVERY.items() for m in found]
 )
 def test_resume_from_every_update_boundary_gives_the_same_bytes(policy, out, member, optimizer):
     config = member_config(policy, out, member, optimizer)
@@ -112,6 +114,20 @@ def test_resume_from_every_update_boundary_gives_the_same_bytes(policy, out, mem
     assert len({record["loss"] for record in steps}) == 6, "every update is another one"
     if member != "algorithm gspo":
         assert any(record["qk/clipped_heads"] > 0 for record in steps), "QK-clip acted"
+
+
+@pytest.mark.parametrize("member", MEMBERS)
+def test_every_member_resumes_inside_a_rollout_to_the_same_bytes(policy, out, member):
+    optimizer = ("adamw", "muon")[MEMBERS.index(member) % 2]
+    config = member_config(policy, out, member, optimizer)
+    folder = out / "run"
+    run.train(config)
+    expected = left_by(folder)
+    for newer in range(4, 7):
+        shutil.rmtree(folder / f"checkpoints/step-{newer:08d}")
+    assert saved_state(folder)["trainer"]["batch"] is not None, "three of four updates are done"
+    assert run.train(config, resume=True).status == "completed"
+    assert_same(left_by(folder), expected)
 
 
 class SignalAt(run.Observer):
