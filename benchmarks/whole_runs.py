@@ -1,10 +1,13 @@
 """Whole runs through the command line: success before and after, and what they cost.
 
 python benchmarks/whole_runs.py demo 0 1 2                  three seeds of `hmpo demo`
+HMPO_VLLM_PYTHON=.venv-vllm/bin/python python benchmarks/whole_runs.py demo_vllm
+                                                            one, its rollouts drawn by vLLM
 python benchmarks/whole_runs.py smollm2_largest             an example, by the name of its file
 """
 
 import json
+import os
 import resource
 import shutil
 import subprocess
@@ -75,8 +78,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as out:
         for seed in seeds:
             target = Path(out) / str(seed)
-            if what == "demo":
+            if what.startswith("demo"):
                 arguments = ["demo", "--seed", str(seed), "--out", str(target)]
+                if what == "demo_vllm":
+                    vllm = str(Path(os.environ["HMPO_VLLM_PYTHON"]).absolute())
+                    arguments += ["--engine", "vllm", "--python", vllm]
                 folder = target / "demo"
             else:
                 arguments = ["train", f"examples/{what}.toml", "--no-report"]

@@ -36,6 +36,7 @@ from hmpo.cli.preflight import (
     refuse_several_processes,
     refuse_unknown_command,
 )
+from hmpo.config import RolloutConfig
 from hmpo.errors import ConfigError, HmpoError, require
 from hmpo.ranks.launched import launched, who
 from hmpo.telemetry.visible import writable
@@ -54,6 +55,8 @@ def demo(
     seed: int = 0,
     updates: AnyCount = None,
     out: Path = Path("runs"),
+    engine: str = "hmpo",
+    python: str = "",
     quiet: bool = False,
 ) -> int:
     """Train the bundled tiny policy to sort digits, and write a report (under 3 CPU minutes).
@@ -62,6 +65,8 @@ def demo(
         seed: of data, sampling and minibatches.
         updates: optimizer updates; by default as many as the goal needs.
         out: folder for the run's folder.
+        engine: what draws the rollouts: hmpo, vllm, or a server's http://127.0.0.1:PORT.
+        python: of the environment that has vLLM; by default the present one.
         quiet: only the result.
     """
     if updates is not None and updates < 1:
@@ -69,7 +74,10 @@ def demo(
     refuse_several_processes("the demo")
     from hmpo.cli.demo import run_demo
 
-    return run_demo(seed=seed, updates=updates, out=expanded(out), quiet=quiet)
+    if python and engine != "vllm":
+        raise ConfigError(f"--python: got {python!r}, expected it with --engine vllm")
+    rollout = RolloutConfig(engine=engine, python=python)
+    return run_demo(seed=seed, updates=updates, out=expanded(out), quiet=quiet, rollout=rollout)
 
 
 @app.command

@@ -11,6 +11,7 @@ from hmpo.config import (
     EvalConfig,
     OptimizerConfig,
     PolicyConfig,
+    RolloutConfig,
     RunConfig,
     TaskConfig,
     TrainerConfig,
@@ -25,7 +26,14 @@ UPDATES = 130
 """Optimizer updates: two for each of 65 rollouts."""
 
 
-def demo_config(*, seed: int = 0, updates: int | None = None, out: Path, name: str) -> RunConfig:
+def demo_config(
+    *,
+    seed: int = 0,
+    updates: int | None = None,
+    out: Path,
+    name: str,
+    rollout: RolloutConfig | None = None,
+) -> RunConfig:
     """The demo's configuration."""
     return RunConfig(
         name=name,
@@ -37,6 +45,7 @@ def demo_config(*, seed: int = 0, updates: int | None = None, out: Path, name: s
         policy=PolicyConfig(path="tiny-sort"),
         task=TaskConfig(name="sort"),
         objective=hmpo_member(),
+        rollout=rollout or RolloutConfig(),
         trainer=TrainerConfig(
             group_size=8, max_length=12, minibatches=2, lr_schedule="linear", warmup_updates=2
         ),
@@ -52,10 +61,15 @@ def free_name(out: Path) -> str:
 
 
 def run_demo(
-    *, seed: int = 0, updates: int | None = None, out: Path = Path("runs"), quiet: bool = False
+    *,
+    seed: int = 0,
+    updates: int | None = None,
+    out: Path = Path("runs"),
+    quiet: bool = False,
+    rollout: RolloutConfig | None = None,
 ) -> int:
     """Train, show, report; returns the exit code."""
-    config = demo_config(seed=seed, updates=updates, out=out, name=free_name(out))
+    config = demo_config(seed=seed, updates=updates, out=out, name=free_name(out), rollout=rollout)
     with Screen(quiet=quiet) as screen:
         result = train(config, observer=screen)
     from hmpo.lab.report import write_report  # plots are slow to import, and not needed before

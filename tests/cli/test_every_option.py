@@ -121,6 +121,17 @@ def demo_out(place: Place) -> None:
     assert [demo(place, *words)[0].out for words in ((), ("--out", "x"))] == ["runs", "x"]
 
 
+def demo_engine(place: Place) -> None:
+    configs = [demo(place, *words)[0] for words in ((), ("--engine", "vllm"))]
+    assert [config.rollout.engine for config in configs] == ["hmpo", "vllm"]
+
+
+def demo_python(place: Place) -> None:
+    config = demo(place, "--engine", "vllm", "--python", "/opt/vllm/bin/python")[0]
+    assert config.rollout.python == "/opt/vllm/bin/python"
+    assert "expected it with --engine vllm" in place.fails("demo", "--python", "python3")
+
+
 def demo_quiet(place: Place) -> None:
     assert [demo(place, *words)[1].quiet for words in ((), ("--quiet",))] == [False, True]
 
@@ -515,7 +526,14 @@ def experiment_dry_run(place: Place) -> None:
 
 
 OPTIONS: dict[str, dict[str, Callable[[Place], None]]] = {
-    "demo": {"seed": demo_seed, "updates": demo_updates, "out": demo_out, "quiet": demo_quiet},
+    "demo": {
+        "seed": demo_seed,
+        "updates": demo_updates,
+        "out": demo_out,
+        "engine": demo_engine,
+        "python": demo_python,
+        "quiet": demo_quiet,
+    },
     "init": {
         "out": init_out_overwrite,
         "overwrite": init_out_overwrite,
