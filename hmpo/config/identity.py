@@ -90,6 +90,8 @@ def _decisive(config: RunConfig) -> dict[str, Any]:
             table.pop(name)
     if not data["objective"]["weight"]:  # a table that came later
         data["objective"].pop("weight")
+    if config.objective.kl_coef == 0:  # nothing reads it, and runs were hashed with this one
+        data["objective"]["kl_estimator"] = "k3"
     data = {name: value for name, value in data.items() if value != {}}
     for path, before in RESOLVED.items():
         table, name = _place(data, path)

@@ -203,8 +203,10 @@ class ObjectiveConfig:
     """Token constant of `reduction="constant"` (Dr.GRPO)."""
     kl_coef: float = 0.0
     """Weight of the KL term to the reference policy; 0 needs no reference."""
-    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
-    """Per-token estimator of that KL (J. Schulman's names)."""
+    kl_estimator: Literal["k1", "k2", "k3", "k3+"] = "k3+"
+    """Per-token estimator of that KL (J. Schulman's names). k3+ has the value of k3 and the
+    gradient of k2, which is that of the KL; k3, whose own gradient is not, is what the paper of
+    GRPO has, and TRL."""
     proximal_coef: float = 0.0
     """Weight of a penalty on the distance from the old policy; 0 has none."""
     proximal: Literal["k2", "pearson"] = "k2"

@@ -128,8 +128,17 @@ OLD_DEFAULTS = {"trainer": {"eos_token": 2, "pad_token": 0}, "task": {"stop": []
 
 
 def _forget_old_defaults(data: Any) -> None:
-    """Take `OLD_DEFAULTS` out of the config.json of an older run (it has no `policy.attention`)."""
-    if not isinstance(data, dict) or "attention" in (data.get("policy") or {}):
+    """Take `OLD_DEFAULTS` out of the config.json of an older run (it has no `policy.attention`).
+
+    And the estimator of a KL that has no weight: k3 stood there in every file.
+    """
+    if not isinstance(data, dict):
+        return
+    objective = data.get("objective")
+    weightless = isinstance(objective, dict) and objective.get("kl_coef") == 0
+    if weightless and objective.get("kl_estimator") == "k3":
+        del objective["kl_estimator"]
+    if "attention" in (data.get("policy") or {}):
         return
     for name, defaults in OLD_DEFAULTS.items():
         table = data.get(name)

@@ -5,6 +5,11 @@ With x = log pi(y) - log ref(y) at the sampled token (nat):
     k1 = x                   unbiased, of either sign
     k2 = x^2 / 2             biased, small variance
     k3 = exp(-x) - 1 + x     unbiased, never negative
+    k3+ = k3, with the gradient of k2
+
+What is unbiased is the value. The gradient of a KL is in expectation that of k2, x grad log pi;
+that of k1 is 0, and that of k3, (1 - exp(-x)) grad log pi, belongs to KL(ref || pi) (arXiv
+2506.09477). So k3+ has the value of the one and the gradient of the other; the name is verl's.
 
 Names and derivation: J. Schulman, Approximating KL Divergence (2020). k3 is the per-token KL of
 GRPO (arXiv 2402.03300, equation 4). Padding is the caller's: mask before calling.
@@ -46,7 +51,13 @@ def exp_minus_tangent(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
     return torch.where(near, 0.5 * small.square() * series, torch.expm1(far) - far)
 
 
-ESTIMATORS = {"k1": k1, "k2": k2, "k3": k3}
+def k3_plus(log_ratio: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """k3 of x = log pi - log ref (nat), with the gradient of k2."""
+    square = k2(log_ratio)
+    return square + (k3(log_ratio) - square).detach()
+
+
+ESTIMATORS = {"k1": k1, "k2": k2, "k3": k3, "k3+": k3_plus}
 
 
 def token_kl(
@@ -57,7 +68,7 @@ def token_kl(
     Args:
         logprobs: log pi of the sampled tokens.
         ref_logprobs: log ref of the same tokens.
-        estimator: "k1", "k2" or "k3".
+        estimator: "k1", "k2", "k3" or "k3+".
 
     Raises:
         ShapeError: the shapes differ.

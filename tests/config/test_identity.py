@@ -73,6 +73,16 @@ def test_a_choice_in_a_later_setting_changes_the_hash(path: str) -> None:
     assert hashes[0] != hashes[1] and (path in NEEDED or hashes[0] == BEFORE)
 
 
+def test_the_estimator_of_a_kl_that_has_no_weight_decides_nothing() -> None:
+    stored = {"objective": {"kl_coef": 0.0, "kl_estimator": "k3"}}
+    assert config_hash(run_config(stored)) == BEFORE
+    weighed = [
+        run_config({"reference": "start", "objective": {"kl_coef": 0.1, "kl_estimator": name}})
+        for name in ("k3", "k3+")
+    ]
+    assert len({config_hash(config) for config in weighed}) == 2
+
+
 def test_an_older_run_of_holder_keeps_its_bounds_and_its_schedule(tmp_path: Path) -> None:
     data = to_dict(run_config({"objective": {"member": "holder"}}))["objective"]
     del data["token_clamp"], data["segments"], data["exponent"]["per"]

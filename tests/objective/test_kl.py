@@ -46,6 +46,28 @@ def test_expectation_of_k3_and_k1_is_the_divergence():
         assert estimate.item() == pytest.approx(exact.item(), rel=1e-14)
 
 
+def gradient_by_logits(loss_of, logits):
+    """Gradient of a function of log-probs of all tokens by the logits."""
+    free = logits.clone().requires_grad_()
+    loss_of(free.log_softmax(0)).backward()
+    return free.grad
+
+
+@pytest.mark.parametrize("name", ["k1", "k2", "k3", "k3+"])
+def test_only_k2_and_k3_plus_have_the_gradient_of_the_divergence(name):
+    logits = torch.tensor([0.3, -1.1, 0.7, 0.0], dtype=torch.float64)
+    reference = torch.tensor([0.9, 0.2, -0.4, 0.1], dtype=torch.float64).log_softmax(0)
+    drawn = logits.softmax(0)  # the tokens are drawn once, and then are data
+    wanted = gradient_by_logits(lambda own: (own.exp() * (own - reference)).sum(), logits)
+    found = gradient_by_logits(lambda own: (drawn * token_kl(own, reference, name)).sum(), logits)
+    assert torch.allclose(found, wanted, rtol=1e-12, atol=1e-14) == (name in ("k2", "k3+"))
+
+
+def test_k3_plus_has_the_value_of_k3():
+    x = torch.tensor([0.0, 1e-6, 0.3, -0.4, 0.7, -3.0], dtype=torch.float64)
+    torch.testing.assert_close(token_kl(x, torch.zeros_like(x), "k3+"), k3(x), rtol=1e-14, atol=0)
+
+
 @pytest.mark.parametrize("name", ["k1", "k2", "k3"])
 def test_gradients(name):
     x = torch.tensor([0.0, 1e-6, 0.3, -0.4, 0.7, -3.0], dtype=torch.float64, requires_grad=True)

@@ -187,7 +187,7 @@ def test_micro_batches_add_up(reduction, level):
         torch.testing.assert_close(torch.cat([p[1] for p in parts]), grad, rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3", "k3+"])
 def test_kl_term_shares_the_reduction(estimator):
     d, mask, advantages = batch(-0.4, 0.4)
     d = d.clamp(-2, 2)
@@ -233,7 +233,9 @@ def test_exponents_by_advantage_sign_and_override():
 @pytest.mark.parametrize("level", ["token", "sequence", "none"])
 def test_gradcheck(level):
     """In the log-probs and in a learnable exponent, away from the kinks."""
-    config = ObjectiveConfig(clip_level=level, kl_coef=0.2, clip_low=0.1, clip_high=0.2)
+    config = ObjectiveConfig(
+        clip_level=level, kl_coef=0.2, kl_estimator="k3", clip_low=0.1, clip_high=0.2
+    )
     generator = torch.Generator().manual_seed(4)
     d = 0.4 * torch.randn(5, 6, generator=generator, dtype=torch.float64)
     mask = torch.arange(6) < torch.tensor([6, 1, 3, 0, 4]).unsqueeze(1)

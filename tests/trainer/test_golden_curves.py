@@ -92,7 +92,7 @@ def curves(case: str, dtype: torch.dtype, *, ulp: int | None = None) -> dict[str
 
 
 def with_kl(objective: ObjectiveConfig) -> ObjectiveConfig:
-    return dataclasses.replace(objective, kl_coef=0.1)
+    return dataclasses.replace(objective, kl_coef=0.1, kl_estimator="k3")
 
 
 def muonclip(model: torch.nn.Module, dtype: torch.dtype) -> MuonClip:
