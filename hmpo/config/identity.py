@@ -34,6 +34,8 @@ LATER = {
     "objective.proximal": "k2",
     "task.environment": "",
     "task.max_turns": 16,
+    "advantages.estimator": None,
+    "advantages.over": "responses",
     "rollout.lag": 0,
     "rollout.engine": "hmpo",
     "task.chat": False,

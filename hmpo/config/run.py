@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from hmpo.config.advantages import AdvantageConfig
 from hmpo.config.checks import within_reason
 from hmpo.config.control import ControlConfig
 from hmpo.config.distributed import DistributedConfig
@@ -296,6 +297,7 @@ class RunConfig:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    advantages: AdvantageConfig = field(default_factory=AdvantageConfig)
     mismatch: MismatchConfig = field(default_factory=MismatchConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)

@@ -26,6 +26,7 @@ from hmpo.objective.calibration import ClipCalibration, scaled_bounds
 from hmpo.objective.exponent import ControllerExponent, exponent_in_force, exponent_source
 from hmpo.objective.loss import power_mean_loss
 from hmpo.objective.segments import turns_of
+from hmpo.objective.terms import advantages_of_rows
 from hmpo.types import Event, Metrics
 
 logger = logging.getLogger(__name__)
@@ -76,7 +77,7 @@ class ObjectiveInForce:
         logprobs: Float[Tensor, "N T"],
         old_logprobs: Float[Tensor, "N T"],
         mask: Bool[Tensor, "N T"],
-        advantages: Float[Tensor, " N"],
+        advantages: Float[Tensor, " N"] | Float[Tensor, "N T"],
         *,
         update: int,
         rollout: int,
@@ -88,7 +89,7 @@ class ObjectiveInForce:
             logprobs: of the response tokens when the update was computed (nat), detached.
             old_logprobs: of the same tokens under the behaviour policy.
             mask: True on response tokens that count.
-            advantages: one per response.
+            advantages: one per response, or one per token as in the loss.
             update: 0-based update.
             rollout: 0-based rollout that it learns from.
             staleness: updates since the weights that sampled.
@@ -103,10 +104,10 @@ class ObjectiveInForce:
             free = dataclasses.replace(config, kl_coef=0.0)
             return power_mean_loss(logprobs, old_logprobs, mask, advantages, free, exponent=p)
 
-        turns, rows, of_rows = turns_of(mask, config), mask, advantages
+        turns, rows = turns_of(mask, config), mask
+        of_rows = advantages_of_rows(advantages, mask, config, turns)
         if turns is not None:
             log_ratio, rows = turns.tokens(log_ratio), turns.mask
-            of_rows = turns.rows(advantages)
         learned = self.source.learn(log_ratio, rows, of_rows, surrogate)
         base = self.source.objective
         if base.clip_share is None:

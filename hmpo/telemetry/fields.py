@@ -249,6 +249,17 @@ _REWARD = (
         share("adv/zero_frac", "Groups whose rewards are all equal.", trl="frac_reward_zero_std"),
     ),
     *produced_by(
+        "trainer.advantages",
+        count(
+            "adv/equal",
+            "Groups of two or more counted rewards, all equal (with a named estimator).",
+        ),
+        count("adv/single", "Groups with one counted reward (with a named estimator)."),
+        count("adv/empty", "Groups with none (with a named estimator)."),
+        count("adv/dropped", "Responses that the advantages leave out (with a named estimator)."),
+        count("adv/dead", "Groups whose advantages are all 0 (with a named estimator)."),
+    ),
+    *produced_by(
         "trainer.scored",
         number("reward/mean", "1", "Mean reward of the rollout.", trl="reward"),
         number("reward/std", "1", "Standard deviation over its responses.", 0.0, trl="reward_std"),

@@ -247,17 +247,21 @@ def idle_rows(batch: Batch, objective: ObjectiveConfig) -> Bool[Tensor, " M"]:
     """
     mask = batch.rollout.response_mask & batch.valid[:, None]
     drawn = objective.proximal_coef > 0 and objective.proximal == "k2"
-    idle = ~mask.any(1) if drawn else (batch.advantages == 0) | ~mask.any(1)
-    weights = batch.weights
-    if weights is not None:
-        weights = weights[:, None] if weights.ndim == 1 else weights
-        idle |= ((weights == 0) | ~mask).all(1)
+    idle = ~mask.any(1) if drawn else _zero_rows(batch.advantages, mask)
+    if batch.weights is not None:
+        idle |= _zero_rows(batch.weights, mask)
     if objective.kl_coef > 0:
         return torch.zeros_like(idle)
     lengths = batch.rollout.extents
     shortest = torch.where(lengths > 0, lengths, lengths.max() + 1).argmin()
     spared = idle.all() & (torch.arange(len(idle), device=idle.device) == shortest)
     return idle & ~spared  # all on the device: nothing waits for it here
+
+
+def _zero_rows(factors: Tensor, mask: Tensor) -> Tensor:
+    """Rows whose every counted token has factor 0, or that have none; factors (M,) or (M, T)."""
+    factors = factors[:, None] if factors.ndim == 1 else factors
+    return ((factors == 0) | ~mask).all(1)
 
 
 def micro_batches(

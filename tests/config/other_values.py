@@ -30,6 +30,9 @@ MISMATCH = {
 }  # fmt: skip
 """Fields of `MismatchConfig`."""
 
+ADVANTAGES = {"estimator": "rloo", "over": "tokens"}
+"""Fields of `AdvantageConfig`."""
+
 TRAINER = {
     "group_size": 8, "max_length": 9, "eos_token": 7, "pad_token": 3, "temperature": 0.5,
     "top_k": 3, "top_p": 0.5, "decoder": "module", "sampling_dtype": "bfloat16",

@@ -41,6 +41,8 @@ OTHER = {
     "task.environment": "a.py:A",
     "task.max_turns": 3,
     "eval.success": 0.5,
+    "advantages.estimator": "rloo",
+    "advantages.over": "tokens",
     "rollout.lag": 2,
     "rollout.engine": "vllm",
     "rewards.options": {"exact.casefold": True},

@@ -7,7 +7,7 @@ table in it has no entry. The settings of the controllers are walked over record
 
 from typing import Any
 
-from tests.config.other_values import EXPONENT, MISMATCH, OBJECTIVE, TRAINER, WEIGHT
+from tests.config.other_values import ADVANTAGES, EXPONENT, MISMATCH, OBJECTIVE, TRAINER, WEIGHT
 
 Case = tuple[dict[str, Any], Any]
 """What else is set, as `table__key`, and another value of the field."""
@@ -151,6 +151,7 @@ NEEDED: dict[str, dict[str, Any]] = {
     "objective.weight.bound": {"objective__member": "cispo", **TIGHT},
     "objective.weight.cap": {"objective__member": "cispo"},
     **{f"objective.weight.{name}": GAMMA for name in WEIGHT if "_" in name},
+    "advantages.over": {"advantages__estimator": "reinforce_pp"},
     "mismatch.recompute": NARROW,
     "mismatch.correction": NARROW,
     "mismatch.level": NARROW | {"mismatch__correction": "truncate"},
@@ -193,6 +194,7 @@ def _cases() -> dict[str, Case]:
         "objective": OBJECTIVE | {"name": "mine"},
         "objective.exponent": EXPONENT | {"allow_surrogate": True},
         "objective.weight": WEIGHT,
+        "advantages": ADVANTAGES,
         "mismatch": MISMATCH,
         "trainer": TRAINER,
     }
@@ -246,7 +248,9 @@ UNREAD: dict[str, Case] = {
     "optimizer.muon_update_scale": ({}, "original"),
     "optimizer.muon_per_head": ({}, True),
     "optimizer.muon_dtype": ({}, "bfloat16"),
-    "trainer.std_ddof": ({"trainer__advantage_scale": "none"}, 0),
+    "trainer.std_ddof": ({"advantages__estimator": "rloo"}, 0),
+    "trainer.advantage_scale": ({"advantages__estimator": "rloo"}, "none"),
+    "advantages.over": ({"advantages__estimator": "group_std"}, "tokens"),
     "trainer.total_updates": ({}, 9),
     "agm.first_level": ({}, 2),
 }

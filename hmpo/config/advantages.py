@@ -1,0 +1,60 @@
+"""Settings of the advantages: which estimator forms them from the rewards of a rollout."""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from hmpo.errors import require
+
+Estimator = Literal[
+    "group_std",
+    "group",
+    "batch_std",
+    "rloo",
+    "reinforce_pp",
+    "reinforce_pp_baseline",
+    "max_rl",
+    "pass_at_k",
+    "gdpo",
+]
+ESTIMATORS: tuple[str, ...] = get_args(Estimator)
+OF_THE_BATCH = ("batch_std", "reinforce_pp", "reinforce_pp_baseline", "gdpo")
+"""Estimators with a mean or a deviation over the whole rollout."""
+UNSCALED = ("group", "rloo", "max_rl")
+"""Estimators without any standard deviation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdvantageConfig:
+    """How rewards become advantages (`hmpo.objective.estimators` has the formulas)."""
+
+    estimator: Estimator | None = None
+    """Which estimator; unset takes what `trainer.advantage_scale` says: group_std for "std", group
+    for "none". gdpo takes each reward function by itself, weighed by `rewards.weights`."""
+    over: Literal["responses", "tokens"] = "responses"
+    """What statistics over the whole rollout count (batch_std, reinforce_pp,
+    reinforce_pp_baseline, gdpo): every response once, or as often as it has tokens, as in verl."""
+
+
+def refuse_unread_advantages(config: AdvantageConfig, scale: str) -> None:
+    """Refuse what contradicts the estimator, or what it leaves without effect.
+
+    Args:
+        config: the settings.
+        scale: the trainer's `advantage_scale`.
+
+    Raises:
+        ConfigError: one line that names the field.
+    """
+    name = config.estimator
+    alike = name is None or scale == "std" or (scale, name) == ("none", "group")
+    expected = f'"std", as advantages.estimator = "{name}" says by what rewards are divided'
+    require(alike, "trainer.advantage_scale", scale, expected)
+    whole = name in OF_THE_BATCH
+    named = "unset" if name is None else f'= "{name}"'
+    expected = f'"responses", as with advantages.estimator {named} nothing reads it'
+    require(whole or config.over == "responses", "advantages.over", config.over, expected)
+
+
+def reads_deviation(config: AdvantageConfig, scale: str) -> bool:
+    """Whether the advantages are divided by a standard deviation, so that `std_ddof` is read."""
+    return scale == "std" if config.estimator is None else config.estimator not in UNSCALED
