@@ -230,6 +230,9 @@ def _check_objective(objective: ObjectiveConfig) -> None:
         objective.kl_coef,
         "0, as verl adds the KL term itself: actor.use_kl_loss=true actor.kl_loss_coef=...",
     )
+    for name in ("entropy_coef", "entropy_target"):
+        value, expected = getattr(objective, name), "actor.entropy_coeff, by which verl adds it"
+        require(not value, f"policy_loss.{name}", value, expected)
     require(
         objective.clip_share is None,
         "policy_loss.clip_share",

@@ -103,6 +103,8 @@ def _objective_rules(config: ObjectiveConfig) -> Iterator[Rule]:
     constant = config.reduction == "constant"
     yield ("max_length",), constant, f'reduction = "{config.reduction}"'
     yield ("kl_estimator",), config.kl_coef != 0, "kl_coef = 0"
+    adapted = ("entropy_coef_delta", "entropy_coef_max")
+    yield adapted, config.entropy_target is not None, "entropy_target unset"
     yield ("proximal",), config.proximal_coef != 0, "proximal_coef = 0"
 
 

@@ -13,6 +13,7 @@ used, so their order does not matter.
 
 import dataclasses
 import logging
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,6 +24,7 @@ from torch import Tensor
 from hmpo.config.objective import ObjectiveConfig
 from hmpo.errors import ConfigError
 from hmpo.objective.calibration import ClipCalibration, scaled_bounds
+from hmpo.objective.entropy import EntropyCoefficient
 from hmpo.objective.exponent import ControllerExponent, exponent_in_force, exponent_source
 from hmpo.objective.loss import power_mean_loss
 from hmpo.objective.segments import turns_of
@@ -54,6 +56,7 @@ class ObjectiveInForce:
     ) -> None:
         self.source = exponent_source(objective, device, updates, per_rollout)
         self.calibration = ClipCalibration(objective)
+        self.entropy = EntropyCoefficient(objective)
         self.clip_scale = 1.0
         """Factor of a controller on the clip's log half-widths; not in the state."""
 
@@ -61,6 +64,8 @@ class ObjectiveInForce:
     def config(self) -> ObjectiveConfig:
         """The member in force; rewards, a calibration or a controller may move its bounds."""
         objective = self.calibration.apply(self.source.objective)
+        if self.entropy.adaptive:
+            objective = dataclasses.replace(objective, entropy_coef=self.entropy.value)
         return objective if self.clip_scale == 1 else scaled_bounds(objective, self.clip_scale)
 
     def at(self, update: int) -> tuple[ObjectiveConfig, Float[Tensor, ""] | None]:
@@ -82,6 +87,7 @@ class ObjectiveInForce:
         update: int,
         rollout: int,
         staleness: int,
+        entropy: float = math.nan,
     ) -> tuple[Metrics, list[Event]]:
         """Learn from an update that was applied, given its whole minibatch.
 
@@ -93,15 +99,17 @@ class ObjectiveInForce:
             update: 0-based update.
             rollout: 0-based rollout that it learns from.
             staleness: updates since the weights that sampled.
+            entropy: token mean of the policy's (nat), which an adaptive bonus follows.
 
         Returns:
             Metrics of what was learned, and an event where the clip's half-widths settle.
         """
         config, exponent = self.at(update)
+        self.entropy.follow(entropy)
         log_ratio = torch.where(mask, logprobs - old_logprobs, torch.zeros_like(old_logprobs))
 
         def surrogate(p: Tensor) -> Tensor:
-            free = dataclasses.replace(config, kl_coef=0.0)
+            free = dataclasses.replace(config, kl_coef=0.0, entropy_coef=0.0)
             return power_mean_loss(logprobs, old_logprobs, mask, advantages, free, exponent=p)
 
         turns, rows = turns_of(mask, config), mask
@@ -153,9 +161,11 @@ class ObjectiveInForce:
         return {
             "exponent": self.source.state_dict(),
             "calibration": self.calibration.state_dict(),
+            **self.entropy.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue exactly where `state_dict` was taken."""
         self.source.load_state_dict(state["exponent"])
         self.calibration.load_state_dict(state["calibration"])
+        self.entropy.load_state_dict(state)

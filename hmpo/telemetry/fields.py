@@ -109,6 +109,10 @@ _OPTIMIZER = (
         "objective",
         number("pg_loss", "1", "Its policy term.", trl="policy_loss"),
         number("kl_loss", "1", "Its KL term, weighted by kl_coef."),
+        number(
+            "entropy_loss", "1", "Its entropy term, -entropy_coef times the mean; with a bonus."
+        ),
+        number("entropy_coef", "1", "Coefficient of the bonus at this update.", 0.0),
     ),
     *produced_by(
         "trainer",

@@ -17,6 +17,7 @@ from hmpo.engines.protocol import RolloutEngine
 from hmpo.environments import Environments
 from hmpo.errors import ConfigError
 from hmpo.models.chat import PromptOptions
+from hmpo.objective.entropy import entropy_bonus
 from hmpo.objective.in_force import ObjectiveInForce
 from hmpo.objective.metrics import objective_metrics
 from hmpo.objective.mismatch import mismatch_metrics, mismatch_weights
@@ -179,7 +180,11 @@ class PowerMeanTrainer(Trainer[PowerMeanConfig]):
             metrics["update/idle_frac"] = idle_rows(batch, objective).double().mean()
             entropy = (gradient.entropy * mask).sum(dtype=torch.float64)
             metrics["entropy"] = entropy / metrics["n_tokens"].clamp(min=1)
+            if objective.has_entropy_bonus:
+                metrics["entropy_loss"] = -entropy_bonus(gradient.entropy, mask, objective, None)
             measured = on_host(metrics) | {"update/packed": float(gradient.packed)}
+            if objective.has_entropy_bonus:
+                measured["entropy_coef"] = objective.entropy_coef
         if not applied:
             return measured
         with section("objective"):
@@ -191,6 +196,7 @@ class PowerMeanTrainer(Trainer[PowerMeanConfig]):
                 update=self.step,
                 rollout=self.rollouts - 1,
                 staleness=self.staleness,
+                entropy=measured["entropy"],
             )
         self.events += events
         return measured | learned

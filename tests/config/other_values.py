@@ -7,7 +7,8 @@ OBJECTIVE = {
     "clip_center": "drift", "clip_share": 0.1, "clip_rollouts": 3, "sign_convention": "paper",
     "dual_clip": 3.0, "reduction": "token_mean", "max_length": 9, "kl_coef": 0.5,
     "kl_estimator": "k1", "token_clamp": 0.05, "segments": "turn", "proximal_coef": 0.5,
-    "proximal": "pearson",
+    "proximal": "pearson", "entropy_coef": 0.5, "entropy_target": 9.0,
+    "entropy_coef_delta": 0.5, "entropy_coef_max": 0.1,
 }  # fmt: skip
 """Fields of `ObjectiveConfig` but `name`, `exponent` and `weight`."""
 

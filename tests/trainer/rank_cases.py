@@ -35,6 +35,10 @@ MEMBERS: dict[str, dict[str, Any]] = {
     "learnable exponent": {"objective": ObjectiveConfig(exponent=ExponentConfig(kind="learnable"))},
     "calibrated clip": {"objective": ObjectiveConfig(clip_share=0.1)},
     "KL to a reference": {"objective": ObjectiveConfig(kl_coef=0.1)},
+    "entropy bonus": {
+        "objective": ObjectiveConfig(entropy_target=9.0, entropy_coef_delta=0.1),
+        "micro_batch_size": 4,
+    },
     "recomputed log-probs": {"mismatch": MismatchConfig(recompute=True), "micro_batch_size": 4},
     "truncated importance weights": {
         "top_k": 8,
