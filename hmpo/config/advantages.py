@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from hmpo.config.checks import within_reason
 from hmpo.errors import require
 
 Estimator = Literal[
@@ -33,6 +34,22 @@ class AdvantageConfig:
     over: Literal["responses", "tokens"] = "responses"
     """What statistics over the whole rollout count (batch_std, reinforce_pp,
     reinforce_pp_baseline, gdpo): every response once, or as often as it has tokens, as in verl."""
+    kl_in_reward: float = 0.0
+    """The reward that the advantages are formed from is less by this times the response's KL from
+    the reference when it was sampled (verl's `use_kl_in_reward`); 0 needs no reference. The KL term
+    of the loss is `objective.kl_coef`."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k1"
+    """kl_in_reward: per-token estimator of that KL."""
+    kl_over: Literal["sum", "mean"] = "sum"
+    """kl_in_reward: sum over the tokens of the response, or their mean."""
+
+    def __post_init__(self) -> None:
+        within_reason(self)
+        require(self.kl_in_reward >= 0, "kl_in_reward", self.kl_in_reward, ">= 0")
+        if self.estimator in ("gdpo", "max_rl"):
+            why = {"gdpo": "takes each reward by itself", "max_rl": "takes no reward below 0"}
+            expected = f'0 with estimator = "{self.estimator}", which {why[self.estimator]}'
+            require(self.kl_in_reward == 0, "kl_in_reward", self.kl_in_reward, expected)
 
 
 def refuse_unread_advantages(config: AdvantageConfig, scale: str) -> None:
@@ -53,6 +70,11 @@ def refuse_unread_advantages(config: AdvantageConfig, scale: str) -> None:
     named = "unset" if name is None else f'= "{name}"'
     expected = f'"responses", as with advantages.estimator {named} nothing reads it'
     require(whole or config.over == "responses", "advantages.over", config.over, expected)
+    plain = AdvantageConfig()
+    for field in ("kl_estimator", "kl_over"):
+        value, default = getattr(config, field), getattr(plain, field)
+        expected = f"{default!r}, as with advantages.kl_in_reward = 0 nothing reads it"
+        require(config.kl_in_reward > 0 or value == default, f"advantages.{field}", value, expected)
 
 
 def reads_deviation(config: AdvantageConfig, scale: str) -> bool:

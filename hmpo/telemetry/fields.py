@@ -109,9 +109,10 @@ _OPTIMIZER = (
         "objective",
         number("pg_loss", "1", "Its policy term.", trl="policy_loss"),
         number("kl_loss", "1", "Its KL term, weighted by kl_coef."),
-        number(
-            "entropy_loss", "1", "Its entropy term, -entropy_coef times the mean; with a bonus."
-        ),
+    ),
+    *produced_by(
+        "trainer.power_mean",
+        number("entropy_loss", "1", "Its entropy term, -entropy_coef times the mean, if any."),
         number("entropy_coef", "1", "Coefficient of the bonus at this update.", 0.0),
     ),
     *produced_by(
@@ -254,6 +255,8 @@ _REWARD = (
     ),
     *produced_by(
         "trainer.advantages",
+        number("kl/in_reward", "nat", "Response mean of the KL that kl_in_reward weighs."),
+        number("reward/less_kl", "1", "Mean reward less that; advantages are formed from it."),
         count(
             "adv/equal",
             "Groups of two or more counted rewards, all equal (with a named estimator).",

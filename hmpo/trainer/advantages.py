@@ -6,11 +6,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hmpo.config import PowerMeanConfig
+from hmpo.config import AdvantageConfig, PowerMeanConfig
 from hmpo.config.objective import ObjectiveConfig
 from hmpo.errors import ConfigError, NonFiniteError, ShapeError
 from hmpo.objective.advantages import group_advantages, zero_variance_groups
 from hmpo.objective.estimators import estimate_advantages
+from hmpo.objective.kl import token_kl
+from hmpo.objective.masking import without_padding
 from hmpo.objective.segments import turns_of
 from hmpo.objective.terms import advantages_of_rows
 from hmpo.ranks.world import Ranks
@@ -38,6 +40,11 @@ def rollout_advantages(
     dead = zero_variance_groups(rewards, group, valid=rewards.isfinite())
     told: Metrics = {"adv/zero_frac": float(dead.double().mean())}
     name = config.advantages.estimator
+    if config.advantages.kl_in_reward > 0:
+        kl = _response_kl(found, config.advantages)
+        rewards = rewards - config.advantages.kl_in_reward * kl
+        told["kl/in_reward"] = float(kl[found.valid].double().mean())
+        told["reward/less_kl"] = float(rewards[found.valid].double().mean())
     if name is None:
         advantages = group_advantages(
             rewards,
@@ -63,6 +70,18 @@ def rollout_advantages(
     for key in ("equal", "single", "empty", "dropped", "dead"):
         told[f"adv/{key}"] = getattr(result, key)
     return result.values.to(rewards), told
+
+
+def _response_kl(found: Collected, config: AdvantageConfig) -> Float[Tensor, " N"]:
+    """KL of the policy that sampled from the reference, over each response (nat)."""
+    rollout, ref = found.rollout, found.ref_logprobs
+    assert ref is not None, "the trainer has a reference"
+    mask = rollout.response_mask
+    own, other = (without_padding(x, mask) for x in (rollout.old_logprobs, ref))
+    kl = without_padding(token_kl(own, other, config.kl_estimator), mask).double().sum(1)
+    if config.kl_over == "mean":
+        kl = kl / rollout.lengths.clamp(min=1)
+    return kl.to(found.rewards)
 
 
 def refuse_beside_function(config: PowerMeanConfig) -> None:

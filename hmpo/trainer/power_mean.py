@@ -99,6 +99,11 @@ class PowerMeanTrainer(Trainer[PowerMeanConfig]):
         if advantage_fn is not None:
             refuse_beside_function(config)
         self.advantage_fn = advantage_fn
+        if config.advantages.kl_in_reward > 0 and ref_model is None:
+            raise ConfigError(
+                f"kl_in_reward: got {config.advantages.kl_in_reward} without a ref_model, expected "
+                "a frozen reference model, or kl_in_reward = 0"
+            )
         self.in_force = ObjectiveInForce(
             objective, device, config.total_updates, config.updates_per_rollout
         )

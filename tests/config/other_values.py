@@ -31,7 +31,10 @@ MISMATCH = {
 }  # fmt: skip
 """Fields of `MismatchConfig`."""
 
-ADVANTAGES = {"estimator": "rloo", "over": "tokens"}
+ADVANTAGES = {
+    "estimator": "rloo", "over": "tokens", "kl_in_reward": 0.5, "kl_estimator": "k3",
+    "kl_over": "mean",
+}  # fmt: skip
 """Fields of `AdvantageConfig`."""
 
 TRAINER = {

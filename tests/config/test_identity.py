@@ -47,6 +47,9 @@ OTHER = {
     "eval.success": 0.5,
     "advantages.estimator": "rloo",
     "advantages.over": "tokens",
+    "advantages.kl_in_reward": 0.1,
+    "advantages.kl_estimator": "k3",
+    "advantages.kl_over": "mean",
     "rollout.lag": 2,
     "rollout.engine": "vllm",
     "rewards.options": {"exact.casefold": True},
@@ -59,6 +62,7 @@ OTHER = {
 }
 """For each setting that came or changed later, a value that is somebody's choice."""
 NEEDED = {
+    "advantages.kl_in_reward": ["reference=start"],
     "objective.token_clamp": ["objective.clip_level=sequence"],
     "rewards.options": ["rewards.functions=['exact']"],
 }

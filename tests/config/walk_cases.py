@@ -30,6 +30,7 @@ BY_REWARD = {"objective__member": "apmpo"}
 TIGHT = {"objective__clip_low": 0.01, "objective__clip_high": 0.01}
 MASKED = {"objective__member": "cispo", "objective__weight__bound": "mask"}
 GAMMA = {"objective__member": "vespo"}
+REFERENCE = {"reference": "start", "optimizer__lr": 0.05}
 NARROW = {"trainer__top_k": 4, "trainer__temperature": 1.5}
 WILD = {"optimizer__lr": 1e37, "trainer__qk_clip": False}
 """A learning rate at which nothing is finite."""
@@ -157,6 +158,9 @@ NEEDED: dict[str, dict[str, Any]] = {
     "objective.weight.cap": {"objective__member": "cispo"},
     **{f"objective.weight.{name}": GAMMA for name in WEIGHT if "_" in name},
     "advantages.over": {"advantages__estimator": "reinforce_pp"},
+    "advantages.kl_in_reward": REFERENCE,
+    "advantages.kl_estimator": REFERENCE | {"advantages__kl_in_reward": 0.5},
+    "advantages.kl_over": REFERENCE | {"advantages__kl_in_reward": 0.5},
     "mismatch.recompute": NARROW,
     "mismatch.correction": NARROW,
     "mismatch.level": NARROW | {"mismatch__correction": "truncate"},
@@ -258,6 +262,8 @@ UNREAD: dict[str, Case] = {
     "trainer.std_ddof": ({"advantages__estimator": "rloo"}, 0),
     "trainer.advantage_scale": ({"advantages__estimator": "rloo"}, "none"),
     "advantages.over": ({"advantages__estimator": "group_std"}, "tokens"),
+    "advantages.kl_estimator": ({}, "k3"),
+    "advantages.kl_over": ({}, "mean"),
     "trainer.total_updates": ({}, 9),
     "agm.first_level": ({}, 2),
 }

@@ -123,3 +123,12 @@ def gdpo_where(table, groups, weights, lengths, ddof=1):
         loud = len(own) > 1 and any(len(column) > 1 for column in columns)
         out.append(v if r is not None and loud else 0.0)
     return out
+
+
+def divergence(own, other, estimator, over):
+    """KL of the tokens of a response by J. Schulman's estimators, summed or averaged."""
+    total = 0.0
+    for mine, theirs in zip(own, other, strict=True):
+        x = mine - theirs
+        total += {"k1": x, "k2": x * x / 2, "k3": math.exp(-x) - 1 + x}[estimator]
+    return total if over == "sum" else total / max(1, len(own))

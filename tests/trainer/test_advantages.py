@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from hmpo.config import AdvantageConfig, PowerMeanConfig
+from hmpo.config import AdvantageConfig, PowerMeanConfig, RunConfig
 from hmpo.config.advantages import ESTIMATORS, OF_THE_BATCH
 from hmpo.errors import ConfigError
 from hmpo.rewards import Rewards
@@ -144,3 +144,50 @@ def test_rewards_below_zero_are_refused_where_the_estimator_divides_by_their_mea
     trainer.collector.rewards.functions["first"] = lambda **given: [-1.0] * 16
     with pytest.raises(ConfigError, match='expected none below 0 for "max_rl"'):
         trainer.begin_rollout(PROMPTS, {})
+
+
+@pytest.mark.parametrize("estimator", [None, "group", "rloo", "batch_std", "reinforce_pp"])
+@pytest.mark.parametrize("over", ["sum", "mean"])
+@pytest.mark.parametrize("kl", ["k1", "k2", "k3"])
+def test_a_kl_in_the_reward_is_that_of_the_loops(estimator: str | None, over: str, kl: str) -> None:
+    model, ref = in_float64(tiny_llama(seed=1)), in_float64(tiny_llama(seed=2))
+    shape = AdvantageConfig(estimator=estimator, kl_in_reward=0.3, kl_estimator=kl, kl_over=over)
+    settings = {"group_size": GROUP, "max_length": 6, "eos_token": (2, 7), "minibatches": 2}
+    config = PowerMeanConfig(**settings, advantages=shape)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    rewards = Rewards({"first": first}, on_error="skip")
+    trainer = PowerMeanTrainer(model, ref.requires_grad_(False), optimizer, config, rewards)
+    trainer.begin_rollout(PROMPTS, {})
+    batch = trainer.batch
+    assert batch is not None and batch.ref_logprobs is not None
+    given, divergences = [], []
+    for i, reward in enumerate(batch.rewards.tolist()):
+        mask = batch.rollout.response_mask[i]
+        own = batch.rollout.old_logprobs[i][mask].tolist()
+        other = batch.ref_logprobs[i][mask].tolist()
+        divergence = oracle.divergence(own, other, kl, over)
+        given.append(None if math.isnan(reward) else reward - 0.3 * divergence)
+        divergences.append(divergence)
+    groups, ones = [i // GROUP for i in range(len(given))], [1] * len(given)
+    expected = loops(estimator or "group_std", given, groups, ones, 1, None)
+    assert batch.advantages.tolist() == pytest.approx(expected, rel=1e-4, abs=1e-5)
+    record = trainer.next_update()
+    step_record("run", record)
+    kept = [(r, d) for r, d in zip(given, divergences, strict=True) if r is not None]
+    assert record["kl/in_reward"] == pytest.approx(sum(d for _, d in kept) / len(kept), rel=1e-5)
+    assert record["reward/less_kl"] == pytest.approx(sum(r for r, _ in kept) / len(kept), rel=1e-5)
+    plain = [r for r in batch.rewards.tolist() if not math.isnan(r)]
+    assert record["reward/mean"] == pytest.approx(sum(plain) / len(plain)), "the task's own"
+
+
+def test_a_kl_in_the_reward_needs_a_reference_and_an_estimator_that_bears_it() -> None:
+    model = tiny_llama()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    config = PowerMeanConfig(advantages=AdvantageConfig(kl_in_reward=0.3))
+    with pytest.raises(ConfigError, match=r"kl_in_reward: got 0.3 without a ref_model"):
+        PowerMeanTrainer(model, None, optimizer, config, first)
+    with pytest.raises(ConfigError, match="reference: got 'none'"):
+        RunConfig(advantages=AdvantageConfig(kl_in_reward=0.3))
+    for name in ("gdpo", "max_rl"):
+        with pytest.raises(ConfigError, match=f'expected 0 with estimator = "{name}"'):
+            AdvantageConfig(estimator=name, kl_in_reward=0.1)
