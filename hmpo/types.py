@@ -99,8 +99,8 @@ class Batch:
     rollout: Rollout
     rewards: Float[Tensor, " N"]
     """Total reward; NaN where it was dropped (and `advantages` is 0, `valid` False)."""
-    advantages: Float[Tensor, " N"]
-    """Group-relative advantages."""
+    advantages: Float[Tensor, " N"] | Float[Tensor, "N T"]
+    """One per response, or one per token."""
     valid: Bool[Tensor, " N"]
     """False for rows left out of the loss: dropped reward, masked truncation."""
     ref_logprobs: Float[Tensor, "N T"] | None = None
@@ -143,11 +143,15 @@ class Batch:
         if rollout.attended_mask is not None:
             parts["attended_mask"] = rollout.attended_mask[:, :length]
         ref = None if self.ref_logprobs is None else self.ref_logprobs[:, :length]
-        weights = self.weights
+        weights, advantages = self.weights, self.advantages
         if weights is not None and weights.ndim == 2:
             weights = weights[:, :length]
+        if advantages.ndim == 2:
+            advantages = advantages[:, :length]
         rollout = dataclasses.replace(rollout, **parts)
-        return dataclasses.replace(self, rollout=rollout, ref_logprobs=ref, weights=weights)
+        return dataclasses.replace(
+            self, rollout=rollout, advantages=advantages, ref_logprobs=ref, weights=weights
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,7 @@ def surrogate_advantages(
     logprobs: Float[Tensor, "N T"],
     old_logprobs: Float[Tensor, "N T"],
     mask: Bool[Tensor, "N T"],
-    advantages: Float[Tensor, " N"],
+    advantages: Float[Tensor, " N"] | Float[Tensor, "N T"],
     config: ObjectiveConfig,
     exponent: Float[Tensor, ""] | Float[Tensor, " N"] | None = None,
 ) -> Float[Tensor, "N T"]:
@@ -35,8 +35,8 @@ def surrogate_advantages(
         logprobs: log-probs of the response tokens under the policy (nat); no gradient is needed.
         old_logprobs: log-probs of the same tokens under the behaviour policy.
         mask: True on response tokens.
-        advantages: one per response.
-        config: the member of the family; `reduction` and `kl_coef` are left to the host. A band
+        advantages: one per response, or one per token as in `power_mean_loss`.
+        config: the member of the family; `reduction`, KL and entropy are left to the host. A band
             that depends on the minibatch is measured from these rows.
         exponent: overrides the config's exponents, as in `power_mean_loss`.
 
@@ -44,7 +44,8 @@ def surrogate_advantages(
         ShapeError: shapes or dtypes do not fit.
     """
     # with N = 1, length_sum gives each row the weight L_i
-    config = dataclasses.replace(config, reduction="length_sum", max_length=None, kl_coef=0.0)
+    alone = {"kl_coef": 0.0, "entropy_coef": 0.0, "entropy_target": None}
+    config = dataclasses.replace(config, reduction="length_sum", max_length=None, **alone)
     band = None
     if config.needs_band:
         inputs = (logprobs, old_logprobs, mask, advantages, config)

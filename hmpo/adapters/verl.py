@@ -163,7 +163,8 @@ def power_mean(
     Args:
         old_log_prob: log-probs of the response tokens under the old policy (nat).
         log_prob: the same under the policy; carries the gradient.
-        advantages: the same number on every token of a response.
+        advantages: the same number on every token of what a mean is taken of
+            (`policy_loss.segments`); any numbers where there is no mean.
         response_mask: True on response tokens.
         loss_agg_mode: verl's reduction, which must be that of the member.
         config: the actor's config; `config.global_batch_info` has the counts.
@@ -174,24 +175,24 @@ def power_mean(
 
     Raises:
         ConfigError: a setting contradicts the member, or a count is missing.
-        ShapeError: advantages vary within a response.
+        ShapeError: advantages vary within a mean.
     """
     if config is None:
         raise ConfigError("config: got None, expected verl's ActorConfig")
     objective = _objective(config, loss_agg_mode)
     mask = response_mask.bool()
-    row_advantages = _row_values(advantages, mask)
+    given = _own_advantages(advantages, mask, objective)
     weights = rollout_is_weights
     if weights is not None:
-        row_advantages, weights = _split_weights(row_advantages, weights, mask)
-    inputs = (log_prob, old_log_prob, mask, row_advantages, objective)
+        given, weights = _split_weights(given, weights, mask)
+    inputs = (log_prob, old_log_prob, mask, given, objective)
     denominators = _denominators(config, objective)
     loss = power_mean_loss(*inputs, weights=weights, denominators=denominators)
     fine = loss.detach().isfinite()
     if rollout_is_weights is not None:  # those of tokens reach the gradient and not the value
         fine = fine & (rollout_is_weights.isfinite() | ~mask).all()
     if not bool(fine):
-        _tell_bad_rows(log_prob, old_log_prob, mask, row_advantages, rollout_is_weights)
+        _tell_bad_rows(log_prob, old_log_prob, mask, given, rollout_is_weights)
     return loss * config.global_batch_info["dp_size"], _metrics(*inputs)
 
 
@@ -229,6 +230,9 @@ def _check_objective(objective: ObjectiveConfig) -> None:
         objective.kl_coef,
         "0, as verl adds the KL term itself: actor.use_kl_loss=true actor.kl_loss_coef=...",
     )
+    for name in ("entropy_coef", "entropy_target"):
+        value, expected = getattr(objective, name), "actor.entropy_coeff, by which verl adds it"
+        require(not value, f"policy_loss.{name}", value, expected)
     require(
         objective.clip_share is None,
         "policy_loss.clip_share",
@@ -287,18 +291,24 @@ def _denominators(config: ActorConfig, objective: ObjectiveConfig) -> Denominato
     )
 
 
-def _row_values(values: Tensor, mask: Tensor) -> Tensor:
-    """The one value of each row (0 for a row without tokens); NaN stays NaN."""
+def _own_advantages(values: Tensor, mask: Tensor, objective: ObjectiveConfig) -> Tensor:
+    """One advantage for each row (0 for a row without tokens), or those of the tokens as they are.
+
+    NaN stays NaN.
+    """
     low, high = _extremes(values, mask)
     rows = mask.any(1)
     varying = (high > low) & rows
-    if bool(varying.any()):
+    if not bool(varying.any()):
+        return torch.where(rows, high, torch.zeros_like(high))
+    if objective.has_mean and objective.segments == "response":
         raise ShapeError(
             f"advantages: got different values within {int(varying.sum())} of {len(values)} "
             "responses, expected one per response; use algorithm.adv_estimator=grpo (or rloo, "
-            "opo, gpg), not gae or an estimator with a baseline or a KL reward for each token"
+            "opo, gpg), not gae or an estimator with a baseline or a KL reward for each token; or "
+            "policy_loss.segments=token (turn, where they differ between turns only)"
         )
-    return torch.where(rows, high, torch.zeros_like(high))
+    return values
 
 
 def _extremes(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -312,7 +322,8 @@ def _split_weights(advantages: Tensor, weights: Tensor, mask: Tensor) -> tuple[T
     low, high = _extremes(weights, mask)
     alike = (low == high) & mask.any(1)
     rows = torch.where(alike, high, torch.ones_like(high))
-    return advantages * rows, torch.where(alike[:, None], torch.ones_like(weights), weights)
+    own = rows if advantages.ndim == 1 else rows[:, None]
+    return advantages * own, torch.where(alike[:, None], torch.ones_like(weights), weights)
 
 
 def _tell_bad_rows(
@@ -326,8 +337,9 @@ def _tell_bad_rows(
         if values is not None and bool((bad := ~values.isfinite() & mask).any())
         for row, token in [bad.nonzero()[0].tolist()]
     ]
-    rows = (~advantages.isfinite()).nonzero().flatten().tolist()
-    named += [f"advantage of response {row}" for row in rows[:1]]
+    counted = mask if advantages.ndim == 2 else mask.any(1)
+    places = (~advantages.isfinite() & counted).nonzero().tolist()
+    named += [f"advantage of response {place[0]}" for place in places[:1]]
     reason = ", ".join(named) or "all inputs are finite, their product is not"
     logger.warning("%s: the loss of a micro-batch is not finite: %s", LOSS_MODE, reason)
 

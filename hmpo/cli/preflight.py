@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hmpo.config import RunConfig, TaskConfig
+from hmpo.config.advantages import refuse_unread_advantages
 from hmpo.config.places import is_path_name, located
 from hmpo.config.unread import refuse_unread_mismatch, refuse_unread_objective
 from hmpo.config.unread_run import refuse_unread_run
@@ -118,6 +119,7 @@ def refuse_parts(config: RunConfig, *, fresh: bool, run: Path | None = None) -> 
         if config.algorithm != "gspo":
             refuse_unread_objective(config.objective)
             refuse_unread_mismatch(config.mismatch)
+            refuse_unread_advantages(config.advantages, config.trainer.advantage_scale)
     if config.optimizer.name == "adamw8bit":
         require_installed("bitsandbytes", 'optimizer.name = "adamw8bit"', "quant")
     config = located(config)

@@ -92,7 +92,10 @@ NOT_SETTINGS = {
 
 NOT_MEMBERS = {
     "ppo": "grpo has its clip, with group advantages in place of a value model",
-    "rloo": "grpo with trainer.advantage_scale = 'none' is nearest",
+    "rloo": "reinforce with advantages.estimator = 'rloo' is it",
+    "gdpo": "any member with advantages.estimator = 'gdpo' is it",
+    "max_rl": "any member with advantages.estimator = 'max_rl' is it",
+    "reinforce_plus_plus": "grpo with advantages.estimator = 'reinforce_pp' is it",
     "dpo": "it learns from pairs, not from rewards",
     "gfpo": "grpo is nearest",
     "opmd": "grpo is nearest",

@@ -207,6 +207,16 @@ class ObjectiveConfig:
     """Per-token estimator of that KL (J. Schulman's names). k3+ has the value of k3 and the
     gradient of k2, which is that of the KL; k3, whose own gradient is not, is what the paper of
     GRPO has, and TRL."""
+    entropy_coef: float = 0.0
+    """Weight of an entropy bonus: the loss less this times the mean entropy (nat) of the policy,
+    weighted over tokens as `reduction` says. 0 has none. With `entropy_target` the start."""
+    entropy_target: float | None = None
+    """Entropy (nat, token mean) below which the coefficient rises by `entropy_coef_delta` an update
+    and acts, and above which it falls and does not (Skywork-OR1); None keeps it fixed."""
+    entropy_coef_delta: float = 0.005
+    """entropy_target: by how much the coefficient is moved after each update."""
+    entropy_coef_max: float = 1.0
+    """entropy_target: largest coefficient; the least is 0."""
     proximal_coef: float = 0.0
     """Weight of a penalty on the distance from the old policy; 0 has none."""
     proximal: Literal["k2", "pearson"] = "k2"
@@ -229,6 +239,7 @@ class ObjectiveConfig:
                 'a positive integer with reduction = "constant"',
             )
         require(math.isfinite(self.kl_coef) and self.kl_coef >= 0, "kl_coef", self.kl_coef, ">= 0")
+        self._check_entropy()
         self._check_clip()
         check_weight(self)
         self._check_exponent()
@@ -276,6 +287,21 @@ class ObjectiveConfig:
                 self.dual_clip,
                 "a ratio above 1" if masks else f"a ratio above the upper bound {high:g}",
             )
+
+    def _check_entropy(self) -> None:
+        """Ranges of the entropy bonus."""
+        coef, target, most = self.entropy_coef, self.entropy_target, self.entropy_coef_max
+        require(coef >= 0, "entropy_coef", coef, ">= 0")
+        require(target is None or target > 0, "entropy_target", target, "nats > 0")
+        require_positive("entropy_coef_delta", self.entropy_coef_delta)
+        require_positive("entropy_coef_max", most)
+        fits = target is None or coef <= most
+        require(fits, "entropy_coef", coef, f"at most entropy_coef_max = {most}")
+
+    @property
+    def has_entropy_bonus(self) -> bool:
+        """Whether the loss may have an entropy term."""
+        return self.entropy_coef > 0 or self.entropy_target is not None
 
     def _check_exponent(self) -> None:
         """Exponent sources that would be without effect."""

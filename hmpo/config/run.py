@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from hmpo.config.advantages import AdvantageConfig
 from hmpo.config.checks import within_reason
 from hmpo.config.control import ControlConfig
 from hmpo.config.distributed import DistributedConfig
@@ -277,7 +278,8 @@ class RunConfig:
     """The family's trainer, or the independent GSPO baseline."""
     reference: Literal["none", "start"] = "none"
     """Frozen reference policy: none, or a copy of the starting weights, kept in memory (under LoRA
-    of the adapters only). Needed by `objective.kl_coef`, and measured as `kl/ref` either way."""
+    of the adapters only). Needed by `objective.kl_coef` and `advantages.kl_in_reward`, and measured
+    as `kl/ref` either way."""
     threads: int = 0
     """CPU threads; 0 leaves torch's choice."""
     device: str = "auto"
@@ -296,6 +298,7 @@ class RunConfig:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    advantages: AdvantageConfig = field(default_factory=AdvantageConfig)
     mismatch: MismatchConfig = field(default_factory=MismatchConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
@@ -320,6 +323,12 @@ class RunConfig:
             "reference",
             self.reference,
             f'"start" with objective.kl_coef = {self.objective.kl_coef}',
+        )
+        require(
+            self.advantages.kl_in_reward == 0 or self.reference != "none",
+            "reference",
+            self.reference,
+            f'"start" with advantages.kl_in_reward = {self.advantages.kl_in_reward}',
         )
         total = self.trainer.total_updates
         ends = self.trainer.lr_schedule != "constant" and total is not None

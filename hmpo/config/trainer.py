@@ -5,6 +5,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from hmpo.config.advantages import AdvantageConfig, refuse_unread_advantages
 from hmpo.config.checks import within_reason
 from hmpo.config.objective import MismatchConfig, ObjectiveConfig
 from hmpo.config.unread import refuse_unread_mismatch, refuse_unread_objective
@@ -154,6 +155,8 @@ class PowerMeanConfig(TrainerConfig):
     objective: ObjectiveConfig | None = None
     """The whole objective; excludes the three short forms above. What its own settings leave
     without effect is refused where it differs from the member's values."""
+    advantages: AdvantageConfig = field(default_factory=AdvantageConfig)
+    """How rewards become advantages."""
     mismatch: MismatchConfig = field(default_factory=MismatchConfig)
     """Corrections where sampler and trainer disagree."""
 
@@ -172,6 +175,7 @@ class PowerMeanConfig(TrainerConfig):
             )
         objective = self.resolved_objective  # validates the short forms now, not at first use
         refuse_unread_objective(objective)
+        refuse_unread_advantages(self.advantages, self.advantage_scale)
         refuse_unread_mismatch(self.mismatch)
         require(
             objective.clip_share is None or self.updates_per_rollout > 1,

@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from hmpo.config.advantages import AdvantageConfig
 from hmpo.config.members import BY_NAME, gspo
 from hmpo.config.objective import ExponentConfig, MismatchConfig, ObjectiveConfig
 from hmpo.config.weight import WeightConfig
@@ -52,7 +53,9 @@ def refuse_unread_mismatch(mismatch: MismatchConfig) -> None:
     _refuse("mismatch.", mismatch, [MismatchConfig()], rules)
 
 
-def refuse_unread_by_gspo(objective: ObjectiveConfig, mismatch: MismatchConfig) -> None:
+def refuse_unread_by_gspo(
+    objective: ObjectiveConfig, mismatch: MismatchConfig, advantages: AdvantageConfig
+) -> None:
     """Refuse what the GSPO baseline does not read: all but the two bounds of its own clip.
 
     Raises:
@@ -66,10 +69,11 @@ def refuse_unread_by_gspo(objective: ObjectiveConfig, mismatch: MismatchConfig) 
         if name not in GSPO_READS:
             expected = f"{own[name]!r}, as {where} nothing reads it"
             require(value == own[name], f"objective.{name}", value, expected)
-    own = _flat(MismatchConfig())
-    for name, value in _flat(mismatch).items():
-        expected = f"{own[name]!r}, as {where} nothing reads it"
-        require(value == own[name], f"mismatch.{name}", value, expected)
+    for table, given in (("mismatch", mismatch), ("advantages", advantages)):
+        own = _flat(type(given)())
+        for name, value in _flat(given).items():
+            expected = f"{own[name]!r}, as {where} nothing reads it"
+            require(value == own[name], f"{table}.{name}", value, expected)
 
 
 def _presets() -> list[ObjectiveConfig]:
@@ -99,6 +103,8 @@ def _objective_rules(config: ObjectiveConfig) -> Iterator[Rule]:
     constant = config.reduction == "constant"
     yield ("max_length",), constant, f'reduction = "{config.reduction}"'
     yield ("kl_estimator",), config.kl_coef != 0, "kl_coef = 0"
+    adapted = ("entropy_coef_delta", "entropy_coef_max")
+    yield adapted, config.entropy_target is not None, "entropy_target unset"
     yield ("proximal",), config.proximal_coef != 0, "proximal_coef = 0"
 
 

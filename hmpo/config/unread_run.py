@@ -10,6 +10,7 @@ reads whatever the mode is.
 from collections.abc import Iterator
 
 from hmpo.config import RunConfig
+from hmpo.config.advantages import reads_deviation
 from hmpo.config.identity import has_schedule
 from hmpo.config.unread import Rule
 from hmpo.errors import require
@@ -47,8 +48,9 @@ def _rules(config: RunConfig) -> Iterator[tuple[str, *Rule]]:
     sgd, why = optimizer.name == "sgd", f'optimizer.name = "{optimizer.name}"'
     yield "optimizer", ("betas",), not sgd, why
     yield "optimizer", ("momentum",), sgd, why
-    scale = trainer.advantage_scale
-    yield "trainer", ("std_ddof",), scale == "std", f'trainer.advantage_scale = "{scale}"'
+    scale, name = trainer.advantage_scale, config.advantages.estimator
+    why = f'trainer.advantage_scale = "{scale}"' if name is None else f'estimator = "{name}"'
+    yield "trainer", ("std_ddof",), reads_deviation(config.advantages, scale), why
     schedule = 'trainer.lr_schedule = "constant" and no schedule of p'
     yield "trainer", ("total_updates",), has_schedule(config), schedule
     engine = config.rollout.engine

@@ -49,6 +49,7 @@ def one_pass(
     softcap: float | None = None,
     chunk: int = 512,
     with_entropy: bool = True,
+    entropy_weights: Float[Tensor, " n"] | None = None,
     tied: TiedGradient | None = None,
 ) -> OnePass:
     """Loss, log-probs and entropy of responses whose hidden states follow each other.
@@ -65,6 +66,8 @@ def one_pass(
         softcap: c of a model whose logits are c tanh(logits / c), or None.
         chunk: as in `head_logprobs`, unless a single response has more rows.
         with_entropy: False saves its part where nobody asks for it.
+        entropy_weights: constants; the loss is less by the sum of each times the entropy of its
+            row, gradient included. None, or without entropy: no such term.
         tied: takes the projection's gradient, where an `embed` of its own is sure to hand it on;
             elsewhere autograd adds the two.
 
@@ -88,6 +91,7 @@ def one_pass(
         loss_of=loss_of,
         plan=plan,
         tied=tied,
+        entropy_weights=entropy_weights if with_entropy else None,
         differentiate=torch.is_grad_enabled(),
     )
     return OnePass(*_OnePass.apply(hidden, weight, bias, targets, inputs))
@@ -126,6 +130,7 @@ class _Inputs:
     loss_of: BlockLoss
     plan: Plan
     tied: TiedGradient | None
+    entropy_weights: Tensor | None
     differentiate: bool
 
 
@@ -152,8 +157,12 @@ class _OnePass(torch.autograd.Function):
                 picked[rows], lse, entropy[rows] = head.fold(logits, y)
                 part, g = _block_gradient(inputs.loss_of, picked[rows], group)
                 loss += part
+                h = None
+                if inputs.entropy_weights is not None:
+                    h = -inputs.entropy_weights[rows].to(entropy.dtype)
+                    loss += h.dot(entropy[rows])
                 if differentiate and any(wanted):
-                    block = BackwardRows(x, y, lse, entropy[rows], g, h=None)
+                    block = BackwardRows(x, y, lse, entropy[rows], g, h)
                     _add(head, sums, logits, block, rows)
                 del logits  # oneDNN brings its own: never two at a time
         ctx.gradients = sums.like(weight, bias) if differentiate else None

@@ -9,6 +9,7 @@ is served as well; it is taken to be causal.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -130,6 +131,7 @@ def response_loss(
     temperature: float = 1.0,
     chunk: int = 512,
     counted: Bool[Tensor, "N T"] | None = None,
+    entropy_weights: Float[Tensor, "N T"] | None = None,
 ) -> ResponseLoss:
     """A loss that is a sum over responses, in one pass over the vocabulary where that saves work.
 
@@ -143,6 +145,8 @@ def response_loss(
         temperature: logits are divided by it first.
         chunk: rows of one block.
         counted: as in `token_logprobs`.
+        entropy_weights: constants; the loss is less by the sum of each times the entropy at its
+            token, gradient included. None for no such term.
     """
     policy = bare_policy(policy)
     lengths = _lengths(input_ids, attention_mask, response_length, counted)
@@ -152,7 +156,9 @@ def response_loss(
         states = response_states(policy, input_ids, attention_mask, response_length, tied)
         states, mask = _asked(states, mask, counted)
         targets = input_ids[:, -response_length:][mask]
-        options = {"temperature": temperature, "chunk": chunk}
+        weights = None if entropy_weights is None else entropy_weights[mask]
+        options: dict[str, Any] = {"temperature": temperature, "chunk": chunk}
+        options["entropy_weights"] = weights
         if states.split is not None and one_pass_serves(states.split.weight, lengths, chunk):
             result = _by_response(
                 states, targets, mask, loss_of, lengths=lengths, tied=tied, **options
@@ -176,6 +182,7 @@ def _by_response(
     *,
     temperature: float,
     chunk: int,
+    entropy_weights: Tensor | None,
     lengths: list[int],
     tied: TiedGradient | None,
 ) -> OnePass:
@@ -196,6 +203,7 @@ def _by_response(
         temperature=temperature,
         softcap=split.softcap,
         chunk=chunk,
+        entropy_weights=entropy_weights,
         tied=tied,
     )
     return OnePass(result.loss, _scattered(result.logprobs, mask), _scattered(result.entropy, mask))
@@ -209,12 +217,15 @@ def _all_then_loss(
     *,
     temperature: float,
     chunk: int,
+    entropy_weights: Tensor | None,
 ) -> OnePass:
     """Loss, log-probs and entropy (N, T), the loss of all log-probs at once."""
     picked, entropy = _of_states(states, targets, temperature=temperature, chunk=chunk)
     logprobs = _scattered(picked, mask)
     with torch.autocast(mask.device.type, enabled=False):
         loss = loss_of(logprobs, slice(0, len(mask)))
+        if entropy_weights is not None:
+            loss = loss - entropy_weights.to(entropy.dtype).dot(entropy)
     return OnePass(loss, logprobs, _scattered(entropy, mask))
 
 

@@ -18,26 +18,17 @@ Statistics of the batch are over its responses, or over their tokens where `leng
 in verl.
 """
 
-from typing import Literal, NamedTuple, get_args
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from hmpo.config.advantages import ESTIMATORS, Estimator
 from hmpo.errors import ConfigError, NonFiniteError, ShapeError
 
-Estimator = Literal[
-    "group_std",
-    "group",
-    "batch_std",
-    "rloo",
-    "reinforce_pp",
-    "reinforce_pp_baseline",
-    "max_rl",
-    "pass_at_k",
-    "gdpo",
-]
-ESTIMATORS: tuple[str, ...] = get_args(Estimator)
+__all__ = ["ESTIMATORS", "Advantages", "Estimator", "estimate_advantages"]
 
 
 class Advantages(NamedTuple):
@@ -67,7 +58,7 @@ def estimate_advantages(
     groups: Int[Tensor, " N"],
     estimator: Estimator,
     *,
-    valid: Bool[Tensor, " N"] | None = None,
+    valid: Bool[Tensor, " N"] | Bool[Tensor, "N K"] | None = None,
     lengths: Int[Tensor, " N"] | None = None,
     weights: Float[Tensor, " K"] | None = None,
     std_ddof: Literal[0, 1] = 1,
@@ -79,7 +70,8 @@ def estimate_advantages(
         rewards: one per response, or one per response and reward function for `gdpo`.
         groups: which prompt each response answers, any integers.
         estimator: one of `ESTIMATORS`.
-        valid: False leaves a response out; only there may a reward be NaN or infinite.
+        valid: False leaves a response out; only there may a reward be NaN or infinite. `gdpo` takes
+            it for each reward, too: one left out is 0 in the sum, and in no statistic of its own.
         lengths: tokens per response, which then weigh it in statistics of the batch.
         weights: of the rewards of `gdpo`; None weighs all alike.
         std_ddof: 0 population, 1 unbiased standard deviation, of groups and batch.
@@ -92,19 +84,18 @@ def estimate_advantages(
     """
     if estimator not in ESTIMATORS:
         raise ConfigError(f"estimator: got {estimator!r}, expected one of {', '.join(ESTIMATORS)}")
-    if valid is None:
-        valid = torch.ones(len(rewards), dtype=torch.bool, device=rewards.device)
+    valid = torch.ones_like(groups, dtype=torch.bool) if valid is None else valid
     _check(rewards, groups, estimator, valid)
     table = rewards.detach().double().reshape(len(rewards), -1)
-    table = table.masked_fill(~valid.unsqueeze(1), 0)
+    given = valid.reshape(len(rewards), -1).expand_as(table)
+    table, valid = table.masked_fill(~given, 0), given.any(1)
     among = _Groups(groups, valid, std_ddof, tol)
     tokens = valid.double() if lengths is None else lengths.double() * valid
     if estimator == "gdpo":
-        shares = torch.ones(table.shape[1]) if weights is None else weights
-        parts = [among.scaled(column) for column in table.T]
-        total = torch.stack([w * x for w, x in zip(shares.tolist(), parts, strict=True)]).sum(0)
+        shares = [1.0] * table.shape[1] if weights is None else weights.tolist()
+        each = [_Groups(groups, column, std_ddof, tol) for column in given.T]
+        total, equal = _weighed_sum(each, table, shares)
         values = _whitened(total, tokens, std_ddof)
-        equal = torch.stack([among.equal(column) for column in table.T]).all(0)
     else:
         r = table[:, 0]
         values, equal = _one_reward(r, among, tokens, estimator, std_ddof), among.equal(r)
@@ -140,6 +131,15 @@ def _one_reward(r: Tensor, among: "_Groups", tokens: Tensor, estimator: str, ddo
     if estimator == "pass_at_k":
         return _ratio(among.lead(r), among.deviation(r)[among.index])
     return _whitened(r if estimator == "reinforce_pp" else centred, tokens, ddof)
+
+
+def _weighed_sum(
+    each: Sequence["_Groups"], table: Tensor, shares: Sequence[float]
+) -> tuple[Tensor, Tensor]:
+    """Sum of the scaled rewards of each column (N,), and the groups that are equal in all."""
+    columns = list(zip(each, table.T, shares, strict=True))
+    total = torch.stack([share * one.scaled(r) for one, r, share in columns]).sum(0)
+    return total, torch.stack([one.equal(r) for one, r, _ in columns]).all(0)
 
 
 class _Groups:
@@ -222,16 +222,20 @@ def _ratio(x: Tensor, y: Tensor) -> Tensor:
 
 def _check(rewards: Tensor, groups: Tensor, estimator: str, valid: Tensor) -> None:
     """Shapes, finite rewards, and rewards that an estimator is made for."""
-    shapes = {"groups": groups.shape, "valid": valid.shape}
-    for name, shape in shapes.items():
-        if shape != rewards.shape[:1]:
-            raise ShapeError(f"{name}: got {tuple(shape)}, expected {tuple(rewards.shape[:1])}")
+    known = {"groups": (groups, [rewards.shape[:1]])}
+    known["valid"] = (valid, [rewards.shape[:1], rewards.shape])
+    for name, (tensor, shapes) in known.items():
+        if tensor.shape not in shapes:
+            shape, expected = tuple(tensor.shape), tuple(shapes[0])
+            raise ShapeError(f"{name}: got {shape}, expected {expected}")
     if (rewards.ndim == 2) != (estimator == "gdpo"):
         expected = "(N, K)" if estimator == "gdpo" else "(N,)"
         raise ShapeError(f"rewards: got {tuple(rewards.shape)}, expected {expected}")
     counted = rewards[valid]
     if not bool(counted.isfinite().all()):
-        rows = (valid & ~rewards.reshape(len(rewards), -1).isfinite().all(1)).nonzero().flatten()
+        table = rewards.reshape(len(rewards), -1)
+        bad = valid.reshape(len(rewards), -1) & ~table.isfinite()
+        rows = bad.any(1).nonzero().flatten()
         raise NonFiniteError(
             f"rewards: got NaN or infinity in rows {rows[:8].tolist()}, expected finite rewards "
             "(set valid = False there to leave them out)"

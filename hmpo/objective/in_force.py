@@ -13,6 +13,7 @@ used, so their order does not matter.
 
 import dataclasses
 import logging
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,9 +24,11 @@ from torch import Tensor
 from hmpo.config.objective import ObjectiveConfig
 from hmpo.errors import ConfigError
 from hmpo.objective.calibration import ClipCalibration, scaled_bounds
+from hmpo.objective.entropy import EntropyCoefficient
 from hmpo.objective.exponent import ControllerExponent, exponent_in_force, exponent_source
 from hmpo.objective.loss import power_mean_loss
 from hmpo.objective.segments import turns_of
+from hmpo.objective.terms import advantages_of_rows
 from hmpo.types import Event, Metrics
 
 logger = logging.getLogger(__name__)
@@ -53,6 +56,7 @@ class ObjectiveInForce:
     ) -> None:
         self.source = exponent_source(objective, device, updates, per_rollout)
         self.calibration = ClipCalibration(objective)
+        self.entropy = EntropyCoefficient(objective)
         self.clip_scale = 1.0
         """Factor of a controller on the clip's log half-widths; not in the state."""
 
@@ -60,6 +64,8 @@ class ObjectiveInForce:
     def config(self) -> ObjectiveConfig:
         """The member in force; rewards, a calibration or a controller may move its bounds."""
         objective = self.calibration.apply(self.source.objective)
+        if self.entropy.adaptive:
+            objective = dataclasses.replace(objective, entropy_coef=self.entropy.value)
         return objective if self.clip_scale == 1 else scaled_bounds(objective, self.clip_scale)
 
     def at(self, update: int) -> tuple[ObjectiveConfig, Float[Tensor, ""] | None]:
@@ -76,11 +82,12 @@ class ObjectiveInForce:
         logprobs: Float[Tensor, "N T"],
         old_logprobs: Float[Tensor, "N T"],
         mask: Bool[Tensor, "N T"],
-        advantages: Float[Tensor, " N"],
+        advantages: Float[Tensor, " N"] | Float[Tensor, "N T"],
         *,
         update: int,
         rollout: int,
         staleness: int,
+        entropy: float = math.nan,
     ) -> tuple[Metrics, list[Event]]:
         """Learn from an update that was applied, given its whole minibatch.
 
@@ -88,25 +95,27 @@ class ObjectiveInForce:
             logprobs: of the response tokens when the update was computed (nat), detached.
             old_logprobs: of the same tokens under the behaviour policy.
             mask: True on response tokens that count.
-            advantages: one per response.
+            advantages: one per response, or one per token as in the loss.
             update: 0-based update.
             rollout: 0-based rollout that it learns from.
             staleness: updates since the weights that sampled.
+            entropy: token mean of the policy's (nat), which an adaptive bonus follows.
 
         Returns:
             Metrics of what was learned, and an event where the clip's half-widths settle.
         """
         config, exponent = self.at(update)
+        self.entropy.follow(entropy)
         log_ratio = torch.where(mask, logprobs - old_logprobs, torch.zeros_like(old_logprobs))
 
         def surrogate(p: Tensor) -> Tensor:
-            free = dataclasses.replace(config, kl_coef=0.0)
+            free = dataclasses.replace(config, kl_coef=0.0, entropy_coef=0.0)
             return power_mean_loss(logprobs, old_logprobs, mask, advantages, free, exponent=p)
 
-        turns, rows, of_rows = turns_of(mask, config), mask, advantages
+        turns, rows = turns_of(mask, config), mask
+        of_rows = advantages_of_rows(advantages, mask, config, turns)
         if turns is not None:
             log_ratio, rows = turns.tokens(log_ratio), turns.mask
-            of_rows = turns.rows(advantages)
         learned = self.source.learn(log_ratio, rows, of_rows, surrogate)
         base = self.source.objective
         if base.clip_share is None:
@@ -152,9 +161,11 @@ class ObjectiveInForce:
         return {
             "exponent": self.source.state_dict(),
             "calibration": self.calibration.state_dict(),
+            **self.entropy.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue exactly where `state_dict` was taken."""
         self.source.load_state_dict(state["exponent"])
         self.calibration.load_state_dict(state["calibration"])
+        self.entropy.load_state_dict(state)

@@ -3,7 +3,7 @@
     d_it = log pi(y_it) - log pi_old(y_it)                              token log ratios
     J    = sum_i omega_i A_i M_p(clip(d_i; A_i))                        token clip
     J    = sum_i omega_i min(M_p(d_i) A_i, clip(M_p(d_i)) A_i)          sequence clip
-    loss = -J + kl_coef sum_i omega_i mean_t KL_it
+    loss = -J + kl_coef sum_i omega_i mean_t KL_it - entropy_coef sum_i omega_i mean_t H_it
 
 `power_mean_loss` is these lines; its symbols are functions of `hmpo.objective.terms`. Limits stand
 in two places, on tokens before the mean and on the mean, of which a setting uses one at most
@@ -43,6 +43,7 @@ from torch import Tensor
 from hmpo.config.objective import ObjectiveConfig
 from hmpo.errors import ConfigError
 from hmpo.objective.bounds import measure_band
+from hmpo.objective.entropy import entropy_bonus
 from hmpo.objective.exponent import exponent_in_force
 from hmpo.objective.metrics import objective_metrics
 from hmpo.objective.segments import exponent_by_turn, tokens_by_turn, turns_of
@@ -69,6 +70,7 @@ def power_mean_objective(
     config: ObjectiveConfig,
     *,
     ref_logprobs: Float[Tensor, "N T"] | None = None,
+    entropy: Float[Tensor, "N T"] | None = None,
     exponent: Float[Tensor, ""] | Float[Tensor, " N"] | None = None,
     weights: Float[Tensor, " N"] | Float[Tensor, "N T"] | None = None,
     denominators: Denominators | None = None,
@@ -83,6 +85,8 @@ def power_mean_objective(
         advantages: one per response, or per token: equal within a mean (`config.segments`).
         config: the member of the family.
         ref_logprobs: log-probs under the frozen reference; needed if `config.kl_coef` > 0.
+        entropy: of the policy at each token (nat); needed if `config.entropy_coef` > 0, and then
+            carries a gradient.
         exponent: overrides the config's exponents, for all rows or per row; differentiable.
         weights: constants (`hmpo.objective.mismatch`): one per response multiplies its advantage;
             one per token the gradient of its log-prob, not the value. 0 takes it out of the
@@ -95,31 +99,14 @@ def power_mean_objective(
 
     Raises:
         ShapeError: shapes or dtypes do not fit, or advantages vary within a segment.
-        ConfigError: `config.kl_coef` > 0 without `ref_logprobs`, or `config.needs_band` with
-            `denominators` and no `band`.
+        ConfigError: `config.kl_coef` > 0 without `ref_logprobs`, `config.entropy_coef` > 0 without
+            `entropy`, or `config.needs_band` with `denominators` and no `band`.
     """
-    loss = power_mean_loss(
-        logprobs,
-        old_logprobs,
-        mask,
-        advantages,
-        config,
-        ref_logprobs=ref_logprobs,
-        exponent=exponent,
-        weights=weights,
-        denominators=denominators,
-        band=band,
-    )
-    metrics = objective_metrics(
-        logprobs,
-        old_logprobs,
-        mask,
-        advantages,
-        config,
-        ref_logprobs=ref_logprobs,
-        exponent=exponent,
-        band=band,
-    )
+    inputs = (logprobs, old_logprobs, mask, advantages, config)
+    known = {"ref_logprobs": ref_logprobs, "exponent": exponent, "band": band}
+    more = {"entropy": entropy, "weights": weights, "denominators": denominators}
+    loss = power_mean_loss(*inputs, **known, **more)
+    metrics = objective_metrics(*inputs, **known)
     return ObjectiveOutput(loss=loss, metrics=metrics)
 
 
@@ -131,6 +118,7 @@ def power_mean_loss(
     config: ObjectiveConfig,
     *,
     ref_logprobs: Float[Tensor, "N T"] | None = None,
+    entropy: Float[Tensor, "N T"] | None = None,
     exponent: Float[Tensor, ""] | Float[Tensor, " N"] | None = None,
     weights: Float[Tensor, " N"] | Float[Tensor, "N T"] | None = None,
     denominators: Denominators | None = None,
@@ -148,11 +136,7 @@ def power_mean_loss(
     check_tokens(whole, exponent)
     measures_band = config.needs_band and band is None
     if measures_band and denominators is not None:
-        raise ConfigError(
-            "band: got None with denominators, expected minibatch_band(...) of the whole "
-            f"minibatch with clip_center = {config.clip_center!r}, "
-            f"clip_width = {config.clip_width!r}"
-        )
+        raise _no_band(config)
 
     turns = turns_of(mask, config)
     tokens = tokens_by_turn(whole, turns)
@@ -176,4 +160,14 @@ def power_mean_loss(
         loss = loss + config.proximal_coef * torch.dot(corrected, penalties)
     if config.kl_coef > 0:
         loss = loss + config.kl_coef * (omega * row_kl(whole, config)).sum()
+    if config.entropy_coef > 0:
+        loss = loss - entropy_bonus(entropy, mask, config, denominators)
     return loss
+
+
+def _no_band(config: ObjectiveConfig) -> ConfigError:
+    """What a part of a minibatch is told that cannot know the band of the whole."""
+    return ConfigError(
+        "band: got None with denominators, expected minibatch_band(...) of the whole "
+        f"minibatch with clip_center = {config.clip_center!r}, clip_width = {config.clip_width!r}"
+    )

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hmpo.config.objective import MismatchConfig
 from hmpo.objective.kl import exp_minus_tangent
-from hmpo.objective.masking import masked_difference, thinned
+from hmpo.objective.masking import masked_difference, thinned, without_padding
 
 SUM_LIMIT = 20.0
 """Largest |log rho| of a response (nat) whose exponential is taken."""
@@ -61,7 +61,7 @@ def on_policy_rows(
     logprobs: Float[Tensor, "N T"],
     sampling_logprobs: Float[Tensor, "N T"],
     mask: Bool[Tensor, "N T"],
-    advantages: Float[Tensor, " N"],
+    advantages: Float[Tensor, " N"] | Float[Tensor, "N T"],
     config: MismatchConfig,
 ) -> Bool[Tensor, " N"] | None:
     """False for responses that the off-policy mask leaves out; None if it is off.
@@ -70,12 +70,14 @@ def on_policy_rows(
         logprobs: log-probs of the response tokens by the policy in training (nat).
         sampling_logprobs: log-probs of the distribution that they were drawn from (nat).
         mask: True on response tokens.
-        advantages: one per response.
+        advantages: one per response; of one per token the mean counts.
         config: with `off_policy_low`.
     """
     if config.off_policy_low is None:
         return None
     log_mean = _token_mean(_log_rho(logprobs, sampling_logprobs, mask), mask)
+    if advantages.ndim == 2:
+        advantages = _token_mean(without_padding(advantages, mask), mask)
     return (advantages >= 0) | _inside(log_mean, config.off_policy_low, None)
 
 

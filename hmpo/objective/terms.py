@@ -21,7 +21,7 @@ from hmpo.objective.exponent import exponent_in_force
 from hmpo.objective.kl import token_kl
 from hmpo.objective.masking import masked_difference, scaled_gradient, without_padding
 from hmpo.objective.means import Exponent
-from hmpo.objective.segments import exponent_by_turn, tokens_by_turn, turns_of
+from hmpo.objective.segments import Turns, exponent_by_turn, tokens_by_turn, turns_of
 from hmpo.types import Band, Denominators, Tokens
 
 
@@ -104,6 +104,30 @@ def row_advantages(
     if advantages.ndim == 1:
         return advantages
     return advantages.sum(1) / mask.sum(1).clamp(min=1)
+
+
+def advantages_of_rows(
+    advantages: Float[Tensor, " N"] | Float[Tensor, "N T"],
+    mask: Bool[Tensor, "N T"],
+    config: ObjectiveConfig,
+    turns: Turns | None,
+) -> Float[Tensor, " M"]:
+    """One advantage for each row that the mean acts on: its own, or the mean of its tokens'.
+
+    Args:
+        advantages: one per response, or one per token.
+        mask: True on tokens that count.
+        config: the member of the family.
+        turns: the rows, where they are not the responses.
+
+    Raises:
+        ShapeError: advantages of tokens that share a mean differ.
+    """
+    if advantages.ndim == 1:
+        return advantages if turns is None else turns.rows(advantages)
+    whole = Tokens(logprobs=advantages, old_logprobs=advantages, mask=mask, advantages=advantages)
+    tokens = tokens_by_turn(whole, turns)
+    return row_advantages(segment_advantages(tokens, config, advantages.dtype), tokens.mask)
 
 
 def mean_ratios(

@@ -216,10 +216,15 @@ def trainer_config(config: RunConfig, **changes: Any) -> PowerMeanConfig | GSPOC
     if shared["total_updates"] is None and has_schedule(config):
         shared["total_updates"] = config.updates
     if config.algorithm == "gspo":
-        refuse_unread_by_gspo(config.objective, config.mismatch)
+        refuse_unread_by_gspo(config.objective, config.mismatch, config.advantages)
         bounds = {own: getattr(config.objective, name) for name, own in GSPO_READS.items()}
         return GSPOConfig(**bounds, **shared)
-    return PowerMeanConfig(objective=config.objective, mismatch=config.mismatch, **shared)
+    return PowerMeanConfig(
+        objective=config.objective,
+        advantages=config.advantages,
+        mismatch=config.mismatch,
+        **shared,
+    )
 
 
 def make_trainer(

@@ -17,7 +17,8 @@ class Evidence:
         """Count the rollout that a trainer has just begun."""
         batch, found = trainer.batch, trainer.rollout_metrics
         responses = len(batch.rewards)
-        informative = bool(((batch.advantages != 0) & batch.valid).any())
+        moved = (batch.advantages != 0).reshape(responses, -1).any(1)
+        informative = bool((moved & batch.valid).any())
         self.counts["rollouts"] += 1
         self.counts["informative"] += informative
         self.counts["responses"] += responses

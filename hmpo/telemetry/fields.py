@@ -111,6 +111,11 @@ _OPTIMIZER = (
         number("kl_loss", "1", "Its KL term, weighted by kl_coef."),
     ),
     *produced_by(
+        "trainer.power_mean",
+        number("entropy_loss", "1", "Its entropy term, -entropy_coef times the mean, if any."),
+        number("entropy_coef", "1", "Coefficient of the bonus at this update.", 0.0),
+    ),
+    *produced_by(
         "trainer",
         number("lr", "1", "Learning rate of parameter group 0.", 0.0, trl="learning_rate"),
         number("grad_norm", "1", "Global L2 norm before clipping.", 0.0, trl="grad_norm"),
@@ -247,6 +252,19 @@ _REWARD = (
     *produced_by(
         "trainer",
         share("adv/zero_frac", "Groups whose rewards are all equal.", trl="frac_reward_zero_std"),
+    ),
+    *produced_by(
+        "trainer.advantages",
+        number("kl/in_reward", "nat", "Response mean of the KL that kl_in_reward weighs."),
+        number("reward/less_kl", "1", "Mean reward less that; advantages are formed from it."),
+        count(
+            "adv/equal",
+            "Groups of two or more counted rewards, all equal (with a named estimator).",
+        ),
+        count("adv/single", "Groups with one counted reward (with a named estimator)."),
+        count("adv/empty", "Groups with none (with a named estimator)."),
+        count("adv/dropped", "Responses that the advantages leave out (with a named estimator)."),
+        count("adv/dead", "Groups whose advantages are all 0 (with a named estimator)."),
     ),
     *produced_by(
         "trainer.scored",

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from hmpo.config import TrainerConfig
@@ -153,7 +153,7 @@ class Trainer(ABC, Generic[C]):
         """Sample responses, score them, and form advantages."""
         with self.lag.sampling(self.rollouts, self.step):
             found = self.collector.collect(prompts, columns, index=self.rollouts, step=self.step)
-        advantages, zero_frac = self.advantages(found.rewards, found.valid)
+        advantages, told = self.advantages(found)
         weights, mismatch = self.corrections(found)
         self.batch = Batch(
             rollout=found.rollout,
@@ -166,7 +166,7 @@ class Trainer(ABC, Generic[C]):
         self.cursor = 0
         self.rollouts += 1
         self.lag.settle()
-        self.rollout_metrics = found.metrics | mismatch | {"adv/zero_frac": zero_frac}
+        self.rollout_metrics = found.metrics | mismatch | told
         self.samples = found.samples
         self.events += found.events
         self.totals["num_tokens"] += int(found.rollout.attention_mask.sum())
@@ -233,9 +233,9 @@ class Trainer(ABC, Generic[C]):
 
     @abstractmethod
     def advantages(
-        self, rewards: Float[Tensor, " N"], valid: Bool[Tensor, " N"]
-    ) -> tuple[Float[Tensor, " N"], float]:
-        """Advantages of a rollout's responses, and the share of groups without a signal."""
+        self, found: Collected
+    ) -> tuple[Float[Tensor, " N"] | Float[Tensor, "N T"], Metrics]:
+        """Advantages of a rollout's responses, and what they say of its groups."""
 
     def corrections(self, found: Collected) -> tuple[Tensor | None, Metrics]:
         """Weights (N,) or (N, T) where sampler and trainer may differ, and how much they do."""

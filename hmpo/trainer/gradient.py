@@ -1,5 +1,6 @@
 """The gradient of a minibatch, added up over micro-batches to exactly that of the whole."""
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ from hmpo.logprobs.responses import (
     token_logprobs_and_entropy,
 )
 from hmpo.models.policy import autocast
+from hmpo.objective.entropy import entropy_weights
 from hmpo.objective.loss import power_mean_loss
 from hmpo.objective.mismatch import join_weights, on_policy_rows
 from hmpo.objective.terms import count_denominators, minibatch_band
@@ -71,7 +73,8 @@ def accumulate(
     loss = MinibatchLoss(
         batch=batch,
         mask=mask,
-        objective=objective,
+        objective=dataclasses.replace(objective, entropy_coef=0.0),
+        entropy_weights=_entropy_weights(batch, mask, objective),
         exponent=exponent,
         mismatch=mismatch,
         denominators=denominators,
@@ -126,6 +129,9 @@ class MinibatchLoss:
     mismatch: MismatchConfig | None
     denominators: Denominators | None
     band: Band | None
+    entropy_weights: Tensor | None = None
+    """What the entropy at each token takes off the loss, where there is a bonus; the objective has
+    none then."""
 
     def of(self, new: Float[Tensor, "m T"], rows: Int[Tensor, " m"]) -> Float[Tensor, ""]:
         """The loss of the given rows, whose log-probs are `new`."""
@@ -173,6 +179,8 @@ def all_then_loss(
     """
     result = _training_forward(policy, loss.batch.select(rows), config, idle)
     part = loss.of(result.logprobs, rows)
+    if loss.entropy_weights is not None:
+        part = part - (loss.entropy_weights[rows] * result.entropy).sum()
     backward(part, due=not bool(idle.all()))
     return Part(
         rows=rows,
@@ -195,7 +203,7 @@ def by_response(
     The rows that have a gradient come first, in one pass over the vocabulary where that serves;
     then the loss of the idle ones, if there are any.
     """
-    parts, moving, still = [], rows[~idle], rows[idle]
+    parts, moving, still, weights = [], rows[~idle], rows[idle], loss.entropy_weights
     if len(moving):
         rollout = loss.batch.rollout.select(moving)
         with section("logprobs"), autocast(rollout.response_ids.device, config):
@@ -208,6 +216,7 @@ def by_response(
                 temperature=config.temperature,
                 chunk=config.logprob_chunk,
                 counted=rollout.counted,
+                entropy_weights=None if weights is None else weights[moving],
             )
         backward(trained.loss, due=True)
         parts.append(
@@ -239,25 +248,37 @@ def idle_rows(batch: Batch, objective: ObjectiveConfig) -> Bool[Tensor, " M"]:
     """Rows of a minibatch whose gradient is zero whatever the policy says of them.
 
     The surrogate of a response is multiplied by its advantage and weight, and what a clip band or
-    a denominator takes from other rows is constant. So without a KL term a row with advantage or
-    weight 0, or without a token that counts, adds nothing to any gradient. A penalty that does not
-    scale with the advantage draws at rows with advantage 0, too. If all rows are idle,
-    one is not called idle, so that every parameter gets its gradient of zeros, and an optimizer
-    with momentum moves as it would.
+    a denominator takes from other rows is constant. So without a KL or entropy term a row with
+    advantage or weight 0, or without a token that counts, adds nothing to any gradient. A penalty
+    that does not scale with the advantage draws at rows with advantage 0, too. If all rows are
+    idle, one is not called idle, so that every parameter gets its gradient of zeros, and an
+    optimizer with momentum moves as it would.
     """
     mask = batch.rollout.response_mask & batch.valid[:, None]
     drawn = objective.proximal_coef > 0 and objective.proximal == "k2"
-    idle = ~mask.any(1) if drawn else (batch.advantages == 0) | ~mask.any(1)
-    weights = batch.weights
-    if weights is not None:
-        weights = weights[:, None] if weights.ndim == 1 else weights
-        idle |= ((weights == 0) | ~mask).all(1)
-    if objective.kl_coef > 0:
+    idle = ~mask.any(1) if drawn else _zero_rows(batch.advantages, mask)
+    if batch.weights is not None:
+        idle |= _zero_rows(batch.weights, mask)
+    if objective.kl_coef > 0 or objective.entropy_coef > 0:
         return torch.zeros_like(idle)
     lengths = batch.rollout.extents
     shortest = torch.where(lengths > 0, lengths, lengths.max() + 1).argmin()
     spared = idle.all() & (torch.arange(len(idle), device=idle.device) == shortest)
     return idle & ~spared  # all on the device: nothing waits for it here
+
+
+def _entropy_weights(batch: Batch, mask: Tensor, objective: ObjectiveConfig) -> Tensor | None:
+    """What the entropy at each token of a whole minibatch weighs; None without a bonus."""
+    if objective.entropy_coef == 0:
+        return None
+    dtype = batch.rollout.old_logprobs.dtype
+    return entropy_weights(mask, objective, count_denominators(mask), dtype)
+
+
+def _zero_rows(factors: Tensor, mask: Tensor) -> Tensor:
+    """Rows whose every counted token has factor 0, or that have none; factors (M,) or (M, T)."""
+    factors = factors[:, None] if factors.ndim == 1 else factors
+    return ((factors == 0) | ~mask).all(1)
 
 
 def micro_batches(

@@ -15,7 +15,7 @@ One deviation: a group whose rewards are all equal has advantage 0, where the pa
 import math
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from hmpo.config import GSPOConfig
@@ -24,6 +24,7 @@ from hmpo.models.policy import autocast
 from hmpo.stopwatch import section
 from hmpo.trainer.base import Trainer
 from hmpo.trainer.learning import backward
+from hmpo.trainer.rollout import Collected
 from hmpo.trainer.rows import joined, rows_of_rank
 from hmpo.types import Batch, Metrics, MinibatchGradient, on_host
 
@@ -46,12 +47,10 @@ class GSPOTrainer(Trainer[GSPOConfig]):
         engine: draws the rollouts instead of `hmpo.sampling`.
     """
 
-    def advantages(
-        self, rewards: Float[Tensor, " N"], valid: Bool[Tensor, " N"]
-    ) -> tuple[Float[Tensor, " N"], float]:
+    def advantages(self, found: Collected) -> tuple[Float[Tensor, " N"], Metrics]:
         """Equation 4, one group after the other, on the host."""
         config, group, dead = self.config, self.config.group_size, 0
-        scores, counted = rewards.double().cpu(), valid.cpu()
+        scores, counted = found.rewards.double().cpu(), found.valid.cpu()
         advantages = torch.zeros_like(scores)
         for start in range(0, len(scores), group):
             scored = [x for x in scores[start : start + group].tolist() if math.isfinite(x)]
@@ -64,7 +63,7 @@ class GSPOTrainer(Trainer[GSPOConfig]):
             if config.advantage_scale == "std":
                 centred = centred / values.std(correction=config.std_ddof)
             advantages[rows] = centred
-        return advantages.to(rewards), dead * group / len(scores)
+        return advantages.to(found.rewards), {"adv/zero_frac": dead * group / len(scores)}
 
     def gradient(self, batch: Batch) -> MinibatchGradient:
         """Gradient of -J (equations 5 and 7) over one minibatch, in micro-batches."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from hmpo.config import HMPOConfig, PowerMeanConfig
@@ -17,12 +17,18 @@ from hmpo.engines.protocol import RolloutEngine
 from hmpo.environments import Environments
 from hmpo.errors import ConfigError
 from hmpo.models.chat import PromptOptions
-from hmpo.objective.advantages import group_advantages, zero_variance_groups
+from hmpo.objective.entropy import entropy_bonus
 from hmpo.objective.in_force import ObjectiveInForce
 from hmpo.objective.metrics import objective_metrics
 from hmpo.objective.mismatch import mismatch_metrics, mismatch_weights
 from hmpo.rewards import Rewards
 from hmpo.stopwatch import section
+from hmpo.trainer.advantages import (
+    AdvantageFn,
+    given_advantages,
+    refuse_beside_function,
+    rollout_advantages,
+)
 from hmpo.trainer.base import Trainer
 from hmpo.trainer.gradient import accumulate, idle_rows
 from hmpo.trainer.rollout import Collected
@@ -56,6 +62,8 @@ class PowerMeanTrainer(Trainer[PowerMeanConfig]):
         tools: functions that the policy may call, as TRL's.
         max_turns: most turns of a conversation; None is 16.
         engine: draws the rollouts instead of `hmpo.sampling` (`hmpo.engines`); None for that.
+        advantage_fn: forms the advantages of each rollout, one per response or one per token, as
+            from process rewards or a value model (`AdvantageFn`); None takes `config.advantages`.
 
     Example:
         trainer = HMPOTrainer(policy, None, optimizer, HMPOConfig(), reward_fn)
@@ -79,6 +87,7 @@ class PowerMeanTrainer(Trainer[PowerMeanConfig]):
         tools: Sequence[Callable[..., Any]] = (),
         max_turns: int | None = None,
         engine: RolloutEngine | None = None,
+        advantage_fn: AdvantageFn | None = None,
     ) -> None:
         device = next(policy_model.parameters()).device
         objective = config.resolved_objective
@@ -86,6 +95,14 @@ class PowerMeanTrainer(Trainer[PowerMeanConfig]):
             raise ConfigError(
                 f"kl_coef: got {objective.kl_coef} without a ref_model, expected a frozen "
                 "reference model, or kl_coef = 0"
+            )
+        if advantage_fn is not None:
+            refuse_beside_function(config)
+        self.advantage_fn = advantage_fn
+        if config.advantages.kl_in_reward > 0 and ref_model is None:
+            raise ConfigError(
+                f"kl_in_reward: got {config.advantages.kl_in_reward} without a ref_model, expected "
+                "a frozen reference model, or kl_in_reward = 0"
             )
         self.in_force = ObjectiveInForce(
             objective, device, config.total_updates, config.updates_per_rollout
@@ -124,20 +141,15 @@ class PowerMeanTrainer(Trainer[PowerMeanConfig]):
         return self.config.mismatch.recompute
 
     def advantages(
-        self, rewards: Float[Tensor, " N"], valid: Bool[Tensor, " N"]
-    ) -> tuple[Float[Tensor, " N"], float]:
-        """Group-relative advantages; a reward-adaptive exponent sees the rewards."""
-        config = self.config
-        advantages = group_advantages(
-            rewards,
-            config.group_size,
-            scale=config.advantage_scale,
-            std_ddof=config.std_ddof,
-            valid=valid,
-        )
-        self.in_force.observe(rewards[valid])
-        dead = zero_variance_groups(rewards, config.group_size, valid=rewards.isfinite())
-        return advantages, float(dead.double().mean())
+        self, found: Collected
+    ) -> tuple[Float[Tensor, " N"] | Float[Tensor, "N T"], Metrics]:
+        """As the settings say, or `advantage_fn`; a reward-adaptive exponent sees the rewards."""
+        if self.advantage_fn is None:
+            result = rollout_advantages(found, self.config)
+        else:
+            result = given_advantages(self.advantage_fn, found, self.objective, self.ranks)
+        self.in_force.observe(found.rewards[found.valid])
+        return result
 
     def corrections(self, found: Collected) -> tuple[Tensor | None, Metrics]:
         """Weights of a rollout where sampler and trainer may differ, and how much they do."""
@@ -173,7 +185,11 @@ class PowerMeanTrainer(Trainer[PowerMeanConfig]):
             metrics["update/idle_frac"] = idle_rows(batch, objective).double().mean()
             entropy = (gradient.entropy * mask).sum(dtype=torch.float64)
             metrics["entropy"] = entropy / metrics["n_tokens"].clamp(min=1)
+            if objective.has_entropy_bonus:
+                metrics["entropy_loss"] = -entropy_bonus(gradient.entropy, mask, objective, None)
             measured = on_host(metrics) | {"update/packed": float(gradient.packed)}
+            if objective.has_entropy_bonus:
+                measured["entropy_coef"] = objective.entropy_coef
         if not applied:
             return measured
         with section("objective"):
@@ -185,6 +201,7 @@ class PowerMeanTrainer(Trainer[PowerMeanConfig]):
                 update=self.step,
                 rollout=self.rollouts - 1,
                 staleness=self.staleness,
+                entropy=measured["entropy"],
             )
         self.events += events
         return measured | learned

@@ -163,6 +163,10 @@ class Collected:
     """Prompt, completion, reward and `finished` of each response."""
     events: list[Event]
     """Reward faults."""
+    by_function: dict[str, list[float]]
+    """Unweighted rewards by function, N each; NaN where one does not apply, or was dropped."""
+    weights: tuple[float, ...]
+    """Of these functions in the total."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -277,6 +281,8 @@ class Collector:
             samples=samples_of(scored),
             events=reward_events(scored.result, step)
             + environment_events(scored.conversations, step),
+            by_function=scored.result.by_function,
+            weights=self.rewards.weights,
         )
 
     def _refuse_with_engine(self) -> None:

@@ -27,7 +27,7 @@ from hmpo.adapters.trl.config import LOSS_TYPES
 from hmpo.adapters.trl.log import Rows, join_rows
 from hmpo.adapters.trl.trainer import PowerMeanGRPOConfig, PowerMeanGRPOTrainer
 from hmpo.config import to_dict
-from hmpo.errors import CheckpointError, ConfigError, NonFiniteError, ShapeError
+from hmpo.errors import CheckpointError, ConfigError, NonFiniteError
 from hmpo.objective.loss import power_mean_loss
 from hmpo.telemetry.records import decode, validate
 from hmpo.types import Denominators
@@ -364,14 +364,6 @@ def test_every_field_of_the_objective_is_in_force_or_refused(name: str) -> None:
 def test_another_configuration_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="expected a PowerMeanGRPOConfig"):
         PowerMeanGRPOTrainer("model", None, args=GRPOConfig(str(tmp_path), **PLAIN))
-
-
-def test_advantages_per_token_are_refused(tmp_path: Path) -> None:
-    trainer = make_trainer(str(tmp_path))
-    batch = with_old(trainer.model, make_batch())
-    batch["advantages"] = batch["advantages"][:, None].expand(-1, 10)
-    with pytest.raises((ShapeError, TypeError)):  # the latter from the shape hook of the tests
-        trl_gradient(trainer, batch)
 
 
 def test_one_update_per_generation_warns_that_p_is_without_effect(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ OWN: dict[str, tuple[dict[str, Any], Any]] = {
     "p_negative": ({}, 0.5),
     "clip_low": ({}, 0.1),
     "clip_high": ({}, 0.1),
+    "estimator": ({}, "group"),
     "exponent": ({}, {"kind": "linear", "end": 1.0, "updates": 2}),
     "qk_clip": ({}, False),
     "max_qk_score": ({}, 1e-4),
@@ -61,7 +62,8 @@ def observe(folder: Path, **settings: Any) -> tuple[Any, ...]:
     trainer.train()
     last = trainer.last_record
     files = sorted(path.name for path in folder.iterdir() if path.name == "telemetry.jsonl")
-    return before.tolist(), last["ratio/p"], last.get("qk/clipped_heads"), files
+    size = last["adv/abs_mean"]
+    return before.tolist(), last["ratio/p"], last.get("qk/clipped_heads"), files, size
 
 
 @pytest.fixture(scope="module")

@@ -285,6 +285,58 @@ def test_without_target_the_registered_loss_is_hmpo_with_its_values(case: Case) 
     assert_equal(through_verl(case, plain, parts=2), directly(case, members.hmpo()))
 
 
+@pytest.mark.parametrize("parts", [1, 4])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"segments": "token", "member": "grpo"},
+        {"segments": "turn"},
+        {"member": "cispo"},
+        {"member": "dppo_tv"},
+    ],
+)
+def test_advantages_of_tokens_are_used_as_they_are(case: Case, changes: dict, parts: int) -> None:
+    """Equal where they do not vary; else those that the objective has for them."""
+    loss = PowerMeanLossConfig(**changes)
+    objective = loss.objective()
+    generator = torch.Generator().manual_seed(5)
+    varying = torch.randn(8, 10, generator=generator, dtype=torch.float64)
+    if objective.segments == "turn":  # row 4 has two turns
+        varying = case.advantages[:, None].expand(8, 10).clone()
+        varying[4, 6:] = 0.3
+    weights = 0.5 + torch.rand(8, 10, generator=generator, dtype=torch.float64)
+    weights[2:5] = weights[2:5, :1]
+    for given in (None, weights):
+        value, gradient, count = 0.0, torch.zeros_like(case.logp), case.denominators
+        for rows in torch.arange(8).split(8 // parts):
+            leaf = case.logp[rows].clone().requires_grad_()
+            config = actor(loss)
+            config.global_batch_info.update(
+                dp_size=1, batch_num_tokens=count.tokens, global_batch_size=count.sequences
+            )
+            part, _ = power_mean(
+                old_log_prob=case.old[rows],
+                log_prob=leaf,
+                advantages=varying[rows],
+                response_mask=case.mask[rows],
+                loss_agg_mode=config.loss_agg_mode,
+                config=config,
+                rollout_is_weights=None if given is None else given[rows],
+            )
+            part.backward()
+            value, gradient[rows] = value + part.item(), leaf.grad
+        leaf = case.logp.clone().requires_grad_()
+        one, tokens = varying, None
+        if given is not None:
+            alike = (given == given[:, :1]).all(1)
+            one = varying * torch.where(alike, given[:, 0], 1.0)[:, None]
+            tokens = torch.where(alike[:, None], 1.0, given)
+        whole = power_mean_loss(leaf, case.old, case.mask, one, objective, weights=tokens)
+        whole.backward()
+        assert value == pytest.approx(whole.item(), abs=1e-13)
+        torch.testing.assert_close(gradient, leaf.grad, rtol=0, atol=1e-14)
+
+
 def test_advantages_that_vary_within_a_response_are_refused(case: Case) -> None:
     advantages = case.advantages[:, None] * case.mask
     advantages[1, 3] += 1e-3

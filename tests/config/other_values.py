@@ -7,7 +7,8 @@ OBJECTIVE = {
     "clip_center": "drift", "clip_share": 0.1, "clip_rollouts": 3, "sign_convention": "paper",
     "dual_clip": 3.0, "reduction": "token_mean", "max_length": 9, "kl_coef": 0.5,
     "kl_estimator": "k1", "token_clamp": 0.05, "segments": "turn", "proximal_coef": 0.5,
-    "proximal": "pearson",
+    "proximal": "pearson", "entropy_coef": 0.5, "entropy_target": 9.0,
+    "entropy_coef_delta": 0.5, "entropy_coef_max": 0.1,
 }  # fmt: skip
 """Fields of `ObjectiveConfig` but `name`, `exponent` and `weight`."""
 
@@ -29,6 +30,12 @@ MISMATCH = {
     "sequence_low": 0.5, "sequence_high": 2.0, "off_policy_low": 0.5,
 }  # fmt: skip
 """Fields of `MismatchConfig`."""
+
+ADVANTAGES = {
+    "estimator": "rloo", "over": "tokens", "kl_in_reward": 0.5, "kl_estimator": "k3",
+    "kl_over": "mean",
+}  # fmt: skip
+"""Fields of `AdvantageConfig`."""
 
 TRAINER = {
     "group_size": 8, "max_length": 9, "eos_token": 7, "pad_token": 3, "temperature": 0.5,

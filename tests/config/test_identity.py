@@ -38,9 +38,18 @@ OTHER = {
     "objective.weight.decay_negative": 1.0,
     "objective.proximal_coef": 0.5,
     "objective.proximal": "pearson",
+    "objective.entropy_coef": 0.01,
+    "objective.entropy_target": 0.3,
+    "objective.entropy_coef_delta": 0.01,
+    "objective.entropy_coef_max": 0.5,
     "task.environment": "a.py:A",
     "task.max_turns": 3,
     "eval.success": 0.5,
+    "advantages.estimator": "rloo",
+    "advantages.over": "tokens",
+    "advantages.kl_in_reward": 0.1,
+    "advantages.kl_estimator": "k3",
+    "advantages.kl_over": "mean",
     "rollout.lag": 2,
     "rollout.engine": "vllm",
     "rewards.options": {"exact.casefold": True},
@@ -53,6 +62,7 @@ OTHER = {
 }
 """For each setting that came or changed later, a value that is somebody's choice."""
 NEEDED = {
+    "advantages.kl_in_reward": ["reference=start"],
     "objective.token_clamp": ["objective.clip_level=sequence"],
     "rewards.options": ["rewards.functions=['exact']"],
 }

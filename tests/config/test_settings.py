@@ -205,6 +205,7 @@ def test_the_hash_covers_what_decides_the_numbers_and_nothing_else() -> None:
         "objective": {"p": 0.5},
         "trainer": {"seed": 3},
         "mismatch": {"recompute": True},
+        "advantages": {"estimator": "rloo"},
         "optimizer": {"lr": 0.5},
         "eval": {"every": 3},
         "agm": {"mode": "advise"},

@@ -7,6 +7,7 @@ import pytest
 
 from hmpo import members
 from hmpo.config import (
+    AdvantageConfig,
     ExponentConfig,
     GSPOConfig,
     HMPOConfig,
@@ -17,11 +18,12 @@ from hmpo.config import (
     TrainerConfig,
     WeightConfig,
 )
+from hmpo.config.advantages import ESTIMATORS, OF_THE_BATCH
 from hmpo.config.reading import run_config
 from hmpo.config.unread import GSPO_READS
 from hmpo.errors import ConfigError
 from hmpo.run.build import trainer_config
-from tests.config.other_values import EXPONENT, MISMATCH, OBJECTIVE, TRAINER, WEIGHT
+from tests.config.other_values import ADVANTAGES, EXPONENT, MISMATCH, OBJECTIVE, TRAINER, WEIGHT
 
 GSPO = {"algorithm": "gspo", "objective": {"member": "gspo"}}
 DECIDED = {"eos_token": (5,), "pad_token": 1, "seed": 4}
@@ -49,6 +51,7 @@ def test_the_walk_covers_every_field() -> None:
     assert EXPONENT.keys() == names(ExponentConfig) - {"allow_surrogate"}
     assert WEIGHT.keys() == names(WeightConfig)
     assert MISMATCH.keys() == names(MismatchConfig)
+    assert ADVANTAGES.keys() == names(AdvantageConfig)
     assert TRAINER.keys() == names(TrainerConfig)
 
 
@@ -84,6 +87,42 @@ def test_the_baseline_refuses_each_field_of_the_weight(name: str) -> None:
 def test_the_baseline_refuses_each_correction_of_mismatch(name: str) -> None:
     text = refusal(baseline(mismatch={name: MISMATCH[name]}))
     assert text.startswith(f"mismatch.{name}: got {MISMATCH[name]!r}")
+
+
+@pytest.mark.parametrize("name", ADVANTAGES)
+def test_the_baseline_refuses_each_setting_of_advantages(name: str) -> None:
+    text = refusal(baseline(advantages={name: ADVANTAGES[name]}))
+    assert text.startswith(f"advantages.{name}: got {ADVANTAGES[name]!r}")
+
+
+@pytest.mark.parametrize(
+    ("scale", "estimator", "fits"),
+    [
+        ("none", "group", True),
+        ("std", "group", True),
+        ("std", "rloo", True),
+        ("none", "group_std", False),
+        ("none", "rloo", False),
+    ],
+)
+def test_scale_and_estimator_may_not_contradict_each_other(
+    scale: str, estimator: str, fits: bool
+) -> None:
+    tables = {"trainer": {"advantage_scale": scale}, "advantages": {"estimator": estimator}}
+    config = run_config(tables)
+    if fits:
+        assert trainer_config(config, **DECIDED).advantages.estimator == estimator
+    else:
+        assert refusal(config, **DECIDED).startswith("trainer.advantage_scale: got 'none'")
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_what_is_counted_is_read_by_estimators_of_the_whole_rollout(estimator: str) -> None:
+    config = run_config({"advantages": {"estimator": estimator, "over": "tokens"}})
+    if estimator in OF_THE_BATCH:
+        assert trainer_config(config, **DECIDED).advantages.over == "tokens"
+    else:
+        assert refusal(config, **DECIDED).startswith("advantages.over: got 'tokens'")
 
 
 @pytest.mark.parametrize("algorithm", ["gspo", "power_mean"])

@@ -7,7 +7,7 @@ table in it has no entry. The settings of the controllers are walked over record
 
 from typing import Any
 
-from tests.config.other_values import EXPONENT, MISMATCH, OBJECTIVE, TRAINER, WEIGHT
+from tests.config.other_values import ADVANTAGES, EXPONENT, MISMATCH, OBJECTIVE, TRAINER, WEIGHT
 
 Case = tuple[dict[str, Any], Any]
 """What else is set, as `table__key`, and another value of the field."""
@@ -30,6 +30,7 @@ BY_REWARD = {"objective__member": "apmpo"}
 TIGHT = {"objective__clip_low": 0.01, "objective__clip_high": 0.01}
 MASKED = {"objective__member": "cispo", "objective__weight__bound": "mask"}
 GAMMA = {"objective__member": "vespo"}
+REFERENCE = {"reference": "start", "optimizer__lr": 0.05}
 NARROW = {"trainer__top_k": 4, "trainer__temperature": 1.5}
 WILD = {"optimizer__lr": 1e37, "trainer__qk_clip": False}
 """A learning rate at which nothing is finite."""
@@ -146,11 +147,20 @@ NEEDED: dict[str, dict[str, Any]] = {
     "objective.exponent.gamma": BY_REWARD,
     "objective.exponent.clip_gain": BY_REWARD,
     "objective.proximal": {"objective__proximal_coef": 0.5},
+    "objective.entropy_coef_delta": {"objective__entropy_target": 9.0},
+    "objective.entropy_coef_max": {
+        "objective__entropy_target": 9.0,
+        "objective__entropy_coef_delta": 0.5,
+    },
     "objective.weight.kind": MASKED | TIGHT,
     "objective.weight.level": {"objective__member": "cispo"},
     "objective.weight.bound": {"objective__member": "cispo", **TIGHT},
     "objective.weight.cap": {"objective__member": "cispo"},
     **{f"objective.weight.{name}": GAMMA for name in WEIGHT if "_" in name},
+    "advantages.over": {"advantages__estimator": "reinforce_pp"},
+    "advantages.kl_in_reward": REFERENCE,
+    "advantages.kl_estimator": REFERENCE | {"advantages__kl_in_reward": 0.5},
+    "advantages.kl_over": REFERENCE | {"advantages__kl_in_reward": 0.5},
     "mismatch.recompute": NARROW,
     "mismatch.correction": NARROW,
     "mismatch.level": NARROW | {"mismatch__correction": "truncate"},
@@ -193,6 +203,7 @@ def _cases() -> dict[str, Case]:
         "objective": OBJECTIVE | {"name": "mine"},
         "objective.exponent": EXPONENT | {"allow_surrogate": True},
         "objective.weight": WEIGHT,
+        "advantages": ADVANTAGES,
         "mismatch": MISMATCH,
         "trainer": TRAINER,
     }
@@ -224,6 +235,8 @@ UNREAD: dict[str, Case] = {
     "task.max_turns": ({}, 2),
     "objective.segments": ({}, "turn"),
     "objective.proximal": ({}, "pearson"),
+    "objective.entropy_coef_delta": ({}, 0.5),
+    "objective.entropy_coef_max": ({}, 0.5),
     "objective.weight.kind": ({}, "gamma"),
     "objective.weight.cap": ({}, 0.9),
     "optimizer.betas": (SGD, [0.5, 0.9]),
@@ -246,7 +259,11 @@ UNREAD: dict[str, Case] = {
     "optimizer.muon_update_scale": ({}, "original"),
     "optimizer.muon_per_head": ({}, True),
     "optimizer.muon_dtype": ({}, "bfloat16"),
-    "trainer.std_ddof": ({"trainer__advantage_scale": "none"}, 0),
+    "trainer.std_ddof": ({"advantages__estimator": "rloo"}, 0),
+    "trainer.advantage_scale": ({"advantages__estimator": "rloo"}, "none"),
+    "advantages.over": ({"advantages__estimator": "group_std"}, "tokens"),
+    "advantages.kl_estimator": ({}, "k3"),
+    "advantages.kl_over": ({}, "mean"),
     "trainer.total_updates": ({}, 9),
     "agm.first_level": ({}, 2),
 }

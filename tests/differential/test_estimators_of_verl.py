@@ -4,16 +4,24 @@ verl has advantages per token, equal in a response, and epsilons in denominators
 0 where it lets one: its whitening adds 1e-8 to the variance, of which the tolerance is.
 """
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("verl", reason="the peer verl is missing: make peers-test has it")
 
+from tensordict import TensorDict
+from verl import DataProto
 from verl.trainer.config import AlgoConfig
-from verl.trainer.ppo.core_algos import get_adv_estimator_fn
+from verl.trainer.ppo.core_algos import FixedKLController, agg_loss, get_adv_estimator_fn
 
+from hmpo.adapters.verl import AGGREGATION
+from hmpo.config import ObjectiveConfig
+from hmpo.objective.entropy import entropy_weights
 from hmpo.objective.estimators import estimate_advantages
+from tests.oracles import advantages as oracle
 
 GROUPS = torch.tensor([0, 0, 0, 1, 1, 1, 1, 2, 2, 3, 3, 3])
 REWARDS = torch.tensor([1.0, 0.0, 0.5, 0.0, 0.0, 1.0, 0.25, 1.0, 1.0, 0.0, 0.5, 0.0]).double()
@@ -92,3 +100,42 @@ def test_a_group_of_one_has_its_reward_in_verl_and_nothing_here():
     assert found[2, 0].item() == pytest.approx(0.5, rel=1e-5)
     ours = estimate_advantages(REWARDS, groups, "group_std")
     assert ours.values[2] == 0 and ours.single == 1
+
+
+@pytest.mark.parametrize(("kl", "name"), [("kl", "k1"), ("mse", "k2"), ("low_var_kl", "k3")])
+def test_a_kl_in_the_reward_is_that_of_verl(kl, name):
+    """verl takes it off each token, and an estimator of groups sums these; its k3 ends at 10."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what it imports of Ray is deprecated
+        from verl.trainer.ppo.ray_trainer import apply_kl_penalty
+    generator = torch.Generator().manual_seed(1)
+    old, ref = (0.3 * torch.randn(MASK.shape, generator=generator).double() for _ in range(2))
+    scores = torch.zeros(MASK.shape, dtype=torch.float64)
+    scores[torch.arange(12), LENGTHS - 1] = REWARDS
+    fields = {"response_mask": MASK.double(), "token_level_scores": scores}
+    fields |= {"old_log_probs": old, "ref_log_prob": ref}
+    data, _ = apply_kl_penalty(
+        DataProto(batch=TensorDict(fields, batch_size=[12])), FixedKLController(0.3), kl
+    )
+    kept = [
+        oracle.divergence(a[keep].tolist(), b[keep].tolist(), name, "sum")
+        for a, b, keep in zip(old, ref, MASK, strict=True)
+    ]
+    expected = REWARDS - 0.3 * torch.tensor(kept, dtype=torch.float64)
+    found = (data.batch["token_level_rewards"] * MASK).sum(1)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("reduction", AGGREGATION)
+def test_an_entropy_bonus_weighs_tokens_as_verl_does(reduction):
+    generator = torch.Generator().manual_seed(2)
+    entropy = torch.rand(MASK.shape, generator=generator).double()
+    length = {"max_length": 9} if reduction == "constant" else {}
+    config = ObjectiveConfig(entropy_coef=0.3, reduction=reduction, **length)
+    counts = {"batch_num_tokens": int(MASK.sum()), "global_batch_size": 12, "dp_size": 1}
+    counts |= {"loss_scale_factor": 9} if length else {}
+    other = agg_loss(
+        loss_mat=entropy, loss_mask=MASK.double(), loss_agg_mode=AGGREGATION[reduction], **counts
+    )
+    ours = (entropy_weights(MASK, config, None, torch.float64) * entropy).sum()
+    assert ours.item() == pytest.approx(0.3 * other.item(), rel=1e-7)

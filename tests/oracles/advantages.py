@@ -106,3 +106,29 @@ def gdpo(table, groups, weights, lengths, ddof=1):
     values = whiten(total, rows, lengths, ddof)
     silence = [None if row is None else tuple(row) for row in table]
     return silent(silence, groups, values)
+
+
+def gdpo_where(table, groups, weights, lengths, ddof=1):
+    """`gdpo` where a reward of None does not apply: 0 in its response's sum, in no statistic."""
+    alive = [None if all(v is None for v in row) else 0.0 for row in table]
+    total = [0.0] * len(table)
+    for k, weight in enumerate(weights):
+        column = [row[k] for row in table]
+        total = [t + weight * x for t, x in zip(total, grpo(column, groups, ddof), strict=True)]
+    values = whiten(total, alive, lengths, ddof)
+    out = []
+    for r, g, v in zip(alive, groups, values, strict=True):
+        own = members(groups, alive, g)
+        columns = [{table[j][k] for j in own} - {None} for k in range(len(weights))]
+        loud = len(own) > 1 and any(len(column) > 1 for column in columns)
+        out.append(v if r is not None and loud else 0.0)
+    return out
+
+
+def divergence(own, other, estimator, over):
+    """KL of the tokens of a response by J. Schulman's estimators, summed or averaged."""
+    total = 0.0
+    for mine, theirs in zip(own, other, strict=True):
+        x = mine - theirs
+        total += {"k1": x, "k2": x * x / 2, "k3": math.exp(-x) - 1 + x}[estimator]
+    return total if over == "sum" else total / max(1, len(own))

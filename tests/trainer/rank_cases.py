@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from hmpo.config import GSPOConfig, PowerMeanConfig, members
+from hmpo.config import AdvantageConfig, GSPOConfig, PowerMeanConfig, members
 from hmpo.config.objective import ExponentConfig, MismatchConfig, ObjectiveConfig
 from hmpo.models import character_tokenizer
 from hmpo.optim.param_groups import MuonWithAdamW, split_param_groups
@@ -35,12 +35,18 @@ MEMBERS: dict[str, dict[str, Any]] = {
     "learnable exponent": {"objective": ObjectiveConfig(exponent=ExponentConfig(kind="learnable"))},
     "calibrated clip": {"objective": ObjectiveConfig(clip_share=0.1)},
     "KL to a reference": {"objective": ObjectiveConfig(kl_coef=0.1)},
+    "entropy bonus": {
+        "objective": ObjectiveConfig(entropy_target=9.0, entropy_coef_delta=0.1),
+        "micro_batch_size": 4,
+    },
     "recomputed log-probs": {"mismatch": MismatchConfig(recompute=True), "micro_batch_size": 4},
     "truncated importance weights": {
         "top_k": 8,
         "mismatch": MismatchConfig(correction="truncate"),
     },
     "fewer rows than ranks": {"minibatches": 15},
+    "leave-one-out baselines": {"advantages": AdvantageConfig(estimator="rloo")},
+    "every reward by itself": {"advantages": AdvantageConfig(estimator="gdpo", over="tokens")},
     "masked truncation": {"mask_truncated": True, "advantage_scale": "none"},
 }
 
@@ -53,6 +59,7 @@ CASES = (
     "muon",
     "gspo, from its paper",
     "a module without a cache",
+    "advantages of tokens",
 )
 
 
@@ -62,6 +69,12 @@ def reward(prompts, completions, completion_ids, **columns) -> list[float | None
     values[1] = None
     values[6:9] = [1.0] * len(values[6:9])
     return values
+
+
+def by_place(rollout: Any, rewards: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """An advantage for each token: larger the later it stands, 0 for a whole response."""
+    place = torch.arange(rollout.response_ids.shape[1]) - 2.0
+    return (torch.where(valid, rewards, 0) - 2.0)[:, None].double() * place
 
 
 def trained(trainer: Any, rollouts: int = 2) -> dict[str, Any]:
@@ -127,6 +140,13 @@ def cases() -> dict[str, Any]:
     model = tiny_causal(seed=2).double()
     config = PowerMeanConfig(**BASE, qk_clip=False)
     made["a module without a cache"] = PowerMeanTrainer(model, None, adamw(model), config, reward)
+    model = llama()
+    config = PowerMeanConfig(
+        **BASE, objective=ObjectiveConfig(segments="token"), micro_batch_size=4
+    )
+    made["advantages of tokens"] = PowerMeanTrainer(
+        model, None, adamw(model), config, reward, advantage_fn=by_place
+    )
     return made
 
 

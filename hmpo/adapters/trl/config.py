@@ -30,6 +30,14 @@ REPLACED = {
 }
 """TRL's options that the objective takes the place of, and what says the same here."""
 
+ESTIMATORS = {
+    "group_std": ("sum_then_normalize", "group"),
+    "group": ("sum_then_normalize", "none"),
+    "batch_std": ("sum_then_normalize", "batch"),
+    "gdpo": ("normalize_then_sum", "group"),
+}
+"""TRL's `multi_objective_aggregation` and `scale_rewards` for each estimator that TRL has."""
+
 LOSS_TYPES = {
     "sequence_mean": "grpo",
     "token_mean": "dapo",
@@ -93,6 +101,14 @@ class PowerMeanGRPOConfig(GRPOConfig):
             "(JSON on the command line) of hmpo's ExponentConfig fields."
         },
     )
+    estimator: str | None = field(
+        default=None,
+        metadata={
+            "help": "Estimator of the advantages by hmpo's name, of those that TRL has: "
+            + ", ".join(ESTIMATORS)
+            + "; it sets scale_rewards and multi_objective_aggregation. Unset: as those say."
+        },
+    )
     qk_clip: bool = field(
         default=True,
         metadata={"help": "Scale down query and key weights whose attention logits are too large."},
@@ -129,6 +145,7 @@ class PowerMeanGRPOConfig(GRPOConfig):
         )
         if isinstance(self.objective, ObjectiveConfig):
             self.objective = to_dict(self.objective)
+        self._take_estimator()
         super().__post_init__()
         MuonClipConfig(max_qk_score=self.max_qk_score)
         read = self.qk_clip or self.max_qk_score == type(self).max_qk_score
@@ -136,6 +153,30 @@ class PowerMeanGRPOConfig(GRPOConfig):
         objective = self.resolved_objective
         self._check(objective)
         self._check_window(objective)
+
+    def _take_estimator(self) -> None:
+        """Put the estimator into TRL's own settings, which may not say another thing.
+
+        Raises:
+            ConfigError: one that TRL lacks, or that TRL's own settings contradict.
+        """
+        if self.estimator is None:
+            return
+        name = self.estimator
+        expected = f"one of {', '.join(ESTIMATORS)}, as TRL forms the advantages"
+        require(name in ESTIMATORS, "estimator", name, expected)
+        plain = {f.name: f.default for f in dataclasses.fields(GRPOConfig)}
+        settings = ("multi_objective_aggregation", "scale_rewards")
+        for setting, value in zip(settings, ESTIMATORS[name], strict=True):
+            if setting not in plain:
+                expected = f"it unset: this version of TRL has no {setting}"
+                require(value == "sum_then_normalize", "estimator", name, expected)
+                continue
+            given = getattr(self, setting)
+            given = {True: "group", False: "none"}.get(given, given)
+            expected = f'it unset with estimator = "{name}"'
+            require(given in (plain[setting], value), setting, given, expected)
+            setattr(self, setting, value)
 
     @property
     def resolved_objective(self) -> ObjectiveConfig:
@@ -189,6 +230,10 @@ class PowerMeanGRPOConfig(GRPOConfig):
     def _check(self, objective: ObjectiveConfig) -> None:
         """What TRL decides by other means, and settings without effect."""
         require(objective.kl_coef == 0, "kl_coef", objective.kl_coef, "0: TRL's `beta` weighs it")
+        for name, own in (("entropy_coef", "entropy_coef"), ("entropy_target", "entropy_target")):
+            value = getattr(objective, name)
+            expected = f"nothing inside objective: TRL's own `{own}` has the bonus"
+            require(not value, name, value, expected)
         if objective.reduction == "constant":
             expected = f"max_completion_length = {self.max_completion_length}, or nothing"
             same = objective.max_length == self.max_completion_length

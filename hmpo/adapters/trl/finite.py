@@ -36,7 +36,9 @@ def refuse_bad_tokens(bad: Bool[Tensor, "N T"], rows: Rows, update: int, acceler
     report = rows.logprobs.new_full((1, 5), -1.0, dtype=torch.float32)
     if bool(bad.any()):
         row, token = bad.nonzero()[0].tolist()
-        seen = (rows.logprobs[row, token], rows.old_logprobs[row, token], rows.advantages[row])
+        advantage = rows.advantages[row]
+        advantage = advantage if advantage.ndim == 0 else advantage[token]
+        seen = (rows.logprobs[row, token], rows.old_logprobs[row, token], advantage)
         report[0] = torch.tensor([row, token, *map(float, seen)], device=report.device)
     count = accelerator.num_processes
     for rank, (row, token, new, old, advantage) in enumerate(accelerator.gather(report).tolist()):

@@ -42,7 +42,8 @@ class Rows:
     logprobs: Float[Tensor, "N T"]
     old_logprobs: Float[Tensor, "N T"]
     mask: Bool[Tensor, "N T"]
-    advantages: Float[Tensor, " N"]
+    advantages: Float[Tensor, " N"] | Float[Tensor, "N T"]
+    """TRL's one per response, or one per token where something put them there."""
     entropy: Float[Tensor, "N T"]
     """Entropy of the policy at each token (nat)."""
     ref_logprobs: Float[Tensor, "N T"] | None = None

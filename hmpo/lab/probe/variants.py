@@ -79,7 +79,7 @@ def own_variant(
     objective: ObjectiveConfig, exponent: Float[Tensor, ""] | None, name: str = "this run"
 ) -> Variant:
     """The objective of a run as it stands at an update, without a KL term."""
-    objective = dataclasses.replace(objective, kl_coef=0.0)
+    objective = dataclasses.replace(objective, kl_coef=0.0, entropy_coef=0.0, entropy_target=None)
     p = None if exponent is None else float(exponent)
     return Variant(
         name=name, kind="own", objective=objective, exponent=p, p=_exponent(objective, p)
