@@ -54,13 +54,15 @@ def evaluations(folder: Path) -> dict[str, Any]:
 
 
 def keep_records(folder: Path, kept: Path) -> None:
-    """Copy a run's records; the temporary place that it ran in is left out."""
+    """Copy a run's records; the places of this machine are left out."""
     kept.mkdir(parents=True, exist_ok=True)
     for file in KEPT:
         shutil.copy(folder / file, kept / file)
     config = json.loads((kept / "config.json").read_text()) | {"out": "runs"}
     if "relative_to" in config:
         config["relative_to"] = ["examples"]
+    if config.get("rollout", {}).get("python"):
+        config["rollout"]["python"] = ".venv-vllm/bin/python"
     (kept / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 

@@ -32,6 +32,25 @@ def demo() -> str:
     return "\n".join([*lines, "", f"{trials} held-out prompts. {source(result)}"])
 
 
+def demo_engines() -> str:
+    """The demo by the own sampler and by a vLLM server."""
+    lines = [
+        "| rollouts drawn by | sampled, before | sampled, after | greedy, after | updates |",
+        "|---|---|---|---|---|",
+    ]
+    for name, title in (("demo", "hmpo's sampler"), ("demo_vllm", "vLLM")):
+        for row in load(name)["rows"]:
+            lines.append(
+                f"| {title}, seed {row['seed']} | {rate(row['before'], 'sampled')} | "
+                f"**{rate(row['after'], 'sampled')}** | {rate(row['after'], 'greedy')} | "
+                f"{row['updates']} |"
+            )
+    note = (
+        "512 held-out prompts, 95 % intervals over prompts; evaluations always use the own sampler."
+    )
+    return "\n".join([*lines, "", f"{note} {source(load('demo_vllm'))}"])
+
+
 def smollm2() -> str:
     """The two runs of SmolLM2."""
     results = {name: load(f"smollm2_{name}") for name in ("largest", "reasoning_gym")}
@@ -233,6 +252,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "calculator": calculator,
     "chat_math": chat_math,
     "demo": demo,
+    "demo_engines": demo_engines,
     "smollm2": smollm2,
     "agm_demos": agm_demos,
     "kill_and_resume": kill_and_resume,
