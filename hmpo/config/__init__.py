@@ -6,6 +6,7 @@ properties. `hmpo.config.reading` reads settings from TOML and JSON, `hmpo.confi
 when two runs are the same.
 """
 
+from hmpo.config.batch import BatchConfig
 from hmpo.config.control import ControlConfig
 from hmpo.config.distributed import DistributedConfig
 from hmpo.config.objective import ExponentConfig, MismatchConfig, ObjectiveConfig
@@ -26,6 +27,7 @@ from hmpo.config.trainer import GSPOConfig, HMPOConfig, PowerMeanConfig, Trainer
 from hmpo.config.weight import WeightConfig
 
 __all__ = [
+    "BatchConfig",
     "CheckpointConfig",
     "ControlConfig",
     "DistributedConfig",

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from hmpo.config.batch import BatchConfig
 from hmpo.config.checks import within_reason
 from hmpo.config.control import ControlConfig
 from hmpo.config.distributed import DistributedConfig
@@ -296,6 +297,7 @@ class RunConfig:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
     mismatch: MismatchConfig = field(default_factory=MismatchConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
@@ -337,6 +339,7 @@ class RunConfig:
             f"at most the {responses} responses of a rollout",
         )
         self.rollout.check(self.policy, self.task, self.trainer)
+        self.batch.check(self.task, responses)
         self.agm.check(self.algorithm, self.objective)
 
 

@@ -290,7 +290,8 @@ class Run:
             with section("sampling"):
                 examples = self.steering.examples()
                 columns = gather_columns(examples)
-            self.trainer.begin_rollout([example.prompt for example in examples], columns)
+            refill = self.steering.refill(lambda: self._asked() and self.stop.check())
+            self.trainer.begin_rollout([example.prompt for example in examples], columns, refill)
         self.evidence.note(self.trainer)
         self._report_rollout()
         self.files.lock.beat()
@@ -392,6 +393,7 @@ class Run:
         """The last record; gives what the run lacked to learn from."""
         step, skipped = self.trainer.step, self.trainer.totals["optim/skipped_total"]
         warning = self.evidence.warning(step, skipped)
-        end = end_record(self.files.run_id, step, status, reason=reason, warning=warning)
+        told = {"reason": reason, "warning": warning, "batch": self.evidence.sampling()}
+        end = end_record(self.files.run_id, step, status, **told)
         self.files.telemetry.write(end)
         return warning

@@ -1,14 +1,16 @@
 """What controllers decide, carried out in a run: learning rate, p, clip, batch, level, end."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from hmpo.agm.control import Control
 from hmpo.config import RunConfig
 from hmpo.errors import CheckpointError, require
 from hmpo.tasks import Example, Task, make_task
+from hmpo.tasks.base import gather_columns
 from hmpo.trainer.power_mean import PowerMeanTrainer
+from hmpo.trainer.refill import Refill
 from hmpo.types import Event
 
 
@@ -33,6 +35,8 @@ class Steering:
         """Prompts handed out so far."""
         self.prompts = config.prompts_per_rollout
         """Prompts of the next rollout."""
+        self._asked: list[int | None] = []
+        """Levels of the prompts of this rollout, in the order in which they were drawn."""
         settings = config.agm
         if settings.mode == "off" or "level" not in settings.controls:
             return
@@ -71,20 +75,47 @@ class Steering:
 
     def examples(self) -> list[Example]:
         """Prompts of the next rollout, those of the level below last."""
-        first, self.drawn = self.drawn, self.drawn + self.prompts
-        own = self._own_prompts()
+        self._asked = []
+        return self._next(self.prompts, self._own_prompts())
+
+    def refill(self, between: Callable[[], object]) -> Refill | None:
+        """What replaces prompts without a signal, by others of the present level; None for nothing.
+
+        Args:
+            between: called before each further attempt; may raise to leave the rollout.
+        """
+        if not self.config.batch.filter_groups:
+            return None
+
+        def draw(count: int) -> tuple[list[Any], Mapping[str, list[Any]]]:
+            between()
+            examples = self._next(count, count)
+            return [example.prompt for example in examples], gather_columns(examples)
+
+        return Refill(draw=draw, settings=self.config.batch)
+
+    def _next(self, count: int, own: int) -> list[Example]:
+        """The next prompts, the first `own` of them of the present level, the others of that below.
+
+        What was drawn counts for good: prompts that were replaced do not come again soon.
+        """
         found = []
-        for i in range(self.prompts):
+        for i in range(count):
             level = self.level if self.level is None or i < own else self.level - 1
             task = self.task if level is None else self.levels[level]
-            found.append(task.train(first + i))
+            found.append(task.train(self.drawn))
+            self._asked.append(level)
+            self.drawn += 1
         return found
 
     def note_rollout(self) -> None:
         """Count successes at the present level alone: those of an easier one are no evidence."""
         if self.level is None:
             return
-        rows = self.trainer.samples[: self._own_prompts() * self.config.trainer.group_size]
+        group, asked = self.config.trainer.group_size, self._asked
+        rows = [
+            row for i, row in enumerate(self.trainer.samples) if asked[i // group] == self.level
+        ]
         rewards = [row["reward"] for row in rows if row["reward"] == row["reward"]]
         self.trainer.rollout_metrics |= {
             "curriculum/level": self.level,

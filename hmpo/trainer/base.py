@@ -48,6 +48,7 @@ from hmpo.trainer.learning import (
 )
 from hmpo.trainer.prompts import Prompts, with_tokens
 from hmpo.trainer.rates import LearningRates
+from hmpo.trainer.refill import Refill
 from hmpo.trainer.rollout import Collected, Collector
 from hmpo.trainer.rows import minibatch_rows, refuse_different
 from hmpo.types import Batch, Event, Metrics, MinibatchGradient
@@ -149,10 +150,16 @@ class Trainer(ABC, Generic[C]):
 
     @differentiable()
     @section("rewards")  # less the sections inside: sampling and log-probs
-    def begin_rollout(self, prompts: Prompts, columns: Mapping[str, Sequence[Any]]) -> None:
-        """Sample responses, score them, and form advantages."""
+    def begin_rollout(
+        self,
+        prompts: Prompts,
+        columns: Mapping[str, Sequence[Any]],
+        refill: Refill | None = None,
+    ) -> None:
+        """Sample responses, score them, and form advantages; `refill` is dynamic sampling."""
+        place: Any = {"index": self.rollouts, "step": self.step}
         with self.lag.sampling(self.rollouts, self.step):
-            found = self.collector.collect(prompts, columns, index=self.rollouts, step=self.step)
+            found = self.collector.collect(prompts, columns, refill=refill, **place)
         advantages, zero_frac = self.advantages(found.rewards, found.valid)
         weights, mismatch = self.corrections(found)
         self.batch = Batch(
@@ -169,7 +176,7 @@ class Trainer(ABC, Generic[C]):
         self.rollout_metrics = found.metrics | mismatch | {"adv/zero_frac": zero_frac}
         self.samples = found.samples
         self.events += found.events
-        self.totals["num_tokens"] += int(found.rollout.attention_mask.sum())
+        self.totals["num_tokens"] += found.tokens
 
     @differentiable()
     def next_update(self) -> Metrics:
