@@ -30,25 +30,46 @@ class BatchConfig:
     attempt; 0 sets no limit."""
     max_responses: int = 0
     """filter_groups: most responses that a rollout draws; 0 sets no limit."""
+    prompt_records: bool = False
+    """Keep of each training prompt how often it was tried and right, and when last, in the
+    checkpoints and as `prompts.jsonl`. For tasks with a finite set of prompts."""
+    rest: int = 0
+    """Rollouts for which a prompt is passed over whose answers were all right or all wrong when it
+    was last asked; 0 passes over none. Keeps `prompt_records` too."""
 
     def __post_init__(self) -> None:
         within_reason(self)
         attempts = self.max_num_gen_batches
         require(attempts >= 1, "max_num_gen_batches", attempts, "an integer >= 1")
-        for name in ("max_tokens", "max_responses"):
+        for name in ("max_tokens", "max_responses", "rest"):
             value = getattr(self, name)
             require(value >= 0, name, value, "an integer >= 0")
 
-    def check(self, task: "TaskConfig", responses: int) -> None:
+    @property
+    def records_prompts(self) -> bool:
+        """Whether records of prompts are kept."""
+        return self.prompt_records or self.rest > 0
+
+    @property
+    def judges(self) -> bool:
+        """Whether groups are judged by their accuracy."""
+        return self.filter_groups or self.records_prompts
+
+    def check(self, task: "TaskConfig", responses: int, *, climbs: bool) -> None:
         """Refuse what does not go together.
 
         Args:
             task: of the run.
             responses: of a rollout without dynamic sampling.
+            climbs: whether a curriculum chooses the level.
 
         Raises:
             ConfigError: one line that names the setting.
         """
+        name = "rest" if self.rest else "prompt_records"
+        expected = "none with a curriculum, whose prompts are of several levels"
+        apart = not (climbs and self.records_prompts)
+        require(apart, f"batch.{name}", getattr(self, name), expected)
         if not self.filter_groups:
             return
         expected = "false with an environment, whose conversations are not drawn again"

@@ -339,7 +339,8 @@ class RunConfig:
             f"at most the {responses} responses of a rollout",
         )
         self.rollout.check(self.policy, self.task, self.trainer)
-        self.batch.check(self.task, responses)
+        climbs = self.agm.mode != "off" and "level" in self.agm.controls
+        self.batch.check(self.task, responses, climbs=climbs)
         self.agm.check(self.algorithm, self.objective)
 
 

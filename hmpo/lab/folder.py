@@ -36,6 +36,8 @@ class RunData:
     environment: Mapping[str, Any] = field(default_factory=dict)
     samples: tuple[Record, ...] = ()
     """Records of completions.jsonl, in the order of the file."""
+    prompts: tuple[Record, ...] = ()
+    """Records of prompts.jsonl."""
     events: tuple[Record, ...] = ()
     """Of the log, and what happened to one process alone, by step."""
     segments: tuple[Record, ...] = ()
@@ -102,6 +104,7 @@ def load_run(path: Path | str) -> RunData:
         config=config,
         environment=environment,
         samples=_read_samples(path / "completions.jsonl", notes),
+        prompts=_read_samples(path / "prompts.jsonl", notes),
         segments=segments,
         times=times,
         notes=tuple(notes),

@@ -123,7 +123,7 @@ def make_rewards(
         success=config.eval.success,
         max_steps=config.updates,
     )
-    if config.batch.filter_groups:
+    if config.batch.judges:
         signal_name(config.batch, [*rewards.functions])
     columns = [*task.train(0).columns, *([] if environments is None else [COLUMN])]
     rewards.refuse_missing(columns)

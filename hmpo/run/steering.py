@@ -7,6 +7,7 @@ from typing import Any
 from hmpo.agm.control import Control
 from hmpo.config import RunConfig
 from hmpo.errors import CheckpointError, require
+from hmpo.run.prompt_records import PromptRecords
 from hmpo.tasks import Example, Task, make_task
 from hmpo.tasks.base import gather_columns
 from hmpo.trainer.power_mean import PowerMeanTrainer
@@ -35,6 +36,8 @@ class Steering:
         """Prompts handed out so far."""
         self.prompts = config.prompts_per_rollout
         """Prompts of the next rollout."""
+        self.records = PromptRecords(config, task) if config.batch.records_prompts else None
+        """Of each prompt, where they are kept."""
         self._asked: list[int | None] = []
         """Levels of the prompts of this rollout, in the order in which they were drawn."""
         settings = config.agm
@@ -76,6 +79,8 @@ class Steering:
     def examples(self) -> list[Example]:
         """Prompts of the next rollout, those of the level below last."""
         self._asked = []
+        if self.records is not None:
+            self.records.begin()
         return self._next(self.prompts, self._own_prompts())
 
     def refill(self, between: Callable[[], object]) -> Refill | None:
@@ -103,13 +108,20 @@ class Steering:
         for i in range(count):
             level = self.level if self.level is None or i < own else self.level - 1
             task = self.task if level is None else self.levels[level]
-            found.append(task.train(self.drawn))
             self._asked.append(level)
-            self.drawn += 1
+            if self.records is None:
+                found.append(task.train(self.drawn))
+                self.drawn += 1
+                continue
+            example, self.drawn = self.records.next(self.drawn, self.trainer.rollouts)
+            found.append(example)
         return found
 
     def note_rollout(self) -> None:
         """Count successes at the present level alone: those of an easier one are no evidence."""
+        if self.records is not None:
+            self.records.note(self.trainer.samples, self.trainer.rollouts - 1)
+            self.trainer.rollout_metrics |= self.records.metrics()
         if self.level is None:
             return
         group, asked = self.config.trainer.group_size, self._asked
@@ -174,12 +186,13 @@ class Steering:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a bit-identical continuation needs, as plain values."""
-        return {
+        state = {
             "drawn": self.drawn,
             "prompts": self.prompts,
             "level": self.level,
             "control": None if self.control is None else self.control.state_dict(),
         }
+        return state if self.records is None else state | {"records": self.records.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue exactly where `state_dict` was taken, with what was set set again.
@@ -188,6 +201,8 @@ class Steering:
             CheckpointError: the run has controllers, and the state none of theirs.
         """
         self.drawn, self.prompts, self.level = state["drawn"], state["prompts"], state["level"]
+        if self.records is not None:
+            self.records.load_state_dict(state["records"])
         if self.control is None:
             return
         if state["control"] is None:

@@ -21,6 +21,10 @@ BATCH = produced_by(
     share("batch/kept_frac", "Of these, those whose group carries a signal."),
     count("batch/tokens", "Prompt and response tokens that were drawn for it."),
     flag("batch/full", "Whether as many carry a signal as the rollout asks prompts."),
+) + produced_by(
+    "run.prompt_records",
+    count("batch/rested", "Prompts that were passed over for this rollout, as they rest."),
+    count("batch/woken", "Prompts that were asked in spite of their rest, as none was left."),
 )
 
 EVALUATION = (

@@ -55,6 +55,8 @@ OTHER = {
     "batch.max_num_gen_batches": 3,
     "batch.max_tokens": 5000,
     "batch.max_responses": 5000,
+    "batch.prompt_records": True,
+    "batch.rest": 3,
 }
 """For each setting that came or changed later, a value that is somebody's choice."""
 NEEDED = {

@@ -100,6 +100,8 @@ RUN: dict[str, Case] = {
     "batch.max_num_gen_batches": (REFILLS, 2),
     "batch.max_tokens": (REFILLS, 1),
     "batch.max_responses": (REFILLS, 12),
+    "batch.prompt_records": (FROM_FILE, True),
+    "batch.rest": (FROM_FILE | {"rewards__functions": [f"{REWARDS}:ends_low"]}, 2),
     "eval.every": ({}, 1),
     "eval.prompts": ({"eval__every": 1}, 3),
     "eval.final_prompts": ({}, 2),
