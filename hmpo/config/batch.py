@@ -37,6 +37,10 @@ class BatchConfig:
     """Rollouts for which a prompt is passed over whose answers were all right or all wrong when it
     was last asked; 0 passes over none. Keeps `prompt_records` too."""
 
+    describe: bool = False
+    """Log what each rollout has to learn from (`signal/*`), and write the tokens that each update's
+    gradient came from most into `completions.jsonl`, for the report."""
+
     def __post_init__(self) -> None:
         within_reason(self)
         attempts = self.max_num_gen_batches
@@ -53,7 +57,7 @@ class BatchConfig:
     @property
     def judges(self) -> bool:
         """Whether groups are judged by their accuracy."""
-        return self.filter_groups or self.records_prompts
+        return self.filter_groups or self.records_prompts or self.describe
 
     def check(self, task: "TaskConfig", responses: int, *, climbs: bool) -> None:
         """Refuse what does not go together.

@@ -47,6 +47,7 @@ LATER = {
     "batch.max_responses": 0,
     "batch.prompt_records": False,
     "batch.rest": 0,
+    "batch.describe": False,
 }
 """Settings that came after runs had been made, each with the value that says nothing new: left out
 of the hash where they hold it, so that the hashes of those runs stay."""

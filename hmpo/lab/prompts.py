@@ -1,8 +1,9 @@
-"""What a report says of a run's training prompts, from prompts.jsonl."""
+"""What a report says of a run's training prompts and of the tokens that it learned from most."""
 
 from typing import Any
 
 from hmpo.lab.folder import RunData
+from hmpo.lab.settings import number
 
 
 def prompt_rows(run: RunData) -> list[tuple[str, str]]:
@@ -20,6 +21,30 @@ def prompt_rows(run: RunData) -> list[tuple[str, str]]:
     tries = sum(n for _, n in known)
     told = [(name, f"{n}, {100 * n / len(known):.0f} %") for name, n in rows.items()]
     return [*told, ("responses for each", f"{tries / len(known):.1f}")]
+
+
+def token_groups(run: RunData) -> list[dict[str, Any]]:
+    """The heaviest tokens of the first and of the last update that have some."""
+    found = [record for record in run.tokens if isinstance(record["heaviest"], list)]
+    groups = []
+    for record in found[:1] + found[1:][-1:]:
+        rows = [row for row in record["heaviest"] if isinstance(row, dict)]
+        shown = [
+            {
+                "before": str(row.get("before", "")),
+                "token": str(row.get("token", "")),
+                "weight": _number(row.get("weight")),
+                "share": _number(row.get("share")),
+                "reward": _number(row.get("reward")),
+            }
+            for row in rows
+        ]
+        groups.append({"step": record.get("step"), "rows": shown})
+    return groups
+
+
+def _number(value: Any) -> str:
+    return number(value) if isinstance(value, int | float) else str(value)
 
 
 def _counts(row: dict[str, Any]) -> tuple[int, int] | None:

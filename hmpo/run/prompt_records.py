@@ -6,6 +6,7 @@ that were all right or all wrong when they were last asked can be left to rest f
 
 import hashlib
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ from hmpo.errors import ConfigError
 from hmpo.rewards.messages import as_text
 from hmpo.tasks import Example, Task
 from hmpo.telemetry.secrets import mask_secrets
-from hmpo.trainer.refill import groups_with_signal, signal_name
+from hmpo.trainer.refill import judged
 
 PROMPTS = "prompts.jsonl"
 """Its name in a run's folder."""
@@ -63,7 +64,7 @@ class PromptRecords:
         settings = config.batch
         self.size = refuse_endless(settings, task)
         self.task, self.settings = task, settings
-        self.group, self.masks = config.trainer.group_size, config.trainer.mask_truncated
+        self.trainer, self.group = config.trainer, config.trainer.group_size
         self.success = 1.0 if settings.signal else config.eval.success
         self.table = Table()
         self._order: list[str] = []
@@ -126,23 +127,19 @@ class PromptRecords:
             samples: of all responses, as the trainer has them, rows of a prompt adjacent.
             rollout: that asked.
         """
-        name = signal_name(self.settings, [*samples[0]["rewards"]])
-        accuracy = [float(sample["rewards"][name]) for sample in samples]
+        found = judged(samples, self.settings, self.trainer)
         totals = [float(sample["reward"]) for sample in samples]
-        judged = [value == value and total == total for value, total in zip(accuracy, totals)]
-        counted = [ok and (s["finished"] or not self.masks) for ok, s in zip(judged, samples)]
-        alive = groups_with_signal(accuracy, counted, self.group)
-        scores = accuracy if self.settings.signal else totals
+        scores = found.accuracy if self.settings.signal else totals
         for n, key in enumerate(self._order):
             rows = range(n * self.group, (n + 1) * self.group)
-            known = [row for row in rows if judged[row]]
+            known = [row for row in rows if not math.isnan(scores[row] + totals[row])]
             fresh = PromptRecord(_end(samples[rows[0]]), 0, 0, 0, True)
             before = self._record(key) if key in self.table else fresh
             now = before._replace(
                 tries=before.tries + len(known),
                 successes=before.successes + sum(scores[row] >= self.success for row in known),
                 rollout=rollout,
-                signal=alive[n] or sum(counted[row] for row in rows) < 2,
+                signal=found.alive[n] or sum(found.counted[row] for row in rows) < 2,
             )
             self.table[key] = tuple(now)
 

@@ -11,7 +11,8 @@ from hmpo.run.prompt_records import PromptRecords
 from hmpo.tasks import Example, Task, make_task
 from hmpo.tasks.base import gather_columns
 from hmpo.trainer.power_mean import PowerMeanTrainer
-from hmpo.trainer.refill import Refill
+from hmpo.trainer.refill import Refill, judged
+from hmpo.trainer.signal import signal_metrics
 from hmpo.types import Event
 
 
@@ -38,6 +39,7 @@ class Steering:
         """Prompts of the next rollout."""
         self.records = PromptRecords(config, task) if config.batch.records_prompts else None
         """Of each prompt, where they are kept."""
+        trainer.notes_tokens = config.batch.describe
         self._asked: list[int | None] = []
         """Levels of the prompts of this rollout, in the order in which they were drawn."""
         settings = config.agm
@@ -122,6 +124,10 @@ class Steering:
         if self.records is not None:
             self.records.note(self.trainer.samples, self.trainer.rollouts - 1)
             self.trainer.rollout_metrics |= self.records.metrics()
+        if self.config.batch.describe:
+            settings, trainer = self.config.batch, self.trainer
+            alive = judged(trainer.samples, settings, self.config.trainer).alive
+            trainer.rollout_metrics |= signal_metrics(trainer.batch, alive)
         if self.level is None:
             return
         group, asked = self.config.trainer.group_size, self._asked

@@ -21,7 +21,21 @@ BATCH = produced_by(
     share("batch/kept_frac", "Of these, those whose group carries a signal."),
     count("batch/tokens", "Prompt and response tokens that were drawn for it."),
     flag("batch/full", "Whether as many carry a signal as the rollout asks prompts."),
-) + produced_by(
+)
+BATCH += produced_by(
+    "trainer.signal",
+    share("signal/dead_frac", "Prompts that were drawn whose accuracies are all equal."),
+    share("signal/duplicate_frac", "Responses that an earlier one of their group has already."),
+    number(
+        "signal/prompts_eff",
+        "1",
+        "exp of the entropy of the prompts' shares of sum |A|: how many carry the signal.",
+        0.0,
+    ),
+    share("signal/positive_frac", "Of the responses with advantage other than 0, those above."),
+    share("signal/positive_tokens_frac", "The same of their tokens."),
+)
+BATCH += produced_by(
     "run.prompt_records",
     count("batch/rested", "Prompts that were passed over for this rollout, as they rest."),
     count("batch/woken", "Prompts that were asked in spite of their rest, as none was left."),

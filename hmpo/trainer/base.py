@@ -55,12 +55,15 @@ from hmpo.types import Batch, Event, Metrics, MinibatchGradient
 
 logger = logging.getLogger(__name__)
 
-
 C = TypeVar("C", bound=TrainerConfig)
 
 
 class Trainer(ABC, Generic[C]):
     """The plumbing of `PowerMeanTrainer` and `GSPOTrainer`; see there for the arguments."""
+
+    notes_tokens = False
+    """Whether each update leaves the tokens that its gradient came from most in `heaviest`."""
+    heaviest: Sequence[dict[str, Any]] = ()
 
     def __init__(
         self,
@@ -195,6 +198,7 @@ class Trainer(ABC, Generic[C]):
             gradient = self.gradient(batch)
         self.ranks.add_gradients(p for p in self.policy.parameters() if p.requires_grad)
         check_gradients(self.optimizer)
+        self.heaviest = self.heaviest_tokens(batch, gradient) if self.notes_tokens else ()
         check = self._step_optimizer(batch, gradient)
         measured = self.measure(batch, gradient, applied=check.fault is None)
         record = self._record(check, measured)
@@ -247,6 +251,10 @@ class Trainer(ABC, Generic[C]):
     def corrections(self, found: Collected) -> tuple[Tensor | None, Metrics]:
         """Weights (N,) or (N, T) where sampler and trainer may differ, and how much they do."""
         return None, {}
+
+    def heaviest_tokens(self, batch: Batch, gradient: MinibatchGradient) -> list[dict[str, Any]]:
+        """The tokens that a minibatch's gradient comes from most; none where nobody knows."""
+        return []
 
     @abstractmethod
     def gradient(self, batch: Batch) -> MinibatchGradient:

@@ -147,6 +147,32 @@ def filled(
     )
 
 
+class Judged(NamedTuple):
+    """What samples say of the groups of a rollout."""
+
+    accuracy: list[float]
+    """NaN where there is none."""
+    counted: list[bool]
+    """Responses whose accuracy counts."""
+    alive: list[bool]
+    """By group, whether these differ."""
+
+
+def judged(
+    samples: Sequence[Mapping[str, Any]], settings: BatchConfig, config: TrainerConfig
+) -> Judged:
+    """The groups of all responses that were drawn, as the trainer keeps them in `samples`."""
+    name = signal_name(settings, [*samples[0]["rewards"]])
+    accuracy = [float(sample["rewards"][name]) for sample in samples]
+    counted = [
+        math.isfinite(value)
+        and math.isfinite(sample["reward"])
+        and (sample["finished"] or not config.mask_truncated)
+        for value, sample in zip(accuracy, samples)
+    ]
+    return Judged(accuracy, counted, groups_with_signal(accuracy, counted, config.group_size))
+
+
 def with_attempts(
     samples: list[dict[str, Any]], attempts: Sequence[int], rows: Int[Tensor, " M"] | None
 ) -> list[dict[str, Any]]:

@@ -57,6 +57,7 @@ OTHER = {
     "batch.max_responses": 5000,
     "batch.prompt_records": True,
     "batch.rest": 3,
+    "batch.describe": True,
 }
 """For each setting that came or changed later, a value that is somebody's choice."""
 NEEDED = {

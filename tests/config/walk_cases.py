@@ -100,6 +100,7 @@ RUN: dict[str, Case] = {
     "batch.max_num_gen_batches": (REFILLS, 2),
     "batch.max_tokens": (REFILLS, 1),
     "batch.max_responses": (REFILLS, 12),
+    "batch.describe": ({}, True),
     "batch.prompt_records": (FROM_FILE, True),
     "batch.rest": (FROM_FILE | {"rewards__functions": [f"{REWARDS}:ends_low"]}, 2),
     "eval.every": ({}, 1),
