@@ -7,6 +7,7 @@ when two runs are the same.
 """
 
 from hmpo.config.advantages import AdvantageConfig
+from hmpo.config.batch import BatchConfig
 from hmpo.config.control import ControlConfig
 from hmpo.config.distributed import DistributedConfig
 from hmpo.config.objective import ExponentConfig, MismatchConfig, ObjectiveConfig
@@ -28,6 +29,7 @@ from hmpo.config.weight import WeightConfig
 
 __all__ = [
     "AdvantageConfig",
+    "BatchConfig",
     "CheckpointConfig",
     "ControlConfig",
     "DistributedConfig",

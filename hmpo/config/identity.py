@@ -49,6 +49,14 @@ LATER = {
     "task.system": "",
     "task.template_options": {},
     "rewards.options": {},
+    "batch.filter_groups": False,
+    "batch.signal": "",
+    "batch.max_num_gen_batches": 10,
+    "batch.max_tokens": 0,
+    "batch.max_responses": 0,
+    "batch.prompt_records": False,
+    "batch.rest": 0,
+    "batch.describe": False,
 }
 """Settings that came after runs had been made, each with the value that says nothing new: left out
 of the hash where they hold it, so that the hashes of those runs stay."""

@@ -134,10 +134,9 @@ def _forget_old_defaults(data: Any) -> None:
     """
     if not isinstance(data, dict):
         return
-    objective = data.get("objective")
-    weightless = isinstance(objective, dict) and objective.get("kl_coef") == 0
-    if weightless and objective.get("kl_estimator") == "k3":
-        del objective["kl_estimator"]
+    objective, name, k3 = data.get("objective"), "kl_estimator", "k3"
+    if isinstance(objective, dict) and (objective.get("kl_coef"), k3) == (0, objective.get(name)):
+        del objective[name]
     if "attention" in (data.get("policy") or {}):
         return
     for name, defaults in OLD_DEFAULTS.items():

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from hmpo.config.advantages import AdvantageConfig
+from hmpo.config.batch import BatchConfig
 from hmpo.config.checks import within_reason
 from hmpo.config.control import ControlConfig
 from hmpo.config.distributed import DistributedConfig
@@ -299,6 +300,7 @@ class RunConfig:
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     advantages: AdvantageConfig = field(default_factory=AdvantageConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
     mismatch: MismatchConfig = field(default_factory=MismatchConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
@@ -346,6 +348,8 @@ class RunConfig:
             f"at most the {responses} responses of a rollout",
         )
         self.rollout.check(self.policy, self.task, self.trainer)
+        climbs = self.agm.mode != "off" and "level" in self.agm.controls
+        self.batch.check(self.task, responses, climbs=climbs)
         self.agm.check(self.algorithm, self.objective)
 
 

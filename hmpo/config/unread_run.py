@@ -57,6 +57,11 @@ def _rules(config: RunConfig) -> Iterator[tuple[str, *Rule]]:
     started, why = engine == "vllm", f'rollout.engine = "{engine}"'
     yield "rollout", ("python", "arguments"), started, why
     yield "rollout", ("timeout",), engine != "hmpo", why
+    filters, why = config.batch.filter_groups, "batch.filter_groups = false"
+    limits = ("max_num_gen_batches", "max_tokens", "max_responses")
+    yield "batch", limits, filters, why
+    why += ", no prompt_records, rest or describe"
+    yield "batch", ("signal",), config.batch.judges, why
     climbs = agm.mode == "apply" and "level" in agm.controls
     yield "agm", ("first_level",), climbs, 'agm.mode other than "apply", or no "level" in controls'
     yield "tracker", ("project", "name"), bool(config.sinks), "sinks = []"

@@ -35,7 +35,11 @@ class RunData:
     config: Mapping[str, Any] = field(default_factory=dict)
     environment: Mapping[str, Any] = field(default_factory=dict)
     samples: tuple[Record, ...] = ()
-    """Records of completions.jsonl, in the order of the file."""
+    """Responses of completions.jsonl, in the order of the file."""
+    tokens: tuple[Record, ...] = ()
+    """Records of it that say which tokens an update's gradient came from most."""
+    prompts: tuple[Record, ...] = ()
+    """Records of prompts.jsonl."""
     events: tuple[Record, ...] = ()
     """Of the log, and what happened to one process alone, by step."""
     segments: tuple[Record, ...] = ()
@@ -93,6 +97,7 @@ def load_run(path: Path | str) -> RunData:
     environment = _read_object(path / "environment.json", notes, needed=False)
     segments, times, own = _read_timing(path / "timing.jsonl", notes)
     log = read_run(present[0])
+    written = _read_samples(path / "completions.jsonl", notes)
     name = config.get("name")
     return RunData(
         path=path,
@@ -101,7 +106,9 @@ def load_run(path: Path | str) -> RunData:
         events=tuple(sorted((*log.events, *own), key=lambda record: record["step"])),
         config=config,
         environment=environment,
-        samples=_read_samples(path / "completions.jsonl", notes),
+        samples=tuple(record for record in written if "heaviest" not in record),
+        tokens=tuple(record for record in written if "heaviest" in record),
+        prompts=_read_samples(path / "prompts.jsonl", notes),
         segments=segments,
         times=times,
         notes=tuple(notes),

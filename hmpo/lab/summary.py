@@ -8,6 +8,7 @@ from typing import Any
 from hmpo.lab.folder import RunData, load_run
 from hmpo.lab.panels import STEP_PARTS
 from hmpo.lab.plots import interval
+from hmpo.lab.prompts import prompt_rows, token_groups
 from hmpo.lab.settings import by_section, flatten, number
 from hmpo.rewards.messages import as_text
 
@@ -47,6 +48,8 @@ def summarize(run: RunData, label: str) -> dict[str, Any]:
         "progress": _progress(run),
         "health": _health(run),
         "breakdown": breakdown(run),
+        "prompts": prompt_rows(run),
+        "tokens": token_groups(run),
         "events": [_event(record) for record in run.events[:EVENTS]],
         "events_left": max(0, len(run.events) - EVENTS),
         "samples": _samples(run),

@@ -15,6 +15,7 @@ FILES = (
     "telemetry.jsonl",
     "telemetry.jsonl.gz",
     "completions.jsonl",
+    "prompts.jsonl",
     "timing.jsonl",
     "environment.json",
     "report.html",

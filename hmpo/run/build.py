@@ -34,6 +34,7 @@ from hmpo.trainer.conversation_rewards import refuse_columns, with_environment
 from hmpo.trainer.gspo import GSPOTrainer
 from hmpo.trainer.power_mean import PowerMeanTrainer
 from hmpo.trainer.prompts import fit_prompts
+from hmpo.trainer.refill import signal_name
 
 Trainer = PowerMeanTrainer | GSPOTrainer
 
@@ -122,6 +123,8 @@ def make_rewards(
         success=config.eval.success,
         max_steps=config.updates,
     )
+    if config.batch.judges:
+        signal_name(config.batch, [*rewards.functions])
     columns = [*task.train(0).columns, *([] if environments is None else [COLUMN])]
     rewards.refuse_missing(columns)
     return rewards

@@ -1,5 +1,6 @@
 """Whether a run had anything to learn from; a run that had nothing ends well and says so."""
 
+from collections.abc import Mapping
 from typing import Any
 
 COUNTS = ("rollouts", "informative", "responses", "dropped", "truncated")
@@ -16,14 +17,40 @@ class Evidence:
     def note(self, trainer: Any) -> None:
         """Count the rollout that a trainer has just begun."""
         batch, found = trainer.batch, trainer.rollout_metrics
-        responses = len(batch.rewards)
-        moved = (batch.advantages != 0).reshape(responses, -1).any(1)
+        responses = len(trainer.samples)  # all that was drawn, as the metrics have it
+        moved = (batch.advantages != 0).reshape(len(batch.rewards), -1).any(1)
         informative = bool((moved & batch.valid).any())
         self.counts["rollouts"] += 1
         self.counts["informative"] += informative
         self.counts["responses"] += responses
         self.counts["dropped"] += round(found["reward/dropped"])
         self.counts["truncated"] += round(found["len/trunc_frac"] * responses)
+        if "batch/drawn" in found:
+            self._note_sampling(len(batch.rewards), responses, found)
+
+    def _note_sampling(self, kept: int, drawn: int, found: Mapping[str, float]) -> None:
+        """Count what dynamic sampling has drawn."""
+        prompts = round(found["batch/drawn"])
+        more = {
+            "prompts": prompts,
+            "trained": prompts * kept // drawn,
+            "tokens": round(found["batch/tokens"]),
+            "unfilled": int(not found["batch/full"]),
+        }
+        for name, value in more.items():
+            self.counts[name] = self.counts.get(name, 0) + value
+
+    def sampling(self) -> str:
+        """What dynamic sampling has drawn and kept, in one line; empty without it."""
+        found = self.counts
+        if "prompts" not in found:
+            return ""
+        prompts, trained = found["prompts"], found["trained"]
+        return (
+            f"dynamic sampling: trained on {trained} of {prompts} prompts drawn "
+            f"({100 * trained / prompts:.0f} %) with {found['tokens']} tokens; "
+            f"{found['unfilled']} of {found['rollouts']} rollouts were not filled"
+        )
 
     def warning(self, updates: int, skipped: int) -> str:
         """What the run lacked, and what to look at, in one line; empty where it had a signal.

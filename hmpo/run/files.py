@@ -41,6 +41,7 @@ from hmpo.run.environment import describe_environment
 from hmpo.run.folder import Place, refuse_foreign
 from hmpo.run.logs import load_fitting
 from hmpo.run.masked import as_stored, refuse_masked, with_masks
+from hmpo.run.prompt_records import PROMPTS, lines_of
 from hmpo.telemetry.careful import open_own
 from hmpo.telemetry.plain import json_ready
 from hmpo.telemetry.records import (
@@ -137,7 +138,7 @@ def sweep(folder: Path) -> None:
 
     What cannot be deleted does no harm: it is told, and left.
     """
-    names = ("config.json", "environment.json", "report.html")
+    names = ("config.json", "environment.json", "report.html", PROMPTS)
     for pattern in (".policy-*", *(f".{name}.tmp-*" for name in names)):
         for path in folder.glob(pattern):
             try:
@@ -388,3 +389,6 @@ class RunFiles:
         self.completions.flush()
         keep, folder = self.config.checkpoint.keep, self.folder / "checkpoints"
         save_checkpoint(folder, step, state, keep=keep, spare=best, config_hash=self.hash)
+        table = state.get("run", {}).get("steering", {}).get("records")
+        if table is not None:
+            write_atomic(self.folder / PROMPTS, "".join(f"{line}\n" for line in lines_of(table)))

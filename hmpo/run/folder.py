@@ -21,6 +21,7 @@ FILES = (
     "telemetry.jsonl.gz",
     "telemetry.csv",
     "completions.jsonl",
+    "prompts.jsonl",
     "timing.jsonl",
     "run.lock",
     "report.html",

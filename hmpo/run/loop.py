@@ -44,6 +44,7 @@ from hmpo.run.notebook import default_observer
 from hmpo.run.observer import Observer, RunResult
 from hmpo.run.restarted import ways_of_start
 from hmpo.run.result import write_policy
+from hmpo.run.samples import write_samples, write_tokens
 from hmpo.run.saving import Saver
 from hmpo.run.shared import SharedFiles
 from hmpo.run.signals import Stopped, StopRequest
@@ -290,7 +291,8 @@ class Run:
             with section("sampling"):
                 examples = self.steering.examples()
                 columns = gather_columns(examples)
-            self.trainer.begin_rollout([example.prompt for example in examples], columns)
+            refill = self.steering.refill(lambda: self._asked() and self.stop.check())
+            self.trainer.begin_rollout([example.prompt for example in examples], columns, refill)
         self.evidence.note(self.trainer)
         self._report_rollout()
         self.files.lock.beat()
@@ -302,19 +304,14 @@ class Run:
     @section("telemetry")
     def _report_rollout(self) -> None:
         """Write as many completions as the settings ask for, evenly over the rollout."""
-        trainer = self.trainer
         self.steering.note_rollout()
-        count = len(trainer.samples)
-        shown = min(self.config.samples, count)
-        for k in range(shown):
-            sample = trainer.samples[k * count // shown]
-            place = {"step": trainer.step, "rollout": trainer.rollouts - 1}
-            self.files.write_completion(place | sample)
+        write_samples(self.files, self.trainer, self.config.samples)
 
     @section("telemetry")
     def _report_update(self, record: dict[str, Any]) -> None:
         lists = {} if record["update_skipped"] else clip_lists(self.trainer.optimizer)
         self._publish(step_record(self.files.run_id, record | lists))
+        write_tokens(self.files, self.trainer, record)
 
     def _publish(self, record: dict[str, Any]) -> None:
         """Log a record, let the controllers see it as the log holds it, log their decision."""
@@ -392,6 +389,7 @@ class Run:
         """The last record; gives what the run lacked to learn from."""
         step, skipped = self.trainer.step, self.trainer.totals["optim/skipped_total"]
         warning = self.evidence.warning(step, skipped)
-        end = end_record(self.files.run_id, step, status, reason=reason, warning=warning)
+        told = {"reason": reason, "warning": warning, "batch": self.evidence.sampling()}
+        end = end_record(self.files.run_id, step, status, **told)
         self.files.telemetry.write(end)
         return warning

@@ -1,14 +1,18 @@
 """What controllers decide, carried out in a run: learning rate, p, clip, batch, level, end."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from hmpo.agm.control import Control
 from hmpo.config import RunConfig
 from hmpo.errors import CheckpointError, require
+from hmpo.run.prompt_records import PromptRecords
 from hmpo.tasks import Example, Task, make_task
+from hmpo.tasks.base import gather_columns
 from hmpo.trainer.power_mean import PowerMeanTrainer
+from hmpo.trainer.refill import Refill, judged
+from hmpo.trainer.signal import signal_metrics
 from hmpo.types import Event
 
 
@@ -33,6 +37,11 @@ class Steering:
         """Prompts handed out so far."""
         self.prompts = config.prompts_per_rollout
         """Prompts of the next rollout."""
+        self.records = PromptRecords(config, task) if config.batch.records_prompts else None
+        """Of each prompt, where they are kept."""
+        trainer.notes_tokens = config.batch.describe
+        self._asked: list[int | None] = []
+        """Levels of the prompts of this rollout, in the order in which they were drawn."""
         settings = config.agm
         if settings.mode == "off" or "level" not in settings.controls:
             return
@@ -71,20 +80,60 @@ class Steering:
 
     def examples(self) -> list[Example]:
         """Prompts of the next rollout, those of the level below last."""
-        first, self.drawn = self.drawn, self.drawn + self.prompts
-        own = self._own_prompts()
+        self._asked = []
+        if self.records is not None:
+            self.records.begin()
+        return self._next(self.prompts, self._own_prompts())
+
+    def refill(self, between: Callable[[], object]) -> Refill | None:
+        """What replaces prompts without a signal, by others of the present level; None for nothing.
+
+        Args:
+            between: called before each further attempt; may raise to leave the rollout.
+        """
+        if not self.config.batch.filter_groups:
+            return None
+
+        def draw(count: int) -> tuple[list[Any], Mapping[str, list[Any]]]:
+            between()
+            examples = self._next(count, count)
+            return [example.prompt for example in examples], gather_columns(examples)
+
+        return Refill(draw=draw, settings=self.config.batch)
+
+    def _next(self, count: int, own: int) -> list[Example]:
+        """The next prompts, the first `own` of them of the present level, the others of that below.
+
+        What was drawn counts for good: prompts that were replaced do not come again soon.
+        """
         found = []
-        for i in range(self.prompts):
+        for i in range(count):
             level = self.level if self.level is None or i < own else self.level - 1
             task = self.task if level is None else self.levels[level]
-            found.append(task.train(first + i))
+            self._asked.append(level)
+            if self.records is None:
+                found.append(task.train(self.drawn))
+                self.drawn += 1
+                continue
+            example, self.drawn = self.records.next(self.drawn, self.trainer.rollouts)
+            found.append(example)
         return found
 
     def note_rollout(self) -> None:
         """Count successes at the present level alone: those of an easier one are no evidence."""
+        if self.records is not None:
+            self.records.note(self.trainer.samples, self.trainer.rollouts - 1)
+            self.trainer.rollout_metrics |= self.records.metrics()
+        if self.config.batch.describe:
+            settings, trainer = self.config.batch, self.trainer
+            alive = judged(trainer.samples, settings, self.config.trainer).alive
+            trainer.rollout_metrics |= signal_metrics(trainer.batch, alive)
         if self.level is None:
             return
-        rows = self.trainer.samples[: self._own_prompts() * self.config.trainer.group_size]
+        group, asked = self.config.trainer.group_size, self._asked
+        rows = [
+            row for i, row in enumerate(self.trainer.samples) if asked[i // group] == self.level
+        ]
         rewards = [row["reward"] for row in rows if row["reward"] == row["reward"]]
         self.trainer.rollout_metrics |= {
             "curriculum/level": self.level,
@@ -143,12 +192,13 @@ class Steering:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a bit-identical continuation needs, as plain values."""
-        return {
+        state = {
             "drawn": self.drawn,
             "prompts": self.prompts,
             "level": self.level,
             "control": None if self.control is None else self.control.state_dict(),
         }
+        return state if self.records is None else state | {"records": self.records.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue exactly where `state_dict` was taken, with what was set set again.
@@ -157,6 +207,8 @@ class Steering:
             CheckpointError: the run has controllers, and the state none of theirs.
         """
         self.drawn, self.prompts, self.level = state["drawn"], state["prompts"], state["level"]
+        if self.records is not None:
+            self.records.load_state_dict(state["records"])
         if self.control is None:
             return
         if state["control"] is None:

@@ -67,6 +67,15 @@ class RowTask:
         """Number of held-out examples; they repeat beyond it."""
         return len(self._heldout)
 
+    @property
+    def train_size(self) -> int:
+        """Number of training examples, of which each comes once an epoch."""
+        return len(self._train)
+
+    def train_key(self, index: int) -> str:
+        """What tells the training example at `index` from others: its own prompt."""
+        return self._train[self._place(index)].key
+
     def train(self, index: int) -> Example:
         """Training example number `index` >= 0: a function of (seed, index) alone."""
         require_option(index >= 0, "index", index, "an integer >= 0")

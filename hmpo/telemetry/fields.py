@@ -10,7 +10,7 @@ M_p is the power mean of a response's token ratios.
 """
 
 from hmpo.telemetry.field import Field, count, flag, mapping, number, produced_by, share, text
-from hmpo.telemetry.run_fields import EVALUATION, TIMING
+from hmpo.telemetry.run_fields import BATCH, EVALUATION, TIMING
 
 GAP = "ratio/log_gap_mean"
 """The field that most controllers act on."""
@@ -56,6 +56,7 @@ _FRAME = (
         mapping("data", "Details of the event.", "event"),
         text("status", "completed, early_stop, interrupted or failed.", "end"),
         text("warning", "What the run lacked to learn from.", "end", required=False),
+        text("batch", "What dynamic sampling drew and kept.", "end", required=False),
         text("source", "Controller that decided.", "decision"),
         text("mode", "apply or advise.", "decision"),
         text("reason", "Why it was decided, or the run failed.", "decision", "end", required=False),
@@ -339,6 +340,7 @@ GROUPS: dict[str, tuple[Field, ...]] = {
     "Train/inference mismatch": _MISMATCH,
     "Advantages, rewards, responses": _REWARD,
     "Attention logits (QK-clip)": _QK,
+    "Which prompts are trained on ([batch])": BATCH,
     "Evaluation": EVALUATION,
     "Clock (timing.jsonl only)": TIMING,
 }

@@ -148,7 +148,7 @@ def decision_record(
 
 
 def end_record(
-    run_id: str, step: int, status: str, *, reason: str = "", warning: str = ""
+    run_id: str, step: int, status: str, *, reason: str = "", warning: str = "", batch: str = ""
 ) -> dict[str, Any]:
     """Last record of a run.
 
@@ -158,9 +158,10 @@ def end_record(
         status: completed, early_stop, interrupted or failed.
         reason: why it failed; secrets in it are masked.
         warning: what it lacked to learn from.
+        batch: what dynamic sampling drew and kept.
     """
     record = {"type": "end", "run_id": run_id, "step": step, "status": status}
-    told = mask_secrets({"reason": reason, "warning": warning})
+    told = mask_secrets({"reason": reason, "warning": warning, "batch": batch})
     return _checked(record | {name: without_addresses(text) for name, text in told.items() if text})
 
 

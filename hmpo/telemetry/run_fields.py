@@ -1,6 +1,6 @@
-"""Rows of the table of fields that only a whole run has: its evaluations, and the clock."""
+"""Rows of the table that only a whole run has: its batches, its evaluations, and the clock."""
 
-from hmpo.telemetry.field import Field, count, number, produced_by, share, text
+from hmpo.telemetry.field import Field, count, flag, number, produced_by, share, text
 
 
 def _judged(name: str, how: str) -> tuple[Field, ...]:
@@ -13,6 +13,33 @@ def _judged(name: str, how: str) -> tuple[Field, ...]:
         share(f"eval/{name}_high", "Upper end of the 95 % Wilson interval.", **eval_),
     )
 
+
+BATCH = produced_by(
+    "trainer.refill",
+    count("batch/attempts", "Times that prompts were drawn for this rollout."),
+    count("batch/drawn", "Prompts that were drawn for it; reward/*, success/*, len/* are of all."),
+    share("batch/kept_frac", "Of these, those whose group carries a signal."),
+    count("batch/tokens", "Prompt and response tokens that were drawn for it."),
+    flag("batch/full", "Whether as many carry a signal as the rollout asks prompts."),
+)
+BATCH += produced_by(
+    "trainer.signal",
+    share("signal/dead_frac", "Prompts that were drawn whose accuracies are all equal."),
+    share("signal/duplicate_frac", "Responses that an earlier one of their group has already."),
+    number(
+        "signal/prompts_eff",
+        "1",
+        "exp of the entropy of the prompts' shares of sum |A|: how many carry the signal.",
+        0.0,
+    ),
+    share("signal/positive_frac", "Of the responses with advantage other than 0, those above."),
+    share("signal/positive_tokens_frac", "The same of their tokens."),
+)
+BATCH += produced_by(
+    "run.prompt_records",
+    count("batch/rested", "Prompts that were passed over for this rollout, as they rest."),
+    count("batch/woken", "Prompts that were asked in spite of their rest, as none was left."),
+)
 
 EVALUATION = (
     *produced_by(

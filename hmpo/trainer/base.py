@@ -48,18 +48,22 @@ from hmpo.trainer.learning import (
 )
 from hmpo.trainer.prompts import Prompts, with_tokens
 from hmpo.trainer.rates import LearningRates
+from hmpo.trainer.refill import Refill
 from hmpo.trainer.rollout import Collected, Collector
 from hmpo.trainer.rows import minibatch_rows, refuse_different
 from hmpo.types import Batch, Event, Metrics, MinibatchGradient
 
 logger = logging.getLogger(__name__)
 
-
 C = TypeVar("C", bound=TrainerConfig)
 
 
 class Trainer(ABC, Generic[C]):
     """The plumbing of `PowerMeanTrainer` and `GSPOTrainer`; see there for the arguments."""
+
+    notes_tokens = False
+    """Whether each update leaves the tokens that its gradient came from most in `heaviest`."""
+    heaviest: Sequence[dict[str, Any]] = ()
 
     def __init__(
         self,
@@ -149,10 +153,16 @@ class Trainer(ABC, Generic[C]):
 
     @differentiable()
     @section("rewards")  # less the sections inside: sampling and log-probs
-    def begin_rollout(self, prompts: Prompts, columns: Mapping[str, Sequence[Any]]) -> None:
-        """Sample responses, score them, and form advantages."""
+    def begin_rollout(
+        self,
+        prompts: Prompts,
+        columns: Mapping[str, Sequence[Any]],
+        refill: Refill | None = None,
+    ) -> None:
+        """Sample responses, score them, and form advantages; `refill` is dynamic sampling."""
+        place: Any = {"index": self.rollouts, "step": self.step}
         with self.lag.sampling(self.rollouts, self.step):
-            found = self.collector.collect(prompts, columns, index=self.rollouts, step=self.step)
+            found = self.collector.collect(prompts, columns, refill=refill, **place)
         advantages, told = self.advantages(found)
         weights, mismatch = self.corrections(found)
         self.batch = Batch(
@@ -169,7 +179,7 @@ class Trainer(ABC, Generic[C]):
         self.rollout_metrics = found.metrics | mismatch | told
         self.samples = found.samples
         self.events += found.events
-        self.totals["num_tokens"] += int(found.rollout.attention_mask.sum())
+        self.totals["num_tokens"] += found.tokens
 
     @differentiable()
     def next_update(self) -> Metrics:
@@ -188,6 +198,7 @@ class Trainer(ABC, Generic[C]):
             gradient = self.gradient(batch)
         self.ranks.add_gradients(p for p in self.policy.parameters() if p.requires_grad)
         check_gradients(self.optimizer)
+        self.heaviest = self.heaviest_tokens(batch, gradient) if self.notes_tokens else ()
         check = self._step_optimizer(batch, gradient)
         measured = self.measure(batch, gradient, applied=check.fault is None)
         record = self._record(check, measured)
@@ -240,6 +251,10 @@ class Trainer(ABC, Generic[C]):
     def corrections(self, found: Collected) -> tuple[Tensor | None, Metrics]:
         """Weights (N,) or (N, T) where sampler and trainer may differ, and how much they do."""
         return None, {}
+
+    def heaviest_tokens(self, batch: Batch, gradient: MinibatchGradient) -> list[dict[str, Any]]:
+        """The tokens that a minibatch's gradient comes from most; none where nobody knows."""
+        return []
 
     @abstractmethod
     def gradient(self, batch: Batch) -> MinibatchGradient:

@@ -30,8 +30,9 @@ from hmpo.trainer.advantages import (
     rollout_advantages,
 )
 from hmpo.trainer.base import Trainer
-from hmpo.trainer.gradient import accumulate, idle_rows
+from hmpo.trainer.gradient import accumulate, idle_rows, token_weights
 from hmpo.trainer.rollout import Collected
+from hmpo.trainer.signal import heaviest
 from hmpo.types import Batch, Metrics, MinibatchGradient, on_host
 
 
@@ -167,6 +168,13 @@ class PowerMeanTrainer(Trainer[PowerMeanConfig]):
         return accumulate(
             self.policy, batch, self.config, objective, exponent, self.config.mismatch, self.ranks
         )
+
+    def heaviest_tokens(self, batch: Batch, gradient: MinibatchGradient) -> list[dict[str, Any]]:
+        """The tokens that a minibatch's gradient comes from most: w A, exact for each member."""
+        objective, exponent = self.in_force.at(self.step)
+        mismatch, tokenizer = self.config.mismatch, self.collector.tokenizer
+        weights = token_weights(batch, gradient.logprobs, objective, exponent, mismatch)
+        return heaviest(batch, weights, tokenizer)
 
     def measure(self, batch: Batch, gradient: MinibatchGradient, *, applied: bool) -> Metrics:
         """The objective over a whole minibatch, exact whatever the micro-batches."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from hmpo.config import TrainerConfig
@@ -16,7 +16,7 @@ from hmpo.config.rollout import COLDEST
 from hmpo.engines.check import refuse_other_weights
 from hmpo.engines.protocol import RolloutEngine
 from hmpo.environments import Environments
-from hmpo.errors import ConfigError
+from hmpo.errors import ConfigError, require
 from hmpo.logprobs.responses import token_logprobs
 from hmpo.models.chat import PromptOptions
 from hmpo.models.policy import autocast
@@ -29,6 +29,7 @@ from hmpo.stopwatch import section
 from hmpo.trainer.conversation import Conversations, converse
 from hmpo.trainer.conversation_rewards import environment_events, refuse_given, scored_parts
 from hmpo.trainer.prompts import Prompts
+from hmpo.trainer.refill import Columns, Refill, counted_rows, filled, with_attempts
 from hmpo.trainer.responses import completions_of, repeated_columns, reward_events
 from hmpo.trainer.rows import ALONE, joined, rows_of_rank
 from hmpo.trainer.sampled import EngineTurn, sampled
@@ -160,7 +161,9 @@ class Collected:
     metrics: Metrics
     """Metrics of the rollout by telemetry name."""
     samples: list[dict[str, Any]]
-    """Prompt, completion, reward and `finished` of each response."""
+    """Prompt, completion, reward and `finished` of each response that was drawn."""
+    tokens: int
+    """Of prompts and responses that were drawn."""
     events: list[Event]
     """Reward faults."""
     by_function: dict[str, list[float]]
@@ -229,7 +232,13 @@ class Collector:
         return next(self.policy.parameters()).device
 
     def collect(
-        self, prompts: Prompts, columns: Mapping[str, Sequence[Any]], *, index: int, step: int
+        self,
+        prompts: Prompts,
+        columns: Columns,
+        *,
+        index: int,
+        step: int,
+        refill: Refill | None = None,
     ) -> Collected:
         """One rollout.
 
@@ -238,26 +247,21 @@ class Collector:
             columns: per-prompt values handed to the reward function.
             index: of the rollout; together with the seed it fixes the randomness.
             step: updates done, for events.
+            refill: replaces prompts whose groups carry no signal; None for none.
+
+        Raises:
+            ConfigError: `refill` beside environments, or no reward function to judge by.
         """
         config = self.config
-        scored = sample_and_score(
-            self.policy,
-            prompts,
-            columns,
-            config=config,
-            options=self.options,
-            rewards=self.rewards,
-            group_size=config.group_size,
-            generator=keyed_generator(config.seed, "rollout", index),
-            tokenizer=self.tokenizer,
-            step=step,
-            reward_seed=keyed_seed(config.seed, "rewards", index),
-            prompt_options=self.prompt_options,
-            environments=self.environments,
-            ranks=self.ranks,
-            engine=None if self.engine is None else EngineTurn(self.engine, index),
-        )
-        rollout, rewards = scored.rollout, scored.rewards
+        talks = self.environments is not None
+        require(refill is None or not talks, "refill", refill, "None with an environment")
+        scored, rows, samples, batch = self._drawn(prompts, columns, index, step, refill)
+        tokens, by_function = int(scored.rollout.attention_mask.sum()), scored.result.by_function
+        rollout, rewards, valid = scored.rollout, scored.rewards, counted_rows(scored, config)
+        if rows is not None:
+            rollout, rewards, valid = rollout.select(rows), rewards[rows], valid[rows]
+            kept = rows.tolist()
+            by_function = {n: [v[i] for i in kept] for n, v in by_function.items()}
         if self.recomputes:
             rollout = dataclasses.replace(
                 rollout, old_logprobs=self._logprobs(self.policy, rollout)
@@ -269,20 +273,56 @@ class Collector:
                 rollout.response_mask,
                 rounded=self._rounded,
             )
-        valid = rewards.isfinite()
-        if config.mask_truncated:
-            valid = valid & rollout.finished
         return Collected(
             rollout=rollout,
             rewards=rewards,
             valid=valid,
             ref_logprobs=None if self.ref is None else self._logprobs(self.ref, rollout),
-            metrics=describe(scored, config.group_size, self.rewards.success),
-            samples=samples_of(scored),
+            tokens=tokens,
+            metrics=describe(scored, config.group_size, self.rewards.success) | batch,
+            samples=samples,
             events=reward_events(scored.result, step)
             + environment_events(scored.conversations, step),
-            by_function=scored.result.by_function,
+            by_function=by_function,
             weights=self.rewards.weights,
+        )
+
+    def _drawn(
+        self, prompts: Prompts, columns: Columns, index: int, step: int, refill: Refill | None
+    ) -> tuple[ScoredResponses, Int[Tensor, " M"] | None, list[dict[str, Any]], Metrics]:
+        """All that a rollout draws; which rows are trained on (None: all); samples and metrics."""
+
+        def sample(prompts: Prompts, columns: Columns, attempt: int) -> ScoredResponses:
+            return self._sampled(prompts, columns, index, step, attempt)
+
+        if refill is None:
+            scored = sample(prompts, columns, 0)
+            return scored, None, samples_of(scored), {}
+        scored, rows, attempts, batch = filled(sample, prompts, columns, refill, self.config)
+        return scored, rows, with_attempts(samples_of(scored), attempts, rows), batch
+
+    def _sampled(
+        self, prompts: Prompts, columns: Columns, index: int, step: int, attempt: int
+    ) -> ScoredResponses:
+        """Responses and rewards of one attempt, whose randomness is its own."""
+        config, again = self.config, f"-{attempt}" if attempt else ""
+        turn = None if self.engine is None else EngineTurn(self.engine, index, not attempt)
+        return sample_and_score(
+            self.policy,
+            prompts,
+            columns,
+            config=config,
+            options=self.options,
+            rewards=self.rewards,
+            group_size=config.group_size,
+            generator=keyed_generator(config.seed, f"rollout{again}", index),
+            tokenizer=self.tokenizer,
+            step=step,
+            reward_seed=keyed_seed(config.seed, f"rewards{again}", index),
+            prompt_options=self.prompt_options,
+            environments=self.environments,
+            ranks=self.ranks,
+            engine=turn,
         )
 
     def _refuse_with_engine(self) -> None:

@@ -29,6 +29,8 @@ class EngineTurn(NamedTuple):
 
     engine: RolloutEngine
     version: int
+    send: bool = True
+    """Whether it is to be given these weights; False where it has them."""
 
 
 def sampled(
@@ -84,12 +86,14 @@ def _sampled_by_engine(
     prompt_options: PromptOptions | None,
     engine: RolloutEngine,
     version: int,
+    send: bool,
 ) -> tuple[Rollout, EncodedPrompts]:
     """One turn for each response by the present weights, and the prompts that were asked."""
     device = next(policy.parameters()).device
     with section("sampling"):
         asked = prompts_for(policy, prompts, tokenizer, config, prompt_options)
-        engine.sync(policy, version)
+        if send:
+            engine.sync(policy, version)
         drawn = engine.sample(
             asked.ids.to(device),
             asked.mask.to(device),

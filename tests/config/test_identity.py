@@ -59,6 +59,14 @@ OTHER = {
     "task.chat": True,
     "task.system": "Be brief.",
     "task.template_options": {"enable_thinking": False},
+    "batch.filter_groups": True,
+    "batch.signal": "exact",
+    "batch.max_num_gen_batches": 3,
+    "batch.max_tokens": 5000,
+    "batch.max_responses": 5000,
+    "batch.prompt_records": True,
+    "batch.rest": 3,
+    "batch.describe": True,
 }
 """For each setting that came or changed later, a value that is somebody's choice."""
 NEEDED = {

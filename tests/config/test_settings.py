@@ -209,6 +209,7 @@ def test_the_hash_covers_what_decides_the_numbers_and_nothing_else() -> None:
         "optimizer": {"lr": 0.5},
         "eval": {"every": 3},
         "agm": {"mode": "advise"},
+        "batch": {"filter_groups": True},
     }
     kept = {"name", "out", "sinks", "samples", "updates", "checkpoint", "relative_to"}
     kept |= {"tracker", "distributed"}

@@ -32,6 +32,10 @@ MASKED = {"objective__member": "cispo", "objective__weight__bound": "mask"}
 GAMMA = {"objective__member": "vespo"}
 REFERENCE = {"reference": "start", "optimizer__lr": 0.05}
 NARROW = {"trainer__top_k": 4, "trainer__temperature": 1.5}
+REFILLS = {"batch__filter_groups": True, "rewards__functions": [f"{REWARDS}:never"]}
+"""Answers that are never right: every attempt is made."""
+SIGNALS = REFILLS | {"rewards__functions": [f"{REWARDS}:ends_low", DRAWS]}
+SIGNALS |= {"batch__signal": "ends_low", "trainer__group_size": 2}
 WILD = {"optimizer__lr": 1e37, "trainer__qk_clip": False}
 """A learning rate at which nothing is finite."""
 
@@ -92,6 +96,14 @@ RUN: dict[str, Case] = {
     "optimizer.muon_update_scale": (MUON, "original"),
     "optimizer.muon_per_head": (MUON, True),
     "optimizer.muon_dtype": (MUON | {"optimizer__muon_dtype": "float32"}, "bfloat16"),
+    "batch.filter_groups": ({}, True),
+    "batch.signal": (SIGNALS, "draws"),
+    "batch.max_num_gen_batches": (REFILLS, 2),
+    "batch.max_tokens": (REFILLS, 1),
+    "batch.max_responses": (REFILLS, 12),
+    "batch.describe": ({}, True),
+    "batch.prompt_records": (FROM_FILE, True),
+    "batch.rest": (FROM_FILE | {"rewards__functions": [f"{REWARDS}:ends_low"]}, 2),
     "eval.every": ({}, 1),
     "eval.prompts": ({"eval__every": 1}, 3),
     "eval.final_prompts": ({}, 2),
@@ -244,6 +256,10 @@ UNREAD: dict[str, Case] = {
     "rollout.python": ({}, "python3"),
     "rollout.arguments": ({}, ["--seed", "1"]),
     "rollout.timeout": ({}, 9.0),
+    "batch.signal": ({}, "low_digits"),
+    "batch.max_num_gen_batches": ({}, 2),
+    "batch.max_tokens": ({}, 1),
+    "batch.max_responses": ({}, 12),
     "tracker.project": ({}, "other"),
     "tracker.name": ({}, "other"),
     "policy.lora_alpha": ({}, 4.0),

@@ -53,6 +53,11 @@ def noted_and_slow(prompts, completions, completion_ids, **columns):
     return values
 
 
+def never(prompts, completions, completion_ids, **columns):
+    """0 for every response: no group has anything to tell."""
+    return [0.0] * len(prompts)
+
+
 def ends_low(prompts, completions, completion_ids, **columns):
     """1 for a response that ends in a digit below 5: many groups have nothing to tell."""
     return [float(row[-1] < 9) for row in completion_ids]

@@ -6,12 +6,13 @@ import math
 import pytest
 import torch
 
-from hmpo.config import AdvantageConfig, PowerMeanConfig, RunConfig
+from hmpo.config import AdvantageConfig, BatchConfig, PowerMeanConfig, RunConfig
 from hmpo.config.advantages import ESTIMATORS, OF_THE_BATCH
 from hmpo.errors import ConfigError
 from hmpo.rewards import Rewards
 from hmpo.telemetry.records import step_record
 from hmpo.trainer.power_mean import PowerMeanTrainer
+from hmpo.trainer.refill import Refill
 from tests.oracles import advantages as oracle
 from tests.support import in_float64, tiny_llama
 
@@ -86,6 +87,31 @@ def test_a_trainer_forms_the_advantages_that_its_estimator_has(name: str, ddof: 
         ]
         expected = loops(name, given, groups, lengths, ddof, table)
         assert batch.advantages.tolist() == pytest.approx(expected, rel=1e-6, abs=1e-7)
+
+
+def test_each_reward_of_the_prompts_that_dynamic_sampling_keeps_is_taken_by_itself() -> None:
+    def size(prompts, completions, completion_ids, **columns) -> list[float]:
+        return [float(len(ids)) + ids[-1] for ids in completion_ids]
+
+    def odd(prompts, completions, completion_ids, **columns) -> list[float]:
+        pairs = zip(prompts, completion_ids)
+        return [float(ids[0] % 3) if len(prompt) % 2 else 1.0 for prompt, ids in pairs]
+
+    trainer = trainer_with("gdpo")
+    rewards = Rewards({"size": size, "odd": odd}, [1.0, 0.5])
+    trainer.collector = dataclasses.replace(trainer.collector, rewards=rewards)
+    more = iter([[12, 13], [14], [3, 9]])
+    settings = BatchConfig(filter_groups=True, signal="odd", max_num_gen_batches=3)
+    refill = Refill(draw=lambda count: ([next(more) for _ in range(count)], {}), settings=settings)
+    trainer.begin_rollout(PROMPTS[:3], {}, refill)
+    batch = trainer.batch
+    assert batch is not None
+    kept = [sample for sample in trainer.samples if sample["kept"]]
+    assert len(kept) == len(batch.rewards) == 2 * GROUP and len(trainer.samples) == 6 * GROUP
+    table = [list(sample["rewards"].values()) for sample in kept]
+    groups = [i // GROUP for i in range(len(kept))]
+    expected = oracle.gdpo_where(table, groups, [1.0, 0.5], [1] * len(kept), 1)
+    assert batch.advantages.tolist() == pytest.approx(expected, rel=1e-6, abs=1e-7)
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)
