@@ -119,7 +119,8 @@ tiny and random, everything runs on a CPU.
 `verl` in `.venv-peers` asks verl's losses and advantages, and `python scripts/make_fault_probes.py`
 makes this page from `benchmarks/results/fault_probes-*.json`; `make test-probes` does all of it,
 and runs every probe against a subject in which its fault was planted, where it has to fail
-(`benchmarks/fault_probes/faults.py`).
+(`benchmarks/fault_probes/faults.py`). Those that concern a model of your own are asked by
+`hmpo doctor --probe MODEL` ([Policies](policies.md#is-this-model-read-rightly)).
 
 | | probes passed | failed | not applicable | versions |
 |---|---|---|---|---|
