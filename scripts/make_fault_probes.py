@@ -44,7 +44,9 @@ SENTENCES = {
         "Mean and deviation of the group are infinite, the advantages NaN, and `nan_to_num` makes "
         "them 0: the whole group is silent."
     ),
-    ("verl", "infinite_reward"): "The whole group's advantages are NaN; nothing looks at them.",
+    ("verl", "infinite_reward"): (
+        "`compute_grpo_outcome_advantage` makes the whole group's advantages NaN, without a word."
+    ),
     ("trl", "small_rewards"): (
         "1e-4 is added to the deviation, so that rewards of a small scale have smaller advantages."
     ),
@@ -55,7 +57,8 @@ SENTENCES = {
     ),
     ("trl", "recomputation_with_dropout"): (
         "Log-probs are taken in training mode, so that the ratio of equal weights is not 1 where "
-        "the model has dropout. `disable_dropout=True` mends it and is off by default."
+        "the model has dropout. `disable_dropout=True`, off by default, mends it for dropout that "
+        "is a module (GPT-2), not for a number in the attention (Llama, asked here)."
     ),
     ("trl", "truncated_sampling"): (
         "With `transformers` generation nothing is recorded of what was sampled from, and no "
@@ -74,8 +77,8 @@ SENTENCES = {
     ),
     ("trl", "resume_and_weights"): "The same cause as for the prompts.",
     ("trl", "one_bad_forward"): (
-        "The step is taken with a gradient that is NaN, and the weights with it; the `grad_norm` "
-        "in the log is the only sign until sampling fails."
+        "The step is taken with a gradient that is NaN, and the weights are NaN from then on; the "
+        "next rollout raises, by when no good weights are left but those of a checkpoint."
     ),
     ("trl", "prompts_of_an_epoch"): (
         "`RepeatSampler` drops the prompts of an epoch that do not fill a batch. The order is "
@@ -103,8 +106,8 @@ SENTENCES = {
         "There is no reward that counts as dropped; NaN is given here, and the whole group is NaN."
     ),
     ("verl", "equal_rewards"): (
-        "1e-6 is added to the deviation, which is of the size of rounding: rewards of 0.7 "
-        "six times have a mean that is not 0.7 in float32."
+        "1e-6 is added to the deviation, which is of the size of rounding: the mean of six rewards "
+        "of 0.6 is not 0.6 in float32 (nor of 0.3 or 0.9)."
     ),
 }
 """What it is that fails, by subject and probe."""
