@@ -229,6 +229,14 @@ class OneModel(Hmpo):
         return moved, moved
 
 
+@plants("reference_of_adapters")
+class BaseIsReference(Hmpo):
+    """The adapters are switched off for the reference, though they were trained before."""
+
+    def reference_of(self, model: Any) -> Any:
+        return models.llama().requires_grad_(False).eval()
+
+
 @plants("unscored_in_evaluation")
 class UnscoredIsWrong(Hmpo):
     """All that were asked stand in the denominator."""

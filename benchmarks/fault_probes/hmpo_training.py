@@ -29,6 +29,7 @@ from hmpo.models.evaluation import evaluating
 from hmpo.models.loading import checkpoint_layers
 from hmpo.models.tokens import left_padded
 from hmpo.rewards import Rewards
+from hmpo.run.build import frozen_copy
 from hmpo.run.evaluation import Evaluator
 from hmpo.run.observer import Observer
 from hmpo.tasks import make_task
@@ -82,8 +83,6 @@ class Watching(Observer):
 
 class HmpoTraining(Subject):
     """The half of the subject that needs a model."""
-
-    # -------------------------------------------------------------------------------- the model
 
     def rollout_of(self, prompts: Sequence[list[int]], responses: Sequence[list[int]]) -> Rollout:
         """Given rows as a rollout."""
@@ -174,8 +173,6 @@ class HmpoTraining(Subject):
         )
         return found.ids[0][found.mask[0]].tolist()
 
-    # --------------------------------------------------------------------------------- rollouts
-
     def trainer(
         self, model: Any, reward: Any, *, tokenizer: Any = None, lr: float = 0.01, **settings: Any
     ) -> PowerMeanTrainer:
@@ -240,8 +237,6 @@ class HmpoTraining(Subject):
             told=told,
         )
 
-    # ---------------------------------------------------------------------------------- training
-
     def train(
         self,
         model: Any,
@@ -292,10 +287,10 @@ class HmpoTraining(Subject):
         ends = (record.get("ratio/d_min", math.nan), record.get("ratio/d_max", math.nan))
         trace.drift.append(max(map(abs, ends)))
 
-    def task_of(self, prompts: Sequence[str]) -> TaskConfig:
-        """A file of these prompts; another is held out."""
+    def task_of(self, prompts: Sequence[str], heldout: Sequence[str] = ("999>",)) -> TaskConfig:
+        """A file of these prompts, and one of those that are held out."""
         folder = Path(tempfile.mkdtemp(prefix="fault-probe-"))
-        for name, given in (("train", prompts), ("heldout", ["999>"])):
+        for name, given in (("train", prompts), ("heldout", heldout)):
             lines = "".join(json.dumps({"prompt": prompt}) + "\n" for prompt in given)
             (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
         options = {
@@ -348,8 +343,7 @@ class HmpoTraining(Subject):
     def reference_shift(self) -> tuple[float, float]:
         """How far policy and reference move in two updates with a KL term."""
         model = models.llama()
-        reference = copy.deepcopy(model)
-        kept = copy.deepcopy(model)
+        reference, kept = copy.deepcopy(model), copy.deepcopy(model)
         objective = hmpo.ObjectiveConfig(p=-1.0, kl_coef=0.1)
         config = PowerMeanConfig(group_size=4, minibatches=1, max_length=4, objective=objective)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
@@ -362,18 +356,31 @@ class HmpoTraining(Subject):
         assert trainer.ref is not None
         return moved(kept, model), moved(kept, trainer.ref)
 
+    def reference_of(self, model: Any) -> Any:
+        """The reference of a run with `reference = "start"`."""
+        return frozen_copy(model)
+
+    def kl_of_adapters(self) -> float:
+        """KL that is reported of the first update of adapters trained before."""
+        model = models.adapted()
+        objective = hmpo.ObjectiveConfig(p=-1.0, kl_coef=0.1)
+        config = PowerMeanConfig(group_size=4, minibatches=1, max_length=4, objective=objective)
+        weights = [p for p in model.parameters() if p.requires_grad]
+        with warned():
+            trainer = PowerMeanTrainer(
+                model,
+                self.reference_of(model),
+                torch.optim.SGD(weights, lr=0.1),
+                config,
+                low_tokens,
+                tokenizer=models.tokenizer(),
+            )
+            return float(trainer.update_step(list(TWO))["kl/ref"])
+
     def evaluated(self, rewards: Sequence[float | None]) -> float:
         """Mean reward of an evaluation whose prompts get these rewards, two prompts a batch."""
         prompts = [f"{k}>" for k in range(1, len(rewards) + 1)]
-        folder = Path(tempfile.mkdtemp(prefix="fault-probe-"))
-        for name, rows in (("train", ["999>"]), ("heldout", prompts)):
-            lines = "".join(json.dumps({"prompt": prompt}) + "\n" for prompt in rows)
-            (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
-        options = {
-            "path": str(folder / "train.jsonl"),
-            "heldout_path": str(folder / "heldout.jsonl"),
-        }
-        task = make_task(TaskConfig(name="jsonl", stop=(), options=options), 0)
+        task = make_task(self.task_of(["999>"], prompts), 0)
         by_prompt = dict(zip(prompts, rewards, strict=True))
         found = Evaluator(
             policy=models.llama(),

@@ -94,3 +94,16 @@ def decided(favour: float) -> LlamaForCausalLM:
         model.lm_head.weight.zero_()
         model.lm_head.weight[END] = favour
     return model
+
+
+def adapted() -> Any:
+    """A Llama under LoRA adapters that have been trained before: their B is not 0."""
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(llama(), LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.5)
+    return model

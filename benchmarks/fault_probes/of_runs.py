@@ -97,6 +97,13 @@ def reference_stays(subject: Subject) -> Outcome:
     )
 
 
+@probe("adapters that go on are held to the base, not to where they began", "own list")
+def reference_of_adapters(subject: Subject) -> Outcome:
+    """LoRA adapters trained before, a KL term: 0 at the first update, where policy is reference."""
+    kl = subject.kl_of_adapters()
+    return judge(abs(kl) < 1e-5, f"KL of the first update {kl:.1e} nat a token")
+
+
 @probe("evaluation counts unscored samples as wrong", "strands-env PR 208")
 def unscored_in_evaluation(subject: Subject) -> Outcome:
     """Rewards 1, none, 1, none: the mean is 1."""

@@ -306,6 +306,21 @@ class TrlTraining(Subject):
         trainer.train()
         return moved(kept, trainer.model), moved(kept, trainer.ref_model)
 
+    def kl_of_adapters(self) -> float:
+        """KL that is logged of the first update of adapters trained before."""
+        trainer = self.trainer(
+            model=models.adapted(),
+            reward=low_tokens,
+            rows=[{"prompt": prompt} for prompt in TWO],
+            beta=0.1,
+            max_steps=1,
+            logging_steps=1,
+            optim="sgd",
+            max_completion_length=4,
+        )
+        trainer.train()
+        return float(trainer.state.log_history[0]["kl"])
+
     def evaluated(self, rewards: Sequence[float | None]) -> float:
         """Mean reward of `evaluate()` whose prompts get these rewards, two prompts a batch."""
         prompts = [f"{k}>" for k in range(1, len(rewards) + 1)]
