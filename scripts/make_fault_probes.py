@@ -129,7 +129,8 @@ and runs every probe against a subject in which its fault was planted, where it 
 |---|---|---|---|---|
 {totals}
 
-verl's engines and rollouts start on GPUs, and were not run: what needs a model is "-" there.
+Of verl the losses and advantages were asked; its engines and rollouts were not run, so that what
+needs a model is "-" there.
 
 ## Who passes what
 

@@ -1,6 +1,6 @@
 """verl as a subject: its registered losses and advantages, with its own configuration classes.
 
-Its engines want a GPU; what needs one is not run here.
+Its engines and rollouts, which ask for a GPU unless they are told otherwise, are not run here.
 """
 
 import logging
@@ -40,7 +40,7 @@ class Verl(Subject):
 
     def why_not(self, faculty: str) -> str:
         """Everything but losses and advantages."""
-        return "not run: verl's engines and rollouts start on GPUs; its losses and advantages ran"
+        return "not run: of verl only losses and advantages were asked"
 
     def actor(self, rows: int, low: float | None, high: float | None, **options: Any) -> Any:
         """Verl's settings of the actor, else default."""
