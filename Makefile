@@ -16,7 +16,7 @@ NUMERIC = python -m pytest -q -n $(JOBS) -m numeric
 OLD_CPU = OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=default DNNL_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBLE
 AVX2_CPU = OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=avx2 DNNL_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
 
-.PHONY: demo test check test-processors test-kills test-ranks-kills test-models test-verl test-vllm peers peers-test bench docs clean
+.PHONY: demo test check test-processors test-kills test-ranks-kills test-probes test-models test-verl test-vllm peers peers-test bench docs clean
 demo: $(RUN) # trains the bundled policy; makes .venv first where needed
 	$(VENV)/bin/hmpo demo
 test: $(DEV) peers-test # the whole gate; makes .venv and .venv-peers first where needed
@@ -36,8 +36,8 @@ test-processors: # the numeric tests as other processors and libraries would rou
 	OMP_NUM_THREADS=2 $(NUMERIC)
 test-kills test-ranks-kills: # SIGKILLs of runs, hundreds, and of single ranks; benchmarks/results
 	OMP_NUM_THREADS=1 python -m benchmarks.$(if $(findstring ranks,$@),ranks_kills,kill_and_resume)
-test-models: # every architecture of transformers against an oracle; resumes what is not done yet
-	OMP_NUM_THREADS=1 python -m tests.models_matrix.run && python scripts/make_models_page.py
+test-models test-probes: # every architecture of transformers; reported faults in hmpo, TRL and (make peers) verl
+	$(if $(findstring probes,$@),HMPO_ALL_PROBES=1 python -m pytest -q -n $(JOBS) tests/fault_probes && python -m benchmarks.fault_probes && $(PEERS)/bin/python -m benchmarks.fault_probes verl && python scripts/make_fault_probes.py,OMP_NUM_THREADS=1 python -m tests.models_matrix.run && python scripts/make_models_page.py)
 test-verl: $(PEER) # verl's own trainer over two workers; benchmarks/results/verl_ray.json
 	$(PEERS)/bin/python -m benchmarks.verl_ray
 test-vllm: $(DEV) $(SERVER) # rollouts from a real vLLM server, in .venv-vllm

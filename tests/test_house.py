@@ -19,7 +19,7 @@ LONG_FILES: tuple[str, ...] = ()
 
 FLOORS = [
     "cli",
-    "lab | adapters | proposal",
+    "lab | adapters | proposal | probes",
     "run",
     "trainer",
     "engines",

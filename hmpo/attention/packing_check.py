@@ -67,8 +67,13 @@ def can_pack(policy: nn.Module, core: nn.Module) -> bool:
         policy: what is trained; the answer is kept with it.
         core: the transformers model in it.
     """
+    return not packing_obstacle(policy, core)
+
+
+def packing_obstacle(policy: nn.Module, core: nn.Module) -> str:
+    """Why `can_pack` says no, in a line; "" where it says yes. Arguments as there."""
     if any(module._compiled_call_impl is not None for module in policy.modules()):
-        return False
+        return "it is compiled"
     config: Any = core.config
     name = config._attn_implementation
     kind = (name, next(map(registered_function, filter(uses_interface, core.modules())), None))
@@ -79,7 +84,7 @@ def can_pack(policy: nn.Module, core: nn.Module) -> bool:
             obstacles[kind] = _obstacle(core, name)
         outcome = f"not packed: {obstacles[kind]}" if obstacles[kind] else "packed"
         logger.info("rows of %s are %s", type(core).__name__, outcome)
-    return not obstacles[kind]
+    return obstacles[kind]
 
 
 def window(core: nn.Module) -> float:

@@ -273,16 +273,21 @@ def doctor(
     /,
     *,
     split: bool = False,
+    probe: bool = False,
 ) -> int:
     """Show versions and devices, the memory of a run, and what MuonClip finds in a model.
 
     Args:
         model: a Hugging Face folder, `tiny-sort` or `smollm2`, or the TOML file of a run.
         split: also show which weights Muon would train, and which AdamW.
+        probe: instead ask the model for silent faults (padding, packing, gradients, sampling, end
+            tokens, QK-clip), a line each; the exit code is 1 where it has one.
     """
-    from hmpo.cli.doctor import show
+    from hmpo.cli import doctor as doctors
 
-    return show(model, split=split)
+    if probe and split:
+        raise ConfigError("doctor: got --split and --probe, expected one of them")
+    return doctors.probe(model) if probe else doctors.show(model, split=split)
 
 
 def _all(settings: tuple[tuple[str, ...], ...]) -> list[str]:

@@ -1,4 +1,4 @@
-"""`hmpo doctor`: versions and devices, and what MuonClip finds in a model."""
+"""`hmpo doctor`: versions and devices, what MuonClip finds in a model, and its silent faults."""
 
 import dataclasses
 import itertools
@@ -19,10 +19,12 @@ from hmpo.attention.tracker import LogitTracker
 from hmpo.config import PolicyConfig, RunConfig
 from hmpo.config.places import located
 from hmpo.config.reading import load_run_config
-from hmpo.errors import byte_size
+from hmpo.errors import ConfigError, byte_size
 from hmpo.models import load_policy
 from hmpo.optim import describe_groups, split_param_groups
 from hmpo.optim.adapter_clip import adapter_target
+from hmpo.probes import probe_policy
+from hmpo.run.build import use_machine
 from hmpo.run.environment import describe_environment
 from hmpo.run.memory import PARTS, available_bytes, estimate_run
 
@@ -65,6 +67,30 @@ def show(model: str | None, *, split: bool = False) -> int:
         titles = ("weight", "shape", "trained by, under optimizer.name = muon")
         console.print(_table(f"weights of {model}", titles, weights))
     return 0
+
+
+def probe(model: str | None) -> int:
+    """Ask a model for silent faults, a line for each probe; returns the exit code, 1 where it has.
+
+    Args:
+        model: as of `show`; the run in a file says on which device and at which temperature.
+
+    Raises:
+        HmpoError: no model is given, or it cannot be loaded.
+    """
+    if model is None:
+        raise ConfigError("doctor --probe: got no model, expected one, or the TOML file of a run")
+    config, console, states = _run_of(model), Console(), []
+    device = use_machine(config)
+    whole = "none" if device == "cpu" else config.policy.quantize
+    loaded = load_policy(dataclasses.replace(config.policy, quantize=whole), device=device)
+    temperature = config.trainer.temperature
+    for finding in probe_policy(loaded.model, loaded.tokenizer, temperature=temperature):
+        console.print(str(finding), markup=False, highlight=False, soft_wrap=True)
+        states.append(finding.status)
+    counts = [f"{states.count(state)} {state}" for state in ("ok", "FAILED", "not applicable")]
+    console.print(f"{model}: {', '.join(counts)}", markup=False, highlight=False)
+    return int("FAILED" in states)
 
 
 def _run_of(model: str) -> RunConfig:

@@ -345,6 +345,13 @@ def doctor_model_split(place: Place) -> None:
     assert "trained by" not in seen and "trained by" in split
 
 
+def doctor_probe(place: Place) -> None:
+    probed = place.hmpo("doctor", "--probe", place.policy)
+    assert "ok             left padding: " in probed and "0 FAILED" in probed
+    assert "expected one" in place.fails("doctor", "--probe")
+    assert "expected one of them" in place.fails("doctor", place.policy, "--probe", "--split")
+
+
 # --- agm -----------------------------------------------------------------------------------------
 
 
@@ -574,7 +581,7 @@ OPTIONS: dict[str, dict[str, Callable[[Place], None]]] = {
     },
     "report": {"runs": report_runs_out, "out": report_runs_out},
     "fetch-model": {"name": fetch_model_name_folder, "folder": fetch_model_name_folder},
-    "doctor": {"model": doctor_model_split, "split": doctor_model_split},
+    "doctor": {"model": doctor_model_split, "split": doctor_model_split, "probe": doctor_probe},
     "experiment run": {
         "suite": experiment_suite_only_seeds,
         "only": experiment_suite_only_seeds,
