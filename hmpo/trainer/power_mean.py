@@ -3,6 +3,7 @@
 The way of the data is `hmpo.trainer.base`; here stands what the power-mean objective adds to it.
 """
 
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -201,7 +202,7 @@ class PowerMeanTrainer(Trainer[PowerMeanConfig]):
                 update=self.step,
                 rollout=self.rollouts - 1,
                 staleness=self.staleness,
-                entropy=measured["entropy"],
+                entropy=measured["entropy"] if measured["n_tokens"] else math.nan,
             )
         self.events += events
         return measured | learned
