@@ -129,7 +129,7 @@ def main() -> None:
     """Measure and write the result."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--lengths", type=int, nargs="+", default=[128, 1024, 8192])
-    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--repeats", type=int, default=61)
     arguments = parser.parse_args()
     one_thread()
     rows = members(arguments.lengths, arguments.repeats)

@@ -3,6 +3,7 @@
 The way of the data is `hmpo.trainer.base`; here stands what the power-mean objective adds to it.
 """
 
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -209,7 +210,7 @@ class PowerMeanTrainer(Trainer[PowerMeanConfig]):
                 update=self.step,
                 rollout=self.rollouts - 1,
                 staleness=self.staleness,
-                entropy=measured["entropy"],
+                entropy=measured["entropy"] if measured["n_tokens"] else math.nan,
             )
         self.events += events
         return measured | learned

@@ -245,6 +245,16 @@ def test_an_adaptive_coefficient_goes_on_after_a_resume_to_the_bit() -> None:
         assert torch.equal(one, other)
 
 
+def test_an_update_in_which_nothing_counts_leaves_the_coefficient_alone() -> None:
+    objective = ObjectiveConfig(entropy_target=9.0, entropy_coef_delta=0.1)
+    trainer = trainer_with(objective)
+    trainer.collector.rewards.functions["low_tokens"] = lambda completions, **given: (
+        [None] * len(completions)
+    )
+    metrics = trainer.update_step(PROMPTS)
+    assert metrics["n_tokens"] == 0 and trainer.in_force.entropy.held == 0.0
+
+
 def test_weights_of_a_bonus_add_up_to_its_coefficient() -> None:
     mask = torch.tensor([[1, 1, 0], [0, 0, 0], [1, 0, 0]]).bool()
     config = ObjectiveConfig(entropy_coef=0.5)

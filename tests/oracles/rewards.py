@@ -1,5 +1,7 @@
 """Rewards of form as slow loops over tokens and characters, written from the definitions."""
 
+import math
+
 
 def overlong(length, longest, cache):
     """DAPO, eq. 13, token by token: a share 1 / cache for each token of the last `cache`."""
@@ -10,6 +12,12 @@ def overlong(length, longest, cache):
         if position > longest - cache:
             penalty -= 1 / cache
     return penalty
+
+
+def cosine(right, tokens, longest, ends):
+    """Yeo et al. (2025), app. C.1: from `ends[0]` at no token to `ends[1]` at the longest."""
+    angle = math.pi * min(tokens, longest) / longest
+    return ends[1] + (ends[0] - ends[1]) / 2 * (1 + math.cos(angle)) if right is not None else None
 
 
 def repetition(ids, n, most):

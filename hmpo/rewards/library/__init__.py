@@ -16,6 +16,7 @@ _HOME = {
     "boxed": "text",
     "choice": "text",
     "contains": "text",
+    "cosine": "shaping",
     "exact": "text",
     "format_tags": "structure",
     "json_schema": "structure",
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from hmpo.rewards.library.classifier import model
     from hmpo.rewards.library.judging import judge
     from hmpo.rewards.library.programs import unit_tests
-    from hmpo.rewards.library.shaping import length, repetition
+    from hmpo.rewards.library.shaping import cosine, length, repetition
     from hmpo.rewards.library.structure import format_tags, json_schema, regex
     from hmpo.rewards.library.text import boxed, choice, contains, exact, last_number
 

@@ -1,11 +1,16 @@
-"""Rewards of form that need no answer: length and repetition, both counted in tokens."""
+"""Rewards of form, counted in tokens: length, repetition, and a right answer by its length."""
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 from hmpo.errors import require
-from hmpo.rewards.library.base import LibraryReward
+from hmpo.rewards import library
+from hmpo.rewards.library.base import LibraryReward, require_column
+
+CHECKS = ("boxed", "choice", "contains", "exact", "last_number", "math")
+"""Functions of the library that say whether an answer is right."""
 
 
 class TokenReward(LibraryReward):
@@ -71,3 +76,87 @@ def _repetition(ids: Sequence[int], *, n: int, max_penalty: float) -> float:
         return 0.0
     distinct = len({ids[i : i + n] for i in range(total)})
     return (1 - distinct / total) * max_penalty + 0.0
+
+
+class CosineReward(LibraryReward):
+    """A reward of being right that depends on the length; see `cosine`.
+
+    Args:
+        check: says which completions are right: above 0, or None where it does not apply.
+        column: holds the answer.
+        max_length: tokens at which the reward has come to its end.
+        right: reward of a right answer at length 0 and at `max_length`.
+        wrong: the same of a wrong one.
+    """
+
+    def __init__(
+        self,
+        check: LibraryReward,
+        column: str,
+        max_length: int,
+        right: tuple[float, float],
+        wrong: tuple[float, float],
+    ) -> None:
+        super().__init__("cosine", (column,), takes=("completion_ids",))
+        self.check, self.max_length, self.right, self.wrong = check, max_length, right, wrong
+
+    def prepare(self) -> None:
+        """What the check loads."""
+        self.check.prepare()
+
+    def __call__(
+        self,
+        /,
+        completions: Sequence[Any],
+        completion_ids: Sequence[Sequence[int]],
+        prompts: Any = None,
+        **columns: Any,
+    ) -> list[float | None]:
+        """A reward for each completion."""
+        scores = self.check(completions=completions, **columns)
+        return [
+            None if score is None else self._at(len(ids), self.right if score > 0 else self.wrong)
+            for score, ids in zip(scores, completion_ids, strict=True)
+        ]
+
+    def _at(self, length: int, ends: tuple[float, float]) -> float:
+        share = min(length / self.max_length, 1.0)
+        return ends[1] + 0.5 * (ends[0] - ends[1]) * (1 + math.cos(math.pi * share))
+
+
+def cosine(
+    *,
+    max_length: int,
+    check: str = "math",
+    column: str = "answer",
+    right_short: float = 1.0,
+    right_long: float = 0.5,
+    wrong_short: float = -1.0,
+    wrong_long: float = -0.5,
+) -> CosineReward:
+    r"""Right answers lose by their length, wrong ones gain, along half a cosine.
+
+    r(y) = b + (a - b) (1 + cos(pi |y| / L)) / 2, with a and b the rewards at lengths 0 and
+    L = max_length of a right or a wrong answer, and b beyond L (Yeo et al., 2025, "Demystifying
+    Long Chain-of-Thought Reasoning", app. C.1, without its penalty for exceeding L); TRL's
+    `get_cosine_scaled_reward`.
+
+    Args:
+        max_length: L, in tokens.
+        check: the function of the library that says what is right.
+        column: holds the answer.
+        right_short: reward of a right answer without length.
+        right_long: of one of `max_length` tokens or more.
+        wrong_short: reward of a wrong answer without length.
+        wrong_long: of one of `max_length` tokens or more.
+    """
+    require(max_length >= 1, "reward cosine.max_length", max_length, "an integer >= 1")
+    require(check in CHECKS, "reward cosine.check", check, f"one of {', '.join(CHECKS)}")
+    require_column("cosine", column)
+    values = {"right_short": right_short, "right_long": right_long}
+    values |= {"wrong_short": wrong_short, "wrong_long": wrong_long}
+    for name, value in values.items():
+        require(abs(value) <= 1e9, f"reward cosine.{name}", value, "a finite number")
+    checker = getattr(library, check)(column=column)
+    ends = (right_short, right_long), (wrong_short, wrong_long)
+    return CosineReward(checker, column, max_length, *ends)

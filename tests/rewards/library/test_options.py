@@ -17,7 +17,11 @@ from hmpo.rewards.parameters import Parameters
 from tests.rewards.library.cases import Told, as_trl, messages
 
 ROOT = Path(__file__).parents[3]
-NEEDED = {"length": {"max_length": 50, "cache": 10}, "regex": {"pattern": r"\d"}}
+NEEDED = {
+    "length": {"max_length": 50, "cache": 10},
+    "regex": {"pattern": r"\d"},
+    "cosine": {"max_length": 50, "check": "exact"},
+}
 """Options without which a function cannot be made."""
 ELSEWHERE = ("judge", "model")
 """Need an endpoint or a model: their own tests call them."""
@@ -59,7 +63,7 @@ def test_a_function_keeps_the_contract_here_and_in_the_reward_process(name):
 @pytest.mark.parametrize("name", [n for n in PLAIN if n not in ("length", "repetition")])
 def test_token_ids_without_a_tokenizer_are_one_line(name):
     with pytest.raises(RewardError, match="token ids need a tokenizer"):
-        made(name)(completions=[[1, 2]], answer=["1"], tests=["1"])
+        made(name)(completions=[[1, 2]], completion_ids=[[1, 2]], answer=["1"], tests=["1"])
 
 
 @pytest.mark.parametrize("name", ["exact", "contains", "last_number", "boxed", "math", "choice"])
@@ -109,7 +113,8 @@ def test_a_name_that_no_column_can_have_is_refused(name, column):
 @pytest.mark.parametrize("value", [[], [None], [[]], np.array([]), float("nan"), np.float32("nan")])
 def test_a_sample_that_has_no_answer_is_none(name, value):
     options = (NEEDED.get(name) or {}) | {"column": "answer"}
-    assert load_reward(name, options)(completions=["1"], answer=[value]) == [None]
+    function = load_reward(name, options)
+    assert function(completions=["1"], completion_ids=[[4]], answer=[value]) == [None]
 
 
 @pytest.mark.parametrize("name", [n for n in COLUMNS if n != "unit_tests"])
@@ -117,11 +122,13 @@ def test_an_array_of_answers_is_a_list_of_them(name):
     """As Parquet's lists are read."""
     function = load_reward(name, (NEEDED.get(name) or {}) | {"column": "answer"})
     text = "\\boxed{B}" if name == "choice" else "\\boxed{7}"
-    text = {"exact": "7", "regex": "7"}.get(name, text)
+    text = {"exact": "7", "regex": "7", "cosine": "7"}.get(name, text)
+    right, wrong = (1.0, -1.0) if name == "cosine" else (1.0, 0.0)
+    more = {"completion_ids": [[]]}
     answers = ["A", "B"] if name == "choice" else ["6", "7"]
     for given in (answers, np.array(answers), np.array(answers, dtype=object)):
-        assert function(completions=[text], answer=[given]) == [1.0]
-        assert function(completions=[text], answer=[given[:1]]) == [0.0]
+        assert function(completions=[text], answer=[given], **more) == [right]
+        assert function(completions=[text], answer=[given[:1]], **more) == [wrong]
 
 
 @pytest.mark.parametrize("on_error", ["skip", "raise"])
