@@ -337,6 +337,7 @@ class RunConfig:
             f"at most the {responses} responses of a rollout",
         )
         self.rollout.check(self.policy, self.task, self.trainer)
+        self.distributed.check(self.policy, self.optimizer, self.trainer)
         self.agm.check(self.algorithm, self.objective)
 
 

@@ -22,6 +22,7 @@ from hmpo.objective.terms import count_denominators, minibatch_band
 from hmpo.ranks.world import Ranks
 from hmpo.stopwatch import section
 from hmpo.trainer.learning import backward
+from hmpo.trainer.passes import Passes
 from hmpo.trainer.rows import ALONE, joined, prompt_numbers, rows_of_rank
 from hmpo.types import Band, Batch, Denominators, MinibatchGradient
 
@@ -57,16 +58,15 @@ def accumulate(
         ranks: that share the work.
     """
     mask = batch.rollout.response_mask & batch.valid[:, None]
-    idle = idle_rows(batch, objective)
+    idle, passes = idle_rows(batch, objective), Passes(policy, ranks)
     share = rows_of_rank(batch.rollout, ranks, idle)
-    micro = micro_batches(batch, config.micro_batch_size, share)
+    micro = micro_batches(batch, passes.size(config.micro_batch_size), share)
     denominators, band = count_denominators(mask), None
     if objective.needs_band and len(micro) == 1 and ranks.alone:
         denominators = None  # nothing is left out, so the objective measures its own band
     elif objective.needs_band:
-        with torch.no_grad():
-            forward = [_forward(policy, batch.select(rows), config).logprobs for rows in micro]
-        new, old = joined(forward, micro, batch.rollout, ranks), batch.rollout.old_logprobs
+        new = _logprobs(policy, batch, config, micro, passes)
+        old = batch.rollout.old_logprobs
         band = minibatch_band(new, old, mask, batch.advantages, objective, exponent=exponent)
     loss = MinibatchLoss(
         batch=batch,
@@ -78,12 +78,30 @@ def accumulate(
         band=band,
     )
     parts: list[Part] = []
+    if passes.shards is not None:
+        parts = in_step(policy, loss, config, micro, idle, passes)
+        micro = []
     for rows in micro:
         if denominators is None:
             parts.append(all_then_loss(policy, loss, config, rows, idle[rows]))
         else:
             parts += by_response(policy, loss, config, rows, idle[rows])
     return whole_minibatch(parts, batch, ranks)
+
+
+@torch.no_grad()
+def _logprobs(
+    policy: nn.Module,
+    batch: Batch,
+    config: TrainerConfig,
+    micro: Sequence[Tensor],
+    passes: Passes,
+) -> Float[Tensor, "M T"]:
+    """Log-probs of all rows, of which each rank runs its own micro-batches."""
+    missing = passes.missing(len(micro))
+    found = [_forward(policy, batch.select(rows), config, passes).logprobs for rows in micro]
+    passes.make_up(missing, batch.rollout, config, gradient=False)
+    return joined(found, micro, batch.rollout, passes.ranks)
 
 
 def whole_minibatch(parts: Sequence["Part"], batch: Batch, ranks: Ranks) -> MinibatchGradient:
@@ -195,44 +213,83 @@ def by_response(
     The rows that have a gradient come first, in one pass over the vocabulary where that serves;
     then the loss of the idle ones, if there are any.
     """
-    parts, moving, still = [], rows[~idle], rows[idle]
-    if len(moving):
-        rollout = loss.batch.rollout.select(moving)
-        with section("logprobs"), autocast(rollout.response_ids.device, config):
-            trained = response_loss(
+    passes, moving, still = Passes(policy), rows[~idle], rows[idle]
+    parts = [_moved(policy, loss, config, moving, passes)] if len(moving) else []
+    return parts + ([_still(policy, loss, config, still, passes)] if len(still) else [])
+
+
+def in_step(
+    policy: nn.Module,
+    loss: MinibatchLoss,
+    config: TrainerConfig,
+    micro: Sequence[Int[Tensor, " m"]],
+    idle: Bool[Tensor, " M"],
+    passes: Passes,
+) -> list[Part]:
+    """Back-propagate this rank's micro-batches of a sharded policy, by as many passes as others.
+
+    Args:
+        policy: the model that is trained; its gradients are added to.
+        loss: of the minibatch.
+        config: precision and temperature.
+        micro: rows of each micro-batch.
+        idle: which rows of the minibatch go forward only.
+        passes: through the policy.
+    """
+    moving = [own for rows in micro if len(own := rows[~idle[rows]])]
+    still = [own for rows in micro if len(own := rows[idle[rows]])]
+    rollout = loss.batch.rollout
+    missing = passes.missing(len(moving))
+    parts = [_moved(policy, loss, config, rows, passes) for rows in moving]
+    passes.make_up(missing, rollout, config, gradient=True)
+    missing = passes.missing(len(still))
+    parts += [_still(policy, loss, config, rows, passes) for rows in still]
+    passes.make_up(missing, rollout, config, gradient=False)
+    return parts
+
+
+def _moved(
+    policy: nn.Module, loss: MinibatchLoss, config: TrainerConfig, rows: Tensor, passes: Passes
+) -> Part:
+    """Rows that have a gradient, in one pass over the vocabulary where that serves."""
+    rollout = loss.batch.rollout.select(rows)
+    with section("logprobs"), autocast(rollout.response_ids.device, config):
+        trained = passes.run(
+            lambda: response_loss(
                 policy,
                 rollout.input_ids,
                 rollout.attention_mask,
                 rollout.response_ids.shape[1],
-                lambda new, some: loss.of(new, moving[some]),
+                lambda new, some: loss.of(new, rows[some]),
                 temperature=config.temperature,
                 chunk=config.logprob_chunk,
                 counted=rollout.counted,
             )
-        backward(trained.loss, due=True)
-        parts.append(
-            Part(
-                rows=moving,
-                loss=trained.loss.detach(),
-                logprobs=trained.logprobs,
-                entropy=trained.entropy,
-                packed=trained.packed,
-            )
         )
-    if len(still):
-        with torch.no_grad():
-            with record_without_gradient():
-                result = _forward(policy, loss.batch.select(still), config)
-            parts.append(
-                Part(
-                    rows=still,
-                    loss=loss.of(result.logprobs, still),
-                    logprobs=result.logprobs,
-                    entropy=result.entropy,
-                    packed=result.packed,
-                )
-            )
-    return parts
+    backward(trained.loss, due=True)
+    return Part(
+        rows=rows,
+        loss=trained.loss.detach(),
+        logprobs=trained.logprobs,
+        entropy=trained.entropy,
+        packed=trained.packed,
+    )
+
+
+@torch.no_grad()
+def _still(
+    policy: nn.Module, loss: MinibatchLoss, config: TrainerConfig, rows: Tensor, passes: Passes
+) -> Part:
+    """Rows that go forward only."""
+    with record_without_gradient():
+        result = _forward(policy, loss.batch.select(rows), config, passes)
+    return Part(
+        rows=rows,
+        loss=loss.of(result.logprobs, rows),
+        logprobs=result.logprobs,
+        entropy=result.entropy,
+        packed=result.packed,
+    )
 
 
 def idle_rows(batch: Batch, objective: ObjectiveConfig) -> Bool[Tensor, " M"]:
@@ -305,16 +362,20 @@ def _training_forward(
     )
 
 
-def _forward(policy: nn.Module, batch: Batch, config: TrainerConfig) -> ResponseLogprobs:
+def _forward(
+    policy: nn.Module, batch: Batch, config: TrainerConfig, passes: Passes | None = None
+) -> ResponseLogprobs:
     """Log-probs and entropy of some rows under the policy."""
-    rollout = batch.rollout
+    rollout, passes = batch.rollout, passes or Passes(policy)
     with section("logprobs"), autocast(rollout.response_ids.device, config):
-        return token_logprobs_and_entropy(
-            policy,
-            rollout.input_ids,
-            rollout.attention_mask,
-            rollout.response_ids.shape[1],
-            temperature=config.temperature,
-            chunk=config.logprob_chunk,
-            counted=rollout.counted,
+        return passes.run(
+            lambda: token_logprobs_and_entropy(
+                policy,
+                rollout.input_ids,
+                rollout.attention_mask,
+                rollout.response_ids.shape[1],
+                temperature=config.temperature,
+                chunk=config.logprob_chunk,
+                counted=rollout.counted,
+            )
         )

@@ -21,6 +21,7 @@ from hmpo.objective.advantages import group_advantages, zero_variance_groups
 from hmpo.objective.in_force import ObjectiveInForce
 from hmpo.objective.metrics import objective_metrics
 from hmpo.objective.mismatch import mismatch_metrics, mismatch_weights
+from hmpo.ranks.shard import device_of
 from hmpo.rewards import Rewards
 from hmpo.stopwatch import section
 from hmpo.trainer.base import Trainer
@@ -80,7 +81,7 @@ class PowerMeanTrainer(Trainer[PowerMeanConfig]):
         max_turns: int | None = None,
         engine: RolloutEngine | None = None,
     ) -> None:
-        device = next(policy_model.parameters()).device
+        device = device_of(policy_model)
         objective = config.resolved_objective
         if objective.kl_coef > 0 and ref_model is None:
             raise ConfigError(

@@ -9,8 +9,10 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 
-def run_ranks(module: str, size: int, folder: Path, timeout: float = 400) -> list[Path]:
-    """Run `python -m module FILE RANK SIZE OUT` once for each rank, beside each other.
+def run_ranks(
+    module: str, size: int, folder: Path, timeout: float = 400, kind: str = ""
+) -> list[Path]:
+    """Run `python -m module FILE RANK SIZE OUT [KIND]` once for each rank, beside each other.
 
     Returns:
         The OUT of each rank.
@@ -20,8 +22,8 @@ def run_ranks(module: str, size: int, folder: Path, timeout: float = 400) -> lis
     """
     folder.mkdir(parents=True, exist_ok=True)
     outs = [folder / f"{size}-{rank}.pt" for rank in range(size)]
-    start = ["-m", module, str(folder / f"meet-{size}")]
-    _run([[*start, str(rank), str(size), str(out)] for rank, out in enumerate(outs)], timeout)
+    start, end = ["-m", module, str(folder / f"meet-{size}")], [kind] if kind else []
+    _run([[*start, str(r), str(size), str(out), *end] for r, out in enumerate(outs)], timeout)
     return outs
 
 
