@@ -8,7 +8,6 @@ of their gradients and of the optimizer's state. Activations, the buffers of a c
 decoder's own copies are not in them.
 """
 
-import gc
 import os
 import sys
 from pathlib import Path
@@ -19,29 +18,32 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hmpo.config import PowerMeanConfig
-from hmpo.ranks.shard import local
+from hmpo.ranks.shard import local, shards_of
 from hmpo.trainer.power_mean import PowerMeanTrainer
 from hmpo.trainer.sharded import shard_policy
 from tests.ranks.processes import run_ranks
 from tests.support import tiny_llama
 
-CASES = ("tests.trainer.shard_cases", "tests.trainer.rank_cases")
+CASES = "tests.trainer.shard_cases"
 SIZES = (2, 4)
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
-    """Weights of every case over two and four ranks, and the memory of one policy."""
+    """Both, for two ranks and for four."""
+    return [*weights(folder), memory(folder)]
+
+
+def weights(folder: Path) -> list[dict[str, Any]]:
+    """How far the weights of each case are from those of one process."""
     found: list[dict[str, Any]] = []
-    for module in CASES:
-        one = _run(module, 1, folder, "")
-        runs = {size: _run(module, size, folder, "sharded") for size in SIZES}
-        for name, expected in one.items():
-            row: dict[str, Any] = {"part": "shard", "case": name}
-            row["dtype"] = "float32" if name.endswith("float32") else "float64"
-            for size, run in runs.items():
-                row[f"ranks_{size}"] = _compared(expected, run[name])
-            found.append(row)
-    found.append(memory(folder))
+    one = _run(CASES, 1, folder, "")
+    runs = {size: _run(CASES, size, folder, "sharded") for size in SIZES}
+    for name, expected in one.items():
+        row: dict[str, Any] = {"part": "shard", "case": name}
+        row["dtype"] = "float32" if name.endswith("float32") else "float64"
+        for size, run in runs.items():
+            row[f"ranks_{size}"] = _compared(expected, run[name])
+        found.append(row)
     return found
 
 
@@ -71,14 +73,16 @@ def _compared(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
 class Peaks:
     """The largest number of bytes that this rank has held, by what it was doing."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        self.optimizer = optimizer
+    def __init__(self, policy: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        self.policy, self.optimizer, shards = policy, optimizer, shards_of(policy)
+        self.parts, self.copied = list(policy.parameters()), getattr(shards, "model", policy)
         self.bytes = {"rollout": 0, "pass": 0, "step": 0}
 
     def look(self, what: str) -> None:
         """Count now."""
         held: dict[int, int] = {}
-        tensors = [x for x in gc.get_objects() if isinstance(x, nn.Parameter) and not x.is_meta]
+        parameters = (*self.parts, *self.policy.parameters(), *self.copied.parameters())
+        tensors = [x for x in parameters if not x.is_meta]
         tensors += [x.grad for x in tensors if x.grad is not None]
         states = self.optimizer.state.values()
         tensors += [x for own in states for x in own.values() if isinstance(x, Tensor)]
@@ -98,7 +102,7 @@ def measured(sharded: bool) -> dict[str, Any]:
     count = sum(p.numel() for p in policy.parameters())
     policy = shard_policy(policy) if sharded else policy
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-5)
-    peaks = Peaks(optimizer)
+    peaks = Peaks(policy, optimizer)
 
     def reward(prompts: Any, completions: Any, completion_ids: Any, **_: Any) -> list[float]:
         peaks.look("rollout")

@@ -62,6 +62,8 @@ def _weights(rows: list[dict[str, Any]]) -> str:
     told = []
     for size in RANKS:
         found = [row[f"ranks_{size}"] for row in rows if f"ranks_{size}" in row]
+        if not found:
+            continue
         same = sum(one["same_tokens"] for one in found)
         worst = max(one["weights"] for one in found)
         told.append(
@@ -88,7 +90,7 @@ def shard_memory() -> str:
         "| ranks | in a rollout | in a pass | in the optimizer's step |",
         "|---|---|---|---|",
     ]
-    for size in (1, *RANKS):
+    for size in (size for size in (1, *RANKS) if f"ranks_{size}" in row):
         held = row[f"ranks_{size}"]["bytes"]
         told = " | ".join(f"{held[what] / 2**20:.0f} MiB" for what in ("rollout", "pass", "step"))
         lines.append(f"| {size if size > 1 else '1, whole'} | {told} |")
