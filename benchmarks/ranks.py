@@ -7,6 +7,7 @@ equal: every case of tests/trainer/rank_cases.py and rank_grid.py (members x exp
        x advantage estimators; bounds, corrections, optimizers), two rollouts in float64.
 controlled: whole runs in float32 whose controllers move learning rate, exponent, clip and level.
 long: 50 updates of some members in float32, weights against those of one process.
+shard: see ranks_shard.py.
 speed: rollouts and updates of a 4.9M policy, one rank on one core against two on two, in turn.
 alone: what a process group of one rank costs against none.
 """
@@ -30,6 +31,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parent))
 from common import RESULTS, commit, save
 
+from benchmarks import ranks_shard
 from hmpo.config import PowerMeanConfig, members
 from hmpo.config.objective import ExponentConfig, ObjectiveConfig
 from hmpo.trainer.power_mean import PowerMeanTrainer
@@ -220,6 +222,7 @@ PARTS = {
     "equal": equal,
     "controlled": controlled,
     "long": long,
+    "shard": ranks_shard.rows,
     "speed": speed,
     "alone": alone,
 }
@@ -231,7 +234,8 @@ def other_rows(parts: list[str]) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     found = json.loads(path.read_text())
-    return [{"commit": found["commit"], **row} for row in found["rows"] if row["part"] not in parts]
+    rows = [row for row in found["rows"] if row["part"].partition(" ")[0] not in parts]
+    return [{"commit": found["commit"], **row} for row in rows]
 
 
 def main() -> None:
@@ -246,7 +250,7 @@ def main() -> None:
         for part in parts:
             rows = [row | {"commit": commit()} for row in PARTS[part](Path(folder) / part)]
             whole = [*other_rows([part]), *rows]
-            whole.sort(key=lambda row: list(PARTS).index(row["part"]))
+            whole.sort(key=lambda row: list(PARTS).index(row["part"].partition(" ")[0]))
             save("ranks", f"python -m benchmarks.ranks {part}", whole, show=False)
             for row in rows:
                 print(row)

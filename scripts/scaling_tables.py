@@ -42,6 +42,7 @@ def ranks(result: dict[str, Any]) -> list[Row]:
         "equal": ("native ranks, float64, members x exponents x estimators", _weights),
         "controlled": ("native ranks, float32, whole runs under live controllers", _decisions),
         "long": ("native ranks, float32, 50 updates", _weights),
+        "shard": ("native ranks, weights shared out (FSDP2)", _by_dtype),
         "speed": ("native ranks, speed", _speed),
     }
     return [
@@ -61,6 +62,8 @@ def _weights(rows: list[dict[str, Any]]) -> str:
     told = []
     for size in RANKS:
         found = [row[f"ranks_{size}"] for row in rows if f"ranks_{size}" in row]
+        if not found:
+            continue
         same = sum(one["same_tokens"] for one in found)
         worst = max(one["weights"] for one in found)
         told.append(
@@ -68,6 +71,38 @@ def _weights(rows: list[dict[str, Any]]) -> str:
             f"within {worst:.0e} of a matrix' norm"
         )
     return "; ".join(told)
+
+
+def _by_dtype(rows: list[dict[str, Any]]) -> str:
+    """How far the weights of sharded policies are from those of one process."""
+    kinds = dict.fromkeys(row["dtype"] for row in rows)
+    return ". ".join(
+        f"{kind}: {_weights([row for row in rows if row['dtype'] == kind])}" for kind in kinds
+    )
+
+
+def shard_memory() -> str:
+    """Bytes that a rank holds of a policy that is whole, and of one that is shared out."""
+    result = load("ranks")
+    (row,) = [row for row in result["rows"] if row["part"] == "shard memory"]
+    count = row["ranks_1"]["parameters"]
+    lines = [
+        "| ranks | in a rollout | in a pass | in the optimizer's step |",
+        "|---|---|---|---|",
+    ]
+    for size in (size for size in (1, *RANKS) if f"ranks_{size}" in row):
+        held = row[f"ranks_{size}"]["bytes"]
+        told = " | ".join(f"{held[what] / 2**20:.0f} MiB" for what in ("rollout", "pass", "step"))
+        lines.append(f"| {size if size > 1 else '1, whole'} | {told} |")
+    lines.append("")
+    lines.append(
+        f"{count / 1e6:.1f}M parameters in float32 under AdamW. The most that the first rank held "
+        "of parameters (gathered ones too), gradients and optimizer state, counted from the "
+        "storages of these tensors at every layer, step and reward; activations, buffers of a "
+        "collective and the decoder's own copies are not in it. From `python -m benchmarks.ranks "
+        "shard`."
+    )
+    return "\n".join(lines)
 
 
 def _decisions(rows: list[dict[str, Any]]) -> str:
@@ -132,4 +167,4 @@ ROWS: dict[str, Callable[[dict[str, Any]], list[Row]]] = {
 }
 """By result file."""
 
-TABLES: dict[str, Callable[[], str]] = {"scaling": scaling}
+TABLES: dict[str, Callable[[], str]] = {"scaling": scaling, "shard_memory": shard_memory}

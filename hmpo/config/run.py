@@ -350,6 +350,7 @@ class RunConfig:
         self.rollout.check(self.policy, self.task, self.trainer)
         climbs = self.agm.mode != "off" and "level" in self.agm.controls
         self.batch.check(self.task, responses, climbs=climbs)
+        self.distributed.check(self.policy, self.optimizer, self.trainer)
         self.agm.check(self.algorithm, self.objective)
 
 

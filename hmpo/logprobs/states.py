@@ -31,6 +31,7 @@ from hmpo.logprobs.tied import TiedGradient
 from hmpo.models.evaluation import evaluating
 from hmpo.models.policy import embeddable, is_hugging_face, unwrap
 from hmpo.models.probe import masked_inputs, policy_facts, refuse_length
+from hmpo.ranks.shard import shards_of
 
 PASS_TOKENS = 256
 """Tokens that cost as much time as one more pass through a model."""
@@ -91,9 +92,10 @@ def response_states(
         tied: embeds the tokens of packed rows, where the weight is the projection's too.
     """
     input_ids = embeddable(policy, input_ids, attention_mask)
+    at_once = shards_of(policy) is not None
     if not is_hugging_face(policy):
         run = functools.partial(_plain_logits, policy)
-        logits = _padded(run, input_ids, attention_mask, response_length)
+        logits = _padded(run, input_ids, attention_mask, response_length, at_once=at_once)
         return States(logits, None, packed=False)
     core, split = unwrap(policy), split_head(policy)
     facts = policy_facts(policy)
@@ -112,7 +114,7 @@ def response_states(
             hidden = pick(packed, hidden)
             return States(hidden, split, packed=True)
     run = functools.partial(_padded_states, policy, split, keeps)
-    values = _padded(run, input_ids, attention_mask, response_length)
+    values = _padded(run, input_ids, attention_mask, response_length, at_once=at_once)
     return States(values, split, packed=False)
 
 
@@ -121,13 +123,18 @@ def _padded(
     input_ids: Tensor,
     attention_mask: Tensor,
     response_length: int,
+    *,
+    at_once: bool,
 ) -> Tensor:
-    """Rows of `run` (M, S), (M, S), T -> (M, T, C) at response tokens, in parts of like length."""
+    """Rows of `run` (M, S), (M, S), T -> (M, T, C) at response tokens, in parts of like length.
+
+    At once where weights are gathered by all ranks for each pass, which makes one of any rows.
+    """
     mask = attention_mask[:, -response_length:]
     sizes = attention_mask.sum(1).tolist()
     order = sorted(range(len(sizes)), key=lambda i: (-sizes[i], i))
     parts = cut([sizes[i] for i in order], PASS_TOKENS)
-    if len(parts) == 1:
+    if at_once or len(parts) == 1:
         return run(input_ids, attention_mask, response_length)[mask]
     states, places, start = [], torch.zeros_like(mask, dtype=torch.long), 0
     for part in parts:

@@ -194,6 +194,7 @@ Entry = tuple[Tensor, Tensor, Tensor | None]
 def muon_update(group: dict[str, Any], state: dict[Tensor, dict[str, Any]]) -> None:
     """Update the parameters of one group in place, with their momentum in `state`."""
     buckets: dict[tuple[Any, ...], list[Entry]] = defaultdict(list)
+    sharded = _ShardedStep(group)
     for parameter in group["params"]:
         grad = parameter.grad
         if grad is None:
@@ -204,13 +205,14 @@ def muon_update(group: dict[str, Any], state: dict[Tensor, dict[str, Any]]) -> N
         if "momentum_buffer" not in own:
             own["momentum_buffer"] = torch.zeros_like(grad)
         if isinstance(parameter, DTensor):
-            _update_sharded(group, parameter, grad, own["momentum_buffer"])
+            sharded.take(parameter, grad, own["momentum_buffer"])
             continue
         parts = (_blocks(x, group) for x in (parameter, grad, own["momentum_buffer"]))
         for entry in zip(*parts, strict=True):
             buckets[entry[0].shape, grad.device, grad.dtype].append(entry)
     for entries in buckets.values():
         _orthogonal_step(group, entries)
+    sharded.finish()
 
 
 def _blocks(matrix: Tensor, group: dict[str, Any]) -> list[Tensor]:
@@ -282,20 +284,47 @@ def _of_rms(updates: Tensor, rms: float) -> Tensor:
     return wide * (rms / own.clamp(min=torch.finfo(wide.dtype).tiny))
 
 
-def _update_sharded(
-    group: dict[str, Any], parameter: DTensor, grad: Tensor, buffer: Tensor
-) -> None:
-    """One gather of the whole direction; each rank keeps its own part of the update."""
-    direction = _advance(group, grad, buffer, torch.empty_like(grad))
-    assert isinstance(direction, DTensor), "a sharded parameter has a sharded gradient"
-    whole = direction.full_tensor()
-    change = torch.zeros_like(whole, dtype=torch.promote_types(whole.dtype, torch.float32))
-    buckets: dict[torch.Size, list[Entry]] = defaultdict(list)
-    for target, part in zip(_blocks(change, group), _blocks(whole, group), strict=True):
-        buckets[target.shape].append((target, part, None))
-    for entries in buckets.values():
-        _orthogonal_step(group, entries)
-    mesh = parameter.device_mesh
-    copies = DTensor.from_local(change, mesh, [Replicate()] * mesh.ndim, run_check=False)
-    parameter.mul_(1 - float(group["lr"]) * group["weight_decay"])
-    parameter.add_(copies.redistribute(mesh, parameter.placements))
+class _ShardedStep:
+    """Matrices of which each rank has some rows: gathered once each, in batches as whole ones are.
+
+    Every rank iterates on them, so that each has the bits of one process, and keeps its own rows of
+    the update. A matrix that is iterated alone is in memory as long as that lasts.
+    """
+
+    def __init__(self, group: dict[str, Any]) -> None:
+        self.group = group
+        self.buckets: dict[tuple[Any, ...], list[tuple[Entry, int]]] = defaultdict(list)
+        """Blocks that wait, each with the number of its matrix."""
+        self.open: dict[int, tuple[DTensor, Tensor, int]] = {}
+        """By number a parameter, the change that it gets, and how many blocks of it are due."""
+
+    def take(self, parameter: DTensor, grad: Tensor, buffer: Tensor) -> None:
+        """Gather a matrix, and step with what has come to a batch."""
+        direction = _advance(self.group, grad, buffer, torch.empty_like(grad))
+        assert isinstance(direction, DTensor), "a sharded parameter has a sharded gradient"
+        whole, number = direction.full_tensor(), id(parameter)
+        change = torch.zeros_like(whole, dtype=torch.promote_types(whole.dtype, torch.float32))
+        targets, parts = _blocks(change, self.group), _blocks(whole, self.group)
+        self.open[number] = parameter, change, len(targets)
+        for target, part in zip(targets, parts, strict=True):
+            kind = target.shape, grad.device, grad.dtype
+            self.buckets[kind].append(((target, part, None), number))
+            if len(self.buckets[kind]) >= _batch_size(target.numel(), whole.device):
+                self._step(self.buckets.pop(kind))
+
+    def finish(self) -> None:
+        """Step with the rest."""
+        for entries in self.buckets.values():
+            self._step(entries)
+
+    def _step(self, entries: Sequence[tuple[Entry, int]]) -> None:
+        _orthogonal_step(self.group, [entry for entry, _ in entries])
+        for _, number in entries:
+            parameter, change, due = self.open.pop(number)
+            if due > 1:
+                self.open[number] = parameter, change, due - 1
+                continue
+            mesh = parameter.device_mesh
+            copies = DTensor.from_local(change, mesh, [Replicate()] * mesh.ndim, run_check=False)
+            parameter.mul_(1 - float(self.group["lr"]) * self.group["weight_decay"])
+            parameter.add_(copies.redistribute(mesh, parameter.placements))

@@ -112,6 +112,19 @@ class Ranks:
         """Whether it is so on any rank."""
         return flag if self.alone else bool(self.total(torch.tensor(int(flag))))
 
+    def most(self, count: int) -> int:
+        """The largest of a number that each rank has."""
+        return count if self.alone else int(torch.stack(self._each(torch.tensor(count))).max())
+
+    def first(self, value: T | None) -> T | None:
+        """Of ranks that have one, the value of the first; it must be possible to pickle it."""
+        if not self.any(value is not None) or self.alone:
+            return value
+        found: list[T | None] = [None] * self.size
+        with self._listening():
+            dist.all_gather_object(found, value)
+        return next(one for one in found if one is not None)
+
     def add_gradients(self, parameters: Iterable[Tensor]) -> None:
         """Let every rank hold the sum of all ranks' gradients.
 

@@ -27,6 +27,7 @@ from hmpo.optim.param_groups import MuonWithAdamW, runs_fused, split_param_group
 from hmpo.ranks.launched import device_of_rank, launched, ranks_here
 from hmpo.rewards import Rewards, load_reward
 from hmpo.run.place import Step, chosen_step
+from hmpo.run.sharing import share_policy
 from hmpo.run.source import pinned
 from hmpo.tasks import Task, is_chat
 from hmpo.tasks.verifiers import VerifiersTask
@@ -248,6 +249,7 @@ def make_trainer(
         seed=config.seed,
     )
     kind = GSPOTrainer if isinstance(settings, GSPOConfig) else PowerMeanTrainer
+    share_policy(config, loaded.model)
     return kind(
         loaded.model,
         reference,

@@ -7,6 +7,7 @@ killed and resumed leaves the same bytes as one that was not.
 """
 
 import contextlib
+import dataclasses
 import logging
 import time
 from pathlib import Path
@@ -18,6 +19,7 @@ from hmpo.models import LoadedPolicy, load_policy
 from hmpo.models.source import whole_policy
 from hmpo.optim.state import clip_lists
 from hmpo.randomness import seed_everything
+from hmpo.ranks.shard import gathered
 from hmpo.ranks.start import joined
 from hmpo.ranks.world import Ranks
 from hmpo.run.alike import refuse_unlike
@@ -150,6 +152,7 @@ class Run:
         self.engine = make_engine(config, loaded, place.path, ranks)
         parts = (self.task, self.rewards, options, talks, self.engine)
         self.trainer = make_trainer(config, loaded, *parts)
+        self.loaded = loaded = dataclasses.replace(loaded, model=self.trainer.collector.policy)
         self.teller.trainer = self.trainer
         settings = self.trainer.config
         self.evaluator = make_evaluator(
@@ -187,9 +190,10 @@ class Run:
             changed = self.saver.changed(found, own, allowed=self.allow_changed)
         files.open(stack, header, saved)
         self.saver.recall()
-        if saved is None and not self.ranks.rank:
-            keep_start(self.loaded.model, self.config, files.folder)
         if saved is None:
+            with gathered(self.trainer.policy):
+                if not self.ranks.rank:
+                    keep_start(self.loaded.model, self.config, files.folder)
             self.saver.inputs = describe_inputs(self.config, files.folder, self.task)
             self.teller.log("prompts_left_out", getattr(self.task, "told", {}))
         self.teller.log("inputs_changed", {"changed": changed} if changed else {})
@@ -331,7 +335,8 @@ class Run:
             self.audience.tell("on_measuring", step, name, done, total)
 
         at_once = self.stop.at_once(unless=lambda: self.rewards.calling)
-        with self.saver.measuring(), at_once if self.ranks.alone else contextlib.nullcontext():
+        at_once = at_once if self.ranks.alone else contextlib.nullcontext()
+        with gathered(self.trainer.policy), self.saver.measuring(), at_once:
             evaluation = self.evaluator.evaluate(
                 config.final_prompts if final else config.prompts,
                 pass_at=config.pass_at if final else 0,
@@ -358,18 +363,10 @@ class Run:
         if not self._asked():
             with contextlib.suppress(Stopped):
                 after = self._evaluate("after", final=True)
-        if after is not None and not self.ranks.rank:
-            self.files.check()
-            write_policy(
-                self.files,
-                self.loaded,
-                self.source,
-                used=self.config,
-                step=self.trainer.step,
-                before=self.saver.before,
-                measured=after.record(),
-            )
         if after is not None:
+            with gathered(self.trainer.policy):
+                if not self.ranks.rank:
+                    self._write_policy(after)
             done = self.trainer.step >= self.config.updates
             status = "completed" if done else "early_stop"
         warning = self._write_end(status)
@@ -384,6 +381,12 @@ class Run:
             signal=self.stop.signal if status == "interrupted" else None,
             warning=warning,
         )
+
+    def _write_policy(self, after: Evaluation) -> None:
+        self.files.check()
+        told = {"step": self.trainer.step, "before": self.saver.before}
+        parts = self.files, self.loaded, self.source
+        write_policy(*parts, used=self.config, measured=after.record(), **told)
 
     def _write_end(self, status: str, reason: str = "") -> str:
         """The last record; gives what the run lacked to learn from."""

@@ -228,7 +228,7 @@ class Saver:
         self._saved = mark
         began = time.perf_counter()
         with random_state_kept():  # saving more often changes nothing
-            state = self.trainer.state_dict() | {"trainer": dict(mark.trainer)}
+            state = self.trainer.state_dict(mark.trainer)
             state["run"] = mark.state(self.files.run_id)
             state["run"] |= {"inputs": self.inputs, "every": self.files.every}
             try:
@@ -246,7 +246,10 @@ class Saver:
 
     def save_if_due(self) -> None:
         """Save where `every` asks for it, or where the policy is better than it was before."""
-        if self._better or self.cadence.due(self.trainer.step):
+        due = self._better or self.cadence.due(self.trainer.step)
+        if self.trainer.shards is not None:  # all ranks save together, by one clock
+            due = self.trainer.ranks.once(lambda: due)
+        if due:
             self.save()
 
     def save_sound(self, error: BaseException) -> bool:
@@ -258,6 +261,8 @@ class Saver:
         trainer, mark = self.trainer, self.mark
         if mark is None or not trainer.whole or trainer.step != mark.trainer["step"]:
             return False
+        if trainer.shards is not None and not isinstance(error, NonFiniteError):
+            return False  # the others, who hold the rest of the weights, may be gone
         if isinstance(error, RunFolderError):  # nothing of ours is there to be written to
             return False
         discard_qk_readings(trainer.optimizer)  # of an update that was not finished

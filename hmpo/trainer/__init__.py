@@ -7,6 +7,7 @@ _HOME = {
     "PowerMeanTrainer": "power_mean",
     "HMPOTrainer": "power_mean",
     "GSPOTrainer": "gspo",
+    "shard_policy": "sharded",
 }
 
 __all__ = list(_HOME)
@@ -14,6 +15,7 @@ __all__ = list(_HOME)
 if TYPE_CHECKING:
     from hmpo.trainer.gspo import GSPOTrainer
     from hmpo.trainer.power_mean import HMPOTrainer, PowerMeanTrainer
+    from hmpo.trainer.sharded import shard_policy
 
 
 def __getattr__(name: str) -> Any:

@@ -6,6 +6,7 @@ mathematics stands in three methods of the trainer at hand: `advantages` of a ro
 of a minibatch, and `measure` of an update.
 """
 
+import dataclasses
 import logging
 import math
 from abc import ABC, abstractmethod
@@ -19,12 +20,12 @@ from torch import Tensor, nn
 from hmpo.config import TrainerConfig
 from hmpo.engines.protocol import RolloutEngine
 from hmpo.environments import Environments
-from hmpo.errors import NonFiniteError
 from hmpo.models.chat import PromptOptions
 from hmpo.models.evaluation import evaluating
 from hmpo.models.policy import bare_policy, load_trained_state, trained_state
 from hmpo.optim import MuonClip, MuonClipConfig, discard_qk_readings, with_qk_clip
 from hmpo.optim.state import clip_metrics, join_clip_state, split_clip_state
+from hmpo.ranks.shard import device_of, gathered, shards_of, whole_tree
 from hmpo.ranks.world import Ranks
 from hmpo.rewards import Rewards
 from hmpo.stopwatch import section
@@ -34,7 +35,10 @@ from hmpo.trainer.faults import (
     UpdateCheck,
     check_update,
     fault_text,
+    known_to_all,
     ratio_fault,
+    skip_error,
+    spoilt_error,
     step_fault,
 )
 from hmpo.trainer.fit import fit
@@ -43,14 +47,17 @@ from hmpo.trainer.learning import (
     check_apart,
     check_gradients,
     check_trainable,
+    clip_gradients,
     differentiable,
-    wide_norm,
+    total_norm,
 )
 from hmpo.trainer.prompts import Prompts, with_tokens
 from hmpo.trainer.rates import LearningRates
-from hmpo.trainer.refill import Refill
+from hmpo.trainer.refill import Columns, Refill
 from hmpo.trainer.rollout import Collected, Collector
 from hmpo.trainer.rows import minibatch_rows, refuse_different
+from hmpo.trainer.scored import of_all_updates
+from hmpo.trainer.sharded import own_part
 from hmpo.types import Batch, Event, Metrics, MinibatchGradient
 
 logger = logging.getLogger(__name__)
@@ -90,21 +97,22 @@ class Trainer(ABC, Generic[C]):
         self.policy, self.ref, self.config = policy_model, ref_model, config
         self.ranks = Ranks.of_processes()
         refuse_different(self.ranks, policy_model, config)
-        self.device = next(policy_model.parameters()).device
+        self.device, self.shards = device_of(policy_model), shards_of(policy_model)
         talks = environments_of(environment, tools, max_turns, tokenizer)
-        self.collector = Collector(
-            policy=policy_model,
-            ref=ref_model,
-            config=config,
-            rewards=rewards_of(reward_fn, talks, config),
-            tokenizer=tokenizer,
-            stop=tuple(stop),
-            prompt_options=prompt_options,
-            environments=talks,
-            ranks=self.ranks,
-            recompute=self.recomputes_logprobs,
-            engine=engine,
-        )
+        with gathered(policy_model) as sampling:
+            self.collector = Collector(
+                policy=sampling,
+                ref=ref_model,
+                config=config,
+                rewards=rewards_of(reward_fn, talks, config),
+                tokenizer=tokenizer,
+                stop=tuple(stop),
+                prompt_options=prompt_options,
+                environments=talks,
+                ranks=self.ranks,
+                recompute=self.recomputes_logprobs,
+                engine=engine,
+            )
         config.lr_factor(0)  # an incomplete schedule is refused now, not at the first update
         if config.qk_clip and not isinstance(optimizer, MuonClip):
             clip = MuonClipConfig(max_qk_score=config.max_qk_score)
@@ -142,37 +150,22 @@ class Trainer(ABC, Generic[C]):
         records = []
         while self.pending_updates:
             records.append(self.next_update())
-        merged = dict(records[-1])
-        for name in ("loss", "pg_loss", "grad_norm"):
-            known = [record[name] for record in records if name in record]  # not of no row
-            merged |= {name: math.fsum(known) / len(known)} if known else {}
-        merged["update_skipped"] = sum(record["update_skipped"] for record in records)
-        return merged
+        return of_all_updates(records)
 
     fit = fit
 
     @differentiable()
     @section("rewards")  # less the sections inside: sampling and log-probs
     def begin_rollout(
-        self,
-        prompts: Prompts,
-        columns: Mapping[str, Sequence[Any]],
-        refill: Refill | None = None,
+        self, prompts: Prompts, columns: Columns, refill: Refill | None = None
     ) -> None:
         """Sample responses, score them, and form advantages; `refill` is dynamic sampling."""
         place: Any = {"index": self.rollouts, "step": self.step}
-        with self.lag.sampling(self.rollouts, self.step):
+        with self.lag.sampling(self.rollouts, self.step), gathered(self.policy):
             found = self.collector.collect(prompts, columns, refill=refill, **place)
         advantages, told = self.advantages(found)
         weights, mismatch = self.corrections(found)
-        self.batch = Batch(
-            rollout=found.rollout,
-            rewards=found.rewards,
-            advantages=advantages,
-            valid=found.valid,
-            ref_logprobs=found.ref_logprobs,
-            weights=weights,
-        )
+        self.batch = found.batch(advantages, weights)
         self.cursor = 0
         self.rollouts += 1
         self.lag.settle()
@@ -196,7 +189,8 @@ class Trainer(ABC, Generic[C]):
         self.optimizer.zero_grad(set_to_none=True)  # what somebody else left there is not ours
         with section("backward"), evaluating(self.policy):  # less the sections inside
             gradient = self.gradient(batch)
-        self.ranks.add_gradients(p for p in self.policy.parameters() if p.requires_grad)
+        if self.shards is None:  # else its backward pass has added them up
+            self.ranks.add_gradients(p for p in self.policy.parameters() if p.requires_grad)
         check_gradients(self.optimizer)
         self.heaviest = self.heaviest_tokens(batch, gradient) if self.notes_tokens else ()
         check = self._step_optimizer(batch, gradient)
@@ -289,16 +283,16 @@ class Trainer(ABC, Generic[C]):
         """
         self.rates.apply(self.step, self.lr_scale)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        norm = nn.utils.get_total_norm(
-            [wide_norm(p.grad) for p in parameters if p.grad is not None]
-        )
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        norm = total_norm(gradients, None if self.shards is None else self.ranks.total)
         check = check_update(
             self.policy, self.optimizer, batch, gradient.loss, gradient.logprobs, norm
         )
+        check = dataclasses.replace(check, fault=known_to_all(check.fault, self.shards, self.ranks))
         if check.fault is None:
             limit = self.config.max_grad_norm
             if limit is not None and check.norm > 0.999 * limit:  # else the factor is exactly 1
-                nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+                clip_gradients(parameters, limit, norm)
             self._counted = False
             self.optimizer.step()
             self._check_step()
@@ -307,15 +301,12 @@ class Trainer(ABC, Generic[C]):
 
     def _check_step(self) -> None:
         """Stop at once if the step spoilt weights or state: there is no way back from it here."""
-        fault = step_fault(self.policy, self.optimizer)
+        fault = known_to_all(step_fault(self.policy, self.optimizer), self.shards, self.ranks)
         if fault is None:
             return
         self.totals["nonfinite_total"] += 1
         self.events.append(Event(name="nonfinite", step=self.step, data=fault))
-        raise NonFiniteError(
-            f"update {self.step}: not finite after the step at {fault_text(fault)}; resume from "
-            "the last checkpoint with a lower learning rate"
-        )
+        raise spoilt_error(self.step, fault)
 
     @section("telemetry")
     def _record(self, check: UpdateCheck, measured: Metrics) -> Metrics:
@@ -355,21 +346,26 @@ class Trainer(ABC, Generic[C]):
         logger.warning("update %d skipped: not finite at %s", self.step, where, extra=told)
         stop = self.config.on_nonfinite == "stop"
         if stop or self.skipped_in_a_row >= self.config.max_nonfinite:
-            raise NonFiniteError(
-                f"update {self.step}: not finite at {where}; {self.skipped_in_a_row} update(s) "
-                "skipped in a row; lower the learning rate: `hmpo train --from RUN --set "
-                "optimizer.lr=...` goes on in a new run from the weights of a run's checkpoint"
-            )
+            raise skip_error(self.step, where, self.skipped_in_a_row)
 
     # ------------------------------------------------------------------------------- the state
 
-    def state_dict(self) -> dict[str, Any]:
-        """Everything a bit-identical continuation needs, as plain values and tensors."""
-        return {
+    def state_dict(self, position: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Everything a bit-identical continuation needs, as plain values and tensors.
+
+        Args:
+            position: as `position` gave it at these weights; None asks now.
+
+        Returns:
+            The state. Of a sharded policy the first rank gets it whole, in the memory of the host,
+            and the others get None for each tensor of it; all of them must call this.
+        """
+        state = {
             "model": trained_state(self.policy),
             **split_clip_state(self.optimizer),
-            "trainer": self.position(),
+            "trainer": self.position() if position is None else dict(position),
         }
+        return state if self.shards is None else whole_tree(state, keep=self.ranks.rank == 0)
 
     def position(self) -> dict[str, Any]:
         """The part of the state that is neither weights nor optimizer: counters, rollout in use."""
@@ -386,7 +382,9 @@ class Trainer(ABC, Generic[C]):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue exactly where `state_dict` was taken."""
+        """Continue exactly where `state_dict` was taken, over as many ranks or others."""
+        if self.shards is not None:
+            state = own_part(state, self.shards, self.optimizer)
         saved = state["trainer"]
         self.lag.load_state_dict(saved)  # refuses before anything has changed
         load_trained_state(self.policy, state["model"])

@@ -13,6 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hmpo.errors import NonFiniteError
+from hmpo.ranks.shard import Shards, local
+from hmpo.ranks.world import Ranks
 from hmpo.types import Batch
 
 RATIO_LIMIT = 20.0
@@ -87,7 +90,8 @@ def ratio_fault(record: Mapping[str, Any]) -> Fault | None:
 def step_fault(policy: nn.Module, optimizer: torch.optim.Optimizer) -> Fault | None:
     """The first weight or optimizer state that a step has left not finite, at one wait."""
     state = [tensor for _, tensor in _state_tensors(policy, optimizer)]
-    if seem_finite([p.detach() for p in policy.parameters() if p.requires_grad] + state):
+    weights = [local(p.detach()) for p in policy.parameters() if p.requires_grad]
+    if seem_finite(weights + state):
         return None
     return weights_fault(policy) or optimizer_fault(policy, optimizer)
 
@@ -110,7 +114,7 @@ def gradient_fault(policy: nn.Module, norm: Tensor) -> Fault | None:
     if bool(norm.isfinite()):
         return None
     for name, parameter in policy.named_parameters():
-        if parameter.grad is not None and not parameter.grad.isfinite().all():
+        if parameter.grad is not None and not local(parameter.grad).isfinite().all():
             return {"site": "gradient", "where": name}
     return {"site": "gradient", "where": "norm"}
 
@@ -123,8 +127,23 @@ def optimizer_fault(policy: nn.Module, optimizer: torch.optim.Optimizer) -> Faul
 
 def weights_fault(policy: nn.Module) -> Fault | None:
     """The first trainable parameter that is not finite."""
-    where = _first_bad((n, p.detach()) for n, p in policy.named_parameters() if p.requires_grad)
+    held = ((n, p.detach()) for n, p in policy.named_parameters() if p.requires_grad)
+    where = _first_bad((name, local(value)) for name, value in held)
     return None if where is None else {"site": "weights", "where": where}
+
+
+def known_to_all(fault: Fault | None, shards: Shards | None, ranks: Ranks) -> Fault | None:
+    """A fault that any rank has found in its part of a sharded policy, the same on each.
+
+    Args:
+        fault: that this rank has found.
+        shards: of the policy; None where every rank has looked at all of it.
+        ranks: that hold the parts.
+    """
+    if shards is None:
+        return fault
+    named = None if fault is None or fault.get("where") == "norm" else fault
+    return ranks.first(named) or ranks.first(fault)
 
 
 def fault_text(fault: Fault) -> str:
@@ -133,10 +152,10 @@ def fault_text(fault: Fault) -> str:
 
 
 def _state_tensors(policy: nn.Module, optimizer: torch.optim.Optimizer) -> list[tuple[str, Tensor]]:
-    """Tensors of the optimizer's state by name, without its step counts."""
+    """Tensors of the optimizer's state by name, without its step counts; this rank's part."""
     names: dict[Tensor, str] = {p: name for name, p in policy.named_parameters()}
     return [
-        (f"{names.get(parameter, 'unnamed')}.{key}", value)
+        (f"{names.get(parameter, 'unnamed')}.{key}", local(value))
         for parameter, state in optimizer.state.items()
         for key, value in state.items()
         if isinstance(value, Tensor) and key != "step" and value.is_floating_point()
@@ -169,3 +188,20 @@ def _first_bad(named: Iterable[tuple[str, Tensor]]) -> str | None:
     if seem_finite([value for _, value in tensors]):
         return None
     return next((name for name, value in tensors if not value.isfinite().all()), None)
+
+
+def spoilt_error(step: int, fault: Fault) -> NonFiniteError:
+    """What ends a run whose step has spoilt weights or state."""
+    return NonFiniteError(
+        f"update {step}: not finite after the step at {fault_text(fault)}; resume from the last "
+        "checkpoint with a lower learning rate"
+    )
+
+
+def skip_error(step: int, where: str, in_a_row: int) -> NonFiniteError:
+    """What ends a run that has skipped too many updates."""
+    return NonFiniteError(
+        f"update {step}: not finite at {where}; {in_a_row} update(s) skipped in a row; lower the "
+        "learning rate: `hmpo train --from RUN --set optimizer.lr=...` goes on in a new run from "
+        "the weights of a run's checkpoint"
+    )

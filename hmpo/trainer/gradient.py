@@ -11,11 +11,7 @@ from torch import Tensor, nn
 from hmpo.attention.tap import record_without_gradient
 from hmpo.config import TrainerConfig
 from hmpo.config.objective import MismatchConfig, ObjectiveConfig
-from hmpo.logprobs.responses import (
-    ResponseLogprobs,
-    response_loss,
-    token_logprobs_and_entropy,
-)
+from hmpo.logprobs.responses import ResponseLogprobs, response_loss, token_logprobs_and_entropy
 from hmpo.models.policy import autocast
 from hmpo.objective.entropy import entropy_weights
 from hmpo.objective.loss import power_mean_loss
@@ -24,6 +20,7 @@ from hmpo.objective.terms import count_denominators, minibatch_band
 from hmpo.ranks.world import Ranks
 from hmpo.stopwatch import section
 from hmpo.trainer.learning import backward
+from hmpo.trainer.passes import Passes
 from hmpo.trainer.rows import ALONE, joined, prompt_numbers, rows_of_rank
 from hmpo.types import Band, Batch, Denominators, MinibatchGradient
 
@@ -59,16 +56,15 @@ def accumulate(
         ranks: that share the work.
     """
     mask = batch.rollout.response_mask & batch.valid[:, None]
-    idle = idle_rows(batch, objective)
+    idle, passes = idle_rows(batch, objective), Passes(policy, ranks)
     share = rows_of_rank(batch.rollout, ranks, idle)
-    micro = micro_batches(batch, config.micro_batch_size, share)
+    micro = micro_batches(batch, passes.size(config.micro_batch_size), share)
     denominators, band = count_denominators(mask), None
     if objective.needs_band and len(micro) == 1 and ranks.alone:
         denominators = None  # nothing is left out, so the objective measures its own band
     elif objective.needs_band:
-        with torch.no_grad():
-            forward = [_forward(policy, batch.select(rows), config).logprobs for rows in micro]
-        new, old = joined(forward, micro, batch.rollout, ranks), batch.rollout.old_logprobs
+        new = _logprobs(policy, batch, config, micro, passes)
+        old = batch.rollout.old_logprobs
         band = minibatch_band(new, old, mask, batch.advantages, objective, exponent=exponent)
     loss = MinibatchLoss(
         batch=batch,
@@ -81,6 +77,8 @@ def accumulate(
         band=band,
     )
     parts: list[Part] = []
+    if passes.shards is not None:
+        parts, micro = in_step(policy, loss, config, micro, idle, passes), []
     for rows in micro:
         if denominators is None:
             parts.append(all_then_loss(policy, loss, config, rows, idle[rows]))
@@ -89,38 +87,19 @@ def accumulate(
     return whole_minibatch(parts, batch, ranks)
 
 
-def token_weights(
+@torch.no_grad()
+def _logprobs(
+    policy: nn.Module,
     batch: Batch,
-    logprobs: Float[Tensor, "M T"],
-    objective: ObjectiveConfig,
-    exponent: Float[Tensor, ""] | None,
-    mismatch: MismatchConfig | None = None,
+    config: TrainerConfig,
+    micro: Sequence[Tensor],
+    passes: Passes,
 ) -> Float[Tensor, "M T"]:
-    """What multiplies the gradient of each token's log-prob in that of minus the loss.
-
-    An entropy bonus, which moves all tokens at a place, is left out.
-
-    Args:
-        batch: a minibatch of M responses.
-        logprobs: theirs, under the policy before the step.
-        objective: the member of the family in force.
-        exponent: overrides the objective's own exponent.
-        mismatch: as in `accumulate`.
-    """
-    mask = batch.rollout.response_mask & batch.valid[:, None]
-    with torch.enable_grad():
-        new = logprobs.detach().clone().requires_grad_(True)
-        loss = MinibatchLoss(
-            batch=batch,
-            mask=mask,
-            objective=dataclasses.replace(objective, entropy_coef=0.0),
-            exponent=exponent,
-            mismatch=mismatch,
-            denominators=None,
-            band=None,
-        ).of(new, torch.arange(len(mask), device=mask.device))
-        (slope,) = torch.autograd.grad(loss, new)
-    return -slope
+    """Log-probs of all rows, of which each rank runs its own micro-batches."""
+    missing = passes.missing(len(micro))
+    found = [_forward(policy, batch.select(rows), config, passes).logprobs for rows in micro]
+    passes.make_up(missing, batch.rollout, config, gradient=False)
+    return joined(found, micro, batch.rollout, passes.ranks)
 
 
 def whole_minibatch(parts: Sequence["Part"], batch: Batch, ranks: Ranks) -> MinibatchGradient:
@@ -237,45 +216,84 @@ def by_response(
     The rows that have a gradient come first, in one pass over the vocabulary where that serves;
     then the loss of the idle ones, if there are any.
     """
-    parts, moving, still, weights = [], rows[~idle], rows[idle], loss.entropy_weights
-    if len(moving):
-        rollout = loss.batch.rollout.select(moving)
-        with section("logprobs"), autocast(rollout.response_ids.device, config):
-            trained = response_loss(
+    passes, moving, still = Passes(policy), rows[~idle], rows[idle]
+    parts = [_moved(policy, loss, config, moving, passes)] if len(moving) else []
+    return parts + ([_still(policy, loss, config, still, passes)] if len(still) else [])
+
+
+def in_step(
+    policy: nn.Module,
+    loss: MinibatchLoss,
+    config: TrainerConfig,
+    micro: Sequence[Int[Tensor, " m"]],
+    idle: Bool[Tensor, " M"],
+    passes: Passes,
+) -> list[Part]:
+    """Back-propagate this rank's micro-batches of a sharded policy, by as many passes as others.
+
+    Args:
+        policy: the model that is trained; its gradients are added to.
+        loss: of the minibatch.
+        config: precision and temperature.
+        micro: rows of each micro-batch.
+        idle: which rows of the minibatch go forward only.
+        passes: through the policy.
+    """
+    moving = [own for rows in micro if len(own := rows[~idle[rows]])]
+    still = [own for rows in micro if len(own := rows[idle[rows]])]
+    rollout = loss.batch.rollout
+    missing = passes.missing(len(moving))
+    parts = [_moved(policy, loss, config, rows, passes) for rows in moving]
+    passes.make_up(missing, rollout, config, gradient=True)
+    missing = passes.missing(len(still))
+    parts += [_still(policy, loss, config, rows, passes) for rows in still]
+    passes.make_up(missing, rollout, config, gradient=False)
+    return parts
+
+
+def _moved(
+    policy: nn.Module, loss: MinibatchLoss, config: TrainerConfig, rows: Tensor, passes: Passes
+) -> Part:
+    """Rows that have a gradient, in one pass over the vocabulary where that serves."""
+    rollout, weights = loss.batch.rollout.select(rows), loss.entropy_weights
+    with section("logprobs"), autocast(rollout.response_ids.device, config):
+        trained = passes.run(
+            lambda: response_loss(
                 policy,
                 rollout.input_ids,
                 rollout.attention_mask,
                 rollout.response_ids.shape[1],
-                lambda new, some: loss.of(new, moving[some]),
+                lambda new, some: loss.of(new, rows[some]),
                 temperature=config.temperature,
                 chunk=config.logprob_chunk,
                 counted=rollout.counted,
-                entropy_weights=None if weights is None else weights[moving],
-            )
-        backward(trained.loss, due=True)
-        parts.append(
-            Part(
-                rows=moving,
-                loss=trained.loss.detach(),
-                logprobs=trained.logprobs,
-                entropy=trained.entropy,
-                packed=trained.packed,
+                entropy_weights=None if weights is None else weights[rows],
             )
         )
-    if len(still):
-        with torch.no_grad():
-            with record_without_gradient():
-                result = _forward(policy, loss.batch.select(still), config)
-            parts.append(
-                Part(
-                    rows=still,
-                    loss=loss.of(result.logprobs, still),
-                    logprobs=result.logprobs,
-                    entropy=result.entropy,
-                    packed=result.packed,
-                )
-            )
-    return parts
+    backward(trained.loss, due=True)
+    return Part(
+        rows=rows,
+        loss=trained.loss.detach(),
+        logprobs=trained.logprobs,
+        entropy=trained.entropy,
+        packed=trained.packed,
+    )
+
+
+@torch.no_grad()
+def _still(
+    policy: nn.Module, loss: MinibatchLoss, config: TrainerConfig, rows: Tensor, passes: Passes
+) -> Part:
+    """Rows that go forward only."""
+    with record_without_gradient():
+        result = _forward(policy, loss.batch.select(rows), config, passes)
+    return Part(
+        rows=rows,
+        loss=loss.of(result.logprobs, rows),
+        logprobs=result.logprobs,
+        entropy=result.entropy,
+        packed=result.packed,
+    )
 
 
 def idle_rows(batch: Batch, objective: ObjectiveConfig) -> Bool[Tensor, " M"]:
@@ -360,16 +378,20 @@ def _training_forward(
     )
 
 
-def _forward(policy: nn.Module, batch: Batch, config: TrainerConfig) -> ResponseLogprobs:
+def _forward(
+    policy: nn.Module, batch: Batch, config: TrainerConfig, passes: Passes | None = None
+) -> ResponseLogprobs:
     """Log-probs and entropy of some rows under the policy."""
-    rollout = batch.rollout
+    rollout, passes = batch.rollout, passes or Passes(policy)
     with section("logprobs"), autocast(rollout.response_ids.device, config):
-        return token_logprobs_and_entropy(
-            policy,
-            rollout.input_ids,
-            rollout.attention_mask,
-            rollout.response_ids.shape[1],
-            temperature=config.temperature,
-            chunk=config.logprob_chunk,
-            counted=rollout.counted,
+        return passes.run(
+            lambda: token_logprobs_and_entropy(
+                policy,
+                rollout.input_ids,
+                rollout.attention_mask,
+                rollout.response_ids.shape[1],
+                temperature=config.temperature,
+                chunk=config.logprob_chunk,
+                counted=rollout.counted,
+            )
         )

@@ -12,6 +12,7 @@ One deviation: a group whose rewards are all equal has advantage 0, where the pa
 0/0.
 """
 
+import functools
 import math
 
 import torch
@@ -24,6 +25,7 @@ from hmpo.models.policy import autocast
 from hmpo.stopwatch import section
 from hmpo.trainer.base import Trainer
 from hmpo.trainer.learning import backward
+from hmpo.trainer.passes import Passes
 from hmpo.trainer.rollout import Collected
 from hmpo.trainer.rows import joined, rows_of_rank
 from hmpo.types import Batch, Metrics, MinibatchGradient, on_host
@@ -69,22 +71,26 @@ class GSPOTrainer(Trainer[GSPOConfig]):
         """Gradient of -J (equations 5 and 7) over one minibatch, in micro-batches."""
         config, rollout = self.config, batch.rollout
         counted = batch.valid.sum().clamp(min=1)
-        ranks = self.ranks
-        micro = rows_of_rank(rollout, ranks).split(config.micro_batch_size or len(batch.rewards))
+        ranks, passes = self.ranks, Passes(self.policy, self.ranks)
+        size = passes.size(config.micro_batch_size)
+        micro = rows_of_rank(rollout, ranks).split(size or len(batch.rewards))
         micro = [rows for rows in micro if len(rows)]
         losses, logprobs, entropies, packed = [], [], [], False
         nothing = rollout.old_logprobs.new_zeros(())
+        missing = passes.missing(len(micro))
         for rows in micro:
+            forward = functools.partial(
+                token_logprobs_and_entropy,
+                self.policy,
+                rollout.input_ids[rows],
+                rollout.attention_mask[rows],
+                rollout.response_ids.shape[1],
+                temperature=config.temperature,
+                chunk=config.logprob_chunk,
+                counted=None if rollout.counted is None else rollout.counted[rows],
+            )
             with section("logprobs"), autocast(rollout.response_ids.device, config):
-                result = token_logprobs_and_entropy(
-                    self.policy,
-                    rollout.input_ids[rows],
-                    rollout.attention_mask[rows],
-                    rollout.response_ids.shape[1],
-                    temperature=config.temperature,
-                    chunk=config.logprob_chunk,
-                    counted=None if rollout.counted is None else rollout.counted[rows],
-                )
+                result = passes.run(forward)
             with section("objective"):
                 new = result.logprobs
                 s = self._log_ratio(batch, new, rows).exp()
@@ -96,6 +102,7 @@ class GSPOTrainer(Trainer[GSPOConfig]):
             logprobs.append(new.detach())
             entropies.append(result.entropy.detach())
             packed = result.packed
+        passes.make_up(missing, rollout, config, gradient=True)
         return MinibatchGradient(
             loss=ranks.total(torch.stack(losses or [nothing]).sum()),
             logprobs=joined(logprobs, micro, rollout, ranks),

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from hmpo.config import RolloutConfig
 from hmpo.errors import CheckpointError
@@ -141,7 +142,12 @@ class Lag:
 
 
 def _copied(value: Any) -> Any:
-    """A copy in the memory of the host, also of a module's own extra state."""
+    """A copy in the memory of the host, also of a module's own extra state.
+
+    A rank's part of sharded weights stays beside them.
+    """
+    if isinstance(value, DTensor):
+        return value.clone()
     return value.to("cpu", copy=True) if isinstance(value, Tensor) else copy.deepcopy(value)
 
 
@@ -154,6 +160,7 @@ def _first_names(state: Mapping[str, Any]) -> dict[str, str]:
 def _place(value: Any) -> Any:
     """Equal for two values that are one tensor."""
     try:
+        value = getattr(value, "_local_tensor", value)
         start = value.untyped_storage().data_ptr() or id(value)
         return start, value.storage_offset(), value.shape, value.stride(), value.dtype
     except (AttributeError, RuntimeError):  # no tensor, or a wrapper without memory of its own

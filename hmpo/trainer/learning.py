@@ -2,13 +2,15 @@
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from hmpo.errors import ConfigError, ModelError
+from hmpo.ranks.shard import local
 
 logger = logging.getLogger(__name__)
 
@@ -115,6 +117,28 @@ def wide_norm(gradient: Tensor) -> Tensor:
     if gradient.dtype not in (torch.bfloat16, torch.float16):
         return gradient
     return torch.linalg.vector_norm(gradient, dtype=torch.float32)
+
+
+def total_norm(
+    gradients: Sequence[Tensor], shared: Callable[[Tensor], Tensor] | None
+) -> Float[Tensor, ""]:
+    """The L2 norm of all gradients.
+
+    Args:
+        gradients: whole, or shared out to ranks as DTensors.
+        shared: the sum of a number over the ranks, where gradients are shared out.
+    """
+    norm = nn.utils.get_total_norm([wide_norm(local(gradient)) for gradient in gradients])
+    return norm if shared is None else shared(norm.square()).sqrt()
+
+
+def clip_gradients(parameters: Sequence[Tensor], limit: float, norm: Tensor) -> None:
+    """Scale gradients whose L2 norm is `norm` to the limit, each rank its own part of them."""
+    if any(isinstance(p.grad, DTensor) for p in parameters):
+        held = [local(p.grad) for p in parameters if p.grad is not None]
+        torch._foreach_mul_(held, (limit / (norm + 1e-6)).clamp(max=1.0))
+        return
+    nn.utils.clip_grads_with_norm_(parameters, limit, norm)
 
 
 def check_gradients(optimizer: torch.optim.Optimizer) -> None:

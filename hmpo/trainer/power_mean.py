@@ -22,6 +22,7 @@ from hmpo.objective.entropy import entropy_bonus
 from hmpo.objective.in_force import ObjectiveInForce
 from hmpo.objective.metrics import objective_metrics
 from hmpo.objective.mismatch import mismatch_metrics, mismatch_weights
+from hmpo.ranks.shard import device_of
 from hmpo.rewards import Rewards
 from hmpo.stopwatch import section
 from hmpo.trainer.advantages import (
@@ -31,9 +32,10 @@ from hmpo.trainer.advantages import (
     rollout_advantages,
 )
 from hmpo.trainer.base import Trainer
-from hmpo.trainer.gradient import accumulate, idle_rows, token_weights
+from hmpo.trainer.gradient import accumulate, idle_rows
 from hmpo.trainer.rollout import Collected
 from hmpo.trainer.signal import heaviest
+from hmpo.trainer.token_weights import token_weights
 from hmpo.types import Batch, Metrics, MinibatchGradient, on_host
 
 
@@ -91,7 +93,7 @@ class PowerMeanTrainer(Trainer[PowerMeanConfig]):
         engine: RolloutEngine | None = None,
         advantage_fn: AdvantageFn | None = None,
     ) -> None:
-        device = next(policy_model.parameters()).device
+        device = device_of(policy_model)
         objective = config.resolved_objective
         if objective.kl_coef > 0 and ref_model is None:
             raise ConfigError(

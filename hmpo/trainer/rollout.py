@@ -34,7 +34,7 @@ from hmpo.trainer.responses import completions_of, repeated_columns, reward_even
 from hmpo.trainer.rows import ALONE, joined, rows_of_rank
 from hmpo.trainer.sampled import EngineTurn, sampled
 from hmpo.trainer.scored import ScoredResponses, describe, samples_of
-from hmpo.types import Event, Metrics, Rollout
+from hmpo.types import Batch, Event, Metrics, Rollout
 
 logger = logging.getLogger(__name__)
 
@@ -170,6 +170,21 @@ class Collected:
     """Unweighted rewards by function, N each; NaN where one does not apply, or was dropped."""
     weights: tuple[float, ...]
     """Of these functions in the total."""
+
+    def batch(
+        self,
+        advantages: Float[Tensor, " N"] | Float[Tensor, "N T"],
+        weights: Float[Tensor, " N"] | Float[Tensor, "N T"] | None,
+    ) -> Batch:
+        """What updates learn from: the rollout with its advantages and corrections."""
+        return Batch(
+            rollout=self.rollout,
+            rewards=self.rewards,
+            advantages=advantages,
+            valid=self.valid,
+            ref_logprobs=self.ref_logprobs,
+            weights=weights,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

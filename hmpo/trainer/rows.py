@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from hmpo.errors import require
 from hmpo.randomness import keyed_generator
+from hmpo.ranks.shard import shards_of
 from hmpo.ranks.world import Ranks
 from hmpo.sampling.options import SamplingOptions
 from hmpo.types import Rollout
@@ -123,6 +124,16 @@ def refuse_different(ranks: Ranks, policy: nn.Module, config: object) -> None:
     if ranks.alone:
         return
     ranks.agree("configuration", repr(config))
+    if shards_of(policy) is None:
+        agree_on_weights(ranks, policy)
+
+
+def agree_on_weights(ranks: Ranks, policy: nn.Module) -> None:
+    """Refuse ranks whose policies differ in their weights.
+
+    Raises:
+        RankError: one line that names the rank.
+    """
     digest = hashlib.sha256()
     for parameter in policy.parameters():  # bytes, as processors differ in how they sum
         digest.update(parameter.detach().flatten().view(torch.uint8).cpu().numpy().tobytes())

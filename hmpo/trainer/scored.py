@@ -1,6 +1,7 @@
 """The scored responses of a rollout, and what telemetry says of them."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,6 +66,16 @@ def describe(scored: ScoredResponses, group_size: int, success: float) -> Metric
         column = torch.tensor(values, dtype=torch.float64)
         metrics[f"reward/{name}/mean"] = _mean(column[column.isfinite()])
     return {name: float(value) for name, value in metrics.items()}
+
+
+def of_all_updates(records: Sequence[Metrics]) -> Metrics:
+    """Metrics of the last update of a rollout, with losses and norm averaged over all of them."""
+    merged = dict(records[-1])
+    for name in ("loss", "pg_loss", "grad_norm"):
+        known = [record[name] for record in records if name in record]  # not of no row
+        merged |= {name: math.fsum(known) / len(known)} if known else {}
+    merged["update_skipped"] = sum(record["update_skipped"] for record in records)
+    return merged
 
 
 def samples_of(scored: ScoredResponses) -> list[dict[str, Any]]:

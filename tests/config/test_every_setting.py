@@ -19,6 +19,7 @@ REFUSED = {
     "rollout.engine": "rollout.engine: got 'http://127.0.0.1:1', where no server is ready",
     "rollout.python": "rollout.python: got 'nowhere/python', which is no program",
     "rollout.arguments": "rollout.arguments: got '--port', expected others than",
+    "distributed.offload": "distributed.offload: got True, expected False without",
     "rollout.timeout": "rollout.timeout: got 0.0, expected a finite number > 0",
     "device": "device: got 'cuda:77', but there are ",
     "objective.name": "objective: got 'mine', expected member = \"gspo\"",

@@ -24,6 +24,7 @@ import torch
 from hmpo.errors import HmpoError
 from hmpo.logprobs import head, one_pass
 from hmpo.run import loop as run
+from hmpo.run import sharing
 from tests.config.walk_cases import ALSO, CASES, LORA, UNREAD
 from tests.faults.micro import micro_config, micro_policy
 from tests.faults.storage import fast_folder
@@ -75,6 +76,7 @@ def differences(before: dict[str, Any], changed: dict[str, Any]) -> list[str]:
 
 
 block_rows, joined = head.block_rows, run.joined
+shard_policy = sharing.shard_policy
 
 
 def noted(found: set[int], value: int) -> int:
@@ -113,7 +115,8 @@ def observe(policy: Path, out: Path, changes: dict[str, Any]) -> dict[str, Any]:
     changes = SMALL | changes
     rows: set[int] = set()
     head.block_rows = one_pass.block_rows = lambda *given: noted(rows, block_rows(*given))
-    again, waits = Recomputed(), []
+    again, waits, shared = Recomputed(), [], []
+    sharing.shard_policy = lambda *given, **how: (shared.append(how), shard_policy(*given, **how))
     run.joined = lambda device, seconds: (waits.append(seconds), joined(device, seconds))[1]
     try:
         config = micro_config(policy, out / changes.pop("out", ""), **changes)
@@ -127,6 +130,7 @@ def observe(policy: Path, out: Path, changes: dict[str, Any]) -> dict[str, Any]:
         "rows of a block of logits": sorted(rows),
         "layers that are run again": again.layers,
         "seconds that a rank waits": waits,
+        "policies that ranks share out": len(shared),
         "folder": folder.relative_to(out).as_posix(),
         "status": (result.status, result.step),
     }

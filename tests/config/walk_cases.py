@@ -55,6 +55,8 @@ RUN: dict[str, Case] = {
     "tracker.project": ({"sinks": ["tensorboard"]}, "other"),
     "tracker.name": ({"sinks": ["tensorboard"]}, "other"),
     "distributed.timeout": ({}, 30.0),
+    "distributed.shard": ({}, True),
+    "distributed.offload": ({}, True),
     "policy.path": ({}, "tiny-sort"),
     "policy.start": ({}, "0/run"),
     "policy.revision": ({}, "v1"),

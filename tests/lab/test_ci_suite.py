@@ -11,7 +11,7 @@ from hmpo.lab.study.plan import read_plan
 from hmpo.lab.suite.reading import read_suite
 from hmpo.lab.suite.run import run_suite
 from hmpo.lab.suite.selection import chosen_runs
-from tests.faults.storage import fast_folder
+from tests.ranks.processes import made_once
 
 SUITE = Path(__file__).parents[2] / "studies" / "ci.toml"
 TRAINED = ("evals", "passed", "metrics", "curves", "tokens")
@@ -19,12 +19,14 @@ TRAINED = ("evals", "passed", "metrics", "curves", "tokens")
 
 
 @pytest.fixture(scope="module")
-def folder():
-    with fast_folder() as root:
-        suite = read_suite(str(SUITE))
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    suite = read_suite(str(SUITE))
+
+    def make(root: Path) -> None:
         result = run_suite(suite, runs=chosen_runs(suite.cells, None), out=root)
         assert result.failed == [] and result.left == 0
-        yield result.folder
+
+    return made_once(tmp_path_factory, "ci-suite", make) / suite.name
 
 
 @pytest.fixture(scope="module")

@@ -1,16 +1,37 @@
 """Processes that make one group, for tests: each runs a module and leaves what it found."""
 
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
+
+import pytest
+from filelock import FileLock
 
 ROOT = Path(__file__).parents[2]
 
 
-def run_ranks(module: str, size: int, folder: Path, timeout: float = 400) -> list[Path]:
-    """Run `python -m module FILE RANK SIZE OUT` once for each rank, beside each other.
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """A folder that `make` fills, once for all workers of pytest-xdist; the others wait for it."""
+    base = factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    folder = base / name
+    with FileLock(base / f"{name}.lock"):
+        if not (folder / "made").exists():
+            shutil.rmtree(folder, ignore_errors=True)  # of a worker that failed
+            folder.mkdir()
+            make(folder)
+            (folder / "made").touch()
+    return folder
+
+
+def run_ranks(
+    module: str, size: int, folder: Path, timeout: float = 400, kind: str = ""
+) -> list[Path]:
+    """Run `python -m module FILE RANK SIZE OUT [KIND]` once for each rank, beside each other.
 
     Returns:
         The OUT of each rank.
@@ -20,8 +41,8 @@ def run_ranks(module: str, size: int, folder: Path, timeout: float = 400) -> lis
     """
     folder.mkdir(parents=True, exist_ok=True)
     outs = [folder / f"{size}-{rank}.pt" for rank in range(size)]
-    start = ["-m", module, str(folder / f"meet-{size}")]
-    _run([[*start, str(rank), str(size), str(out)] for rank, out in enumerate(outs)], timeout)
+    start, end = ["-m", module, str(folder / f"meet-{size}")], [kind] if kind else []
+    _run([[*start, str(r), str(size), str(out), *end] for r, out in enumerate(outs)], timeout)
     return outs
 
 

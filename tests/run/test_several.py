@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
+from tests.ranks.processes import made_once
 from tests.run.several import (
     command,
     controlled,
@@ -29,10 +30,12 @@ pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs the 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same run by one process and by two ranks."""
-    folder = tmp_path_factory.mktemp("several")
-    ended(command(folder, "one", 1))
-    ended(command(folder, "two", 2))
-    return folder
+
+    def make(folder: Path) -> None:
+        ended(command(folder, "one", 1))
+        ended(command(folder, "two", 2))
+
+    return made_once(tmp_path_factory, "several", make)
 
 
 def test_two_ranks_write_the_completions_of_one_process(runs: Path) -> None:

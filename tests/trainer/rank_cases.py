@@ -1,6 +1,6 @@
 """Whole trainings by one rank of several, for a process of their own: see `test_ranks.py`.
 
-    python -m tests.trainer.rank_cases FILE RANK SIZE OUT
+    python -m tests.trainer.rank_cases FILE RANK SIZE OUT [sharded]
 
 Left in OUT: by case the metrics of each rollout and the weights after them.
 """
@@ -18,8 +18,10 @@ from hmpo.config import AdvantageConfig, GSPOConfig, PowerMeanConfig, members
 from hmpo.config.objective import ExponentConfig, MismatchConfig, ObjectiveConfig
 from hmpo.models import character_tokenizer
 from hmpo.optim.param_groups import MuonWithAdamW, split_param_groups
+from hmpo.ranks.shard import gather
 from hmpo.trainer.gspo import GSPOTrainer
 from hmpo.trainer.power_mean import PowerMeanTrainer
+from hmpo.trainer.sharded import shard_policy
 from tests.support import in_float64, tiny_causal, tiny_llama
 
 PROMPTS = [[5, 3, 9], [7, 7], [4], [11, 12, 13, 14], [5, 3, 9]]
@@ -80,12 +82,19 @@ def by_place(rollout: Any, rewards: torch.Tensor, valid: torch.Tensor) -> torch.
 def trained(trainer: Any, rollouts: int = 2) -> dict[str, Any]:
     prompts = getattr(trainer, "prompts", PROMPTS)
     metrics = [trainer.update_step(prompts) for _ in range(rollouts)]
-    weights = {name: value.detach() for name, value in trainer.policy.named_parameters()}
+    weights = {n: gather(value.detach()) for n, value in trainer.policy.named_parameters()}
     return {"metrics": metrics, "weights": weights, "responses": trainer.samples}
 
 
 def adamw(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-6)
+
+
+Ready = Callable[[nn.Module], nn.Module]
+
+
+def as_it_is(model: nn.Module) -> nn.Module:
+    return model
 
 
 def llama() -> nn.Module:
@@ -103,9 +112,9 @@ class Doubled:
         return f">{completion[:2]}", float(len(completion) % 3), self.turns == 2
 
 
-def talking() -> Any:
+def talking(ready: Ready) -> Any:
     tokenizer = character_tokenizer("abcdefghij>")
-    model = in_float64(tiny_llama(vocab=len(tokenizer), seed=5))
+    model = ready(in_float64(tiny_llama(vocab=len(tokenizer), seed=5)))
     config = PowerMeanConfig(**BASE | {"eos_token": 2, "max_length": 10})
     trainer = PowerMeanTrainer(
         model, None, adamw(model), config, None, tokenizer=tokenizer, environment=Doubled
@@ -114,30 +123,34 @@ def talking() -> Any:
     return trainer
 
 
-def cases() -> dict[str, Any]:
-    """Each trains two rollouts of a few updates."""
-    made: dict[str, Any] = {"a conversation": talking()}
+def cases(ready: Ready = as_it_is) -> dict[str, Any]:
+    """Each trains two rollouts of a few updates.
+
+    Args:
+        ready: what is done to each policy before it gets an optimizer.
+    """
+    made: dict[str, Any] = {"a conversation": talking(ready)}
     for name, options in MEMBERS.items():
-        model = llama()
+        model = ready(llama())
         ref = copy.deepcopy(llama()).requires_grad_(False)
         config = PowerMeanConfig(**BASE | options)
         made[name] = PowerMeanTrainer(model, ref, adamw(model), config, reward)
-    model = llama()
+    model = ready(llama())
     config = PowerMeanConfig(**BASE)
     made["fewer prompts than ranks"] = PowerMeanTrainer(model, None, adamw(model), config, reward)
     made["fewer prompts than ranks"].prompts = [[5, 3, 9]]
-    model = llama()
+    model = ready(llama())
     made["lag"] = PowerMeanTrainer(
         model, None, adamw(model), PowerMeanConfig(**BASE), reward, lag=1
     )
-    model = llama()
+    model = ready(llama())
     groups = split_param_groups(model, lr=1e-3, weight_decay=0.0, adamw_lr=1e-3)
     muon = MuonWithAdamW(groups, lr=1e-3, ns_dtype=torch.float64)
     made["muon"] = PowerMeanTrainer(model, None, muon, PowerMeanConfig(**BASE), reward)
-    model = llama()
+    model = ready(llama())
     config = GSPOConfig(**BASE, epsilon_low=0.01, epsilon_high=0.01, micro_batch_size=4)
     made["gspo, from its paper"] = GSPOTrainer(model, None, adamw(model), config, reward)
-    model = tiny_causal(seed=2).double()
+    model = ready(tiny_causal(seed=2).double())
     config = PowerMeanConfig(**BASE, qk_clip=False)
     made["a module without a cache"] = PowerMeanTrainer(model, None, adamw(model), config, reward)
     model = llama()
@@ -150,17 +163,23 @@ def cases() -> dict[str, Any]:
     return made
 
 
-def as_rank(file: str, rank: str, size: str, out: str, *, found: Callable[[], Any]) -> None:
+def as_rank(
+    file: str, rank: str, size: str, out: str, kind: str = "", *, found: Callable[[Ready], Any]
+) -> None:
     """Be one rank of several, and leave in OUT what it finds."""
     torch.set_num_threads(1)
     if int(size) > 1:
         dist.init_process_group(
             "gloo", init_method=f"file://{file}", rank=int(rank), world_size=int(size)
         )
-    torch.save(found(), out)
+    torch.save(found(shard_policy if kind == "sharded" else as_it_is), out)
     if int(size) > 1:
         dist.destroy_process_group()
 
 
+def all_cases(ready: Ready) -> dict[str, Any]:
+    return {name: trained(made) for name, made in cases(ready).items()}
+
+
 if __name__ == "__main__":
-    as_rank(*sys.argv[1:], found=lambda: {name: trained(made) for name, made in cases().items()})
+    as_rank(*sys.argv[1:], found=all_cases)

@@ -18,7 +18,7 @@ from hmpo.config.objective import ExponentConfig, MismatchConfig, ObjectiveConfi
 from hmpo.errors import ConfigError
 from hmpo.optim.param_groups import MuonWithAdamW, split_param_groups
 from hmpo.trainer.power_mean import PowerMeanTrainer
-from tests.trainer.rank_cases import BASE, PROMPTS, adamw, as_rank, llama, reward
+from tests.trainer.rank_cases import BASE, PROMPTS, Ready, adamw, as_rank, llama, reward
 
 WHOLE = BASE | {"total_updates": 8}
 SOURCES: dict[str, dict[str, Any]] = {
@@ -128,7 +128,7 @@ OPTIMIZERS: dict[str, Callable[[Any], Any]] = {
 }
 
 
-def found() -> dict[str, Any]:
+def found(_: Ready) -> dict[str, Any]:
     """Every case: completions and weights."""
     left = {}
     for name, make in grid():

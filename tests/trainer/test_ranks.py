@@ -5,12 +5,13 @@ one process, in float64 to rounding. `benchmarks/ranks.py` has more members, and
 """
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from tests.ranks.processes import run_ranks
+from tests.ranks.processes import made_once, run_ranks
 from tests.trainer.rank_cases import CASES
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs the gloo backend")
@@ -21,9 +22,12 @@ CLOSE = 1e-12
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
-    folder = tmp_path_factory.mktemp("ranks")
-    outs = [run_ranks("tests.trainer.rank_cases", size, folder)[:size] for size in (1, 2)]
-    return [torch.load(out, weights_only=False) for group in outs for out in group]
+    def make(folder: Path) -> None:
+        for size in (1, 2):
+            run_ranks("tests.trainer.rank_cases", size, folder)
+
+    folder = made_once(tmp_path_factory, "ranks", make)
+    return [torch.load(folder / f"{out}.pt", weights_only=False) for out in ("1-0", "2-0", "2-1")]
 
 
 @pytest.mark.parametrize("name", CASES)

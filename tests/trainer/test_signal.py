@@ -10,8 +10,9 @@ from hmpo import members
 from hmpo.config import PowerMeanConfig
 from hmpo.logprobs.responses import token_logprobs
 from hmpo.models.tiny import tiny_llama
-from hmpo.trainer.gradient import accumulate, token_weights
+from hmpo.trainer.gradient import accumulate
 from hmpo.trainer.signal import duplicates, heaviest, signal_metrics
+from hmpo.trainer.token_weights import token_weights
 from hmpo.types import Batch, Rollout
 
 GROUP, WIDTH = 2, 5
