@@ -86,7 +86,10 @@ def measured(part: str, side: str, seed: int) -> dict[str, Any]:
     """One run, to the goal or to its end."""
     watch, began = AtGoal(), time.process_time()
     with tempfile.TemporaryDirectory() as place:
-        folder = train(config(part, side, seed, Path(place)), observer=watch).folder
+        result = train(config(part, side, seed, Path(place)), observer=watch)
+        if result.status == "interrupted" and watch.rates[-1][1] < GOAL:
+            raise SystemExit("interrupted from outside: this run counts for nothing")
+        folder = result.folder
         lines = (folder / "telemetry.jsonl").read_text(encoding="utf-8").splitlines()
     steps = [record for record in map(json.loads, lines) if record["type"] == "step"]
     firsts = [record for record in steps if record["minibatch"] == 0]

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from results import load, source
+from results import load, missing, source
 
 from hmpo.lab.statistics.intervals import paired_t
 from hmpo.stats import wilson_interval
@@ -256,7 +256,11 @@ def dynamic_sampling() -> str:
         "| prompts | | seeds | at .80 | 1000 tokens | updates | tokens, ratio | updates, ratio |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for part in dict.fromkeys(row["part"] for row in result["rows"]):
+    lacking = ""
+    for part in ("fresh", "listed"):
+        if not any(row["part"] == part and row["side"] != "plain" for row in result["rows"]):
+            lacking += missing(f"python benchmarks/dynamic_sampling.py {part}") + " "
+            continue
         runs = {(r["side"], r["seed"]): r for r in result["rows"] if r["part"] == part}
         sides = sorted({side for side, _ in runs}, key=lambda side: side != "plain")
         seeds = sorted(seed for side, seed in runs if side == "plain")
@@ -279,7 +283,7 @@ def dynamic_sampling() -> str:
         "logarithm. A run ends at the first of its measurements, one each 10 updates on 256 "
         "held-out prompts, that reaches .80. "
     )
-    return "\n".join([*lines, "", note + source(result)])
+    return "\n".join([*lines, "", note + lacking + source(result)])
 
 
 def _ratio(own: list[dict[str, Any]], base: list[dict[str, Any]], name: str) -> str:

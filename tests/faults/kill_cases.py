@@ -56,13 +56,6 @@ CASES: dict[str, dict[str, Any]] = {
         "trainer__mask_truncated": True,
         "rewards__functions": [f"{REWARDS}:ends_low"],
     },
-    "dynamic sampling": {
-        "batch__filter_groups": True,
-        "rewards__functions": [f"{REWARDS}:ends_low", f"{REWARDS}:draws"],
-        "batch__signal": "ends_low",
-        "trainer__group_size": 2,
-        "checkpoint__every": 3,
-    },
     "rewards that draw in a worker": {
         "rewards__functions": [f"{REWARDS}:draws"],
         "trainer__reward_timeout": 60.0,
