@@ -8,6 +8,7 @@ import contextlib
 import datetime
 import logging
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -139,9 +140,15 @@ def _told(failures: Mapping[int, Any], folder: str) -> int:
     """The exit code of the rank that failed first; what it said, where it is not the first.
 
     One that was ended by a signal comes before those that failed because it was gone: times are in
-    whole seconds.
+    whole seconds. SIGTERM comes last: a run in progress answers it, and the launcher sends it to
+    those that are still on their way out.
     """
-    rank, first = min(failures.items(), key=lambda item: (item[1].exitcode >= 0, item[1].timestamp))
+
+    def order(item: tuple[int, Any]) -> tuple[int, float]:
+        code, when = item[1].exitcode, item[1].timestamp
+        return 2 if code == -signal.SIGTERM else int(code >= 0), when
+
+    rank, first = min(failures.items(), key=order)
     code: int = first.exitcode
     if rank:
         for path in sorted(Path(folder).rglob(f"{rank}/stderr.log")):

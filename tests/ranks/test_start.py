@@ -2,6 +2,7 @@
 
 import datetime
 import socket
+import sys
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import torch.distributed as dist
 
 from hmpo.errors import RankError
 from hmpo.ranks import start
-from hmpo.ranks.start import joined
+from hmpo.ranks.start import joined, launch
 from hmpo.ranks.world import Ranks
 from tests.ranks.processes import run_ranks
 
@@ -71,3 +72,17 @@ def test_a_restarted_group_has_its_own_keys_only_in_the_store_of_its_launcher(mo
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     assert start._meeting(datetime.timedelta(seconds=1)) == {}
+
+
+def test_a_rank_that_the_launcher_ended_is_not_the_one_that_failed(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    program = (
+        "import os, sys, time\n"
+        "if os.environ['RANK'] == '1':\n"
+        "    sys.exit('rank 1 says why')\n"
+        "time.sleep(60)\n"
+    )
+    assert launch(sys.executable, ("-c", program), 2) == 1
+    told = capfd.readouterr().err
+    assert "rank 1 says why" in told and "signal" not in told
