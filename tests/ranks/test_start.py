@@ -2,6 +2,7 @@
 
 import datetime
 import socket
+import subprocess
 import sys
 
 import pytest
@@ -10,7 +11,7 @@ import torch.distributed as dist
 
 from hmpo.errors import RankError
 from hmpo.ranks import start
-from hmpo.ranks.start import joined, launch
+from hmpo.ranks.start import joined
 from hmpo.ranks.world import Ranks
 from tests.ranks.processes import run_ranks
 
@@ -74,15 +75,15 @@ def test_a_restarted_group_has_its_own_keys_only_in_the_store_of_its_launcher(mo
     assert start._meeting(datetime.timedelta(seconds=1)) == {}
 
 
-def test_a_rank_that_the_launcher_ended_is_not_the_one_that_failed(
-    capfd: pytest.CaptureFixture[str],
-) -> None:
-    program = (
+def test_a_rank_that_the_launcher_ended_is_not_the_one_that_failed() -> None:
+    rank = (
         "import os, sys, time\n"
         "if os.environ['RANK'] == '1':\n"
         "    sys.exit('rank 1 says why')\n"
         "time.sleep(60)\n"
     )
-    assert launch(sys.executable, ("-c", program), 2) == 1
-    told = capfd.readouterr().err
-    assert "rank 1 says why" in told and "signal" not in told
+    start = f"import sys; from hmpo.ranks.start import launch; arguments = ('-c', {rank!r})"
+    program = f"{start}; sys.exit(launch(sys.executable, arguments, 2))"
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert ended.returncode == 1
+    assert "rank 1 says why" in ended.stderr and "signal" not in ended.stderr
