@@ -104,6 +104,7 @@ NARROW = ("odd shapes", "tied head", "Muon", "QK-clip", "LoRA")
 OTHERS = (
     *("a conversation", "band, micro-batches", "KL to a reference", "fewer rows than ranks"),
     *("masked truncation", "lag", "gspo, from its paper", "a module without a cache"),
+    *("entropy bonus", "advantages of tokens", "every reward by itself"),
 )
 """Cases of `rank_cases`."""
 NAMES = (*(f"{name}, float64" for name in CASES), *(f"{name}, float32" for name in NARROW), *OTHERS)
