@@ -32,7 +32,7 @@ def token_groups(run: RunData) -> list[dict[str, Any]]:
         shown = [
             {
                 "before": str(row.get("before", "")),
-                "token": str(row.get("token", "")),
+                "text": str(row.get("text", "")),
                 "weight": _number(row.get("weight")),
                 "share": _number(row.get("share")),
                 "reward": _number(row.get("reward")),

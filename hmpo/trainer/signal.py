@@ -69,8 +69,9 @@ def heaviest(
         count: of them, at most; those of weight 0 are none.
 
     Returns:
-        `token` and the text `before` it, `weight`, the `share` that it has of sum |w A|, and the
-        `reward` of its response; the heaviest first, the first in the minibatch of equals.
+        `text` of the token and what stands `before` it, `weight`, the `share` that it has of
+        sum |w A|, and the `reward` of its response; the heaviest first, the first in the minibatch
+        of equals.
     """
     flat = weights.detach().double().masked_fill(~batch.rollout.response_mask, 0).cpu().flatten()
     whole = float(flat.abs().sum())
@@ -83,7 +84,7 @@ def heaviest(
         ids = torch.cat([_real(batch.rollout, row), batch.rollout.response_ids[row, : at + 1]])
         found.append(
             {
-                "token": _shown(tokenizer, ids[-1:]),
+                "text": _shown(tokenizer, ids[-1:]),
                 "before": _shown(tokenizer, ids[-1 - BEFORE : -1]),
                 "weight": float(flat[place]),
                 "share": float(flat[place].abs()) / whole,

@@ -42,6 +42,7 @@ def test_describing_a_run_changes_none_of_its_numbers(policy, out, changes) -> N
         assert weights == sorted(weights, reverse=True) and 0 < len(weights) <= 5
         assert 0 < sum(token["share"] for token in row["heaviest"]) <= 1 + 1e-9
         assert all(token["reward"] in (0, 1) for token in row["heaviest"])
+        assert all(token["text"] != "***" for token in row["heaviest"]), "not taken for a secret"
 
 
 def test_a_described_run_resumes_to_the_same_bytes_and_its_report_shows_the_tokens(

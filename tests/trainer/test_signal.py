@@ -112,7 +112,7 @@ def test_the_heaviest_tokens_come_first_with_what_stands_before_them() -> None:
     given = batch([1.0, -1.0], ids=ids, lengths=[5, 2])
     weights = torch.tensor([[0.1, 0.0, -0.4, 0.1, 0.0], [0.4, 0.0, 9.0, 9.0, 9.0]])
     found = heaviest(given, weights, None, count=5)
-    assert [row["token"] for row in found] == ["6", "9", "4", "7"]
+    assert [row["text"] for row in found] == ["6", "9", "4", "7"]
     assert [row["weight"] for row in found] == pytest.approx([-0.4, 0.4, 0.1, 0.1])
     assert [row["share"] for row in found] == pytest.approx([0.4, 0.4, 0.1, 0.1])
     prompt = given.rollout.prompt_ids.tolist()
