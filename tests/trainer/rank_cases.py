@@ -112,7 +112,7 @@ class Doubled:
         return f">{completion[:2]}", float(len(completion) % 3), self.turns == 2
 
 
-def talking(ready: Ready) -> Any:
+def talking(ready: Ready = as_it_is) -> Any:
     tokenizer = character_tokenizer("abcdefghij>")
     model = ready(in_float64(tiny_llama(vocab=len(tokenizer), seed=5)))
     config = PowerMeanConfig(**BASE | {"eos_token": 2, "max_length": 10})
