@@ -12,7 +12,7 @@ PEER := $(PEERS)/peers-$(shell $(PYTHON) -c '$(HASH)' requirements-peers.txt pyp
 SERVER := $(VLLM)/vllm-$(shell $(PYTHON) -c '$(HASH)' requirements-vllm.txt).stamp
 PEER_TESTS = $(wildcard tests/adapters/test_verl.py tests/adapters/test_verl_ray.py tests/differential tests/lab/suite/test_on_ray.py tests/environments/test_verif*.py tests/tasks/test_verif*.py)
 QUICK = $(foreach slow,adapters differential run test_run.py,--ignore=tests/$(slow))
-NUMERIC = python -m pytest -q -n $(JOBS) -m numeric
+NUMERIC = python -m pytest -q -n $(JOBS) --dist worksteal -m numeric
 OLD_CPU = OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=default DNNL_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBLE
 AVX2_CPU = OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=avx2 DNNL_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
 
@@ -27,7 +27,7 @@ check: docs # the whole gate in the present environment
 	pyrefly check
 	lint-imports
 	$(OLD_CPU) $(NUMERIC) $(QUICK)
-	OMP_NUM_THREADS=1 python -m pytest -q -n $(JOBS)
+	OMP_NUM_THREADS=1 python -m pytest -q -n $(JOBS) --dist worksteal
 test-processors: # the numeric tests as other processors and libraries would round them
 	$(OLD_CPU) $(NUMERIC)
 	$(AVX2_CPU) $(NUMERIC)
@@ -37,14 +37,14 @@ test-processors: # the numeric tests as other processors and libraries would rou
 test-kills test-ranks-kills: # SIGKILLs of runs, hundreds, and of single ranks; benchmarks/results
 	OMP_NUM_THREADS=1 python -m benchmarks.$(if $(findstring ranks,$@),ranks_kills,kill_and_resume)
 test-models test-probes: # every architecture of transformers; reported faults in hmpo, TRL and (make peers) verl
-	$(if $(findstring probes,$@),HMPO_ALL_PROBES=1 python -m pytest -q -n $(JOBS) tests/fault_probes && python -m benchmarks.fault_probes && $(PEERS)/bin/python -m benchmarks.fault_probes verl && python scripts/make_fault_probes.py,OMP_NUM_THREADS=1 python -m tests.models_matrix.run && python scripts/make_models_page.py)
+	$(if $(findstring probes,$@),HMPO_ALL_PROBES=1 python -m pytest -q -n $(JOBS) --dist worksteal tests/fault_probes && python -m benchmarks.fault_probes && $(PEERS)/bin/python -m benchmarks.fault_probes verl && python scripts/make_fault_probes.py,OMP_NUM_THREADS=1 python -m tests.models_matrix.run && python scripts/make_models_page.py)
 test-verl: $(PEER) # verl's own trainer over two workers; benchmarks/results/verl_ray.json
 	$(PEERS)/bin/python -m benchmarks.verl_ray
 test-vllm: $(DEV) $(SERVER) # rollouts from a real vLLM server, in .venv-vllm
 	OMP_NUM_THREADS=1 HMPO_VLLM_PYTHON=$(abspath $(VLLM))/bin/python $(VENV)/bin/python -m pytest -q tests/engines/test_real_vllm.py
 peers: $(PEER) # the second environment, .venv-peers: verl, OpenRLHF and verifiers
 peers-test: $(PEER) # what is compared with them and runs inside them
-	OMP_NUM_THREADS=1 $(PEERS)/bin/python -m pytest -q -n $(JOBS) $(PEER_TESTS)
+	OMP_NUM_THREADS=1 $(PEERS)/bin/python -m pytest -q -n $(JOBS) --dist worksteal $(PEER_TESTS)
 bench: $(PEER) # every timing but the GPU's, then tables and plots; verl from .venv-peers
 	for f in $(filter-out %_gpu.py,$(sort $(wildcard benchmarks/bench_*.py))) benchmarks/rollout_parts.py benchmarks/update_tried.py; do python $$f || exit 1; done
 	python benchmarks/bench_trl.py --options && $(PEERS)/bin/python benchmarks/objective.py
