@@ -178,7 +178,8 @@ def from_dict(cls: type[T], data: Any, path: str = "") -> T:
     hints = typing.get_type_hints(cls)
     values: dict[str, Any] = {}
     for key, value in data.items():
-        name = f"{path}.{key}" if path else str(key)
+        own = str(key) if str(key).isprintable() else ascii(key)
+        name = f"{path}.{own}" if path else own
         if key not in fields:
             hint = unknown_name(str(key), path, fields, RunConfig)
             raise ConfigError(f"{name}: unknown; {hint}")

@@ -255,7 +255,7 @@ def test_kl_term_has_the_objectives_weights(tmp_path: Path, name: str, corrected
         batch["old_per_token_logps"],
         mask,
         batch["advantages"],
-        dataclasses.replace(trainer.in_force.source.objective, kl_coef=0.3),
+        dataclasses.replace(trainer.in_force.source.objective, kl_coef=0.3, kl_estimator="k3"),
         ref_logprobs=batch["ref_per_token_logps"],
         denominators=Denominators(sequences=ROWS, tokens=int(mask.sum())),
     )
