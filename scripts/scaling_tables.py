@@ -44,11 +44,12 @@ def ranks(result: dict[str, Any]) -> list[Row]:
         "long": ("native ranks, float32, 50 updates", _weights),
         "shard": ("native ranks, weights shared out (FSDP2)", _by_dtype),
         "speed": ("native ranks, speed", _speed),
+        "alone": ("native ranks, overhead of one", _alone),
     }
     return [
         (
             what,
-            "1, 2" if part == "speed" else "1, 2, 4",
+            {"speed": "1, 2", "alone": "1"}.get(part, "1, 2, 4"),
             f"python -m benchmarks.ranks {part}",
             text(parts[part]),
         )
@@ -115,6 +116,11 @@ def _decisions(rows: list[dict[str, Any]]) -> str:
         f"the {row['decisions']} decisions and the completions of one process in {same} of "
         f"{len(found)}; weights within {worst:.0e}"
     )
+
+
+def _alone(rows: list[dict[str, Any]]) -> str:
+    (row,) = rows
+    return f"a group of one takes {row['ratio']:.3f} x the time of no group"
 
 
 def _speed(rows: list[dict[str, Any]]) -> str:
