@@ -73,7 +73,8 @@ def probe(model: str | None) -> int:
     """Ask a model for silent faults, a line for each probe; returns the exit code, 1 where it has.
 
     Args:
-        model: as of `show`; the run in a file says on which device and at which temperature.
+        model: as of `show`; the run in a file says on which device, at which temperature, and
+            what ends a response.
 
     Raises:
         HmpoError: no model is given, or it cannot be loaded.
@@ -84,8 +85,9 @@ def probe(model: str | None) -> int:
     device = use_machine(config)
     whole = "none" if device == "cpu" else config.policy.quantize
     loaded = load_policy(dataclasses.replace(config.policy, quantize=whole), device=device)
-    temperature = config.trainer.temperature
-    for finding in probe_policy(loaded.model, loaded.tokenizer, temperature=temperature):
+    settings = config.trainer
+    asked = {"temperature": settings.temperature, "eos_token": settings.eos_token}
+    for finding in probe_policy(loaded.model, loaded.tokenizer, **asked):
         console.print(str(finding), markup=False, highlight=False, soft_wrap=True)
         states.append(finding.status)
     counts = [f"{states.count(state)} {state}" for state in ("ok", "FAILED", "not applicable")]

@@ -1,5 +1,6 @@
 """Which prompts a rollout trains on."""
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -59,13 +60,14 @@ class BatchConfig:
         """Whether groups are judged by their accuracy."""
         return self.filter_groups or self.records_prompts or self.describe
 
-    def check(self, task: "TaskConfig", responses: int, *, climbs: bool) -> None:
+    def check(self, task: "TaskConfig", responses: int, *, climbs: bool, grows: float) -> None:
         """Refuse what does not go together.
 
         Args:
             task: of the run.
             responses: of a rollout without dynamic sampling.
             climbs: whether a curriculum chooses the level.
+            grows: by how much a controller may multiply the prompts; 1 where none does.
 
         Raises:
             ConfigError: one line that names the setting.
@@ -78,6 +80,7 @@ class BatchConfig:
             return
         expected = "false with an environment, whose conversations are not drawn again"
         require(not task.talks_with, "batch.filter_groups", True, expected)
-        limit = self.max_responses
-        expected = f"0, or at least the {responses} responses of a rollout"
-        require(limit == 0 or limit >= responses, "batch.max_responses", limit, expected)
+        limit, most = self.max_responses, math.ceil(responses * grows)
+        by = f", which a controller may make {grows:g} times as many," if grows > 1 else ""
+        expected = f"0, or at least the {most} responses of a rollout{by}"
+        require(limit == 0 or limit >= most, "batch.max_responses", limit, expected)

@@ -54,6 +54,8 @@ class DistributedConfig:
         require(bits == "none", "policy.quantize", bits, f'"none" {with_it}')
         whole = f"adamw, muon or sgd {with_it}: 8-bit moments have blocks that cross parts"
         require(name != "adamw8bit", "optimizer.name", name, whole)
+        moved = "adamw or sgd with distributed.offload, which leaves no whole matrix on the GPU"
+        require(not (self.offload and name == "muon"), "optimizer.name", name, moved)
         clips = policy.lora_rank > 0 and trainer.qk_clip
         again = f"False {with_it} and LoRA, whose layers would have to be run again"
         require(not clips, "trainer.qk_clip", trainer.qk_clip, again)

@@ -349,7 +349,9 @@ class RunConfig:
         )
         self.rollout.check(self.policy, self.task, self.trainer)
         climbs = self.agm.mode != "off" and "level" in self.agm.controls
-        self.batch.check(self.task, responses, climbs=climbs)
+        steers = self.agm.mode == "apply" and "batch" in self.agm.controls
+        grows = self.agm.adapter.batch_high if steers else 1.0
+        self.batch.check(self.task, responses, climbs=climbs, grows=grows)
         self.distributed.check(self.policy, self.optimizer, self.trainer)
         self.agm.check(self.algorithm, self.objective)
 

@@ -93,7 +93,7 @@ class EntropyCoefficient:
 
     @property
     def value(self) -> float:
-        """C at the update to come."""
+        """The coefficient at the update to come."""
         target = self.settings.entropy_target
         return self.held if target is None or self.last <= target else 0.0
 

@@ -73,7 +73,7 @@ def estimate_advantages(
         valid: False leaves a response out; only there may a reward be NaN or infinite. `gdpo` takes
             it for each reward, too: one left out is 0 in the sum, and in no statistic of its own.
         lengths: tokens per response, which then weigh it in statistics of the batch.
-        weights: of the rewards of `gdpo`; None weighs all alike.
+        weights: of the rewards of `gdpo`; None weighs all alike, and one of weight 0 says nothing.
         std_ddof: 0 population, 1 unbiased standard deviation, of groups and batch.
         tol: rewards of a group that differ by at most tol * max(|r|, 1) count as equal.
 
@@ -93,8 +93,9 @@ def estimate_advantages(
     tokens = valid.double() if lengths is None else lengths.double() * valid
     if estimator == "gdpo":
         shares = [1.0] * table.shape[1] if weights is None else weights.tolist()
-        each = [_Groups(groups, column, std_ddof, tol) for column in given.T]
-        total, equal = _weighed_sum(each, table, shares)
+        heard = [k for k, share in enumerate(shares) if share != 0]
+        each = [_Groups(groups, given[:, k], std_ddof, tol) for k in heard]
+        total, equal = _weighed_sum(each, table[:, heard], [shares[k] for k in heard])
         values = _whitened(total, tokens, std_ddof)
     else:
         r = table[:, 0]

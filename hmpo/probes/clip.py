@@ -53,7 +53,7 @@ def clip_finding(policy: nn.Module, ids: Int[Tensor, "1 S"]) -> Finding:
         line += f"; {len(alone)} left alone, as {name}: {why}"
     if left:
         name, value = max(left.items(), key=lambda item: item[1])
-        return finding(False, f"{line}; {name} still at {value:.3g} after {STEPS} clips")
+        return finding(False, f"{line}; {name} still at {value:.3g} after {STEPS - 1} clips")
     return finding(True, line)
 
 

@@ -3,6 +3,7 @@
 QK-clip is asked in `hmpo.probes.clip`.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -36,7 +37,11 @@ SAMPLED = 8
 
 
 def probe_policy(
-    policy: nn.Module, tokenizer: Any, *, temperature: float = 1.0
+    policy: nn.Module,
+    tokenizer: Any,
+    *,
+    temperature: float = 1.0,
+    eos_token: int | tuple[int, ...] | None = None,
 ) -> Iterator[Finding]:
     """Ask every probe, one after the other; the policy is left as it was.
 
@@ -46,9 +51,12 @@ def probe_policy(
         policy: a transformers causal LM, or one wrapped by peft, as it would be trained.
         tokenizer: its tokenizer.
         temperature: of the run.
+        eos_token: ids that the run says end a response; None takes what tokenizer and policy name.
     """
-    asked = Probes(policy, tokenizer, temperature)
+    ends = (eos_token,) if isinstance(eos_token, int) else eos_token
+    asked = Probes(policy, tokenizer, temperature, ends)
     training = [module.training for module in policy.modules()]
+    gradients = [(parameter, parameter.grad) for parameter in policy.parameters()]
     for name, ask in asked.every().items():
         with random_state_kept():
             try:
@@ -59,14 +67,23 @@ def probe_policy(
                 finding = asked.finding(False, f"{kind}{first}")
         for module, flag in zip(policy.modules(), training, strict=True):
             module.training = flag
+        for parameter, own in gradients:
+            parameter.grad = own
         yield Finding(name=name, status=finding.status, line=finding.line)
 
 
 class Probes:
     """A policy, the rows that it is asked with, and the probes as methods."""
 
-    def __init__(self, policy: nn.Module, tokenizer: Any, temperature: float) -> None:
+    def __init__(
+        self,
+        policy: nn.Module,
+        tokenizer: Any,
+        temperature: float,
+        ends: tuple[int, ...] | None = None,
+    ) -> None:
         self.policy, self.tokenizer, self.temperature = policy, tokenizer, temperature
+        self.ends = ends
         self.core: Any = unwrap(policy)
         config: Any = self.core.config
         self.vocabulary = config.get_text_config().vocab_size
@@ -155,7 +172,8 @@ class Probes:
         with evaluating(self.policy):
             inputs = masked_inputs(rows.mask, positions=facts.positions)
             out: Any = self.policy(input_ids=rows.ids, use_cache=False, return_dict=True, **inputs)
-        table = out.logits[:, -rows.length - 1 : -1].float().log_softmax(-1)
+        wide = torch.promote_types(out.logits.dtype, torch.float32)
+        table = out.logits[:, -rows.length - 1 : -1].to(wide).log_softmax(-1)
         chosen = rows.ids[:, -rows.length :, None]
         off = self.off(real(table.gather(-1, chosen)[..., 0], rows.responses), rows)
         return self.finding(off <= self.limit, f"padded rows differ by {nats(off)}")
@@ -223,16 +241,16 @@ class Probes:
     def compared(self, one: dict[str, Tensor], other: dict[str, Tensor]) -> tuple[float, str]:
         """Largest error of a weight's gradient, relative to its norm, and whose."""
         norms = {n: float(g.float().norm()) for n, g in other.items()}
-        least = 1e-3 * max(norms.values(), default=0.0)
-        errors = {
-            n: float((one[n].float() - other[n].float()).norm()) / max(norm, least)
-            if n in one
-            else float("inf")
-            for n, norm in norms.items()
-            if norm > 0
-        }
+        least = 1e-3 * max(filter(math.isfinite, norms.values()), default=0.0)
+        errors: dict[str, float] = {}
+        for n, norm in norms.items():
+            if norm == 0:
+                continue
+            gap = float((one[n].float() - other[n].float()).norm()) if n in one else math.inf
+            error = gap / max(norm, least)
+            errors[n] = error if math.isfinite(error) else math.inf  # one that is no number
         name = max(errors, key=lambda n: errors[n], default="none")
-        return errors.get(name, float("inf")), name
+        return errors.get(name, math.inf), name
 
     def gradient(self) -> Finding:
         """Of an update's pass, tied head or not, against autograd of the rows alone."""
@@ -257,16 +275,19 @@ class Probes:
             return self.finding(None, "they are recomputed already, see gradient")
         self.policy.train()
         plain = self.trainers_gradient()
+        hooks = {module: set(module._forward_hooks) for module in self.core.modules()}
         try:
             checkpoint_layers(self.core)
+            error, name = self.compared(self.trainers_gradient(), plain)
         except ModelError:
             return self.finding(None, "transformers recomputes none of its layers")
-        try:
-            error, name = self.compared(self.trainers_gradient(), plain)
         finally:
             former = "gradient_checkpointing_disable"  # the name that older transformers have
             name_now = "activation_checkpointing_disable"
             (getattr(self.core, name_now, None) or getattr(self.core, former))()
+            for module, kept in hooks.items():  # one that makes embeddings require gradients stays
+                for key in set(module._forward_hooks) - kept:
+                    del module._forward_hooks[key]
         limit = GRADIENT.get(self.dtype, COARSE_GRADIENT)
         return self.finding(error <= limit, f"worst gradient {error:.1e} off at {name}")
 
@@ -274,8 +295,10 @@ class Probes:
 
     def end_tokens(self) -> Finding:
         """That there are some, in the vocabulary; what they are, and the padding."""
-        ends = set(end_token_ids(self.tokenizer, self.policy))
-        turns = set(turn_end_ids(self.tokenizer))
+        ends, turns = set(self.ends or ()), set[int]()
+        if self.ends is None:
+            ends = set(end_token_ids(self.tokenizer, self.policy))
+            turns = set(turn_end_ids(self.tokenizer))
         pad = pad_token_id(self.tokenizer, self.policy)
         if not ends | turns:
             return self.finding(False, "no token ends a response: trainer.eos_token must name one")
@@ -306,6 +329,7 @@ class Probes:
             group_size=2,
             max_length=SAMPLED,
             temperature=self.temperature,
+            eos_token=self.ends,
             generator=torch.Generator(device=device).manual_seed(0),
             tokenizer=self.tokenizer,
         )

@@ -67,7 +67,7 @@ def padded(prompts: list[list[int]], responses: list[list[int]], like: Tensor) -
 
 
 def rows_for(policy: nn.Module, vocabulary: int) -> Rows:
-    """Rows that the policy can read, of tokens all over its vocabulary.
+    """Rows that the policy can read, of the first tokens of its vocabulary.
 
     Raises:
         ModelError: the policy reads fewer tokens than the rows have.

@@ -122,8 +122,7 @@ def estimate(model: nn.Module, config: RunConfig, prompt: int, process: int) -> 
     trainer = config.trainer
     core: Any = unwrap(model)
     whole = weight_bytes(model, config.policy)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    moving = bytes_of(trained)
+    moving = bytes_of(trained := [p for p in model.parameters() if p.requires_grad])
     gradients = moving + sum(p.numel() for p in _narrow(trained)) * FLOAT
     head = core.get_output_embeddings()
     vocabulary, hidden = head.weight.shape if head is not None else (0, 0)
@@ -140,6 +139,9 @@ def estimate(model: nn.Module, config: RunConfig, prompt: int, process: int) -> 
     logits = logits_bytes(micro * trainer.max_length, vocabulary, config)
     copies = moving * ((config.reference != "none") + config.rollout.lag)
     optimizer = optimizer_bytes(model, config)
+    ranks = max(1, launched()) if config.distributed.shard else 1
+    gathered = whole * (ranks > 1)  # to sample; an update gathers a layer at a time
+    own, optimizer, gradients = whole // ranks, optimizer // ranks, gradients // ranks
     fast = type(core).__name__ in FAMILIES and core is model and trainer.decoder == "auto"
     sampler = sampler_bytes(core, config) if fast else 0
     cache = max(
@@ -148,7 +150,7 @@ def estimate(model: nn.Module, config: RunConfig, prompt: int, process: int) -> 
     )
     parts = {
         "process": process,
-        "weights": whole,
+        "weights": own,
         "reference": copies,
         "optimizer": optimizer,
         "gradients": gradients,
@@ -157,15 +159,15 @@ def estimate(model: nn.Module, config: RunConfig, prompt: int, process: int) -> 
         "sampler": sampler,
         "keys_values": cache,
     }
-    always = process + whole + copies + optimizer
+    always = process + own + copies + optimizer
     first = vocabulary * hidden * FLOAT * bool(head is not None and head.weight.requires_grad)
     passed = parts["activations"] + logits
     # Activations go as gradients come; of a single micro-batch there is little of both at once.
     height = gradients + passed if micro < minibatch else max(gradients, first + passed)
     return Estimate(
         parts=parts,
-        update=always + height,
-        rollout=always + sampler + cache,
+        update=always + height + gathered // _layers(core),
+        rollout=always + gathered + sampler + cache,
         measured=kept.measured,
     )
 

@@ -67,7 +67,8 @@ def rehearse(
             with run.saver.drawing():
                 examples = run.steering.examples()
                 columns = gather_columns(examples)
-                run.trainer.begin_rollout([example.prompt for example in examples], columns)
+                prompts = [example.prompt for example in examples]
+                run.trainer.begin_rollout(prompts, columns, run.steering.refill(stop.check))
     batch = run.trainer.batch
     assert batch is not None, "a rollout was begun"
     first = batch.rollout.prompt_ids[0][batch.rollout.prompt_mask[0]].tolist()

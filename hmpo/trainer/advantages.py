@@ -35,6 +35,7 @@ def rollout_advantages(
 
     Raises:
         ConfigError: rewards that the estimator is not made for.
+        NonFiniteError: a reward that counts is not finite, less its KL.
     """
     rewards, group = found.rewards, config.group_size
     dead = zero_variance_groups(rewards, group, valid=rewards.isfinite())

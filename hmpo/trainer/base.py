@@ -159,7 +159,7 @@ class Trainer(ABC, Generic[C]):
     def begin_rollout(
         self, prompts: Prompts, columns: Columns, refill: Refill | None = None
     ) -> None:
-        """Sample responses, score them, and form advantages; `refill` is dynamic sampling."""
+        """Sample, score, form advantages; arguments and errors are `Collector.collect`'s."""
         place: Any = {"index": self.rollouts, "step": self.step}
         with self.lag.sampling(self.rollouts, self.step), gathered(self.policy):
             found = self.collector.collect(prompts, columns, refill=refill, **place)

@@ -111,6 +111,9 @@ def filled(
         columns: their columns.
         refill: where further ones come from.
         config: group size, minibatches, what counts in the loss.
+
+    Raises:
+        ConfigError: `batch.signal` names no reward function, or there are several and it is empty.
     """
     settings, group = refill.settings, config.group_size
     parts: list[ScoredResponses] = []
@@ -161,7 +164,16 @@ class Judged(NamedTuple):
 def judged(
     samples: Sequence[Mapping[str, Any]], settings: BatchConfig, config: TrainerConfig
 ) -> Judged:
-    """The groups of all responses that were drawn, as the trainer keeps them in `samples`."""
+    """The groups of all responses that were drawn.
+
+    Args:
+        samples: of all responses, as the trainer has them, rows of a prompt adjacent.
+        settings: which reward function is the accuracy.
+        config: group size, and whether truncated responses count.
+
+    Raises:
+        ConfigError: `batch.signal` names no reward function, or there are several and it is empty.
+    """
     name = signal_name(settings, [*samples[0]["rewards"]])
     accuracy = [float(sample["rewards"][name]) for sample in samples]
     counted = [

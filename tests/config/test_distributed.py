@@ -12,6 +12,10 @@ REFUSED = {
     "bfloat16 weights": ({"policy": {"dtype": "bfloat16"}}, "policy.dtype: got 'bfloat16'"),
     "weights as they are stored": ({"policy": {"dtype": "auto"}}, "policy.dtype: got 'auto'"),
     "8-bit moments": ({"optimizer": {"name": "adamw8bit"}}, "optimizer.name: got 'adamw8bit'"),
+    "Muon away from its GPU": (
+        {"distributed": {"shard": True, "offload": True}, "optimizer": {"name": "muon"}},
+        "optimizer.name: got 'muon'",
+    ),
     "QK-clip of LoRA": ({"policy": {"lora_rank": 2}}, "trainer.qk_clip: got True"),
 }
 

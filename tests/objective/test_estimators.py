@@ -56,6 +56,20 @@ def test_estimator_equals_its_loops(name, weighed, ddof):
     assert found.values.tolist() == pytest.approx(expected, rel=1e-12, abs=1e-14)
 
 
+@pytest.mark.parametrize("by_tokens", [True, False])
+def test_a_reward_of_no_weight_changes_nothing_in_gdpo(by_tokens: bool) -> None:
+    first = torch.tensor([1.0, 0.0, 1.0, 1.0, 1.0, 0.0, 0.0, 1.0], dtype=torch.float64)
+    second = torch.arange(8.0, dtype=torch.float64) % 3
+    groups = torch.tensor([0, 0, 1, 1, 1, 2, 2, 2])
+    given = {"lengths": torch.tensor([3, 9, 2, 2, 7, 1, 5, 8])} if by_tokens else {}
+    alone = estimate_advantages(first[:, None], groups, "gdpo", **given)
+    both = estimate_advantages(
+        torch.stack([first, second], 1), groups, "gdpo", weights=torch.tensor([1.0, 0.0]), **given
+    )
+    assert torch.equal(alone.values, both.values) and alone.values[2:5].tolist() == [0.0] * 3
+    assert alone[1:] == both[1:] and both.equal == both.dead == 1
+
+
 @pytest.mark.parametrize("weights", [None, [1.0, 0.25]])
 def test_gdpo_equals_its_loops(weights):
     table = [[r, (i * 7) % 3 / 2] for i, r in enumerate(REWARDS)]

@@ -66,6 +66,9 @@ def test_a_sound_model_passes_and_is_left_as_it_was(family: str, dtype) -> None:
     model = build(family, dtype=dtype)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     flags = [module.training for module in model.modules()]
+    hooks = [dict(module._forward_hooks) for module in model.modules()]
+    own = torch.ones_like(next(model.parameters()))
+    next(model.parameters()).grad = own
     findings = found(model, temperature=0.8)
     assert set(findings) == NAMES
     assert failed(findings) == set(), [str(f) for f in findings.values()]
@@ -73,7 +76,10 @@ def test_a_sound_model_passes_and_is_left_as_it_was(family: str, dtype) -> None:
     assert silent >= SOUND[family] - {"left padding"} and silent <= SOUND[family]
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert flags == [module.training for module in model.modules()]
-    assert all(parameter.grad is None for parameter in model.parameters())
+    assert hooks == [dict(module._forward_hooks) for module in model.modules()]
+    first, *others = model.parameters()
+    assert first.grad is own and bool((own == 1).all())
+    assert all(parameter.grad is None for parameter in others)
 
 
 def test_a_tied_head_in_16_bits_passes() -> None:
@@ -114,6 +120,24 @@ def test_numbers_that_are_none_are_found(model) -> None:
     findings = found(model)
     assert "finite logits" in failed(findings)
     assert not findings["finite logits"].line.startswith("0 of ")
+
+
+@pytest.mark.parametrize("every", [True, False])
+def test_a_gradient_that_is_no_number_is_found(model, every: bool) -> None:
+    asked_before(model)
+    weights = [*model.parameters()] if every else [model.model.layers[1].mlp.up_proj.weight]
+    for weight in weights:
+        weight.register_hook(lambda gradient: gradient * math.nan)
+    assert {"gradient", "recomputed layers"} <= failed(found(model))
+
+
+def test_the_end_tokens_of_a_run_are_asked_and_not_those_of_its_model(model) -> None:
+    words = tokenizer()
+    words.eos_token = None
+    model.config.eos_token_id = model.generation_config.eos_token_id = None
+    assert "end tokens" in failed(found(model, words))
+    findings = found(model, words, eos_token=5)
+    assert failed(findings) == set() and findings["end tokens"].line.startswith("5 ")
 
 
 def test_noise_in_evaluation_mode_is_found(model) -> None:

@@ -207,6 +207,15 @@ def test_two_ranks_draw_and_keep_what_one_process_does(tmp_path) -> None:
             {"batch__max_responses": 5},
             "batch.max_responses: got 5, expected 0, or at least the 6",
         ),
+        (
+            {
+                "batch__max_responses": 6,
+                "agm__mode": "apply",
+                "agm__controls": ("batch",),
+            },
+            "batch.max_responses: got 6, expected 0, or at least the 24 responses of a rollout, "
+            "which a controller may make 4 times as many",
+        ),
         ({"batch__max_num_gen_batches": 0}, "batch.max_num_gen_batches: got 0"),
         ({"task__environment": "tests.faults.rewards:Wishes"}, "batch.filter_groups: got True"),
     ],

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from hmpo.cli import main
-from hmpo.config import PolicyConfig
+from hmpo.config import DistributedConfig, PolicyConfig
 from hmpo.errors import ModelError
 from hmpo.models import load_policy, save_policy
 from hmpo.models.memory import (
@@ -147,6 +147,25 @@ def test_ranks_on_a_processor_share_its_memory_and_the_prompts(policy, monkeypat
         monkeypatch.setenv(name, value)
     assert "of 500.0 GB" in memory_line(config) and "of 1.0 TB" in alone
     assert memory_line(config).replace("500.0 GB", "1.0 TB") == alone
+
+
+def test_ranks_that_share_a_policy_out_hold_a_part_each_and_all_of_it_to_sample(
+    policy, monkeypatch
+) -> None:
+    config, model = made(policy)
+    shared = dataclasses.replace(config, distributed=DistributedConfig(shard=True))
+    whole = estimate(model, config, 5, 1000)
+    assert estimate(model, shared, 5, 1000) == whole, "one process shares nothing"
+    for name, value in {"WORLD_SIZE": "4", "RANK": "1", "LOCAL_WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    assert estimate(model, config, 5, 1000) == whole
+    found = estimate(model, shared, 5, 1000)
+    for name in ("weights", "optimizer", "gradients"):
+        assert found.parts[name] == whole.parts[name] // 4
+    rest = found.parts["sampler"] + found.parts["keys_values"]
+    held = 1000 + found.parts["weights"] + found.parts["optimizer"]
+    assert found.rollout == held + whole.parts["weights"] + rest
+    assert found.update < whole.update
 
 
 def test_what_cannot_fit_is_refused_with_the_setting_that_helps_most(policy, monkeypatch) -> None:

@@ -36,6 +36,18 @@ def test_it_is_the_rollout_that_the_run_begins_with_and_nothing_is_left(policy, 
     assert (run / "telemetry.jsonl").read_bytes() == before
 
 
+def test_a_rollout_whose_prompts_are_replaced_is_that_of_the_run(policy, out) -> None:
+    functions = ["tests.faults.rewards:ends_low"]
+    changes = {"batch__filter_groups": True, "rewards__functions": functions, "samples": 100}
+    config = micro_config(policy, out, trainer__group_size=2, **changes)
+    found = rehearse(config)
+    run = train(config).folder
+    step = records(run, "step")[0]
+    for name in ("batch/attempts", "batch/drawn", "batch/tokens", "reward/mean"):
+        assert found.metrics[name] == step[name], name
+    assert found.metrics["batch/attempts"] > 1, "else nothing is shown here"
+
+
 def test_special_tokens_of_the_template_and_every_end_are_told(out) -> None:
     folder = make_model(out, "llama")
     config = micro_config(folder, out, task={"name": "reverse", "level": 2, "chat": True})

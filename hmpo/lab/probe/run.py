@@ -193,7 +193,8 @@ class _Replay:
             )
         examples = self.steering.examples()
         prompts = [example.prompt for example in examples]
-        trainer.begin_rollout(prompts, gather_columns(examples))
+        refill = self.steering.refill(lambda: None)
+        trainer.begin_rollout(prompts, gather_columns(examples), refill)
         over = self.checkpoint is None or trainer.step >= updates
         if over and has_schedule(self.config):
             done = trainer.step

@@ -1,5 +1,6 @@
 """Rewards of form, counted in tokens: length, repetition, and a right answer by its length."""
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -97,7 +98,9 @@ class CosineReward(LibraryReward):
         right: tuple[float, float],
         wrong: tuple[float, float],
     ) -> None:
-        super().__init__("cosine", (column,), takes=("completion_ids",))
+        takes = [n for n in ("log_metric",) if n in inspect.signature(check).parameters]
+        super().__init__("cosine", (column,), takes=("completion_ids", *takes))
+        self.told = tuple(takes)
         self.check, self.max_length, self.right, self.wrong = check, max_length, right, wrong
 
     def prepare(self) -> None:
@@ -110,9 +113,11 @@ class CosineReward(LibraryReward):
         completions: Sequence[Any],
         completion_ids: Sequence[Sequence[int]],
         prompts: Any = None,
+        log_metric: Callable[..., Any] | None = None,
         **columns: Any,
     ) -> list[float | None]:
-        """A reward for each completion."""
+        """A reward for each completion; what the check counts is counted."""
+        columns |= dict.fromkeys(self.told, log_metric)
         scores = self.check(completions=completions, **columns)
         return [
             None if score is None else self._at(len(ids), self.right if score > 0 else self.wrong)

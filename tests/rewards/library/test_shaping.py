@@ -1,5 +1,6 @@
 """length, repetition and cosine: against loops over tokens, and against TRL's own."""
 
+import inspect
 import pickle
 
 import pytest
@@ -41,6 +42,18 @@ def test_cosine_goes_from_short_to_long(tokens, longest, answer):
     right = None if answer is None else answer == "7"
     ends = (2.0, -1.0) if right else (0.25, 0.5)
     assert found == [pytest.approx(oracle.cosine(right, tokens, longest, ends))]
+
+
+def test_cosine_counts_what_its_check_counts() -> None:
+    pytest.importorskip("math_verify")
+    told: dict[str, float] = {}
+    reward = cosine(max_length=50, check="math")
+    assert reward(
+        completions=["7"], completion_ids=[[1]], answer=["7"], log_metric=told.__setitem__
+    ) == [pytest.approx(1.0, abs=1e-3)]
+    assert told == {"math/timeouts": 0}
+    plain = inspect.signature(cosine(max_length=50, check="exact"))
+    assert "log_metric" not in plain.parameters, "exact counts nothing"
 
 
 def test_cosine_is_that_of_trl():
